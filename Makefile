@@ -1,0 +1,37 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: .venv/installed  ## make .venv with the pinned versions
+
+demo: install  ## five hospitals train one model on this machine, encrypted, over a real bus
+	$(BIN)/fednats demo --output output
+
+test: install check  ## everything CI runs
+	$(BIN)/pytest tests/integration tests/e2e -m 'not long'
+
+check: install  ## format, lint, types, import rules, doctests, unit and property tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest tests/unit tests/property
+	$(BIN)/pytest --doctest-modules fednats
+
+test-long: install  ## the long forms as well
+	$(BIN)/pytest -m ''
+
+format: install  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: help install demo test check test-long format

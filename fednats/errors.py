@@ -1,0 +1,70 @@
+"""The error tree: ours and theirs.
+
+::
+
+    FednatsError
+    |-- ConfigError            a setting, file or task the operator has to mend
+    |-- BusError               the bus cannot be reached or does not answer
+    |   `-- BusFullError       a stream is at its limit; what was offered is not stored
+    |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
+    |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
+    `-- RefusedError           something that reached us from others and is refused, with its reason
+"""
+
+from enum import StrEnum
+
+
+class FednatsError(Exception):
+    """Everything fednats raises on purpose."""
+
+
+class ConfigError(FednatsError):
+    """A setting, file or task that the operator has to mend; the text names it and the remedy."""
+
+
+class BusError(FednatsError):
+    """The bus cannot be reached, does not answer or denies a request."""
+
+
+class BusFullError(BusError):
+    """A stream is at its limit; the message offered was not stored and must be kept by the sender."""
+
+
+class OverflowRefusedError(FednatsError):
+    """A weighted sum whose total weight would overflow its fields; nothing was added."""
+
+
+class LocalDataError(FednatsError):
+    """Local training produced something that must not leave (not finite, wrong shape)."""
+
+
+class Reason(StrEnum):
+    """Why something received was refused; the label in logs and metrics."""
+
+    MALFORMED = "malformed"
+    OVERSIZED = "oversized"
+    SCHEMA_VERSION = "schema_version"
+    WRONG_RUN = "wrong_run"
+    WRONG_SENDER = "wrong_sender"
+    WRONG_GRID = "wrong_grid"
+    WRONG_KEY = "wrong_key"
+    WRONG_SHAPE = "wrong_shape"
+    UNKNOWN_VERSION = "unknown_version"
+    TOO_STALE = "too_stale"
+    TOO_FEW_SITES = "too_few_sites"
+    NOT_FINITE = "not_finite"
+    CHECKSUM = "checksum"
+    CIPHERTEXT = "ciphertext"
+
+
+class RefusedError(FednatsError):
+    """Something received is refused: ``reason`` for counting, ``detail`` for people."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["RefusedError"], tuple[Reason, str]]:
+        """Cross a worker process boundary with both fields."""
+        return (type(self), (self.reason, self.detail))

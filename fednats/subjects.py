@@ -1,0 +1,110 @@
+"""Every subject, stream, bucket and durable name, built here and nowhere else.
+
+Accounts: a region's *private* account carries updates and evaluations; the *uplink* account (joined to the hub by the
+leaf link) carries models downwards and aggregates upwards. A federation has one subject tree, ``fed.<run>.>``.
+"""
+
+HUB = "hub"
+"""The node at the root; regions are the other nodes."""
+
+
+# --- models, downwards ------------------------------------------------------------------------------------------------
+
+
+def model(run: str) -> str:
+    """Prefix of the model versions: ``<prefix>.head`` is a manifest, ``<prefix>.chunk.<id>.<i>`` its payload."""
+    return f"fed.{run}.model"
+
+
+def control(run: str) -> str:
+    """Whether the run is open; the last message counts."""
+    return f"fed.{run}.control"
+
+
+def models_stream(run: str, node: str) -> str:
+    """Stream of models and control at ``node``; the hub's is the original, the others are copies."""
+    return f"fed_{run}_models_{node}"
+
+
+# --- updates and aggregates, upwards ----------------------------------------------------------------------------------
+
+
+def update(run: str, region: str, site: str) -> str:
+    """Prefix of one site's updates."""
+    return f"fed.{run}.update.{region}.{site}"
+
+
+def evaluation(run: str, region: str, site: str) -> str:
+    """One site's evaluations of model versions."""
+    return f"fed.{run}.evaluation.{region}.{site}"
+
+
+def updates_stream(run: str, region: str) -> str:
+    """Stream of a region's updates and evaluations, in its private account."""
+    return f"fed_{run}_updates_{region}"
+
+
+def aggregate(run: str, region: str) -> str:
+    """Prefix of a region's aggregates."""
+    return f"fed.{run}.aggregate.{region}"
+
+
+def evaluation_sum(run: str, region: str) -> str:
+    """A region's summed evaluations."""
+    return f"fed.{run}.aggregate.{region}.evaluation"
+
+
+def aggregates_stream(run: str, region: str) -> str:
+    """Stream of what a region sends up, in its uplink account."""
+    return f"fed_{run}_aggregates_{region}"
+
+
+def inbox_stream(run: str, node: str) -> str:
+    """Stream at ``node`` that sources the aggregates streams of the regions directly below it."""
+    return f"fed_{run}_inbox_{node}"
+
+
+# --- parts of a payload -----------------------------------------------------------------------------------------------
+
+
+def head(prefix: str) -> str:
+    """The message that announces a payload; published after its chunks."""
+    return f"{prefix}.head"
+
+
+def chunks(prefix: str, payload_id: str) -> str:
+    """Filter of all chunks of one payload."""
+    return f"{prefix}.chunk.{payload_id}.*"
+
+
+def chunk(prefix: str, payload_id: str, index: int) -> str:
+    """One chunk of a payload."""
+    return f"{prefix}.chunk.{payload_id}.{index}"
+
+
+# --- who is there -----------------------------------------------------------------------------------------------------
+
+
+def event(run: str, role: str, name: str) -> str:
+    """What a service says of itself, for people and tools that listen; nothing depends on it."""
+    return f"fed.{run}.event.{role}.{name}"
+
+
+def presence_bucket(run: str) -> str:
+    """KV bucket whose keys expire when a service no longer renews them."""
+    return f"fed_{run}_presence"
+
+
+def presence_key(role: str, name: str) -> str:
+    """Key of one service in the presence bucket."""
+    return f"{role}.{name}"
+
+
+def state_bucket(run: str) -> str:
+    """KV bucket with the run's state: version, status, metrics."""
+    return f"fed_{run}_state"
+
+
+def durable(node: str, stream: str) -> str:
+    """Durable consumer of ``node`` on ``stream``."""
+    return f"{node}__{stream}"
