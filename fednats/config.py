@@ -96,7 +96,7 @@ class DeltaSettings(Settings):
     @model_validator(mode="after")
     def _dense_when_encrypted(self) -> "DeltaSettings":
         if self.cipher == "bfv" and self.top_k < 1:
-            raise ValueError("top_k below 1 needs cipher = \"none\": an encrypted delta has every value in its slot")
+            raise ValueError('top_k below 1 needs cipher = "none": an encrypted delta has every value in its slot')
         return self
 
 
@@ -173,6 +173,7 @@ class AggregatorSettings(DaemonSettings):
 
     region: Token
     parent: Token | None = Field(None, description="region above this one; none: the hub")
+    depth: int = Field(1, ge=1, description="aggregators on the way to the hub, this one included")
     sites: tuple[Token, ...] = Field((), description="sites of this region")
     regions: tuple[Token, ...] = Field((), description="regions below this one")
     bus: BusSettings = Field(description="the region's private account: sites and updates")

@@ -52,6 +52,7 @@ class Reason(StrEnum):
     UNKNOWN_VERSION = "unknown_version"
     TOO_STALE = "too_stale"
     TOO_FEW_SITES = "too_few_sites"
+    OVERWEIGHT = "overweight"
     NOT_FINITE = "not_finite"
     CHECKSUM = "checksum"
     CIPHERTEXT = "ciphertext"

@@ -1,0 +1,5 @@
+"""``python -m fednats`` is ``fednats``."""
+
+from fednats.cli import main
+
+main()

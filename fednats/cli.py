@@ -1,0 +1,152 @@
+"""The command line: ``fednats --help``."""
+
+import asyncio
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fednats import __version__
+from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load
+from fednats.errors import FednatsError
+
+app = typer.Typer(
+    help="Train one model over many hospitals while every record stays where it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="settings file (TOML)")]
+Output = Annotated[Path, typer.Option(help="folder for everything the run leaves; must not hold a run yet")]
+
+
+class Cipher(StrEnum):
+    """How deltas travel."""
+
+    BFV = "bfv"
+    NONE = "none"
+
+
+class Mode(StrEnum):
+    """When a version is made."""
+
+    ASYNC = "async"
+    SYNC = "sync"
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Option(help="ct-nodule, breast-cancer or heart")] = "ct-nodule",
+    sites: Annotated[int | None, typer.Option(help="number of hospitals  [default: 5; heart: its 4]")] = None,
+    regions: Annotated[int, typer.Option(min=1, help="number of regions, each with its own nats-server")] = 2,
+    seed: Annotated[int, typer.Option(help="seed of data, training and rounding")] = 7,
+    cipher: Annotated[Cipher, typer.Option(help="homomorphic encryption, or none (trusted networks)")] = Cipher.BFV,
+    mode: Annotated[Mode, typer.Option(help="async: nobody waits; sync: every version waits for all")] = Mode.ASYNC,
+    output: Output = Path("output"),
+    data: Annotated[Path | None, typer.Option(help="folder or file with the task's real data")] = None,
+) -> None:
+    """Hospitals train one model on this machine: real processes, a real bus, encrypted deltas."""
+    from fednats.testbed.federation import demo_federation  # noqa: PLC0415 - torch is not for the daemons' start
+    from fednats.testbed.launch import run_federation  # noqa: PLC0415
+    from fednats.testbed.summary import comparison  # noqa: PLC0415
+
+    federation = demo_federation(
+        task,
+        n_sites=sites,
+        n_regions=regions,
+        seed=seed,
+        cipher=cipher.value,
+        synchronous=mode is Mode.SYNC,
+        data=None if data is None else data.resolve(),
+    )
+    summary = asyncio.run(run_federation(federation, output.resolve()))
+    _show(comparison(summary), output)
+
+
+@app.command()
+def run(
+    federation: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="regions, sites, task, settings")],
+    output: Output = Path("output"),
+) -> None:
+    """Run your own federation on this machine, as processes; see docs/federation-file.md."""
+    from fednats.testbed.federation import FederationSettings  # noqa: PLC0415
+    from fednats.testbed.launch import run_federation  # noqa: PLC0415
+    from fednats.testbed.summary import comparison  # noqa: PLC0415
+
+    settings = load(federation, FederationSettings)
+    summary = asyncio.run(run_federation(settings, output.resolve()))
+    _show(comparison(summary), output)
+
+
+@app.command()
+def site(config: ConfigFile) -> None:
+    """Run a hospital's daemon."""
+    from fednats.services import lifecycle  # noqa: PLC0415
+    from fednats.services import site as service  # noqa: PLC0415
+
+    settings = load(config, SiteSettings)
+    raise typer.Exit(lifecycle.run("site", settings.site, settings, lambda daemon: service.site(daemon, settings)))
+
+
+@app.command()
+def aggregator(config: ConfigFile) -> None:
+    """Run a region's daemon."""
+    from fednats.services import aggregator as service  # noqa: PLC0415
+    from fednats.services import lifecycle  # noqa: PLC0415
+
+    settings = load(config, AggregatorSettings)
+    raise typer.Exit(
+        lifecycle.run("aggregator", settings.region, settings, lambda daemon: service.aggregator(daemon, settings))
+    )
+
+
+@app.command()
+def coordinator(config: ConfigFile) -> None:
+    """Run the daemon at the root."""
+    from fednats.services import coordinator as service  # noqa: PLC0415
+    from fednats.services import lifecycle  # noqa: PLC0415
+    from fednats.subjects import HUB  # noqa: PLC0415
+
+    settings = load(config, CoordinatorSettings)
+    raise typer.Exit(lifecycle.run("coordinator", HUB, settings, lambda daemon: service.coordinator(daemon, settings)))
+
+
+@bench.command()
+def crypto(
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,  # noqa: FBT002
+) -> None:
+    """Time and size of the encrypted delta: 1,000,000 parameters, 5 sites, 8 and 4 bits."""
+    from fednats.testbed import bench_crypto  # noqa: PLC0415
+
+    rows = bench_crypto.run()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        typer.echo("  ".join(f"{name}={value}" for name, value in row.items()))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Run the command line; an error of fednats's own is one line, not a traceback."""
+    try:
+        app()
+    except FednatsError as error:
+        Console(stderr=True, soft_wrap=True).print(f"fednats: {error}", markup=False, highlight=False)
+        raise SystemExit(1) from None
+
+
+def _show(table: object, output: Path) -> None:
+    Console().print(table)
+    typer.echo(f"{output}/report.html, {output}/summary.json and {output}/model.safetensors are written.")

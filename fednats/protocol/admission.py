@@ -1,0 +1,78 @@
+"""What a contribution must satisfy before it is buffered."""
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from fednats.errors import Reason, RefusedError
+from fednats.messages import Aggregate, Update
+from fednats.protocol import staleness
+from fednats.protocol.events import VersionAnnounced
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who may contribute here."""
+
+    run: str
+    region: str | None
+    """The region whose sites these are; None at the root."""
+    sites: AbstractSet[str]
+    regions: AbstractSet[str]
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Names of all sites and regions that report here."""
+        return frozenset(self.sites) | frozenset(self.regions)
+
+
+def source(head: Update | Aggregate) -> str:
+    """Return the site or region that ``head`` comes from."""
+    return head.site if isinstance(head, Update) else head.region
+
+
+def version(head: Update | Aggregate) -> int:
+    """Return the model version that the staleness of ``head`` is counted from."""
+    return head.base_version if isinstance(head, Update) else head.model_version
+
+
+def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced, grids: Mapping[str, int]) -> None:
+    """Refuse what cannot be added here.
+
+    Raises:
+        RefusedError: with the reason.
+    """
+    if head.run != roster.run:
+        raise RefusedError(Reason.WRONG_RUN, f"run {head.run!r}, this is {roster.run!r}")
+    if not _known(head, roster):
+        raise RefusedError(Reason.WRONG_SENDER, f"{source(head)!r} does not report here")
+    if head.key_id != current.key_id:
+        raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {head.key_id}, the run uses {current.key_id}")
+    if staleness.too_stale(current.version - version(head), current.settings.staleness):
+        limit = current.settings.staleness.max_staleness
+        raise RefusedError(
+            Reason.TOO_STALE, f"version {version(head)} at {current.version}, at most {limit} versions may lie between"
+        )
+    if head.grid_id not in grids:
+        raise RefusedError(Reason.WRONG_GRID, f"grid {head.grid_id} was not announced")
+    if len(head.payload.digests) != current.n_chunks:
+        raise RefusedError(Reason.WRONG_SHAPE, f"{len(head.payload.digests)} chunks, the model has {current.n_chunks}")
+    if isinstance(head, Aggregate):
+        _check_sum(head, current)
+
+
+def _known(head: Update | Aggregate, roster: Roster) -> bool:
+    if isinstance(head, Update):
+        return head.region == roster.region and head.site in roster.sites
+    return head.region in roster.regions
+
+
+def _check_sum(head: Aggregate, current: VersionAnnounced) -> None:
+    if head.n_sites < current.settings.min_sites:
+        raise RefusedError(
+            Reason.TOO_FEW_SITES, f"a sum of {head.n_sites} sites, at least {current.settings.min_sites} are required"
+        )
+    if head.total_weight > current.max_total_weight:
+        raise RefusedError(
+            Reason.OVERWEIGHT, f"total weight {head.total_weight}, the fields hold {current.max_total_weight}"
+        )

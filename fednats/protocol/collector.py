@@ -1,0 +1,308 @@
+"""The machine of every tier: take contributions in, combine them exactly once, settle them.
+
+A region's aggregator combines by adding ciphertexts, the coordinator by stepping the model; what may be combined, when,
+and with what weight is decided here for both. Feed events to `Collector.handle`, execute the commands it returns. A
+machine that is fed the same events again is in the same state again; `Collector.outstanding` then says what was asked
+for and not yet done.
+"""
+
+import hashlib
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+from fednats.errors import Reason, RefusedError
+from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
+from fednats.protocol import admission
+from fednats.protocol.admission import Roster
+from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal
+from fednats.protocol.evaluation import EvaluationTally
+from fednats.protocol.events import (
+    Combination,
+    Combine,
+    Combined,
+    CombineFailed,
+    Command,
+    ContributionArrived,
+    DeadlineReached,
+    EvaluationArrived,
+    Event,
+    Part,
+    Refuse,
+    ReportWaiting,
+    RunClosed,
+    Settle,
+    StartTimer,
+    VersionAnnounced,
+    contribution_id,
+    evaluation_id,
+)
+
+REMEMBERED = 100_000
+"""Settled ids kept to recognise a late duplicate."""
+
+
+class State(Enum):
+    """What a collector is doing."""
+
+    WAITING = auto()
+    """No version is announced yet."""
+    COLLECTING = auto()
+    COMBINING = auto()
+    """One combination is under way; contributions are taken in meanwhile."""
+    CLOSED = auto()
+
+
+class Collector:
+    """Collect for one node: the ``roster`` says from whom, ``goal_of`` picks this tier's goal from the settings."""
+
+    def __init__(self, roster: Roster, goal_of: Callable[[VersionAnnounced], Goal]) -> None:
+        self.state = State.WAITING
+        self.current: VersionAnnounced | None = None
+        self.in_flight: Combination | None = None
+        self._roster = roster
+        self._goal_of = goal_of
+        self._buffer: Buffer | None = None
+        self._tally = EvaluationTally(roster.sources)
+        self._heads: dict[str, Update | Aggregate] = {}
+        self._early: dict[str, Update | Aggregate] = {}
+        self._settled: dict[str, Refuse | None] = {}
+        self._grids: dict[str, int] = {}
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take in what happened, return what is to be done."""
+        return self._TRANSITIONS[self.state, type(event)](self, event)
+
+    def outstanding(self) -> list[Command]:
+        """Return what a restarted daemon has to do before it goes on."""
+        commands: list[Command] = []
+        if self.in_flight is not None:
+            commands.append(Combine(self.in_flight))
+        if self.state is not State.CLOSED and self._buffer:
+            commands += self._start_timer()
+        return commands
+
+    @property
+    def n_buffered(self) -> int:
+        """Contributions taken in and not yet combined."""
+        return len(self._heads)
+
+    # --- transitions --------------------------------------------------------------------------------------------------
+
+    def _announce(self, event: VersionAnnounced) -> list[Command]:
+        if self.current is not None and event.version < self.current.version:
+            return []
+        if self._buffer is None:
+            self._buffer = Buffer(event.settings, self._goal_of(event), self._roster.sources, event.capacity)
+            self.state = State.COLLECTING
+        self.current = event
+        self._grids[event.grid_id] = event.version
+        oldest = event.version - event.settings.staleness.max_staleness
+        self._grids = {grid: seen for grid, seen in self._grids.items() if seen >= oldest or grid == event.grid_id}
+        commands: list[Command] = [
+            self._refuse_expired(contribution, event.version) for contribution in self._buffer.expire(event.version)
+        ]
+        early, self._early = self._early, {}
+        for head in early.values():
+            commands += self._admit(head)
+        return commands + self._combine()
+
+    def _arrive_early(self, event: ContributionArrived) -> list[Command]:
+        self._early[contribution_id(event.head)] = event.head
+        return []
+
+    def _arrive(self, event: ContributionArrived) -> list[Command]:
+        return self._admit(event.head) + self._combine()
+
+    def _arrive_closed(self, event: ContributionArrived) -> list[Command]:
+        identity = contribution_id(event.head)
+        return [] if self._is_in_flight(identity) else [Settle((identity,))]
+
+    def _evaluate(self, event: EvaluationArrived) -> list[Command]:
+        if self.current is None:
+            return []
+        if not self._reports_here(event.evaluation):
+            return [Settle((evaluation_id(event.evaluation),))]
+        commands: list[Command] = []
+        for evaluation, ids in self._tally.add(event.evaluation, self.current.settings.min_sites):
+            if evaluation is not None:
+                commands.append(evaluation)
+            commands.append(Settle(ids))
+        return commands
+
+    def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:
+        if not self._buffer or self.current is None:
+            return []
+        if self.state is State.COMBINING:
+            return self._start_timer()
+        commands = self._combine(deadline=True)
+        if not commands:
+            commands.append(ReportWaiting(len(self._buffer), self.current.settings.min_sites))
+        if self._buffer:
+            commands += self._start_timer()
+        return commands
+
+    def _combined(self, event: Combined) -> list[Command]:
+        combination = self._take_in_flight(event.combination_id)
+        ids = tuple(contribution_id(part.head) for part in combination.parts)
+        for identity in ids:
+            self._remember(identity)
+        return [Settle(ids), *self._combine()]
+
+    def _combine_failed(self, event: CombineFailed) -> list[Command]:
+        combination = self._take_in_flight(event.combination_id)
+        commands: list[Command] = []
+        for part in combination.parts:
+            identity = contribution_id(part.head)
+            if identity in event.refused:
+                reason, detail = event.refused[identity]
+                commands.append(self._refuse(identity, reason, detail))
+            else:
+                commands += self._admit(part.head)
+        return commands + self._combine()
+
+    def _close(self, _event: RunClosed) -> list[Command]:
+        """Give up what is buffered; a combination under way is finished."""
+        self.state = State.CLOSED
+        ids = (*self._heads, *self._early)
+        self._heads.clear()
+        self._early.clear()
+        self._buffer = None
+        for identity in ids:
+            self._remember(identity)
+        return [Settle(ids)] if ids else []
+
+    def _announce_closed(self, event: VersionAnnounced) -> list[Command]:
+        self.current = event
+        return []
+
+    def _combined_closed(self, event: Combined) -> list[Command]:
+        ids = tuple(contribution_id(part.head) for part in self._take_in_flight(event.combination_id).parts)
+        return [Settle(ids)]
+
+    def _combine_failed_closed(self, event: CombineFailed) -> list[Command]:
+        return self._combined_closed(Combined(combination_id=event.combination_id))
+
+    def _ignore(self, _event: Event) -> list[Command]:
+        return []
+
+    # --- parts of them ------------------------------------------------------------------------------------------------
+
+    def _admit(self, head: Update | Aggregate) -> list[Command]:
+        assert self._buffer is not None and self.current is not None  # noqa: PT018, S101 - states with a version only
+        identity = contribution_id(head)
+        if identity in self._settled:
+            return [self._settled[identity] or Settle((identity,))]
+        if identity in self._heads or self._is_in_flight(identity):
+            return []
+        if head.grid_id not in self._grids and admission.version(head) > self.current.version:
+            self._early[identity] = head
+            return []
+        try:
+            admission.check(head, self._roster, self.current, self._grids)
+        except RefusedError as error:
+            return [self._refuse(identity, error.reason, error.detail)]
+        was_empty = not self._buffer
+        self._heads[identity] = head
+        self._buffer.add(_contribution(head))
+        return self._start_timer() if was_empty else []
+
+    def _combine(self, *, deadline: bool = False) -> list[Command]:
+        if self.state is not State.COLLECTING or self._buffer is None or self.current is None:
+            return []
+        flush = self._buffer.take(self.current.version, deadline=deadline)
+        if flush is None:
+            return []
+        self.in_flight = self._combination(flush, self.current.version)
+        self.state = State.COMBINING
+        return [Combine(self.in_flight)]
+
+    def _combination(self, flush: Flush, version: int) -> Combination:
+        ids = [contribution.contribution_id for contribution in flush.contributions]
+        parts = tuple(
+            Part(self._heads.pop(identity), mass, max(0, version - contribution.version))
+            for identity, contribution, mass in zip(ids, flush.contributions, flush.masses, strict=True)
+        )
+        digest = hashlib.blake2b("\n".join([self._roster.region or "", *ids]).encode(), digest_size=16)
+        return Combination(digest.hexdigest(), version, parts, flush.n_sites)
+
+    def _take_in_flight(self, combination_id: str) -> Combination:
+        combination = self.in_flight
+        if combination is None or combination.combination_id != combination_id:
+            raise AssertionError(f"combination {combination_id} ended that was not under way")
+        self.in_flight = None
+        if self.state is State.COMBINING:
+            self.state = State.COLLECTING
+        return combination
+
+    def _refuse_expired(self, contribution: Contribution, version: int) -> Refuse:
+        identity = contribution.contribution_id
+        del self._heads[identity]
+        return self._refuse(
+            identity, Reason.TOO_STALE, f"version {contribution.version} is past the cut-off at {version}"
+        )
+
+    def _reports_here(self, evaluation: Evaluation | EvaluationSum) -> bool:
+        source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
+        return evaluation.run == self._roster.run and source in self._roster.sources
+
+    def _is_in_flight(self, identity: str) -> bool:
+        return self.in_flight is not None and any(
+            contribution_id(part.head) == identity for part in self.in_flight.parts
+        )
+
+    def _refuse(self, identity: str, reason: Reason, detail: str) -> Refuse:
+        refusal = Refuse(identity, reason, detail)
+        self._remember(identity, refusal)
+        return refusal
+
+    def _remember(self, identity: str, refusal: Refuse | None = None) -> None:
+        self._settled[identity] = refusal
+        while len(self._settled) > REMEMBERED:
+            del self._settled[next(iter(self._settled))]
+
+    def _start_timer(self) -> list[Command]:
+        if self.current is None or self.current.settings.deadline_s is None:
+            return []
+        return [StartTimer(self.current.settings.deadline_s)]
+
+    _TRANSITIONS: ClassVar[dict[tuple[State, type[Event]], Callable[[Any, Any], list[Command]]]] = {
+        (State.WAITING, VersionAnnounced): _announce,
+        (State.WAITING, ContributionArrived): _arrive_early,
+        (State.WAITING, EvaluationArrived): _evaluate,
+        (State.WAITING, DeadlineReached): _ignore,
+        (State.WAITING, RunClosed): _close,
+        (State.COLLECTING, VersionAnnounced): _announce,
+        (State.COLLECTING, ContributionArrived): _arrive,
+        (State.COLLECTING, EvaluationArrived): _evaluate,
+        (State.COLLECTING, DeadlineReached): _reach_deadline,
+        (State.COLLECTING, RunClosed): _close,
+        (State.COMBINING, VersionAnnounced): _announce,
+        (State.COMBINING, ContributionArrived): _arrive,
+        (State.COMBINING, EvaluationArrived): _evaluate,
+        (State.COMBINING, DeadlineReached): _reach_deadline,
+        (State.COMBINING, Combined): _combined,
+        (State.COMBINING, CombineFailed): _combine_failed,
+        (State.COMBINING, RunClosed): _close,
+        (State.CLOSED, VersionAnnounced): _announce_closed,
+        (State.CLOSED, ContributionArrived): _arrive_closed,
+        (State.CLOSED, EvaluationArrived): _evaluate,
+        (State.CLOSED, DeadlineReached): _ignore,
+        (State.CLOSED, Combined): _combined_closed,
+        (State.CLOSED, CombineFailed): _combine_failed_closed,
+        (State.CLOSED, RunClosed): _ignore,
+    }
+
+
+def _contribution(head: Update | Aggregate) -> Contribution:
+    if isinstance(head, Update):
+        return Contribution(head.update_id, head.site, 1, head.base_version, head.grid_id, float(head.n_samples))
+    return Contribution(
+        head.aggregate_id,
+        head.region,
+        head.n_sites,
+        head.model_version,
+        head.grid_id,
+        head.mass,
+        head.total_weight,
+    )

@@ -1,0 +1,123 @@
+"""The coordinator's machine: a `Collector` over regions, and the life of the run around it."""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from fednats.config import StopSettings
+from fednats.protocol.admission import Roster
+from fednats.protocol.collector import Collector
+from fednats.protocol.events import (
+    AwaitFinalEvaluation,
+    CloseRun,
+    Command,
+    Event,
+    FinalEvaluationOverdue,
+    KeepBest,
+    PublishEvaluation,
+    RunClosed,
+    VersionAnnounced,
+    WallTimeReached,
+)
+
+FINAL_EVALUATION_S = 30.0
+"""How long the run stays open for the evaluations of its last version."""
+
+COVERAGE_VERSIONS = 10
+"""An evaluation over fewer sites than one of this many before it does not count for the best version or the target."""
+
+
+class RunState(Enum):
+    """Where the run stands."""
+
+    OPEN = auto()
+    FINISHING = auto()
+    """No version follows; the evaluations of the last one are awaited."""
+    CLOSED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Metrics of one version over all the sites that reported on it."""
+
+    version: int
+    n_sites: int
+    n_samples: int
+    metrics: dict[str, float]
+
+
+class Coordinator:
+    """Collect from regions, count versions, keep the best, end the run by the first stop rule that holds."""
+
+    def __init__(self, run: str, regions: frozenset[str], stop: StopSettings) -> None:
+        self.collector = Collector(
+            Roster(run=run, region=None, sites=frozenset(), regions=regions), lambda event: event.settings.region_goal
+        )
+        self.state = RunState.OPEN
+        self.evaluated: dict[int, Evaluated] = {}
+        self.best: Evaluated | None = None
+        self.reached_target_at: int | None = None
+        """First version whose target metric reached the target."""
+        self.reason = ""
+        self._stop = stop
+
+    @property
+    def version(self) -> int:
+        """The current model version; -1 before the first."""
+        return -1 if self.collector.current is None else self.collector.current.version
+
+    def handle(self, event: Event) -> list[Command]:
+        """Take in what happened, return what is to be done."""
+        if isinstance(event, WallTimeReached):
+            return self._finish("max_wall_s reached")
+        if isinstance(event, FinalEvaluationOverdue):
+            return self._close()
+        commands = self.collector.handle(event)
+        for command in list(commands):
+            if isinstance(command, PublishEvaluation):
+                commands += self._record(command)
+        if isinstance(event, VersionAnnounced) and self.version >= self._stop.max_versions:
+            commands += self._finish("max_versions reached")
+        return commands
+
+    def outstanding(self) -> list[Command]:
+        """Return what a restarted daemon has to do before it goes on."""
+        commands = self.collector.outstanding()
+        if self.state is RunState.FINISHING:
+            commands.append(AwaitFinalEvaluation(FINAL_EVALUATION_S))
+        if self.state is RunState.CLOSED:
+            commands.append(CloseRun(self.version, self.reason))
+        return commands
+
+    def _record(self, summed: PublishEvaluation) -> list[Command]:
+        evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics)
+        self.evaluated[summed.version] = evaluated
+        commands: list[Command] = []
+        value = summed.metrics.get(self._stop.target_metric)
+        recent = list(self.evaluated.values())[-COVERAGE_VERSIONS:]
+        if value is not None and summed.n_sites >= max(other.n_sites for other in recent):
+            if self.best is None or value > self.best.metrics[self._stop.target_metric]:
+                self.best = evaluated
+                commands.append(KeepBest(summed.version))
+            if self._stop.target is not None and value >= self._stop.target and self.reached_target_at is None:
+                self.reached_target_at = summed.version
+                if self._stop.stop_at_target:
+                    commands += self._finish("target reached")
+        if self.state is RunState.FINISHING and self.version in self.evaluated:
+            commands += self._close()
+        return commands
+
+    def _finish(self, reason: str) -> list[Command]:
+        if self.state is not RunState.OPEN:
+            return []
+        self.state = RunState.FINISHING
+        self.reason = reason
+        commands = self.collector.handle(RunClosed(reason=reason))
+        if self.version in self.evaluated:
+            return commands + self._close()
+        return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
+
+    def _close(self) -> list[Command]:
+        if self.state is not RunState.FINISHING:
+            return []
+        self.state = RunState.CLOSED
+        return [CloseRun(self.version, self.reason)]

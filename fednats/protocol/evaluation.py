@@ -1,0 +1,65 @@
+"""Sum evaluations of one version over distinct sites, so that no site's own figures go on."""
+
+from collections.abc import Set as AbstractSet
+
+from fednats.messages import Evaluation, EvaluationSum
+from fednats.protocol.events import PublishEvaluation, evaluation_id
+
+PATIENCE_VERSIONS = 5
+"""A version whose evaluations are incomplete is summed as it is when this many newer ones have been evaluated."""
+
+
+class EvaluationTally:
+    """Collect evaluations by version; give each version out once.
+
+    A version is given out when every source has reported, or when it is `PATIENCE_VERSIONS` behind the newest
+    evaluated one and at least ``min_sites`` sites are in. Each metric is weighted by number of samples.
+    """
+
+    def __init__(self, sources: AbstractSet[str]) -> None:
+        self._sources = frozenset(sources)
+        self._open: dict[int, dict[str, Evaluation | EvaluationSum]] = {}
+        self._done_below = 0
+        self._done: set[int] = set()
+
+    def add(
+        self, evaluation: Evaluation | EvaluationSum, min_sites: int
+    ) -> list[tuple[PublishEvaluation | None, tuple[str, ...]]]:
+        """Count ``evaluation``; return what is complete with the ids it settles (None: settled without being sent)."""
+        version = evaluation.version
+        if version < self._done_below or version in self._done:
+            return [(None, (evaluation_id(evaluation),))]
+        source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
+        self._open.setdefault(version, {})[source] = evaluation
+        results = []
+        newest = max(self._open)
+        for candidate in sorted(self._open):
+            reported = self._open[candidate]
+            late = candidate <= newest - PATIENCE_VERSIONS
+            if self._sources <= reported.keys() or late:
+                results.append(self._close(candidate, min_sites))
+        return results
+
+    def _close(self, version: int, min_sites: int) -> tuple[PublishEvaluation | None, tuple[str, ...]]:
+        reported = self._open.pop(version)
+        self._done.add(version)
+        while self._done_below in self._done:
+            self._done.discard(self._done_below)
+            self._done_below += 1
+        ids = tuple(evaluation_id(evaluation) for evaluation in reported.values())
+        n_sites = sum(1 if isinstance(e, Evaluation) else e.n_sites for e in reported.values())
+        if n_sites < min_sites:
+            return (None, ids)
+        return (_weighted_mean(version, n_sites, list(reported.values())), ids)
+
+
+def _weighted_mean(
+    version: int, n_sites: int, evaluations: list[Evaluation] | list[EvaluationSum] | list[Evaluation | EvaluationSum]
+) -> PublishEvaluation:
+    n_samples = sum(evaluation.n_samples for evaluation in evaluations)
+    names = set.intersection(*(set(evaluation.metrics) for evaluation in evaluations))
+    metrics = {
+        name: sum(evaluation.metrics[name] * evaluation.n_samples for evaluation in evaluations) / n_samples
+        for name in sorted(names)
+    }
+    return PublishEvaluation(version=version, n_sites=n_sites, n_samples=n_samples, metrics=metrics)

@@ -1,0 +1,230 @@
+"""What happens to the machines (events, journalled) and what they ask for (commands, executed by the daemons)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from fednats.config import AggregationSettings
+from fednats.errors import Reason
+from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+class Event(BaseModel):
+    """Base of all events: immutable and serialisable, so that a journal can replay them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ClassVar[str]
+
+
+class VersionAnnounced(Event):
+    """A model version is current; from now on contributions may be on its grid."""
+
+    kind: ClassVar[str] = "version_announced"
+
+    version: int
+    grid_id: str
+    key_id: str
+    n_chunks: int
+    """Chunks that the payload of every contribution has."""
+    capacity: int | None
+    """Largest total weight of a sum made here; None where sums are not made of integers."""
+    max_total_weight: int
+    """Largest total weight of a contribution that arrives here."""
+    settings: AggregationSettings
+
+
+class ContributionArrived(Event):
+    """An update of a site or an aggregate of a region was delivered, perhaps not for the first time."""
+
+    kind: ClassVar[str] = "contribution_arrived"
+
+    head: Update | Aggregate
+
+
+class EvaluationArrived(Event):
+    """A site's evaluation or a region's summed evaluations were delivered."""
+
+    kind: ClassVar[str] = "evaluation_arrived"
+
+    evaluation: Evaluation | EvaluationSum
+
+
+class DeadlineReached(Event):
+    """The timer that was asked for ran out."""
+
+    kind: ClassVar[str] = "deadline_reached"
+
+
+class Combined(Event):
+    """The combination asked for is durably done: a sum is published, or a model version applied and published."""
+
+    kind: ClassVar[str] = "combined"
+
+    combination_id: str
+
+
+class CombineFailed(Event):
+    """The combination could not be made because of these contributions; nothing of it is visible to anybody."""
+
+    kind: ClassVar[str] = "combine_failed"
+
+    combination_id: str
+    refused: dict[str, tuple[Reason, str]]
+
+
+class RunClosed(Event):
+    """The run is over; nothing is combined any more."""
+
+    kind: ClassVar[str] = "run_closed"
+
+    reason: str
+
+
+class FinalEvaluationOverdue(Event):
+    """The evaluations of the last version did not all come in time."""
+
+    kind: ClassVar[str] = "final_evaluation_overdue"
+
+
+class WallTimeReached(Event):
+    """The run has lasted as long as it may."""
+
+    kind: ClassVar[str] = "wall_time_reached"
+
+
+EVENTS: dict[str, type[Event]] = {
+    cls.kind: cls
+    for cls in (
+        VersionAnnounced,
+        ContributionArrived,
+        EvaluationArrived,
+        DeadlineReached,
+        Combined,
+        CombineFailed,
+        RunClosed,
+        FinalEvaluationOverdue,
+        WallTimeReached,
+    )
+}
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One contribution in a combination."""
+
+    head: Update | Aggregate
+    mass: float
+    """Samples times staleness and participation factors."""
+    staleness: int
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """What is to be combined; its id follows from its parts, so doing it twice is doing it once."""
+
+    combination_id: str
+    version: int
+    """Model version at which it was weighed."""
+    parts: tuple[Part, ...]
+    n_sites: int
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """Make this combination, then say `Combined` or `CombineFailed`."""
+
+    combination: Combination
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """These deliveries are dealt with for good: acknowledge them and drop their payloads."""
+
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """This delivery is refused: say so, count it, acknowledge it and drop its payload."""
+
+    contribution_id: str
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimer:
+    """Say `DeadlineReached` after ``delay_s`` seconds; one timer runs at a time."""
+
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportWaiting:
+    """A deadline passed with fewer distinct sites than a sum must have; it waits on."""
+
+    n_contributions: int
+    min_sites: int
+
+
+@dataclass(frozen=True, slots=True)
+class PublishEvaluation:
+    """Send these summed evaluations upwards, or at the root put them on record."""
+
+    version: int
+    n_sites: int
+    n_samples: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepBest:
+    """This version has the best value of the target metric so far: keep its checkpoint."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitFinalEvaluation:
+    """No version follows; say `FinalEvaluationOverdue` after ``delay_s`` seconds."""
+
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRun:
+    """Tell everybody that the run is over."""
+
+    version: int
+    reason: str
+
+
+Command = (
+    Combine
+    | Settle
+    | Refuse
+    | StartTimer
+    | ReportWaiting
+    | PublishEvaluation
+    | KeepBest
+    | AwaitFinalEvaluation
+    | CloseRun
+)
+
+
+def contribution_id(head: Update | Aggregate) -> str:
+    """Return the id under which a contribution is delivered, counted and settled."""
+    return head.update_id if isinstance(head, Update) else head.aggregate_id
+
+
+def evaluation_id(evaluation: Evaluation | EvaluationSum) -> str:
+    """Return the id under which an evaluation is delivered and settled."""
+    source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
+    return f"evaluation.{source}.{evaluation.version}"

@@ -1,0 +1,107 @@
+"""The site's machine: evaluate every version seen, train on the newest, one job at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSeen:
+    """A model version is there."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The job asked for is finished, successfully or not; a failure is reported by the daemon, the site goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The run is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Evaluate this version on the test data, then say `Done`."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Train on this version and store the update, then say `Done`."""
+
+    version: int
+
+
+Event = ModelSeen | Done | Closed
+Job = Evaluate | Train
+
+
+class State(Enum):
+    """What a site is doing."""
+
+    IDLE = auto()
+    BUSY = auto()
+    CLOSED = auto()
+
+
+class Site:
+    """Decide the next job. A site trains at most once on a version, and always on the newest.
+
+    ``last_trained`` is the version of the newest update in the site's outbox, -1 for none: all that a restart needs.
+    """
+
+    def __init__(self, last_trained: int = -1) -> None:
+        self.state = State.IDLE
+        self.job: Job | None = None
+        self._last_trained = last_trained
+        self._newest = -1
+        self._to_evaluate: list[int] = []
+
+    def handle(self, event: Event) -> Job | None:
+        """Take in what happened, return the job to start now, if any."""
+        return self._TRANSITIONS[self.state, type(event)](self, event)
+
+    def _see(self, event: ModelSeen) -> Job | None:
+        if event.version > self._newest:
+            self._newest = event.version
+            self._to_evaluate.append(event.version)
+        return self._next() if self.state is State.IDLE else None
+
+    def _done(self, _event: Done) -> Job | None:
+        self.state = State.IDLE
+        return self._next()
+
+    def _close(self, _event: Closed) -> Job | None:
+        self.state = State.CLOSED
+        return None
+
+    def _ignore(self, _event: Event) -> Job | None:
+        return None
+
+    def _next(self) -> Job | None:
+        if self._to_evaluate:
+            self.job = Evaluate(self._to_evaluate.pop(0))
+        elif self._newest > self._last_trained:
+            self._last_trained = self._newest
+            self.job = Train(self._newest)
+        else:
+            self.job = None
+            return None
+        self.state = State.BUSY
+        return self.job
+
+    _TRANSITIONS: ClassVar[dict[tuple[State, type[Event]], Callable[[Any, Any], Job | None]]] = {
+        (State.IDLE, ModelSeen): _see,
+        (State.IDLE, Closed): _close,
+        (State.BUSY, ModelSeen): _see,
+        (State.BUSY, Done): _done,
+        (State.BUSY, Closed): _close,
+        (State.CLOSED, ModelSeen): _ignore,
+        (State.CLOSED, Done): _ignore,
+        (State.CLOSED, Closed): _ignore,
+    }

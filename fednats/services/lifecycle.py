@@ -1,0 +1,141 @@
+"""A daemon's life: settings, JSON logs, health, signals, drain, exit code."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+import fednats
+from fednats import subjects
+from fednats.config import DaemonSettings
+from fednats.errors import BusError, FednatsError
+from fednats.transport.bus import Bus
+from fednats.web.metrics import Metrics
+from fednats.web.server import serving
+
+PRESENCE_RENEWAL_S = 5.0
+
+Log = structlog.stdlib.BoundLogger
+
+
+@dataclass
+class Daemon:
+    """What one running service knows of itself."""
+
+    role: str
+    name: str
+    run: str
+    log: Any
+    metrics: Metrics = field(default_factory=Metrics)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set by SIGTERM or SIGINT: take no new work, finish what is under way."""
+    ready: bool = False
+    status: Callable[[], Mapping[str, Any]] = dict
+
+    def describe(self) -> dict[str, Any]:
+        """Return what /status and the micro service's ``status`` endpoint show."""
+        return {"role": self.role, "name": self.name, "run": self.run, "ready": self.ready, **self.status()}
+
+    async def be_seen(self, bus: Bus) -> None:
+        """Register as a NATS micro service and keep the presence key alive."""
+        await bus.serve(
+            f"fednats-{self.role}",
+            fednats.__version__,
+            f"fednats {self.role} {self.name}",
+            {"run": self.run, "name": self.name},
+            self.describe,
+        )
+        key = subjects.presence_key(self.role, self.name)
+        while True:
+            try:
+                await bus.put(subjects.presence_bucket(self.run), key, fednats.__version__.encode())
+            except BusError as error:
+                self.log.debug("presence_not_renewed", error=str(error))
+            await asyncio.sleep(PRESENCE_RENEWAL_S)
+
+
+def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon], Awaitable[None]]) -> int:
+    """Run ``body`` until it returns or a signal asks it to stop; return the exit code.
+
+    SIGTERM and SIGINT set `Daemon.stopping`; a body that has not returned ``drain_s`` later is cancelled.
+    """
+    configure_logging(settings.log_level)
+    log = structlog.get_logger().bind(role=role, name=name, run=settings.run, release=fednats.__version__)
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    exit_code = 0
+    try:
+        asyncio.run(_live(Daemon(role, name, settings.run, log), settings, body))
+    except* FednatsError as group:
+        exit_code = 1
+        for error in _leaves(group):
+            log.error("stopped_by_error", error=str(error), kind=type(error).__name__)
+    return exit_code
+
+
+async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon], Awaitable[None]]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, daemon.stopping.set)
+    async with serving(settings.web, settings.state_dir, daemon.metrics, lambda: daemon.ready, daemon.describe) as port:
+        daemon.log.info("started", web_port=port)
+        work = asyncio.ensure_future(body(daemon))
+        stopping = asyncio.ensure_future(daemon.stopping.wait())
+        await asyncio.wait({work, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            daemon.log.info("draining", drain_s=settings.drain_s)
+            daemon.ready = False
+            _, late = await asyncio.wait({work}, timeout=settings.drain_s)
+            if late:
+                daemon.log.warning("drain_overdue")
+                work.cancel()
+        stopping.cancel()
+        try:
+            await work
+        except asyncio.CancelledError:
+            daemon.log.warning("work_abandoned")
+        daemon.log.info("stopped")
+
+
+async def until_stopped(
+    daemon: Daemon, forever: Mapping[str, Awaitable[None]], finish: Callable[[], Awaitable[None]]
+) -> None:
+    """Run named side tasks; one failure stops all. When the daemon stops, await ``finish``, then end the tasks."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_endless(name, body), name=name) for name, body in forever.items()]
+        await daemon.stopping.wait()
+        await finish()
+        for task in tasks:
+            task.cancel()
+
+
+async def _endless(name: str, body: Awaitable[None]) -> None:
+    await body
+    raise AssertionError(f"the side task {name!r} ended by itself")
+
+
+def configure_logging(level: str) -> None:
+    """Write JSON lines to standard error."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found

@@ -1,0 +1,258 @@
+"""The site: take the newest model, evaluate it, train on it, send the encrypted delta."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from fednats import subjects, wire
+from fednats.config import SiteSettings
+from fednats.errors import BusError, LocalDataError, RefusedError
+from fednats.messages import Chunk, Control, Evaluation, ModelManifest, Update
+from fednats.permissions import user_name
+from fednats.protocol import site as protocol
+from fednats.services.lifecycle import Daemon, until_stopped
+from fednats.services.worker import Worker, WorkerDiedError
+from fednats.storage.outbox import Outbox
+from fednats.transport.bus import Bus, Record
+
+if TYPE_CHECKING:
+    from fednats.services.site_worker import SiteWorker
+
+KEPT_MANIFESTS = 32
+RETRY_S = 2.0
+"""Pause after the bus refused something, before it is offered again."""
+
+
+def make_worker(settings: SiteSettings) -> "SiteWorker":
+    """Make the worker's object, in the worker process."""
+    from fednats.services.site_worker import SiteWorker  # noqa: PLC0415 - torch is loaded in the worker only
+
+    return SiteWorker(settings)
+
+
+async def site(daemon: Daemon, settings: SiteSettings) -> None:
+    """Run a site until it is told to stop."""
+    async with (
+        Bus.connect(settings.bus, user_name("site", settings.site)) as bus,
+        Worker(make_worker, settings) as worker,
+    ):
+        service = SiteService(daemon, settings, bus, worker)
+        await service.live()
+
+
+class SiteService:
+    """Executes what `protocol.site.Site` decides."""
+
+    def __init__(self, daemon: Daemon, settings: SiteSettings, bus: Bus, worker: "Worker[SiteWorker]") -> None:
+        self._daemon = daemon
+        self._log = daemon.log
+        self._settings = settings
+        self._bus = bus
+        self._worker = worker
+        self._outbox = Outbox(settings.state_dir / "outbox.sqlite")
+        self._machine = protocol.Site(self._outbox.last_trained())
+        self._models = subjects.models_stream(settings.run, settings.region)
+        self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
+        self._weights: tuple[int, bytes] = (-1, b"")
+        self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
+        self._working = asyncio.Lock()
+        self._to_send = asyncio.Event()
+        self._evaluations: asyncio.Queue[Evaluation] = asyncio.Queue()
+        self._status: dict[str, Any] = {
+            "region": settings.region,
+            "state": "starting",
+            "version": -1,
+            "updates": 0,
+            "refused": 0,
+            "sent_bytes": 0,
+            "received_bytes": 0,
+            "train_s": 0.0,
+            "metrics": {},
+        }
+        daemon.status = lambda: self._status
+
+    async def live(self) -> None:
+        """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
+        n_samples = await self._worker.call("prepare")
+        self._log.info("data_loaded", n_samples=n_samples)
+        self._daemon.ready = True
+        self._status["state"] = "waiting"
+        self._to_send.set()
+        await until_stopped(
+            self._daemon,
+            {
+                "follow models": self._follow(),
+                "work": self._work(),
+                "send updates": self._send_updates(),
+                "send evaluations": self._send_evaluations(),
+                "be seen": self._daemon.be_seen(self._bus),
+            },
+            self._drain,
+        )
+        self._outbox.close()
+
+    async def _drain(self) -> None:
+        self._machine.handle(protocol.Closed())
+        async with self._working:
+            pass
+        if self._bus.connected:
+            await self._send_pending()
+
+    # --- models -------------------------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        run = self._settings.run
+        heads = [subjects.head(subjects.model(run)), subjects.control(run)]
+        async for record in self._bus.follow(self._models, heads):
+            try:
+                await self._take(record)
+            except RefusedError as error:
+                self._count_refused("model_refused", error)
+
+    async def _take(self, record: Record) -> None:
+        if record.subject == subjects.control(self._settings.run):
+            control = wire.unpack(record.data, Control)
+            if control.status == "closed":
+                self._log.info("run_closed", reason=control.reason, version=control.version)
+                self._machine.handle(protocol.Closed())
+                self._status["state"] = "closed"
+            return
+        manifest = wire.unpack(record.data, ModelManifest)
+        await self._worker.call("check", manifest)
+        self._manifests[manifest.version] = manifest
+        while len(self._manifests) > KEPT_MANIFESTS:
+            self._manifests.popitem(last=False)
+        self._daemon.metrics.version.set(manifest.version)
+        self._log.debug("model_seen", version=manifest.version)
+        self._start(self._machine.handle(protocol.ModelSeen(manifest.version)))
+
+    async def _load(self, manifest: ModelManifest) -> bytes:
+        version, weights = self._weights
+        if version == manifest.version:
+            return weights
+        parts = []
+        prefix = subjects.model(self._settings.run)
+        payload = manifest.payload
+        async for data in self._bus.read_payload(self._models, prefix, payload.payload_id, payload.digests):
+            parts.extend(wire.unpack(data, Chunk).parts)
+        weights = b"".join(parts)
+        self._weights = (manifest.version, weights)
+        self._daemon.metrics.received_bytes.inc(payload.n_bytes)
+        self._status["received_bytes"] += payload.n_bytes
+        return weights
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    def _start(self, job: protocol.Job | None) -> None:
+        if job is not None:
+            self._jobs.put_nowait(job)
+
+    async def _work(self) -> None:
+        while True:
+            job = await self._jobs.get()
+            async with self._working:
+                await self._attempt(job)
+                self._start(self._machine.handle(protocol.Done()))
+
+    async def _attempt(self, job: protocol.Job) -> None:
+        manifest = self._manifests.get(job.version)
+        if manifest is None:
+            return
+        try:
+            weights = await self._load(manifest)
+            if isinstance(job, protocol.Evaluate):
+                await self._evaluate(manifest, weights)
+            else:
+                await self._train(manifest, weights)
+        except RefusedError as error:
+            self._count_refused("model_refused", error, version=job.version)
+        except (LocalDataError, WorkerDiedError) as error:
+            kind = type(job).__name__.lower()
+            self._daemon.metrics.failures.labels(kind=kind).inc()
+            self._log.error("job_failed", job=kind, version=job.version, error=str(error))
+        if self._machine.state is not protocol.State.CLOSED:
+            self._status["state"] = "waiting"
+
+    async def _evaluate(self, manifest: ModelManifest, weights: bytes) -> None:
+        self._status["state"] = "evaluating"
+        evaluated = await self._worker.call("evaluate", weights)
+        self._status["metrics"] = evaluated.metrics
+        self._evaluations.put_nowait(
+            Evaluation(
+                run=self._settings.run,
+                region=self._settings.region,
+                site=self._settings.site,
+                version=manifest.version,
+                n_samples=evaluated.n_samples,
+                metrics=evaluated.metrics,
+            )
+        )
+
+    async def _train(self, manifest: ModelManifest, weights: bytes) -> None:
+        self._status["state"] = "training"
+        self._status["version"] = manifest.version
+        started = time.monotonic()
+        trained = await self._worker.call("train", manifest, weights)
+        if self._settings.slow_factor > 1:
+            await asyncio.sleep((time.monotonic() - started) * (self._settings.slow_factor - 1))
+        seconds = time.monotonic() - started
+        self._daemon.metrics.train_seconds.inc(seconds)
+        self._status["train_s"] += seconds
+        if self._machine.state is protocol.State.CLOSED and not self._daemon.stopping.is_set():
+            return  # the run closed meanwhile: nobody takes updates any more
+        self._status["state"] = "encrypting"
+        newest = self._manifests[max(self._manifests)]
+        update: Update = await self._worker.call("encode", manifest.version, newest)
+        self._log.info(
+            "update_stored",
+            update_id=update.update_id,
+            base_version=update.base_version,
+            bytes=update.payload.n_bytes,
+            saturated=update.saturated,
+            train_loss=round(trained.train_loss, 4),
+            train_s=round(seconds, 2),
+        )
+        self._to_send.set()
+
+    def _count_refused(self, event: str, error: RefusedError, **fields: object) -> None:
+        self._daemon.metrics.refused.labels(reason=error.reason.value).inc()
+        self._status["refused"] += 1
+        self._log.warning(event, reason=error.reason.value, detail=error.detail, **fields)
+
+    # --- sending ------------------------------------------------------------------------------------------------------
+
+    async def _send_updates(self) -> None:
+        while True:
+            await self._to_send.wait()
+            self._to_send.clear()
+            try:
+                await self._send_pending()
+            except BusError as error:
+                self._log.warning("update_not_sent", error=str(error), retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+                self._to_send.set()
+
+    async def _send_pending(self) -> None:
+        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
+        for update in self._outbox.pending():
+            await self._bus.publish_payload(prefix, update.update_id, self._outbox.chunks(update.update_id))
+            head = wire.pack(update)
+            await self._bus.publish(subjects.head(prefix), head, update.update_id)
+            self._outbox.mark_sent(update.update_id)
+            n_bytes = update.payload.n_bytes + len(head)
+            self._daemon.metrics.sent_bytes.inc(n_bytes)
+            self._status["sent_bytes"] += n_bytes
+            self._status["updates"] += 1
+            self._log.info("update_sent", update_id=update.update_id, bytes=n_bytes)
+
+    async def _send_evaluations(self) -> None:
+        subject = subjects.evaluation(self._settings.run, self._settings.region, self._settings.site)
+        while True:
+            evaluation = await self._evaluations.get()
+            try:
+                await self._bus.publish(
+                    subject, wire.pack(evaluation), f"evaluation.{evaluation.site}.{evaluation.version}"
+                )
+            except BusError as error:
+                self._log.warning("evaluation_not_sent", version=evaluation.version, error=str(error))

@@ -1,0 +1,90 @@
+"""One long-lived process beside a daemon, for training and cryptography, so that the event loop is never held up.
+
+The process is spawned, not forked, and owns what is heavy: torch, TenSEAL, the data. It ends with its daemon, also when
+that is killed. A worker that dies (hostile ciphertext, out of memory) is replaced; what it was doing fails.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from fednats.errors import FednatsError
+
+JobsT = TypeVar("JobsT")
+
+_made: list[Any] = []
+_make: list[Callable[[], Any]] = []
+
+
+class WorkerDiedError(FednatsError):
+    """The worker process ended while it worked; a new one is started for the next job."""
+
+
+class Worker(Generic[JobsT]):
+    """Runs the methods of one object that ``make(*args)`` makes in the worker process.
+
+    ``make`` is a module-level function that imports what is heavy inside itself, so the daemon stays light.
+    """
+
+    def __init__(self, make: Callable[..., JobsT], *args: object) -> None:
+        self._make = make
+        self._args = args
+        self._pool = self._start()
+
+    async def __aenter__(self) -> "Worker[JobsT]":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        processes = list((self._pool._processes or {}).values())  # noqa: SLF001 - the pool offers no terminate before 3.14
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        await asyncio.to_thread(lambda: [process.join() for process in processes])
+
+    async def call(self, method: str, *args: object) -> Any:
+        """Run ``method`` of the object and return what it returns or raise what it raises.
+
+        Raises:
+            WorkerDiedError: the process ended.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, _run, method, args)
+        except BrokenProcessPool:
+            self._pool.shutdown(wait=False)
+            self._pool = self._start()
+            raise WorkerDiedError(
+                f"the worker process ended in {method!r}; see the system's log for a signal or memory"
+            ) from None
+
+    def _start(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_initialise, initargs=(self._make, self._args))
+
+
+def _initialise(make: Callable[..., Any], args: tuple[object, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _make.append(lambda: make(*args))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _run(method: str, args: tuple[object, ...]) -> Any:
+    if not _made:  # made by the first job, so that its errors reach the caller
+        _made.append(_make[0]())
+    return getattr(_made[0], method)(*args)

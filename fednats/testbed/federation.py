@@ -1,0 +1,172 @@
+"""A whole federation in one file: what ``fednats run`` reads and ``fednats demo`` makes up."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from fednats.config import (
+    AggregationSettings,
+    DeltaSettings,
+    RunSettings,
+    ServerSettings,
+    Settings,
+    StopSettings,
+    TaskSettings,
+    Token,
+    TrainingSettings,
+)
+from fednats.errors import ConfigError
+from fednats.learning.task import Task, load_task
+
+
+class RegionSettings(Settings):
+    """``[regions.NAME]``."""
+
+    parent: Token | None = Field(None, description="region above this one; none: the hub")
+
+
+class SiteInFederation(Settings):
+    """``[sites.NAME]``."""
+
+    region: Token
+    options: dict[str, Any] = Field({}, description="options of the task at this site, over the common ones")
+    slow_factor: float = Field(1.0, ge=1, description="local training takes this many times as long")
+
+
+class FederationSettings(Settings):
+    """``FEDERATION.toml``."""
+
+    name: Token
+    task: str = Field(description="name of a shipped task, or path/to/file.py:ClassName")
+    seed: int = 0
+    options: dict[str, Any] = Field({}, description="options of the task, common to all sites")
+    training: TrainingSettings = TrainingSettings()
+    server: ServerSettings = ServerSettings()
+    aggregation: AggregationSettings = AggregationSettings()
+    delta: DeltaSettings = DeltaSettings()
+    stop: StopSettings = StopSettings()
+    regions: dict[Token, RegionSettings] = Field(min_length=1)
+    sites: dict[Token, SiteInFederation] = Field(min_length=1)
+    leaves: bool = Field(default=True, description="a nats-server per region; without, all connect to the hub")
+
+    @model_validator(mode="after")
+    def _regions_exist(self) -> "FederationSettings":
+        for name, site in self.sites.items():
+            if site.region not in self.regions:
+                raise ValueError(
+                    f"sites.{name}.region: there is no region {site.region!r}; add [regions.{site.region}]"
+                )
+        for name, region in self.regions.items():
+            if region.parent is not None and region.parent not in self.regions:
+                raise ValueError(f"regions.{name}.parent: there is no region {region.parent!r}")
+            self.depth(name)
+            below = len(self.sites_of(name)) + len(self.children_of(name))
+            if not below:
+                raise ValueError(f"regions.{name}: no site and no region reports to it; remove it")
+            if self._n_sites_below(name) < self.aggregation.min_sites:
+                raise ValueError(
+                    f"regions.{name}: {self._n_sites_below(name)} sites below it, but no sum of fewer than"
+                    f" aggregation.min_sites = {self.aggregation.min_sites} may leave it"
+                )
+        if self.delta.tiers < self.tiers:
+            raise ValueError(
+                f"delta.tiers: {self.tiers} levels of regions share the total weight; set it to {self.tiers}"
+            )
+        return self
+
+    def sites_of(self, region: str) -> tuple[str, ...]:
+        """Names of the sites that report to ``region``."""
+        return tuple(name for name, site in self.sites.items() if site.region == region)
+
+    def children_of(self, region: str | None) -> tuple[str, ...]:
+        """Names of the regions directly below ``region``, or the hub."""
+        return tuple(name for name, other in self.regions.items() if other.parent == region)
+
+    def depth(self, region: str) -> int:
+        """Count the regions from ``region`` up to the hub, itself included."""
+        seen = [region]
+        while (parent := self.regions[seen[-1]].parent) is not None:
+            if parent in seen or parent not in self.regions:
+                raise ValueError(f"regions.{region}.parent: circular or unknown parent {parent!r}")
+            seen.append(parent)
+        return len(seen)
+
+    @property
+    def tiers(self) -> int:
+        """Levels of regions."""
+        return max(self.depth(name) for name in self.regions)
+
+    def run_settings(self) -> RunSettings:
+        """Return what the coordinator announces."""
+        return RunSettings(
+            name=self.name,
+            seed=self.seed,
+            training=self.training,
+            server=self.server,
+            aggregation=self.aggregation,
+            delta=self.delta,
+            stop=self.stop,
+        )
+
+    def task_of(self, site: str | None) -> TaskSettings:
+        """Return the task with its options at ``site``; None is the coordinator, which has no data."""
+        own = {} if site is None else self.sites[site].options
+        return TaskSettings(path=self.task, options={**self.options, **own})
+
+    def _n_sites_below(self, region: str) -> int:
+        return len(self.sites_of(region)) + sum(self._n_sites_below(child) for child in self.children_of(region))
+
+
+def demo_federation(
+    task: str,
+    *,
+    n_sites: int | None,
+    n_regions: int,
+    seed: int,
+    cipher: str,
+    synchronous: bool,
+    data: Path | None,
+) -> FederationSettings:
+    """Make up a federation for a shipped task: its recommended settings, its hospitals spread over regions.
+
+    Raises:
+        ConfigError: the task is not a shipped one, or cannot be split like this.
+    """
+    task_class: type[Task] = load_task(task)
+    split = getattr(task_class, "sites", None)
+    if split is None:
+        raise ConfigError(f"task {task!r} has no hospitals of its own; write a federation file and use `fednats run`")
+    recommended = task_class.recommended
+    options = split(n_sites or DEFAULT_SITES.get(task, 5), seed, data)
+    names = list(options)
+    if len(names) < 2 * n_regions:
+        raise ConfigError(
+            f"--regions {n_regions}: {len(names)} sites make at most {len(names) // 2} regions of two;"
+            " a sum that leaves a region has at least two sites in it"
+        )
+    regions = [
+        REGION_NAMES[index] if n_regions <= len(REGION_NAMES) else f"region-{index + 1}" for index in range(n_regions)
+    ]
+    goal: dict[str, Any] = {"goal": "all", "region_goal": "all"} if synchronous else {}
+    return FederationSettings(
+        name=f"{task}-demo",
+        task=task,
+        seed=seed,
+        training=recommended.training,
+        server=recommended.server,
+        aggregation=AggregationSettings(**goal),
+        delta=DeltaSettings.model_validate({"cipher": cipher}),
+        stop=StopSettings(
+            max_versions=recommended.n_versions, target_metric=recommended.target_metric, target=recommended.target
+        ),
+        regions={name: RegionSettings() for name in regions},
+        sites={
+            name: SiteInFederation(region=regions[position * n_regions // len(names)], options=options[name])
+            for position, name in enumerate(names)
+        },
+    )
+
+
+DEFAULT_SITES = {"heart": 4}
+REGION_NAMES = ("north", "south", "east", "west")

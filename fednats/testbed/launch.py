@@ -1,0 +1,246 @@
+"""Run a whole federation on this machine: servers, daemons, progress, comparison, report."""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fednats.codec.layout import Layout
+from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings
+from fednats.crypto import secret
+from fednats.errors import FednatsError
+from fednats.learning.flat import parameters_of
+from fednats.learning.task import make_task
+from fednats.storage.checkpoints import load_tensors, save_tensors
+from fednats.subjects import HUB
+from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
+from fednats.testbed.comparison import Comparison, compare
+from fednats.testbed.federation import FederationSettings
+from fednats.testbed.nats_server import write_secret
+from fednats.testbed.processes import DaemonProcess, Daemons
+from fednats.testbed.progress import Progress
+from fednats.testbed.report import write_report
+from fednats.testbed.summary import Summary
+
+POLL_S = 0.5
+COORDINATOR = "coordinator"
+
+Statuses = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Running:
+    """A federation that runs."""
+
+    servers: BusServers
+    daemons: Daemons
+    output: Path
+
+
+@asynccontextmanager
+async def running(federation: FederationSettings, output: Path) -> AsyncIterator[Running]:
+    """Start everything; stop everything on the way out, whatever happened."""
+    output.mkdir(parents=True, exist_ok=True)
+    plan = [
+        RegionPlan(name, sites=federation.sites_of(name), parent=region.parent)
+        for name, region in federation.regions.items()
+    ]
+    async with bus_servers(output / "bus", federation.name, plan, leaves=federation.leaves) as servers:
+        secret_key, public_key = make_keys(federation, output / "keys")
+        async with Daemons(_daemons(federation, output, servers, secret_key, public_key)) as daemons:
+            yield Running(servers, daemons, output)
+
+
+def make_keys(federation: FederationSettings, directory: Path) -> tuple[Path | None, Path | None]:
+    """Make the run's HE key pair, unless it is there already or not needed; return the two files."""
+    if federation.delta.cipher == "none":
+        return None, None
+    directory.mkdir(parents=True, exist_ok=True)
+    secret_file, public_file = directory / "coordinator.secret", directory / "participants.public"
+    if not (secret_file.exists() and public_file.exists()):
+        secret_key, public_key = secret.generate_for(federation.delta)
+        write_secret(secret_file, secret_key)
+        public_file.write_bytes(public_key)
+    return secret_file, public_file
+
+
+async def run_federation(federation: FederationSettings, output: Path) -> Summary:
+    """Run to the end, compare, write summary, report and model below ``output``; return the summary.
+
+    Raises:
+        FednatsError: a daemon died, or the settings do not work.
+    """
+    started = time.monotonic()
+    _refuse_used(output)
+    async with running(federation, output) as federation_running:
+        statuses = await _watch(federation, federation_running, started)
+    weights = _last_weights(output)
+    _write_model(federation, output, weights)
+    versions = int(statuses[COORDINATOR]["version"])
+    comparison = await compare(federation, weights, n_steps=versions * federation.training.local_steps)
+    summary = _summarise(federation, statuses, comparison, time.monotonic() - started)
+    summary.write(output / "summary.json")
+    write_report(summary, output / "report.html")
+    return summary
+
+
+class Interrupted(FednatsError):  # noqa: N818 - not an error of anybody's
+    """Ctrl-C: everything was stopped."""
+
+
+async def _watch(federation: FederationSettings, running_now: Running, started: float) -> Statuses:
+    """Show progress until the coordinator has closed the run; return the last statuses."""
+    interrupted = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupted.set)
+    statuses: dict[str, Mapping[str, Any]] = {}
+    try:
+        with Progress(federation.name, federation.task, federation.stop) as progress:
+            while statuses.get(COORDINATOR, {}).get("state") != "closed":
+                running_now.daemons.check()
+                statuses |= await running_now.daemons.statuses()
+                progress.update(statuses, time.monotonic() - started)
+                try:
+                    async with asyncio.timeout(POLL_S):
+                        await interrupted.wait()
+                    raise Interrupted("interrupted; everything was stopped")
+                except TimeoutError:
+                    pass
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+    return statuses
+
+
+def _daemons(
+    federation: FederationSettings,
+    output: Path,
+    servers: BusServers,
+    secret_key: Path | None,
+    public_key: Path | None,
+) -> list[DaemonProcess]:
+    run = federation.name
+    coordinator = CoordinatorSettings(
+        run=run,
+        state_dir=output / COORDINATOR,
+        regions=federation.children_of(None),
+        bus=servers.coordinator(),
+        secret_key_file=secret_key,
+        task=federation.task_of(None),
+        settings=federation.run_settings(),
+    )
+    daemons = [DaemonProcess("coordinator", COORDINATOR, coordinator)]
+    for region, settings in federation.regions.items():
+        aggregator = AggregatorSettings(
+            run=run,
+            state_dir=output / f"aggregator-{region}",
+            region=region,
+            parent=settings.parent,
+            depth=federation.depth(region),
+            sites=federation.sites_of(region),
+            regions=federation.children_of(region),
+            bus=servers.aggregator(region),
+            uplink=servers.uplink(region),
+            public_key_file=public_key,
+        )
+        daemons.append(DaemonProcess("aggregator", f"aggregator-{region}", aggregator))
+    for name, site in federation.sites.items():
+        site_settings = SiteSettings(
+            run=run,
+            state_dir=output / f"site-{name}",
+            site=name,
+            region=site.region,
+            bus=servers.site(site.region, name),
+            public_key_file=public_key,
+            task=federation.task_of(name),
+            slow_factor=site.slow_factor,
+        )
+        daemons.append(DaemonProcess("site", f"site-{name}", site_settings))
+    return daemons
+
+
+def _refuse_used(output: Path) -> None:
+    if (output / COORDINATOR).exists():
+        raise FednatsError(f"{output} holds a federation already; give another --output or remove it")
+
+
+def _last_weights(output: Path) -> NDArray[np.float32]:
+    from fednats.storage.checkpoints import Checkpoints  # noqa: PLC0415
+
+    newest = Checkpoints(output / COORDINATOR / "checkpoints").newest()
+    if newest is None:
+        raise FednatsError(f"{output}: the coordinator left no model version")
+    return newest.state["weights"]
+
+
+def _write_model(federation: FederationSettings, output: Path, weights: NDArray[np.float32]) -> None:
+    settings = federation.task_of(None)
+    layout = Layout(parameters_of(make_task(settings.path, settings.options).model()))
+    tensors = {
+        spec.name: weights[part].reshape(spec.shape)
+        for spec, part in zip(layout.parameters, layout.slices, strict=True)
+    }
+    save_tensors(output / "model.safetensors", tensors, {"task": federation.task, "run": federation.name})
+
+
+def _summarise(federation: FederationSettings, statuses: Statuses, comparison: Comparison, wall_s: float) -> Summary:
+    coordinator = statuses[COORDINATOR]
+    sites = {name: statuses[f"site-{name}"] for name in federation.sites}
+    aggregators = [statuses[f"aggregator-{name}"] for name in federation.regions]
+    n_sent = sum(site["updates"] for site in sites.values())
+    uplink = sum(site["sent_bytes"] for site in sites.values())
+    history = list(coordinator["history"])
+    reached = coordinator["reached_target_at"]
+    run_s = history[-1]["evaluated_s"] if history else 0.0
+    refusals: dict[str, int] = {}
+    for tier in (coordinator, *aggregators):
+        for reason, count in tier["refusals"].items():
+            refusals[reason] = refusals.get(reason, 0) + count
+    return Summary(
+        task=federation.task,
+        seed=federation.seed,
+        sites=list(federation.sites),
+        regions=list(federation.regions),
+        cipher=federation.delta.cipher,
+        value_bits=federation.delta.value_bits,
+        mode="sync" if federation.aggregation.synchronous else "async",
+        n_parameters=coordinator["n_parameters"],
+        wall_s=round(wall_s, 2),
+        versions=coordinator["version"],
+        updates_accepted=coordinator["n_updates"],
+        updates_rejected=sum(refusals.values()),
+        refusals=refusals,
+        federated=comparison.federated,
+        local={**comparison.mean_alone, "per_site": dict(comparison.alone)},
+        pooled=comparison.pooled,
+        uplink_bytes=uplink,
+        downlink_bytes=sum(site["received_bytes"] for site in sites.values()),
+        uplink_bytes_per_parameter=uplink / max(1, n_sent * coordinator["n_parameters"]),
+        staleness={
+            "mean": coordinator["staleness_sum"] / max(1, coordinator["n_updates"]),
+            "max": coordinator["staleness_max"],
+        },
+        target_metric=federation.stop.target_metric,
+        target=federation.stop.target,
+        time_to_target_s=next((entry["published_s"] for entry in history if entry["version"] == reached), None),
+        history=history,
+        site_figures={
+            name: {
+                "region": site["region"],
+                "updates": site["updates"],
+                "sent_bytes": site["sent_bytes"],
+                "received_bytes": site["received_bytes"],
+                "train_s": site["train_s"],
+                "idle_share": max(0.0, 1.0 - site["train_s"] / run_s) if run_s else 0.0,
+            }
+            for name, site in sites.items()
+        },
+    )

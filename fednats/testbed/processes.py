@@ -1,0 +1,145 @@
+"""Daemons as processes on this machine, and what they say of themselves."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import tomli_w
+
+from fednats.config import DaemonSettings
+from fednats.errors import FednatsError
+from fednats.testbed.nats_server import die_with_parent
+from fednats.web.server import PORT_FILE
+
+LOG_FILE = "daemon.log"
+STOP_TIMEOUT_S = 30.0
+_LOG_TAIL_LINES = 5
+
+
+class DaemonDiedError(FednatsError):
+    """A daemon ended that should not have; the text has the end of its log."""
+
+
+class DaemonProcess:
+    """One ``fednats ROLE --config FILE``; its settings, log and state are in one folder."""
+
+    def __init__(self, role: str, name: str, settings: DaemonSettings) -> None:
+        self.role = role
+        self.name = name
+        self.state_dir = settings.state_dir
+        self._settings = settings
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def log_file(self) -> Path:
+        """JSON lines, appended over restarts."""
+        return self.state_dir / LOG_FILE
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running daemon."""
+        if self._process is None:
+            raise FednatsError(f"{self.role} {self.name} is not started")
+        return self._process.pid
+
+    async def start(self) -> None:
+        """Write the settings file and start the process, in a session of its own."""
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        (self.state_dir / PORT_FILE).unlink(missing_ok=True)
+        config = self.state_dir / f"{self.role}.toml"
+        settings = self._settings.model_dump(mode="json", exclude_none=True)
+        config.write_text(tomli_w.dumps(settings), encoding="utf-8")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("FEDNATS_")}
+        with self.log_file.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "fednats", self.role, "--config", str(config),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment,
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            )  # fmt: skip
+
+    async def status(self, session: aiohttp.ClientSession) -> Mapping[str, Any] | None:
+        """Return what the daemon serves on /status, None while it does not."""
+        try:
+            port = int((self.state_dir / PORT_FILE).read_text(encoding="ascii"))
+            async with session.get(f"http://127.0.0.1:{port}/status") as response:
+                status: Mapping[str, Any] = await response.json()
+                return status
+        except (OSError, ValueError, aiohttp.ClientError, TimeoutError):
+            return None
+
+    def check(self) -> None:
+        """Raise DaemonDiedError if the process has ended."""
+        if self._process is not None and self._process.returncode is not None:
+            raise DaemonDiedError(
+                f"{self.role} {self.name} ended with exit code {self._process.returncode}; {self.log_file} ends with:\n"
+                + "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+            )
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if the process lives."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(number)
+
+    async def stop(self) -> int:
+        """SIGTERM, wait, SIGKILL if it takes too long; return the exit code."""
+        if self._process is None:
+            return 0
+        self.send(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                return await self._process.wait()
+        except TimeoutError:
+            return await self.kill()
+
+    async def kill(self) -> int:
+        """SIGKILL and wait."""
+        self.send(signal.SIGKILL)
+        return 0 if self._process is None else await self._process.wait()
+
+
+class Daemons:
+    """Several daemons, started and stopped together."""
+
+    def __init__(self, daemons: list[DaemonProcess]) -> None:
+        self._daemons = {daemon.name: daemon for daemon in daemons}
+        self._session: aiohttp.ClientSession | None = None
+
+    def __getitem__(self, name: str) -> DaemonProcess:
+        return self._daemons[name]
+
+    async def __aenter__(self) -> "Daemons":
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
+        await asyncio.gather(*(daemon.start() for daemon in self._daemons.values()))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await asyncio.gather(*(daemon.stop() for daemon in self._daemons.values()))
+        finally:
+            if self._session is not None:
+                await self._session.close()
+
+    def check(self) -> None:
+        """Raise DaemonDiedError if one has ended."""
+        for daemon in self._daemons.values():
+            daemon.check()
+
+    async def statuses(self) -> dict[str, Mapping[str, Any]]:
+        """Return the status of each daemon that answers, by name."""
+        if self._session is None:
+            raise FednatsError("the daemons are not started")
+        session = self._session
+        found = await asyncio.gather(*(daemon.status(session) for daemon in self._daemons.values()))
+        return {name: status for name, status in zip(self._daemons, found, strict=True) if status is not None}

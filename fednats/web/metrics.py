@@ -1,0 +1,41 @@
+"""The figures every daemon counts, in the Prometheus text format."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+
+class Metrics:
+    """One registry per daemon; names and labels are the public interface for dashboards and alerts."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.version = Gauge("fednats_model_version", "Newest model version known.", registry=self.registry)
+        self.buffered = Gauge(
+            "fednats_buffered", "Contributions taken in and not yet combined.", registry=self.registry
+        )
+        self.accepted = Counter(
+            "fednats_contributions_accepted", "Updates or aggregates that were combined.", registry=self.registry
+        )
+        self.refused = Counter(
+            "fednats_refused", "What was received and refused, by reason.", ["reason"], registry=self.registry
+        )
+        self.waiting = Counter(
+            "fednats_deadline_below_min_sites",
+            "Deadlines that passed with fewer distinct sites than a sum must have.",
+            registry=self.registry,
+        )
+        self.staleness = Histogram(
+            "fednats_staleness_versions",
+            "Staleness of what was combined.",
+            buckets=(0, 1, 2, 3, 5, 8, 13, 21),
+            registry=self.registry,
+        )
+        self.sent_bytes = Counter("fednats_sent_bytes", "Payload and heads published.", registry=self.registry)
+        self.received_bytes = Counter("fednats_received_bytes", "Payload and heads read.", registry=self.registry)
+        self.train_seconds = Counter("fednats_train_seconds", "Time spent in local training.", registry=self.registry)
+        self.failures = Counter(
+            "fednats_failures", "Jobs that failed and were given up, by kind.", ["kind"], registry=self.registry
+        )
+
+    def text(self) -> bytes:
+        """Return the exposition text."""
+        return generate_latest(self.registry)

@@ -1,0 +1,59 @@
+"""Messages and events that several tests need."""
+
+from fednats.config import AggregationSettings, StalenessSettings
+from fednats.messages import Aggregate, Payload, Update
+from fednats.protocol.events import VersionAnnounced
+
+PAYLOAD = Payload(payload_id="p", n_bytes=3, digests=(b"0123456789abcdef",))
+
+
+def update(site: str, sequence: int = 1, *, version: int = 0, n_samples: int = 100, grid: str = "g0") -> Update:
+    return Update(
+        run="r",
+        region="north",
+        site=site,
+        update_id=f"{site}-{sequence}",
+        sequence=sequence,
+        base_version=version,
+        grid_id=grid,
+        key_id="k",
+        n_samples=n_samples,
+        saturated=0,
+        payload=PAYLOAD,
+    )
+
+
+def aggregate(
+    region: str, number: int = 1, *, version: int = 0, n_sites: int = 2, mass: float = 200.0, total_weight: int = 10
+) -> Aggregate:
+    return Aggregate(
+        run="r",
+        region=region,
+        aggregate_id=f"{region}-{number}",
+        model_version=version,
+        grid_id="g0",
+        key_id="k",
+        total_weight=total_weight,
+        mass=mass,
+        n_sites=n_sites,
+        n_updates=n_sites,
+        n_samples=100,
+        saturated=0,
+        staleness_sum=0,
+        staleness_max=0,
+        payload=PAYLOAD,
+    )
+
+
+def announcement(
+    version: int = 0, *, settings: AggregationSettings | None = None, grid: str = "g0", capacity: int | None = 500
+) -> VersionAnnounced:
+    return VersionAnnounced(
+        version=version,
+        grid_id=grid,
+        key_id="k",
+        n_chunks=1,
+        capacity=capacity,
+        max_total_weight=500,
+        settings=settings or AggregationSettings(staleness=StalenessSettings(max_staleness=5)),
+    )

@@ -1,0 +1,179 @@
+"""Any order, any duplicates, a crash between any two events: every update is in exactly one sum."""
+
+from collections import Counter
+from random import Random
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fednats.config import AggregationSettings, StalenessSettings
+from fednats.errors import Reason
+from fednats.messages import Update
+from fednats.protocol.admission import Roster
+from fednats.protocol.collector import Collector
+from fednats.protocol.events import (
+    Combination,
+    Combine,
+    Combined,
+    CombineFailed,
+    Command,
+    ContributionArrived,
+    DeadlineReached,
+    Event,
+    Part,
+    Refuse,
+    Settle,
+    contribution_id,
+)
+from fednats.protocol.weights import apportion
+from tests.makers import announcement, update
+
+SITES = ("a", "b", "c", "d")
+ROSTER = Roster(run="r", region="north", sites=frozenset(SITES), regions=frozenset())
+SETTINGS = AggregationSettings(goal=3, deadline_s=1.0, staleness=StalenessSettings(max_staleness=4))
+
+
+class Crashes(RuleBasedStateMachine):
+    """An aggregator over a bus that delivers at least once, killed at any point and restarted from its journal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.journal: list[Event] = []
+        self.stream: dict[str, Update] = {}  # what the bus still holds: not acknowledged
+        self.sent: Counter[str] = Counter()
+        self.version = 0
+        self.published: dict[str, Combination] = {}  # the bus drops a second message of the same id
+        self.refused: set[str] = set()
+        self.start()
+        self.feed(announcement(0, settings=SETTINGS))
+
+    def start(self) -> None:
+        self.machine = Collector(ROSTER, lambda event: event.settings.goal)
+        for event in self.journal:
+            self.machine.handle(event)
+        self.commands: list[Command] = self.machine.outstanding()
+        self.to_report: list[str] = []
+
+    def feed(self, event: Event) -> None:
+        self.journal.append(event)
+        self.commands += self.machine.handle(event)
+
+    @rule(site=st.sampled_from(SITES), age=st.integers(0, 6))
+    def send(self, site: str, age: int) -> None:
+        self.sent[site] += 1
+        sent = update(site, self.sent[site], version=max(0, self.version - age))
+        self.stream[sent.update_id] = sent
+
+    @precondition(lambda self: self.stream)
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        identity = data.draw(st.sampled_from(sorted(self.stream)))
+        self.feed(ContributionArrived(head=self.stream[identity]))
+
+    @rule()
+    def announce(self) -> None:
+        self.version += 1
+        self.feed(announcement(self.version, settings=SETTINGS))
+
+    @rule()
+    def reach_deadline(self) -> None:
+        self.feed(DeadlineReached())
+
+    @precondition(lambda self: self.commands)
+    @rule()
+    def execute(self) -> None:
+        command = self.commands.pop(0)
+        match command:
+            case Combine(combination):
+                self.published.setdefault(combination.combination_id, combination)
+                self.to_report.append(combination.combination_id)
+            case Settle(ids):
+                for identity in ids:
+                    self.stream.pop(identity, None)
+            case Refuse(identity, _, _):
+                self.refused.add(identity)
+                self.stream.pop(identity, None)
+            case _:
+                pass
+
+    @precondition(lambda self: self.to_report)
+    @rule()
+    def report(self) -> None:
+        self.feed(Combined(combination_id=self.to_report.pop(0)))
+
+    @precondition(
+        lambda self: (
+            self.commands
+            and isinstance(self.commands[0], Combine)
+            and self.commands[0].combination.combination_id not in self.published
+        )
+    )
+    @rule()
+    def fail(self) -> None:
+        command = self.commands.pop(0)
+        assert isinstance(command, Combine)
+        made = command.combination
+        bad = contribution_id(made.parts[0].head)
+        self.feed(CombineFailed(combination_id=made.combination_id, refused={bad: (Reason.CIPHERTEXT, "damaged")}))
+
+    @rule()
+    def crash(self) -> None:
+        self.start()
+
+    def counted(self) -> Counter[str]:
+        return Counter(contribution_id(part.head) for made in self.published.values() for part in made.parts)
+
+    @invariant()
+    def nothing_counts_twice(self) -> None:
+        assert max(self.counted().values(), default=0) <= 1
+        assert not self.refused & self.counted().keys()
+
+    @invariant()
+    def every_sum_has_enough_sites(self) -> None:
+        for made in self.published.values():
+            sites = {part.head.site for part in made.parts if isinstance(part.head, Update)}
+            assert len(sites) >= SETTINGS.min_sites
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        """Whatever the bus no longer holds was counted or refused."""
+        everything = {f"{site}-{n}" for site, count in self.sent.items() for n in range(1, count + 1)}
+        assert everything <= self.stream.keys() | self.counted().keys() | self.refused
+
+
+TestCrashes = Crashes.TestCase
+TestCrashes.settings = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
+
+
+def combine_all(updates: list[Update]) -> tuple[Part, ...]:
+    machine = Collector(ROSTER, lambda _: len(updates))
+    machine.handle(announcement(0))
+    commands = [command for head in updates for command in machine.handle(ContributionArrived(head=head))]
+    (combine,) = (command for command in commands if isinstance(command, Combine))
+    return combine.combination.parts
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(1, 5000), min_size=2, max_size=4), st.randoms())
+def test_order_and_duplicates_do_not_matter(n_samples: list[int], random: Random) -> None:
+    updates = [update(site, n_samples=n) for site, n in zip(SITES, n_samples, strict=False)]
+    shuffled = [*updates, *updates]
+    random.shuffle(shuffled)
+    first_seen = list({head.update_id: head for head in shuffled}.values())
+    assert combine_all(first_seen) == combine_all(updates)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(1, 5000), min_size=2, max_size=4), st.integers(100, 600))
+def test_fresh_updates_weigh_as_in_fedavg(n_samples: list[int], total: int) -> None:
+    """McMahan et al. 2017: each share is n_k / n, here to within one unit of the total weight."""
+    updates = [update(site, n_samples=n) for site, n in zip(SITES, n_samples, strict=False)]
+    parts = combine_all(updates)
+    weights = apportion([part.mass for part in parts], [1] * len(parts), total)
+    smallest = min(n_samples) / sum(n_samples) * total
+    for part, weight in zip(parts, weights, strict=True):
+        share = part.head.n_samples / sum(n_samples)
+        if smallest >= 1:
+            assert abs(weight / sum(weights) - share) < 1 / total
+        assert part.mass == part.head.n_samples

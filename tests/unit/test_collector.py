@@ -1,0 +1,229 @@
+import pytest
+
+from fednats.config import AggregationSettings, StalenessSettings
+from fednats.errors import Reason
+from fednats.messages import Aggregate, Evaluation, Update
+from fednats.protocol.admission import Roster
+from fednats.protocol.collector import Collector, State
+from fednats.protocol.events import (
+    Combination,
+    Combine,
+    Combined,
+    CombineFailed,
+    Command,
+    ContributionArrived,
+    DeadlineReached,
+    EvaluationArrived,
+    PublishEvaluation,
+    Refuse,
+    ReportWaiting,
+    RunClosed,
+    Settle,
+    StartTimer,
+)
+from tests.makers import aggregate, announcement, update
+
+ROSTER = Roster(run="r", region="north", sites=frozenset({"a", "b", "c"}), regions=frozenset({"fjord", "delta"}))
+
+
+def collector() -> Collector:
+    return Collector(ROSTER, lambda event: event.settings.goal)
+
+
+def arrive(machine: Collector, *heads: Update | Aggregate) -> list[Command]:
+    return [command for head in heads for command in machine.handle(ContributionArrived(head=head))]
+
+
+def combination(commands: list[Command]) -> Combination:
+    found = [command.combination for command in commands if isinstance(command, Combine)]
+    assert len(found) == 1
+    return found[0]
+
+
+def refusal(commands: list[Command]) -> Reason:
+    (command,) = commands
+    assert isinstance(command, Refuse)
+    return command.reason
+
+
+def test_two_sites_fill_a_goal_of_two() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    assert arrive(machine, update("a")) == []
+    made = combination(arrive(machine, update("b")))
+    assert {part.head.site for part in made.parts if isinstance(part.head, Update)} == {"a", "b"}
+    assert made.n_sites == 2
+
+
+def test_two_updates_of_one_site_are_not_two_sites() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    assert arrive(machine, update("a", 1), update("a", 2)) == []
+
+
+def test_updates_are_settled_only_when_the_sum_is_out() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    made = combination(arrive(machine, update("a"), update("b")))
+    assert arrive(machine, update("a")) == []  # a redelivery meanwhile is not acknowledged
+    assert machine.handle(Combined(combination_id=made.combination_id)) == [Settle(("a-1", "b-1"))]
+    assert arrive(machine, update("a")) == [Settle(("a-1",))]  # a late duplicate is, and counts no more
+
+
+def test_the_id_of_a_combination_follows_from_its_parts() -> None:
+    ids = []
+    for order in (("a", "b"), ("b", "a")):
+        machine = collector()
+        machine.handle(announcement())
+        ids.append(combination(arrive(machine, *(update(site) for site in order))).combination_id)
+    assert ids[0] == ids[1]
+
+
+def test_all_waits_for_every_site_and_region() -> None:
+    machine = collector()
+    machine.handle(announcement(settings=AggregationSettings(goal="all")))
+    assert arrive(machine, update("a"), update("b"), update("c"), aggregate("fjord")) == []
+    assert combination(arrive(machine, aggregate("delta"))).n_sites == 7
+
+
+def test_a_deadline_waives_the_goal_but_not_the_distinct_sites() -> None:
+    settings = AggregationSettings(goal=3, deadline_s=10.0)
+    machine = collector()
+    machine.handle(announcement(settings=settings))
+    assert arrive(machine, update("a")) == [StartTimer(10.0)]
+    assert machine.handle(DeadlineReached()) == [ReportWaiting(1, 2), StartTimer(10.0)]
+    arrive(machine, update("b"))
+    assert combination(machine.handle(DeadlineReached())).n_sites == 2
+
+
+def test_updates_on_different_grids_are_not_added() -> None:
+    machine = collector()
+    machine.handle(announcement(0, grid="g0"))
+    machine.handle(announcement(1, grid="g1"))
+    assert arrive(machine, update("a", grid="g0"), update("b", version=1, grid="g1")) == []
+    made = combination(arrive(machine, update("c", version=1, grid="g1")))
+    assert {part.head.grid_id for part in made.parts} == {"g1"}
+
+
+def test_stale_updates_weigh_less() -> None:
+    machine = collector()
+    for version in range(4):
+        machine.handle(announcement(version))
+    made = combination(arrive(machine, update("a", version=0), update("b", version=3)))
+    by_site = {part.head.site: part for part in made.parts if isinstance(part.head, Update)}
+    assert by_site["a"].mass == pytest.approx(by_site["b"].mass / 2)
+    assert by_site["a"].staleness == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"run": "other"}, Reason.WRONG_RUN),
+        ({"site": "mallory"}, Reason.WRONG_SENDER),
+        ({"region": "south"}, Reason.WRONG_SENDER),
+        ({"key_id": "old"}, Reason.WRONG_KEY),
+        ({"grid_id": "unheard"}, Reason.WRONG_GRID),
+        ({"payload": {"payload_id": "p", "n_bytes": 0, "digests": ()}}, Reason.WRONG_SHAPE),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_reason(change: dict[str, object], reason: Reason) -> None:
+    machine = collector()
+    machine.handle(announcement())
+    bad = Update.model_validate({**update("a").model_dump(), **change})
+    assert refusal(arrive(machine, bad)) is reason
+    assert refusal(arrive(machine, bad)) is reason  # delivered again: the daemon was killed before it said so
+    combination(arrive(machine, update("b"), update("c")))  # the others go on
+
+
+def test_an_update_past_the_cut_off_is_refused_on_arrival_and_in_the_buffer() -> None:
+    machine = collector()
+    machine.handle(announcement(0))
+    arrive(machine, update("a", version=0))
+    assert refusal(machine.handle(announcement(6))) is Reason.TOO_STALE
+    assert refusal(arrive(machine, update("b", version=0))) is Reason.TOO_STALE
+
+
+def test_an_update_ahead_of_the_announcement_waits_for_it() -> None:
+    machine = collector()
+    assert arrive(machine, update("a")) == []
+    machine.handle(announcement(0))
+    early = update("b", version=1, grid="g1")
+    assert arrive(machine, early, update("c", version=1, grid="g1")) == []
+    assert combination(machine.handle(announcement(1, grid="g1"))).n_sites == 2
+
+
+def test_a_sum_of_too_few_sites_or_too_much_weight_is_refused() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    assert refusal(arrive(machine, aggregate("fjord", n_sites=1))) is Reason.TOO_FEW_SITES
+    assert refusal(arrive(machine, aggregate("delta", total_weight=501))) is Reason.OVERWEIGHT
+
+
+def test_a_bad_part_is_refused_and_the_others_are_kept() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    made = combination(arrive(machine, update("a"), update("b")))
+    failed = CombineFailed(combination_id=made.combination_id, refused={"a-1": (Reason.CIPHERTEXT, "damaged")})
+    assert refusal(machine.handle(failed)) is Reason.CIPHERTEXT
+    again = combination(arrive(machine, update("c")))
+    assert {part.head.site for part in again.parts if isinstance(part.head, Update)} == {"b", "c"}
+
+
+def test_a_seldom_site_is_weighed_up() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    for sequence in range(1, 11):
+        made = combination(arrive(machine, update("a", sequence), update("b", sequence)))
+        machine.handle(Combined(combination_id=made.combination_id))
+    made = combination(arrive(machine, update("a", 11), update("c", 1)))
+    mass = {part.head.site: part.mass for part in made.parts if isinstance(part.head, Update)}
+    assert mass["c"] > 3 * mass["a"]
+
+
+def test_a_restarted_machine_asks_again_for_what_was_under_way() -> None:
+    events = [
+        announcement(settings=AggregationSettings(deadline_s=3.0)),
+        ContributionArrived(head=update("a")),
+        ContributionArrived(head=update("b")),
+        ContributionArrived(head=update("c")),
+    ]
+    first, second = collector(), collector()
+    asked = [command for event in events for command in first.handle(event)]
+    for event in events:
+        second.handle(event)
+    assert second.outstanding() == [Combine(combination(asked)), StartTimer(3.0)]
+
+
+def test_a_closed_run_settles_everything() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    arrive(machine, update("a"))
+    assert machine.handle(RunClosed(reason="done")) == [Settle(("a-1",))]
+    assert machine.state is State.CLOSED
+    assert arrive(machine, update("b")) == [Settle(("b-1",))]
+
+
+def evaluation(site: str, version: int, auc: float, n_samples: int = 10) -> EvaluationArrived:
+    return EvaluationArrived(
+        evaluation=Evaluation(
+            run="r", region="north", site=site, version=version, n_samples=n_samples, metrics={"auc": auc}
+        )
+    )
+
+
+def test_evaluations_leave_only_as_means_over_enough_sites() -> None:
+    machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
+    machine.handle(announcement(settings=AggregationSettings(staleness=StalenessSettings(max_staleness=50))))
+    assert machine.handle(evaluation("a", 0, 0.5, n_samples=10)) == []
+    sent, settled = machine.handle(evaluation("b", 0, 0.8, n_samples=20))
+    assert sent == PublishEvaluation(version=0, n_sites=2, n_samples=30, metrics={"auc": pytest.approx(0.7)})
+    assert settled == Settle(("evaluation.a.0", "evaluation.b.0"))
+    assert machine.handle(evaluation("a", 0, 0.5)) == [Settle(("evaluation.a.0",))]
+
+
+def test_one_site_s_evaluation_never_leaves_alone() -> None:
+    machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
+    machine.handle(announcement())
+    commands = [command for version in range(9) for command in machine.handle(evaluation("a", version, 0.5))]
+    assert commands
+    assert not [command for command in commands if isinstance(command, PublishEvaluation)]

@@ -1,0 +1,111 @@
+from fednats.config import AggregationSettings, StopSettings
+from fednats.messages import EvaluationSum
+from fednats.protocol.coordinator import Coordinator, RunState
+from fednats.protocol.events import (
+    AwaitFinalEvaluation,
+    CloseRun,
+    Combine,
+    Combined,
+    Command,
+    ContributionArrived,
+    EvaluationArrived,
+    FinalEvaluationOverdue,
+    KeepBest,
+    Settle,
+    VersionAnnounced,
+    WallTimeReached,
+)
+from tests.makers import aggregate, announcement
+
+REGIONS = frozenset({"fjord", "delta"})
+
+
+def coordinator(**stop: object) -> Coordinator:
+    machine = Coordinator("r", REGIONS, StopSettings.model_validate({"max_versions": 10, **stop}))
+    machine.handle(version(0))
+    return machine
+
+
+def version(number: int) -> VersionAnnounced:
+    return announcement(number, settings=AggregationSettings(region_goal=1), capacity=None)
+
+
+def evaluate(machine: Coordinator, number: int, auc: float, regions: frozenset[str] = REGIONS) -> list[Command]:
+    return [
+        command
+        for region in sorted(regions)
+        for command in machine.handle(
+            EvaluationArrived(
+                evaluation=EvaluationSum(
+                    run="r", region=region, version=number, n_sites=2, n_samples=10, metrics={"auc": auc}
+                )
+            )
+        )
+    ]
+
+
+def apply(machine: Coordinator, region: str, number: int) -> list[Command]:
+    (combine,) = machine.handle(ContributionArrived(head=aggregate(region, number, version=machine.version)))
+    assert isinstance(combine, Combine)
+    commands = machine.handle(version(machine.version + 1))
+    return commands + machine.handle(Combined(combination_id=combine.combination.combination_id))
+
+
+def test_every_aggregate_makes_a_version_when_the_goal_is_one() -> None:
+    machine = coordinator()
+    assert apply(machine, "fjord", 1) == [Settle(("fjord-1",))]
+    assert apply(machine, "delta", 1) == [Settle(("delta-1",))]
+    assert machine.version == 2
+
+
+def test_the_best_version_is_kept_and_the_target_noted() -> None:
+    machine = coordinator(target=0.8)
+    assert KeepBest(0) in evaluate(machine, 0, 0.6)
+    assert KeepBest(1) in evaluate(machine, 1, 0.85)
+    assert not [c for c in evaluate(machine, 2, 0.7) if isinstance(c, KeepBest)]
+    assert machine.best is not None
+    assert machine.best.version == 1
+    assert machine.reached_target_at == 1
+    assert machine.state is RunState.OPEN
+
+
+def test_a_figure_over_few_sites_is_neither_best_nor_target() -> None:
+    machine = coordinator(target=0.9)
+    evaluate(machine, 0, 0.6)
+    commands = [c for v in range(1, 8) for c in evaluate(machine, v, 0.95, frozenset({"fjord"}))]
+    assert not [command for command in commands if isinstance(command, KeepBest)]
+    assert machine.reached_target_at is None
+
+
+def test_the_run_ends_after_its_last_version_is_evaluated() -> None:
+    machine = coordinator(max_versions=1)
+    assert AwaitFinalEvaluation(30.0) in apply(machine, "fjord", 1)
+    assert machine.state is RunState.FINISHING
+    assert machine.handle(ContributionArrived(head=aggregate("delta"))) == [Settle(("delta-1",))]
+    assert evaluate(machine, 1, 0.7)[-1] == CloseRun(1, "max_versions reached")
+
+
+def test_the_run_ends_without_the_last_evaluations_if_they_do_not_come() -> None:
+    machine = coordinator(max_versions=1)
+    apply(machine, "fjord", 1)
+    assert machine.handle(FinalEvaluationOverdue()) == [CloseRun(1, "max_versions reached")]
+    assert machine.handle(FinalEvaluationOverdue()) == []
+
+
+def test_the_run_stops_at_the_target_if_told_to() -> None:
+    machine = coordinator(target=0.8, stop_at_target=True)
+    assert evaluate(machine, 0, 0.9)[-1] == CloseRun(0, "target reached")
+
+
+def test_the_clock_ends_the_run() -> None:
+    machine = coordinator()
+    assert AwaitFinalEvaluation(30.0) in machine.handle(WallTimeReached())
+    assert machine.reason == "max_wall_s reached"
+
+
+def test_a_restart_finishes_what_was_closing() -> None:
+    machine = coordinator(max_versions=1)
+    apply(machine, "fjord", 1)
+    assert machine.outstanding() == [AwaitFinalEvaluation(30.0)]
+    machine.handle(FinalEvaluationOverdue())
+    assert machine.outstanding() == [CloseRun(1, "max_versions reached")]

@@ -1,0 +1,42 @@
+from fednats.protocol.site import Closed, Done, Evaluate, ModelSeen, Site, Train
+
+
+def test_a_new_model_is_evaluated_then_trained_on() -> None:
+    site = Site()
+    assert site.handle(ModelSeen(0)) == Evaluate(0)
+    assert site.handle(Done()) == Train(0)
+    assert site.handle(Done()) is None
+
+
+def test_every_version_is_evaluated_but_only_the_newest_trained_on() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    site.handle(Done())
+    for version in (1, 2, 3):
+        assert site.handle(ModelSeen(version)) is None
+    jobs = [site.handle(Done()) for _ in range(4)]
+    assert jobs == [Evaluate(1), Evaluate(2), Evaluate(3), Train(3)]
+
+
+def test_a_version_is_trained_on_once_also_over_a_restart() -> None:
+    site = Site(last_trained=4)
+    assert site.handle(ModelSeen(4)) == Evaluate(4)
+    assert site.handle(Done()) is None
+    assert site.handle(ModelSeen(4)) is None
+    assert site.handle(ModelSeen(5)) == Evaluate(5)
+    assert site.handle(Done()) == Train(5)
+
+
+def test_an_old_version_that_comes_late_changes_nothing() -> None:
+    site = Site()
+    site.handle(ModelSeen(3))
+    assert site.handle(ModelSeen(2)) is None
+    assert site.handle(Done()) == Train(3)
+
+
+def test_a_closed_site_takes_no_work() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    assert site.handle(Closed()) is None
+    assert site.handle(Done()) is None
+    assert site.handle(ModelSeen(1)) is None
