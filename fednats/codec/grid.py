@@ -1,0 +1,100 @@
+"""The coordinator's choice of quantisation steps: one per tensor, powers of two, changed seldom.
+
+Updates quantised on different grids cannot be added, so every change costs the updates under way. The rule and why it
+settles are in ``docs/encrypted-delta.md``.
+"""
+
+import hashlib
+import math
+import struct
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fednats.codec.layout import Layout
+from fednats.messages import Grid
+
+MIN_RANGE = 0.02
+"""Smallest range of a tensor at the start; tensors that begin as zeros (biases) still move."""
+
+SATURATION_HIGH = 0.05
+"""Share of clipped values above which steps grow."""
+
+SATURATION_LOW = 1e-5
+"""Share of clipped values below which halving a range cannot lead above `SATURATION_HIGH` (Gaussian deltas)."""
+
+FULL = 1 / 3
+"""Mean magnitude over range above which a tensor is clipped whatever the other tensors do."""
+
+COARSE = {127: 1 / 64, 7: 1 / 16}
+"""Largest quantised value to the mean magnitude over range below which the range is shrunk."""
+
+_GROW = ((0.5, 8.0), (0.1, 4.0), (SATURATION_HIGH, 2.0))  # share clipped above which the range grows by so much
+_MAX_SHRINK = 2.0**-7
+
+
+def initial(layout: Layout, weights: NDArray[np.float32], qmax: int) -> Grid:
+    """Steps before any delta is known: a tensor's range is the root mean square of its ``weights``.
+
+    Args:
+        layout: of the model.
+        weights: float32[n_parameters], the model at version 0.
+        qmax: largest magnitude of a quantised value, 127 or 7.
+    """
+    ranges = [
+        max(float(np.sqrt(np.mean(np.square(weights[part], dtype=np.float64)))), MIN_RANGE)
+        if part.stop > part.start
+        else MIN_RANGE
+        for part in layout.slices
+    ]
+    return _grid(tuple(2.0 ** round(math.log2(value / qmax)) for value in ranges))
+
+
+def adapt(
+    grid: Grid, layout: Layout, mean_delta: NDArray[np.float32], n_saturated: int, n_values: int, qmax: int
+) -> Grid:
+    """The next version's grid: ``grid`` itself unless it is clearly too fine or too coarse.
+
+    Args:
+        grid: on which the deltas were quantised.
+        layout: of the model.
+        mean_delta: float32[n_parameters], the decrypted weighted mean.
+        n_saturated: values that were clipped, all sites together.
+        n_values: values that were sent, all sites together.
+        qmax: largest magnitude of a quantised value.
+    """
+    saturation = n_saturated / max(n_values, 1)
+    fill = np.array(
+        [
+            np.abs(mean_delta[part]).mean(dtype=np.float64) / (step * qmax) if part.stop > part.start else 0.0
+            for part, step in zip(layout.slices, grid.steps, strict=True)
+        ]
+    )
+    factors = tuple(_factor(float(value), saturation, float(fill.max(initial=0.0)), qmax) for value in fill)
+    if all(factor == 1.0 for factor in factors):
+        return grid
+    return _grid(tuple(step * factor for step, factor in zip(grid.steps, factors, strict=True)))
+
+
+def _factor(fill: float, saturation: float, fullest: float, qmax: int) -> float:
+    """What a step is multiplied by, given its tensor's mean magnitude over range and the share clipped overall.
+
+    >>> _factor(0.02, saturation=0.0, fullest=0.02, qmax=127), _factor(0.2, saturation=0.2, fullest=0.3, qmax=127)
+    (1.0, 4.0)
+    >>> _factor(0.001, saturation=0.0, fullest=0.2, qmax=127)
+    0.03125
+    """
+    if saturation > SATURATION_HIGH and fill >= fullest / 2:
+        return next(factor for share, factor in _GROW if saturation > share)
+    if fill > FULL:
+        return 2.0
+    # while something is clipped it may be this tensor, spread over sites that disagree: be sure before shrinking
+    coarse = COARSE[qmax] / (1 if saturation < SATURATION_LOW else 4)
+    if 0 < fill < coarse:
+        return max(2.0 ** -math.floor(math.log2(4 * COARSE[qmax] / fill)), _MAX_SHRINK)
+    return 1.0
+
+
+def _grid(steps: tuple[float, ...]) -> Grid:
+    digest = hashlib.blake2b(struct.pack(f"<{len(steps)}d", *steps), digest_size=16).hexdigest()
+    return Grid(grid_id=digest, steps=steps)

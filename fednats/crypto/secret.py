@@ -1,0 +1,54 @@
+"""What only the coordinator holds: the secret key. No module of a site or an aggregator may import this one."""
+
+import numpy as np
+import tenseal as ts
+from numpy.typing import NDArray
+
+from fednats.crypto.ciphertext import CiphertextFormat
+from fednats.crypto.parameters import Parameters
+from fednats.crypto.public import KEY_ID_BYTES, check_parameters, key_id, load_context
+from fednats.errors import ConfigError
+
+
+def generate(parameters: Parameters) -> tuple[bytes, bytes]:
+    """Make a key pair: (secret key, public key). The secret key starts with the id of its public key."""
+    context = ts.context(
+        ts.SCHEME_TYPE.BFV,
+        parameters.poly_modulus_degree,
+        parameters.plain_modulus,
+        coeff_mod_bit_sizes=list(parameters.coeff_mod_bit_sizes),
+        n_threads=1,
+    )
+    keys = {"save_public_key": True, "save_galois_keys": False, "save_relin_keys": False}
+    public_key = context.serialize(**keys, save_secret_key=False)
+    secret_key = bytes.fromhex(key_id(public_key)) + context.serialize(**keys, save_secret_key=True)
+    return secret_key, public_key
+
+
+class SecretKey:
+    """Decrypts sums.
+
+    Raises:
+        ConfigError: not a secret key, or one for other parameters.
+    """
+
+    def __init__(self, secret_key: bytes, parameters: Parameters) -> None:
+        context = load_context(secret_key[KEY_ID_BYTES:])
+        if not (context.has_secret_key() and context.has_public_key()):
+            raise ConfigError("the secret key file holds no secret key, or no public; use the one of key generation")
+        check_parameters(context, parameters)
+        self.key_id = secret_key[:KEY_ID_BYTES].hex()
+        self._format = CiphertextFormat(context)
+
+    def decrypt(self, ciphertext: bytes) -> NDArray[np.int64]:
+        """Slots, int64[poly_modulus_degree] in [0, plain_modulus).
+
+        Decryption always gives something: whether it is a sum that was encrypted for this key shows only in whether
+        the fields are in range, which `fednats.codec.packing` checks.
+
+        Raises:
+            RefusedError: ``ciphertext``: the bytes are no ciphertext.
+        """
+        slots = np.array(self._format.read(ciphertext).decrypt(), dtype=np.int64)
+        slots[slots < 0] += self._format.plain_modulus
+        return slots

@@ -1,0 +1,125 @@
+"""The site's side: a delta in, encrypted chunks out, one at a time.
+
+``delta + residual -> top-k (cipher none) -> stochastic rounding -> fields in slots -> BFV -> chunk``
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fednats import wire
+from fednats.codec import sparse
+from fednats.codec.layout import Layout
+from fednats.codec.quantiser import quantise
+from fednats.config import DeltaSettings
+from fednats.crypto.public import PublicKey
+from fednats.delta import scheme
+from fednats.errors import LocalDataError
+from fednats.messages import Chunk, Grid
+
+Residual = NDArray[np.float32] | Callable[[int, int], NDArray[np.float32]]
+"""What earlier updates left out: float32[n], or a function of (start, stop) that reads a part of it."""
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """One chunk of an update, and what it leaves for the next one."""
+
+    data: bytes
+    """A packed `fednats.messages.Chunk`."""
+    start: int
+    stop: int
+    """The chunk carries values ``start`` to ``stop`` of the flat vector."""
+    residual: NDArray[np.float32]
+    """float32[stop - start]; keep it once the update is safe in the outbox."""
+    n_saturated: int
+    """Values that the grid clipped."""
+
+
+class Cipher(Protocol):
+    """Quantised values to the parts of a chunk."""
+
+    def parts(self, values: NDArray[np.int8]) -> tuple[bytes, ...]:
+        """Encode int8[up to values_per_chunk]."""
+
+
+class Encoder:
+    """Encodes deltas for one run."""
+
+    def __init__(self, settings: DeltaSettings, cipher: Cipher, key_id: str) -> None:
+        self.values_per_chunk = scheme.values_per_chunk(settings)
+        self.key_id = key_id
+        self._cipher = cipher
+        self._qmax = scheme.qmax(settings)
+        self._top_k = settings.top_k
+
+    def encode(
+        self, delta: NDArray[np.float32], residual: Residual, layout: Layout, grid: Grid, rng: np.random.Generator
+    ) -> Iterator[EncodedChunk]:
+        """Encode ``delta``, float32[n_parameters], chunk by chunk.
+
+        Raises:
+            LocalDataError: wrong length, or a value that is not finite. It is raised before the first chunk for the
+                delta; a residual that is not finite is found when its chunk is due.
+            RefusedError: ``wrong_grid``: the grid does not fit the layout.
+        """
+        if delta.shape != (layout.n_parameters,):
+            raise LocalDataError(f"a delta of shape {delta.shape}, the model has {layout.n_parameters} parameters")
+        layout.steps(grid, 0, 0)  # refuse a wrong grid now
+        step = self.values_per_chunk
+        bounds = [(start, min(start + step, delta.size)) for start in range(0, delta.size, step)]
+        for start, stop in bounds:
+            if not np.isfinite(delta[start:stop]).all():
+                raise LocalDataError("the delta is not finite; lower the learning rate or look for broken samples")
+        return (self._chunk(delta, residual, layout.steps(grid, *bound), bound, rng) for bound in bounds)
+
+    def _chunk(
+        self,
+        delta: NDArray[np.float32],
+        residual: Residual,
+        steps: NDArray[np.float32],
+        bound: tuple[int, int],
+        rng: np.random.Generator,
+    ) -> EncodedChunk:
+        start, stop = bound
+        previous = residual(start, stop) if callable(residual) else residual[start:stop]
+        values = delta[start:stop] + previous
+        kept = values if self._top_k == 1 else np.where(sparse.top_k_mask(values, self._top_k), values, np.float32(0))
+        quantised = quantise(kept, steps, self._qmax, rng)
+        data = wire.pack(Chunk(parts=self._cipher.parts(quantised.values)))
+        return EncodedChunk(data, start, stop, quantised.residual + (values - kept), quantised.n_saturated)
+
+
+@lru_cache(maxsize=2)  # loading a key takes as long as encrypting a chunk
+def encoder(settings: DeltaSettings, public_key: bytes | None) -> Encoder:
+    """The encoder of a run; ``public_key`` is needed for ``cipher = "bfv"``.
+
+    Raises:
+        ConfigError: the key is missing, is none, holds the secret key or was made for other settings.
+    """
+    if settings.cipher == "none":
+        return Encoder(settings, _Plain(), scheme.KEY_ID_NONE)
+    bfv = scheme.bfv(settings)
+    key = PublicKey(scheme.required(public_key, "public"), bfv.parameters)
+    return Encoder(settings, _Bfv(bfv, key), key.key_id)
+
+
+class _Bfv:
+    def __init__(self, bfv: scheme.BfvScheme, key: PublicKey) -> None:
+        self._packing = bfv.packing
+        self._key = key
+
+    def parts(self, values: NDArray[np.int8]) -> tuple[bytes, ...]:
+        n = self._packing.n_values
+        return tuple(
+            self._key.encrypt(self._packing.pack(values[start : start + n])) for start in range(0, values.size, n)
+        )
+
+
+class _Plain:
+    def parts(self, values: NDArray[np.int8]) -> tuple[bytes, ...]:
+        return sparse.encode(values)

@@ -1,0 +1,143 @@
+"""The aggregator's side: chunks of several updates (or of sums) into one chunk, without reading them."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from fednats import wire
+from fednats.codec import sparse
+from fednats.codec.packing import check_total_weight
+from fednats.config import DeltaSettings
+from fednats.crypto.public import PublicKey, WeightedSum
+from fednats.delta import scheme
+from fednats.errors import Reason, RefusedError
+from fednats.messages import Chunk
+
+
+class RefusedChunkError(RefusedError):
+    """One input of a sum is refused; ``index`` says which. The others are sound as far as they were read."""
+
+    def __init__(self, reason: Reason, detail: str, index: int) -> None:
+        super().__init__(reason, detail)
+        self.index = index
+
+    def __reduce__(self) -> tuple[type["RefusedChunkError"], tuple[Reason, str, int]]:  # type: ignore[override]
+        """Cross a worker process boundary with all fields."""
+        return (type(self), (self.reason, self.detail, self.index))
+
+
+class Accumulator(Protocol):
+    """Adds the parts of one chunk after another."""
+
+    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
+        """Add ``weight`` times the values in ``parts``; raises `RefusedError` for parts that are none."""
+
+    def parts(self) -> tuple[bytes, ...]:
+        """Parts of the sum."""
+
+
+class Summer:
+    """Sums chunks for one run."""
+
+    def __init__(
+        self, settings: DeltaSettings, bfv: scheme.BfvScheme | None = None, key: PublicKey | None = None
+    ) -> None:
+        self.key_id = scheme.KEY_ID_NONE if key is None else key.key_id
+        self.values_per_chunk = scheme.values_per_chunk(settings)
+        self.max_total_weight = settings.max_total_weight
+        self._qmax = scheme.qmax(settings)
+        self._bfv = bfv
+        self._key = key
+
+    def weighted_sum(
+        self, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int, n_values: int | None = None
+    ) -> bytes:
+        """Sum ``chunks`` (the same part of several updates, or sums of updates), each times its integer weight.
+
+        Args:
+            chunks: packed `fednats.messages.Chunk`, at least one; one is held decoded at a time.
+            weights: one per chunk, at least 1.
+            total_weight: of the result: each input's weight times the total already in it.
+            n_values: that the chunk has by the layout. Without it the first chunk sets the example, and a wrong first
+                chunk gets the others refused.
+
+        Raises:
+            OverflowRefusedError: ``total_weight`` is above ``max_total_weight``; nothing was added.
+            RefusedChunkError: a chunk is malformed; ``index`` says which. Leave it out and call again.
+        """
+        check_total_weight(total_weight, self.max_total_weight)
+        if not chunks or len(chunks) != len(weights) or min(weights) < 1 or sum(weights) > total_weight:
+            raise ValueError(
+                f"{len(chunks)} chunks, weights {list(weights)}, total {total_weight}: one weight from 1 per chunk, and"
+                " a total that is no smaller than their sum"
+            )
+        accumulator = self._accumulator(total_weight, n_values)
+        for index, (chunk, weight) in enumerate(zip(chunks, weights, strict=True)):
+            try:
+                accumulator.add(wire.unpack(chunk, Chunk).parts, weight)
+            except RefusedError as error:
+                raise RefusedChunkError(error.reason, f"chunk {index}: {error.detail}", index) from None
+        return wire.pack(Chunk(parts=accumulator.parts()))
+
+    def _accumulator(self, total_weight: int, n_values: int | None) -> Accumulator:
+        if self._bfv is None or self._key is None:
+            return _PlainSum(self._qmax * total_weight, sparse.SEGMENT_VALUES if n_values is None else n_values)
+        return _BfvSum(self._key, None if n_values is None else -(-n_values // self._bfv.packing.n_values))
+
+
+@lru_cache(maxsize=2)  # loading a key takes as long as adding a chunk
+def summer(settings: DeltaSettings, public_key: bytes | None) -> Summer:
+    """The summer of a run; ``public_key`` is needed for ``cipher = "bfv"``.
+
+    Raises:
+        ConfigError: the key is missing, is none, holds the secret key or was made for other settings.
+    """
+    if settings.cipher == "none":
+        return Summer(settings)
+    bfv = scheme.bfv(settings)
+    return Summer(settings, bfv, PublicKey(scheme.required(public_key, "public"), bfv.parameters))
+
+
+class _BfvSum:
+    def __init__(self, key: PublicKey, n_ciphertexts: int | None) -> None:
+        self._key = key
+        self._n_ciphertexts = n_ciphertexts
+        self._sums: list[WeightedSum] = []
+
+    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
+        expected = max(1, len(parts)) if self._n_ciphertexts is None else self._n_ciphertexts
+        if len(parts) != expected:
+            raise RefusedError(Reason.WRONG_SHAPE, f"{len(parts)} ciphertexts, expected {expected}")
+        if not self._sums:
+            self._n_ciphertexts = expected
+            self._sums = [self._key.weighted_sum() for _ in parts]
+        for index, (ciphertext, total) in enumerate(zip(parts, self._sums, strict=True)):
+            try:
+                total.add(ciphertext, weight)
+            except RefusedError as error:
+                raise RefusedError(error.reason, f"ciphertext {index}: {error.detail}") from None
+
+    def parts(self) -> tuple[bytes, ...]:
+        return tuple(total.to_bytes() for total in self._sums)
+
+
+class _PlainSum:
+    def __init__(self, limit: int, n_values: int) -> None:
+        self._limit = limit
+        self._sum = np.zeros(n_values, dtype=np.int64)
+
+    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
+        term = sparse.decode(parts, self._sum.size).astype(np.int64) * weight
+        largest = int(np.abs(term).max(initial=0))
+        if largest > self._limit:
+            raise RefusedError(
+                Reason.MALFORMED, f"a weighted value of {largest}, the whole sum has at most {self._limit}"
+            )
+        self._sum += term
+
+    def parts(self) -> tuple[bytes, ...]:
+        if np.abs(self._sum).max(initial=0) > self._limit:
+            raise RefusedError(Reason.MALFORMED, f"inputs that together exceed the largest possible sum, {self._limit}")
+        return sparse.encode(self._sum)
