@@ -12,6 +12,7 @@ from rich.console import Console
 from fednats import __version__
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load
 from fednats.errors import FednatsError
+from fednats.services.lifecycle import configure_logging
 
 app = typer.Typer(
     help="Train one model over many hospitals while every record stays where it is.",
@@ -65,6 +66,7 @@ def demo(
         synchronous=mode is Mode.SYNC,
         data=None if data is None else data.resolve(),
     )
+    configure_logging("warning")
     summary = asyncio.run(run_federation(federation, output.resolve()))
     _show(comparison(summary), output)
 
@@ -80,6 +82,7 @@ def run(
     from fednats.testbed.summary import comparison  # noqa: PLC0415
 
     settings = load(federation, FederationSettings)
+    configure_logging("warning")
     summary = asyncio.run(run_federation(settings, output.resolve()))
     _show(comparison(summary), output)
 

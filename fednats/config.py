@@ -179,6 +179,7 @@ class AggregatorSettings(DaemonSettings):
     bus: BusSettings = Field(description="the region's private account: sites and updates")
     uplink: BusSettings = Field(description="the account of the leaf link: models and aggregates")
     public_key_file: Path | None = None
+    leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")
 
 
 class CoordinatorSettings(DaemonSettings):
@@ -187,6 +188,7 @@ class CoordinatorSettings(DaemonSettings):
     regions: tuple[Token, ...] = Field(min_length=1, description="regions directly below the hub")
     bus: BusSettings
     secret_key_file: Path | None = None
+    leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")
     task: TaskSettings
     settings: RunSettings
 

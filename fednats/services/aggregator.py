@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
-from fednats.config import AggregatorSettings, DeltaSettings
+from fednats.config import AggregatorSettings
 from fednats.errors import BusError, BusFullError, Reason, RefusedError
 from fednats.messages import Aggregate, Control, EvaluationSum, ModelManifest, Payload, Update
 from fednats.permissions import user_name
@@ -74,7 +74,7 @@ class AggregatorService:
         roster = Roster(settings.run, settings.region, frozenset(settings.sites), frozenset(settings.regions))
         self._machine = Collector(roster, lambda event: event.settings.goal)
         self._tier = Tier(daemon, self._journal, self._machine)
-        self._announcement: asyncio.Future[tuple[DeltaSettings, Fit]] = asyncio.get_running_loop().create_future()
+        self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._published: list[str] = []
         self._sent_bytes = 0
         daemon.status = self._status
@@ -82,9 +82,9 @@ class AggregatorService:
     async def live(self) -> None:
         """Make the streams, take up what was under way, then aggregate until told to stop."""
         s = self._settings
-        for spec in streams.at_uplink(s.run, s.region, s.parent, s.regions):
+        for spec in streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves):
             await self._uplink.ensure_stream(spec)
-        for spec in streams.in_region(s.run, s.region):
+        for spec in streams.in_region(s.run, s.region, leaves=s.leaves):
             await self._region.ensure_stream(spec)
         for bucket in streams.buckets(s.run):
             await self._region.ensure_bucket(bucket)
@@ -129,7 +129,7 @@ class AggregatorService:
         run = self._settings.run
         stream = subjects.models_stream(run, self._settings.region)
         heads = [subjects.head(subjects.model(run)), subjects.control(run)]
-        async for record in self._uplink.follow(stream, heads):
+        async for record in self._region.follow(stream, heads):
             try:
                 if record.subject == subjects.control(run):
                     control = wire.unpack(record.data, Control)
@@ -148,8 +148,8 @@ class AggregatorService:
             raise RefusedError(
                 Reason.WRONG_KEY, f"announced for key {manifest.key_id}, public_key_file holds {fit.key_id}"
             )
-        if not self._announcement.done():
-            self._announcement.set_result((manifest.delta, fit))
+        if not self._fit.done():
+            self._fit.set_result(fit)
         self._daemon.metrics.version.set(manifest.version)
         self._tier.feed(
             VersionAnnounced(
@@ -180,7 +180,7 @@ class AggregatorService:
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Add the contributions chunk by chunk and publish the sum; nothing of it is announced if a part is bad."""
-        delta, fit = await self._announcement  # after a restart, once the models are seen again
+        fit = await self._fit  # after a restart, once the models are seen again
         sizes = [_total_weight(part) for part in combination.parts]
         weights = apportion([part.mass for part in combination.parts], sizes, fit.capacity)
         total = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
@@ -191,7 +191,7 @@ class AggregatorService:
 
         async def sums() -> AsyncIterator[bytes]:
             nonlocal n_bytes
-            async for data in self._sums(combination, delta, weights, total):
+            async for data in self._sums(combination, weights, total):
                 digests.append(wire.digest(data))
                 n_bytes += len(data)
                 yield data
@@ -224,42 +224,40 @@ class AggregatorService:
         await self._forget_old(identity, prefix)
         return [Combined(combination_id=identity)]
 
-    async def _sums(
-        self, combination: Combination, delta: DeltaSettings, weights: tuple[int, ...], total: int
-    ) -> AsyncIterator[bytes]:
+    async def _sums(self, combination: Combination, weights: tuple[int, ...], total: int) -> AsyncIterator[bytes]:
         readers = [self._tier.chunks(part.head) for part in combination.parts]
-        for _ in range(len(combination.parts[0].head.payload.digests)):
+        for position in range(len(combination.parts[0].head.payload.digests)):
             chunks = []
             for part, reader in zip(combination.parts, readers, strict=True):
                 try:
                     chunks.append(await anext(reader))
                 except RefusedError as error:
                     raise PartRefusedError(contribution_id(part.head), error.reason, error.detail) from error
-            yield await self._add(combination, delta, chunks, weights, total)
+            yield await self._add(combination, position, chunks, weights, total)
 
     async def _add(
-        self, combination: Combination, delta: DeltaSettings, chunks: list[bytes], weights: tuple[int, ...], total: int
+        self, combination: Combination, position: int, chunks: list[bytes], weights: tuple[int, ...], total: int
     ) -> bytes:
+        fit = await self._fit
         try:
-            summed: bytes = await self._worker.call("weighted_sum", delta, chunks, weights, total)
+            summed: bytes = await self._worker.call("weighted_sum", fit, position, chunks, weights, total)
         except RefusedError as error:
-            index = getattr(error, "index", 0)
+            index = getattr(error, "index", 0)  # RefusedChunkError, whose module loads TenSEAL
             raise PartRefusedError(
                 contribution_id(combination.parts[index].head), error.reason, error.detail
             ) from error
         except WorkerDiedError:
-            await self._find_killer(combination, delta, chunks)
+            for part, chunk in zip(combination.parts, chunks, strict=True):
+                await self._survive(part, fit, position, chunk)
             raise
         return summed
 
-    async def _find_killer(self, combination: Combination, delta: DeltaSettings, chunks: list[bytes]) -> None:
-        """Refuse the contribution whose chunk ends the worker process."""
-        for part, chunk in zip(combination.parts, chunks, strict=True):
-            size = _total_weight(part)
-            try:
-                await self._worker.call("weighted_sum", delta, [chunk], [1], size)
-            except WorkerDiedError as error:
-                raise PartRefusedError(contribution_id(part.head), Reason.CIPHERTEXT, str(error)) from error
+    async def _survive(self, part: Part, fit: "Fit", position: int, chunk: bytes) -> None:
+        """Refuse the contribution whose chunk, added alone, ends the worker process."""
+        try:
+            await self._worker.call("weighted_sum", fit, position, [chunk], [1], _total_weight(part))
+        except WorkerDiedError as error:
+            raise PartRefusedError(contribution_id(part.head), Reason.CIPHERTEXT, str(error)) from error
 
     def _head(self, combination: Combination, total_weight: int, payload: Payload) -> Aggregate:
         heads = [part.head for part in combination.parts]

@@ -11,6 +11,8 @@ from fednats.delta.sum import summer
 class Fit:
     """What contributions to a run must look like, and how much fits into one sum made here."""
 
+    delta: DeltaSettings
+    n_parameters: int
     key_id: str
     n_chunks: int
     max_total_weight: int
@@ -25,10 +27,12 @@ class AggregatorWorker:
         self._public_key = None if settings.public_key_file is None else settings.public_key_file.read_bytes()
 
     def fit(self, delta: DeltaSettings, n_parameters: int) -> Fit:
-        """Return what contributions must look like for a model of ``n_parameters``."""
+        """Return what contributions to a run over a model of ``n_parameters`` must look like."""
         add = summer(delta, self._public_key)
         levels = max(1, delta.tiers - self._depth + 1)
         return Fit(
+            delta=delta,
+            n_parameters=n_parameters,
             key_id=add.key_id,
             n_chunks=-(-n_parameters // add.values_per_chunk),
             max_total_weight=add.max_total_weight,
@@ -36,7 +40,9 @@ class AggregatorWorker:
         )
 
     def weighted_sum(
-        self, delta: DeltaSettings, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int
+        self, fit: Fit, position: int, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int
     ) -> bytes:
-        """Add the same chunk of several contributions, each times its integer weight."""
-        return summer(delta, self._public_key).weighted_sum(chunks, weights, total_weight)
+        """Add the chunk at ``position`` of several contributions, each times its integer weight."""
+        add = summer(fit.delta, self._public_key)
+        n_values = min(add.values_per_chunk, fit.n_parameters - position * add.values_per_chunk)
+        return add.weighted_sum(chunks, weights, total_weight, n_values)

@@ -81,7 +81,7 @@ class CoordinatorService:
     async def live(self) -> None:
         """Make the streams, publish the current version, then take aggregates until told to stop."""
         run = self._settings.run
-        for spec in streams.at_hub(run, self._settings.regions):
+        for spec in streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves):
             await self._bus.ensure_stream(spec)
         for bucket in streams.buckets(run):
             await self._bus.ensure_bucket(bucket)

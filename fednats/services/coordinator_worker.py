@@ -100,11 +100,13 @@ class CoordinatorWorker:
         """
         start = position * self._decoder.values_per_chunk
         stop = min(start + self._decoder.values_per_chunk, self._layout.n_parameters)
-        sums = self._decoder.decode_chunk(data, head.total_weight)[: stop - start]
-        if len(sums) != stop - start:
-            raise RefusedError(Reason.WRONG_SHAPE, f"chunk {position} holds {len(sums)} values, not {stop - start}")
+        sums = self._decoder.decode_chunk(data, head.total_weight)
+        if sums.size < stop - start or sums[stop - start :].any():
+            raise RefusedError(Reason.WRONG_SHAPE, f"chunk {position} is not of {stop - start} values")
         steps = self._layout.steps(self._grid(head.grid_id), start, stop)
-        self._sums.setdefault(head.aggregate_id, []).append(sums * (steps / np.float32(head.total_weight)))
+        self._sums.setdefault(head.aggregate_id, []).append(
+            sums[: stop - start] * (steps / np.float32(head.total_weight))
+        )
 
     def apply(self, combination_id: str, heads: Sequence[Aggregate], masses: Sequence[float]) -> Version:
         """Step the model along the mean of the decrypted deltas, weighted by mass; durable on return."""

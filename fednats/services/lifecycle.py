@@ -48,6 +48,7 @@ class Daemon:
             fednats.__version__,
             f"fednats {self.role} {self.name}",
             {"run": self.run, "name": self.name},
+            subjects.status(self.run, self.role, self.name),
             self.describe,
         )
         key = subjects.presence_key(self.role, self.name)
@@ -67,14 +68,14 @@ def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon],
     configure_logging(settings.log_level)
     log = structlog.get_logger().bind(role=role, name=name, run=settings.run, release=fednats.__version__)
     settings.state_dir.mkdir(parents=True, exist_ok=True)
-    exit_code = 0
+    errors: list[BaseException] = []
     try:
         asyncio.run(_live(Daemon(role, name, settings.run, log), settings, body))
     except* FednatsError as group:
-        exit_code = 1
-        for error in _leaves(group):
-            log.error("stopped_by_error", error=str(error), kind=type(error).__name__)
-    return exit_code
+        errors += _leaves(group)
+    for error in errors:
+        log.error("stopped_by_error", error=str(error), kind=type(error).__name__)
+    return 1 if errors else 0
 
 
 async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon], Awaitable[None]]) -> None:

@@ -131,7 +131,7 @@ class SiteService:
         version, weights = self._weights
         if version == manifest.version:
             return weights
-        parts = []
+        parts: list[bytes] = []
         prefix = subjects.model(self._settings.run)
         payload = manifest.payload
         async for data in self._bus.read_payload(self._models, prefix, payload.payload_id, payload.digests):

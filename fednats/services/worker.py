@@ -48,7 +48,8 @@ class Worker(Generic[JobsT]):
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
-        await asyncio.to_thread(lambda: [process.join() for process in processes])
+        for process in processes:
+            await asyncio.to_thread(process.join)
 
     async def call(self, method: str, *args: object) -> Any:
         """Run ``method`` of the object and return what it returns or raise what it raises.

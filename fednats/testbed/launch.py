@@ -15,19 +15,18 @@ from numpy.typing import NDArray
 from fednats.codec.layout import Layout
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings
 from fednats.crypto import secret
+from fednats.delta import scheme
 from fednats.errors import FednatsError
 from fednats.learning.flat import parameters_of
 from fednats.learning.task import make_task
-from fednats.storage.checkpoints import load_tensors, save_tensors
-from fednats.subjects import HUB
+from fednats.storage.checkpoints import Checkpoints, save_tensors
 from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
 from fednats.testbed.comparison import Comparison, compare
 from fednats.testbed.federation import FederationSettings
-from fednats.testbed.nats_server import write_secret
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
-from fednats.testbed.summary import Summary
+from fednats.testbed.summary import SiteFigures, Staleness, Summary
 
 POLL_S = 0.5
 COORDINATOR = "coordinator"
@@ -47,7 +46,6 @@ class Running:
 @asynccontextmanager
 async def running(federation: FederationSettings, output: Path) -> AsyncIterator[Running]:
     """Start everything; stop everything on the way out, whatever happened."""
-    output.mkdir(parents=True, exist_ok=True)
     plan = [
         RegionPlan(name, sites=federation.sites_of(name), parent=region.parent)
         for name, region in federation.regions.items()
@@ -65,8 +63,9 @@ def make_keys(federation: FederationSettings, directory: Path) -> tuple[Path | N
     directory.mkdir(parents=True, exist_ok=True)
     secret_file, public_file = directory / "coordinator.secret", directory / "participants.public"
     if not (secret_file.exists() and public_file.exists()):
-        secret_key, public_key = secret.generate_for(federation.delta)
-        write_secret(secret_file, secret_key)
+        secret_key, public_key = secret.generate(scheme.bfv(federation.delta).parameters)
+        secret_file.touch(mode=0o600)
+        secret_file.write_bytes(secret_key)
         public_file.write_bytes(public_key)
     return secret_file, public_file
 
@@ -132,6 +131,7 @@ def _daemons(
         run=run,
         state_dir=output / COORDINATOR,
         regions=federation.children_of(None),
+        leaves=federation.leaves,
         bus=servers.coordinator(),
         secret_key_file=secret_key,
         task=federation.task_of(None),
@@ -145,6 +145,7 @@ def _daemons(
             region=region,
             parent=settings.parent,
             depth=federation.depth(region),
+            leaves=federation.leaves,
             sites=federation.sites_of(region),
             regions=federation.children_of(region),
             bus=servers.aggregator(region),
@@ -173,8 +174,6 @@ def _refuse_used(output: Path) -> None:
 
 
 def _last_weights(output: Path) -> NDArray[np.float32]:
-    from fednats.storage.checkpoints import Checkpoints  # noqa: PLC0415
-
     newest = Checkpoints(output / COORDINATOR / "checkpoints").newest()
     if newest is None:
         raise FednatsError(f"{output}: the coordinator left no model version")
@@ -224,23 +223,22 @@ def _summarise(federation: FederationSettings, statuses: Statuses, comparison: C
         uplink_bytes=uplink,
         downlink_bytes=sum(site["received_bytes"] for site in sites.values()),
         uplink_bytes_per_parameter=uplink / max(1, n_sent * coordinator["n_parameters"]),
-        staleness={
-            "mean": coordinator["staleness_sum"] / max(1, coordinator["n_updates"]),
-            "max": coordinator["staleness_max"],
-        },
+        staleness=Staleness(
+            mean=coordinator["staleness_sum"] / max(1, coordinator["n_updates"]), max=coordinator["staleness_max"]
+        ),
         target_metric=federation.stop.target_metric,
         target=federation.stop.target,
         time_to_target_s=next((entry["published_s"] for entry in history if entry["version"] == reached), None),
         history=history,
         site_figures={
-            name: {
-                "region": site["region"],
-                "updates": site["updates"],
-                "sent_bytes": site["sent_bytes"],
-                "received_bytes": site["received_bytes"],
-                "train_s": site["train_s"],
-                "idle_share": max(0.0, 1.0 - site["train_s"] / run_s) if run_s else 0.0,
-            }
+            name: SiteFigures(
+                region=site["region"],
+                updates=site["updates"],
+                sent_bytes=site["sent_bytes"],
+                received_bytes=site["received_bytes"],
+                train_s=site["train_s"],
+                idle_share=max(0.0, 1.0 - site["train_s"] / run_s) if run_s else 0.0,
+            )
             for name, site in sites.items()
         },
     )

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 import tomli_w
 
 from fednats.config import DaemonSettings
 from fednats.errors import FednatsError
-from fednats.testbed.nats_server import die_with_parent
+from fednats.testbed.nats_server import _die_with_parent as die_with_parent
 from fednats.web.server import PORT_FILE
 
 LOG_FILE = "daemon.log"
@@ -117,7 +117,7 @@ class Daemons:
     def __getitem__(self, name: str) -> DaemonProcess:
         return self._daemons[name]
 
-    async def __aenter__(self) -> "Daemons":
+    async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
         await asyncio.gather(*(daemon.start() for daemon in self._daemons.values()))
         return self
