@@ -90,6 +90,11 @@ def event(run: str, role: str, name: str) -> str:
     return f"fed.{run}.event.{role}.{name}"
 
 
+def status(run: str, role: str, name: str) -> str:
+    """Where a service answers what it is doing, as JSON: the endpoint of its NATS micro service."""
+    return f"fed.{run}.status.{role}.{name}"
+
+
 def presence_bucket(run: str) -> str:
     """KV bucket whose keys expire when a service no longer renews them."""
     return f"fed_{run}_presence"

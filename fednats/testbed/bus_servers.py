@@ -1,0 +1,174 @@
+"""The servers of a whole federation, with keys for everybody."""
+
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nkeys
+
+from fednats import permissions
+from fednats.config import BusSettings
+from fednats.errors import ConfigError
+from fednats.permissions import Account, Permissions, User
+from fednats.subjects import HUB
+from fednats.testbed.nats_server import NatsServer, write_secret
+
+
+@dataclass(frozen=True)
+class RegionPlan:
+    """One region of a federation; ``parent`` is the region above it, none the hub."""
+
+    name: str
+    sites: tuple[str, ...] = ()
+    parent: str | None = None
+
+
+@dataclass
+class BusServers:
+    """The running servers of a federation, and the settings each participant connects with."""
+
+    run: str
+    plan: Mapping[str, RegionPlan]
+    keys: "Keys"
+    hub: NatsServer
+    leaves: dict[str, NatsServer] = field(default_factory=dict)
+    """By region; empty without leaves."""
+
+    def coordinator(self) -> BusSettings:
+        """Return what the coordinator connects with."""
+        return self._settings(self.hub, "coordinator", HUB)
+
+    def uplink(self, region: str) -> BusSettings:
+        """Return the aggregator's connection to the uplink account (without leaves: the hub's account)."""
+        return self._settings(self.node(region), "uplink", region)
+
+    def aggregator(self, region: str) -> BusSettings:
+        """Return the aggregator's connection to its region's private account."""
+        return self._settings(self.node(region), "aggregator", region)
+
+    def site(self, region: str, site: str) -> BusSettings:
+        """Return what a site connects with."""
+        return self._settings(self.node(region), "site", site)
+
+    def observer(self, node: str) -> BusSettings:
+        """Return the read-only user of the hub's account (`HUB`) or of a region's private account."""
+        return self._settings(self.hub if node == HUB else self.node(node), "observer", node)
+
+    def node(self, region: str) -> NatsServer:
+        """Return the server that a region's services connect to."""
+        return self.leaves.get(region, self.hub)
+
+    def _settings(self, server: NatsServer, role: str, node: str) -> BusSettings:
+        return BusSettings(url=server.url, nkey_seed_file=self.keys.seed_file(permissions.user_name(role, node)))
+
+
+class Keys:
+    """Seed files of bus users, made when first asked for; each at mode 0600."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def seed_file(self, name: str) -> Path:
+        """Return the seed file of the user ``name``."""
+        path = self._directory / f"{name}.nk"
+        if not path.exists():
+            write_secret(path, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
+        return path
+
+    def seed(self, name: str) -> str:
+        """Return the seed of the user ``name``."""
+        return self.seed_file(name).read_text(encoding="utf-8")
+
+    def user(self, role: str, node: str, allowed: Permissions) -> User:
+        """Return the user with its public key."""
+        name = permissions.user_name(role, node)
+        public_key = nkeys.from_seed(bytearray(self.seed(name), "ascii")).public_key.decode()
+        return User(name, public_key, allowed, leaf=role == "link")
+
+
+@asynccontextmanager
+async def bus_servers(
+    directory: Path, run: str, regions: Sequence[RegionPlan], *, leaves: bool = True
+) -> AsyncIterator[BusServers]:
+    """Start the hub and (with ``leaves``) one leaf per region; keys, stores and logs go below ``directory``.
+
+    Raises:
+        ConfigError: no nats-server binary, or a plan with an unknown or circular parent.
+        BusError: a server does not come up; the text has the end of its log.
+    """
+    plan = {region.name: region for region in regions}
+    keys = Keys(directory / "keys")
+    order = _top_down(plan)
+    if not leaves and any(region.parent for region in regions):
+        raise ConfigError("regions under regions need leaves")
+    async with AsyncExitStack() as stack:
+        text = permissions.render(_hub(run, plan, keys, leaves=leaves))
+        hub = await stack.enter_async_context(NatsServer(HUB, "hub.conf", text, directory / HUB))
+        servers = BusServers(run, plan, keys, hub)
+        for region in order if leaves else ():
+            text = permissions.render(
+                _leaf(run, region, plan, keys),
+                region=region.name,
+                link_seed=keys.seed(permissions.user_name("link", region.name)),
+            )
+            above = servers.leaves[region.parent] if region.parent else hub
+            server = NatsServer(region.name, "leaf.conf", text, directory / region.name, upstream=above.leaf_url)
+            servers.leaves[region.name] = await stack.enter_async_context(server)
+        yield servers
+
+
+def _hub(run: str, plan: Mapping[str, RegionPlan], keys: Keys, *, leaves: bool) -> list[Account]:
+    users = [
+        keys.user("coordinator", HUB, permissions.coordinator(run)),
+        keys.user("observer", HUB, permissions.observer(run, HUB)),
+    ]
+    if leaves:
+        return [permissions.hub_account(run, [*users, *_links(run, None, plan, keys)])]
+    users += [keys.user("uplink", name, permissions.uplink(run, name)) for name in plan]
+    private = [
+        permissions.private_account(run, region.name, _private_users(run, region, keys), leaves=False)
+        for region in plan.values()
+    ]
+    return [permissions.hub_account(run, users, private), *private]
+
+
+def _leaf(run: str, region: RegionPlan, plan: Mapping[str, RegionPlan], keys: Keys) -> list[Account]:
+    uplink = keys.user("uplink", region.name, permissions.uplink(run, region.name))
+    return [
+        permissions.uplink_account(run, region.name, [uplink, *_links(run, region.name, plan, keys)]),
+        permissions.private_account(run, region.name, _private_users(run, region, keys)),
+    ]
+
+
+def _private_users(run: str, region: RegionPlan, keys: Keys) -> list[User]:
+    return [
+        keys.user("aggregator", region.name, permissions.aggregator(run, region.name)),
+        keys.user("observer", region.name, permissions.observer(run, region.name)),
+        *(keys.user("site", site, permissions.site(run, region.name, site)) for site in region.sites),
+    ]
+
+
+def _links(run: str, node: str | None, plan: Mapping[str, RegionPlan], keys: Keys) -> list[User]:
+    return [
+        keys.user("link", child, permissions.link(run, child, node or HUB, _below(child, plan)))
+        for child, region in plan.items()
+        if region.parent == node
+    ]
+
+
+def _below(name: str, plan: Mapping[str, RegionPlan]) -> list[str]:
+    children = [child for child, region in plan.items() if region.parent == name]
+    return [*children, *(node for child in children for node in _below(child, plan))]
+
+
+def _top_down(plan: Mapping[str, RegionPlan]) -> list[RegionPlan]:
+    order: list[RegionPlan] = []
+    while len(order) < len(plan):
+        placed = {None, *(region.name for region in order)}
+        ready = [region for name, region in plan.items() if name not in placed and region.parent in placed]
+        if not ready:
+            raise ConfigError(f"a region's parent is unknown or circular among {sorted(plan)}")
+        order += ready
+    return order

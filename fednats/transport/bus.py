@@ -1,0 +1,308 @@
+"""One authenticated connection to one account of a nats-server: all that the services see of NATS."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import nats.micro
+from nats.aio.msg import Msg
+from nats.micro.request import Request
+
+from fednats.config import BusSettings
+from fednats.errors import BusError
+from fednats.transport import payload
+from fednats.transport.connection import AwayError, Connection, NobodyError, NoStreamError, answer, connection
+from fednats.transport.consumer import Consumer, Delivery
+from fednats.transport.streams import BucketSpec, StreamSpec
+
+__all__ = ["Bus", "Delivery", "Record"]
+
+HEADER_ROOM_BYTES = 4096
+"""Kept free below the server's largest message for headers, also those that a copying server adds."""
+POLL_INTERVAL_S = 5.0
+"""How often `Bus.follow` looks although nothing was announced."""
+WATCH_INTERVAL_S = 1.0
+"""How often `Bus.watch` looks for keys that have expired."""
+
+_DELETED = {"DEL", "PURGE"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored message."""
+
+    subject: str
+    data: bytes
+    sequence: int
+
+
+class Bus:
+    """One connection; `Bus.connect` opens it, leaving its context closes it."""
+
+    def __init__(self, opened: Connection) -> None:
+        self._connection = opened
+        self._ensured: dict[str, StreamSpec | BucketSpec] = {}
+        self._restoring: asyncio.Task[None] | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, settings: BusSettings, name: str) -> AsyncIterator["Bus"]:
+        """Connect; reconnects for ever afterwards.
+
+        ``name`` must be ``permissions.user_name(role, node)``: it names the connection and is the inbox prefix that
+        the user may listen on.
+
+        Raises:
+            BusError: not reachable within 10 s, or refused (authorization).
+            ConfigError: the nkey seed file is missing or not a seed.
+        """
+        async with connection(settings, name) as opened:
+            bus = cls(opened)
+            opened.wakers.add(bus._restore)
+            try:
+                yield bus
+            finally:
+                opened.wakers.discard(bus._restore)
+                if bus._restoring is not None:
+                    bus._restoring.cancel()
+                    await asyncio.gather(bus._restoring, return_exceptions=True)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands right now."""
+        return self._connection.connected
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """Largest ``data`` that may be published: the server's limit less room for headers."""
+        return self._connection.client.max_payload - HEADER_ROOM_BYTES
+
+    # --- making
+
+    async def ensure_stream(self, spec: StreamSpec) -> None:
+        """Create the stream, or apply what changed; again by itself after a reconnection, should it have vanished.
+
+        Raises:
+            BusError: the bus is away, not permitted, or an incompatible change (the text names it).
+        """
+        await self._ensure(spec)
+        self._ensured[spec.name] = spec
+
+    async def ensure_bucket(self, spec: BucketSpec) -> None:
+        """Create the KV bucket, or apply what changed. Raises as `ensure_stream` does."""
+        await self._ensure(spec)
+        self._ensured[f"KV_{spec.name}"] = spec
+
+    # --- sending
+
+    async def publish(self, subject: str, data: bytes, message_id: str) -> None:
+        """Store a message in the stream of ``subject``; waits, for ever, while the bus is away.
+
+        A ``message_id`` that the stream has seen within its duplicate window is not stored again, and this returns.
+
+        Raises:
+            BusFullError: the stream is at its limit; nothing is stored.
+            BusError: not permitted, too large, no stream takes the subject, or the connection was closed for good.
+        """
+        while True:
+            try:
+                message = await self._connection.request(subject, data, {"Nats-Msg-Id": message_id})
+            except AwayError:
+                await self._connection.wait_connected()
+            else:
+                answer(message.data, subject)
+                return
+
+    async def emit(self, subject: str, data: bytes) -> None:
+        """Tell whoever listens now; nothing is stored, nobody acknowledges. Raises BusError while the bus is away."""
+        await self._connection.emit(subject, data)
+
+    async def ask(self, subject: str) -> bytes:
+        """Return a service's answer, such as its `subjects.status`; empty if nobody is there. Raises BusError."""
+        try:
+            return bytes((await self._connection.request(subject)).data)
+        except NobodyError:
+            return b""
+
+    async def publish_payload(
+        self,
+        prefix: str,
+        payload_id: str,
+        chunks: Iterable[bytes] | AsyncIterable[bytes],
+        window: int = payload.WINDOW,
+    ) -> None:
+        """Store chunks with at most ``window`` of them unacknowledged; returns when all are acknowledged.
+
+        Call it again with the same chunks to resume. Raises as `publish` does.
+        """
+        await payload.publish(self.publish, prefix, payload_id, chunks, window)
+
+    # --- reading
+
+    def read_payload(
+        self, stream: str, prefix: str, payload_id: str, digests: Sequence[bytes], window: int = payload.WINDOW
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks in order, each checked; at most ``window`` are in memory. Waits while the bus is away.
+
+        Raises:
+            RefusedError: (CHECKSUM) a chunk is missing or differs from its digest.
+        """
+        return payload.read(self._connection, stream, prefix, payload_id, digests, window)
+
+    def consume(self, stream: str, durable: str, filters: Sequence[str]) -> AsyncGenerator[Delivery, None]:
+        """Yield each message matching ``filters`` that is not settled yet, in order, for ever.
+
+        A delivery that is neither acked nor termed is not repeated while this iteration runs (unless the server lost
+        the consumer); a new iteration, in this or another process, gets it again after at most 8 s. A server that is
+        killed may forget the acks of its last moments: look whether a message is known before reading its payload.
+        Close the iteration (``contextlib.aclosing``) when leaving it early.
+        """
+        return Consumer(self._connection, stream, durable, filters).run()
+
+    async def last(self, stream: str, subject: str) -> Record | None:
+        """Return the newest message of ``subject``, or None. Raises BusError if the stream or the bus is away."""
+        message = await self._connection.direct(stream, subject)
+        if message is None:
+            return None
+        return Record(subject, message.data, int((message.headers or {}).get("Nats-Sequence", 0)))
+
+    async def follow(self, stream: str, subjects: Sequence[str]) -> AsyncGenerator[Record, None]:
+        """Yield the newest message of each of ``subjects`` (no wildcards), and again whenever there is a newer one.
+
+        Messages overtaken by a newer one of the same subject may be skipped. Survives restarts by itself.
+
+        Raises:
+            BusError: not permitted, or the connection was closed for good.
+        """
+        seen: dict[str, tuple[int, bytes]] = {}
+        async for _ in self._wakes(subjects, POLL_INTERVAL_S):
+            for subject in subjects:
+                try:
+                    record = await self.last(stream, subject)
+                except (AwayError, NobodyError) as error:
+                    self._connection.log.debug("follow_waits", stream=stream, error=str(error))
+                    break
+                if record is not None and seen.get(subject) != (record.sequence, record.data):
+                    seen[subject] = (record.sequence, record.data)
+                    yield record
+
+    async def purge(self, stream: str, subject: str) -> None:
+        """Delete the messages of ``subject`` (wildcards allowed) from ``stream``. Raises BusError.
+
+        In an inbox purge the chunks and leave the heads: by the newest message of each region a server that starts
+        again knows how far it had come.
+        """
+        await self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject})
+
+    # --- buckets
+
+    async def put(self, bucket: str, key: str, value: bytes, *, domain: str | None = None) -> None:
+        """Set ``key``, in the bucket of another ``domain`` if given. Raises BusError, at once while the bus is away."""
+        subject = f"$KV.{bucket}.{key}"
+        message = await self._connection.request(subject if domain is None else f"$JS.{domain}.API.{subject}", value)
+        answer(message.data, f"{bucket}.{key}")
+
+    async def get(self, bucket: str, key: str) -> bytes | None:
+        """Return the value of ``key``, or None. Raises BusError."""
+        message = await self._connection.direct(f"KV_{bucket}", f"$KV.{bucket}.{key}")
+        if message is None or (message.headers or {}).get("KV-Operation") in _DELETED:
+            return None
+        return message.data
+
+    async def entries(self, bucket: str) -> Mapping[str, bytes]:
+        """Return all keys with their values. Raises BusError."""
+        prefix = f"$KV.{bucket}."
+        info = await self._connection.api(f"STREAM.INFO.KV_{bucket}", {"subjects_filter": f"{prefix}>"})
+        keys = sorted(subject.removeprefix(prefix) for subject in info["state"].get("subjects") or {})
+        values = await asyncio.gather(*(self.get(bucket, key) for key in keys))
+        return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+
+    async def watch(self, bucket: str) -> AsyncGenerator[Mapping[str, bytes], None]:
+        """Yield the whole bucket, and again whenever something in it was set, deleted or has expired."""
+        seen: Mapping[str, bytes] | None = None
+        async for _ in self._wakes([f"$KV.{bucket}.>"], WATCH_INTERVAL_S):
+            try:
+                entries = await self.entries(bucket)
+            except (AwayError, NobodyError, NoStreamError) as error:
+                self._connection.log.debug("watch_waits", bucket=bucket, error=str(error))
+                continue
+            if entries != seen:
+                seen = entries
+                yield entries
+
+    # --- being seen
+
+    async def serve(
+        self,
+        name: str,
+        version: str,
+        description: str,
+        metadata: Mapping[str, str],
+        subject: str,
+        status: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """Be a NATS micro service until the connection closes; its endpoint ``status`` on ``subject`` answers JSON.
+
+        ``subject`` is `subjects.status` of the service; ``version`` is a semantic version.
+        """
+
+        async def respond(request: Request) -> None:
+            await request.respond(json.dumps(status(), default=str).encode())
+
+        service = await nats.micro.add_service(
+            self._connection.client, name=name, version=version, description=description, metadata=dict(metadata)
+        )
+        await service.add_endpoint(name="status", subject=subject, handler=respond)
+
+    # --- inside
+
+    async def _ensure(self, spec: StreamSpec | BucketSpec) -> None:
+        wanted = spec.config()
+        name = wanted["name"]
+        try:
+            current = (await self._connection.api(f"STREAM.INFO.{name}"))["config"]
+        except NoStreamError:
+            await self._connection.api(f"STREAM.CREATE.{name}", wanted)
+            self._connection.log.info("stream_created", stream=name)
+            return
+        merged = {**current, **wanted}
+        if merged != current:
+            await self._connection.api(f"STREAM.UPDATE.{name}", merged)
+            self._connection.log.info("stream_updated", stream=name)
+
+    def _restore(self) -> None:
+        if self._restoring is None or self._restoring.done():
+            self._restoring = asyncio.create_task(self._restore_streams(), name="restore_streams")
+
+    async def _restore_streams(self) -> None:
+        for spec in tuple(self._ensured.values()):
+            try:
+                await self._ensure(spec)
+            except BusError as error:
+                self._connection.log.warning("stream_not_restored", stream=spec.name, error=str(error))
+
+    async def _wakes(self, subjects: Sequence[str], interval_s: float) -> AsyncIterator[None]:
+        """Yield now, whenever something is announced on ``subjects``, after reconnections, and every ``interval_s``."""
+        event = asyncio.Event()
+        event.set()
+
+        async def wake(_message: Msg) -> None:
+            event.set()
+
+        subscriptions = [await self._connection.subscribe(subject, wake) for subject in subjects]
+        self._connection.wakers.add(event.set)
+        try:
+            while True:
+                try:
+                    await asyncio.wait_for(event.wait(), interval_s)
+                except TimeoutError:
+                    await self._connection.wait_connected()
+                event.clear()
+                yield
+        finally:
+            self._connection.wakers.discard(event.set)
+            for subscription in subscriptions:
+                await self._connection.unsubscribe(subscription)

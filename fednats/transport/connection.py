@@ -1,0 +1,244 @@
+"""The connection under a bus: nats-py with its errors translated and its waits cut short when the bus goes away."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import nats
+import nats.errors
+import nkeys
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from fednats import permissions
+from fednats.config import BusSettings
+from fednats.errors import BusError, BusFullError, ConfigError
+
+CONNECT_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 5.0
+RECONNECT_WAIT_S = 0.25
+PING_INTERVAL_S = 10
+
+_NO_MESSAGE = "404"
+_NO_STREAM = 10059
+_FULL = {10023, 10028, 10047}
+_STORE_FAILED = 10077
+
+log = structlog.get_logger()
+
+
+class AwayError(BusError):
+    """The bus did not answer: it is away or slow. Trying again is right."""
+
+
+class NobodyError(BusError):
+    """Nobody takes the subject: no stream, no service, or a domain that is not linked just now."""
+
+
+class NoStreamError(BusError):
+    """The stream does not exist."""
+
+
+class Connection:
+    """One nats client; made by `connection`."""
+
+    def __init__(self, name: str, domain: str | None) -> None:
+        self.client = Client()
+        self.log = log.bind(bus_user=name)
+        self.api_prefix = "$JS.API" if domain is None else f"$JS.{domain}.API"
+        self.wakers: set[Callable[[], None]] = set()
+        """Called after every reconnection."""
+        self._name = name
+        self._up = asyncio.Event()
+        self._opening = True
+        self._ended: str | None = None
+        self._last_error = "no answer"
+        self._waiting: dict[asyncio.Future[None], str] = {}
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands right now."""
+        return self._up.is_set() and self.client.is_connected
+
+    async def wait_connected(self) -> None:
+        """Wait until it stands; raises BusError if it was closed for good."""
+        await self._up.wait()
+        self._check()
+
+    async def request(self, subject: str, data: bytes = b"", headers: Mapping[str, str] | None = None) -> Msg:
+        """Ask and wait for the answer.
+
+        Raises:
+            AwayError: no connection, it broke while waiting, or no answer within 5 s.
+            NobodyError: nobody listens on ``subject``.
+            BusError: not permitted, too large, or the connection is closed.
+        """
+        self._check()
+        if not self.connected:
+            raise AwayError(f"{self._name}: the bus is away ({self._last_error})")
+        broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[broken] = subject.casefold()
+        asking = asyncio.create_task(
+            self.client.request(subject, data, timeout=ANSWER_TIMEOUT_S, headers=dict(headers) if headers else None)
+        )
+        try:
+            await asyncio.wait((asking, broken), return_when=asyncio.FIRST_COMPLETED)
+            if broken.done():
+                broken.result()
+            return asking.result()
+        except nats.errors.NoRespondersError:
+            raise NobodyError(f"nobody takes {subject}") from None
+        except (nats.errors.MaxPayloadError, nats.errors.BadSubjectError) as error:
+            raise BusError(f"{subject}: {error} ({len(data)} bytes)") from error
+        except (nats.errors.Error, TimeoutError, OSError) as error:
+            raise AwayError(f"{subject}: {error or 'no answer'}") from error
+        finally:
+            del self._waiting[broken]
+            await _settle(asking, broken)
+
+    async def api(self, verb: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Ask JetStream; returns its answer. Raises what `request` does, and BusError with the server's text."""
+        message = await self.request(f"{self.api_prefix}.{verb}", json.dumps(body or {}).encode())
+        return answer(message.data, verb)
+
+    async def direct(self, stream: str, subject: str) -> Msg | None:
+        """Return the newest message of ``subject`` in ``stream``, or None. Raises what `request` does."""
+        message = await self.request(f"{self.api_prefix}.DIRECT.GET.{stream}.{subject}")
+        status = (message.headers or {}).get("Status")
+        if status is None:
+            return message
+        if status == _NO_MESSAGE:
+            return None
+        raise BusError(f"{stream}: {status} {(message.headers or {}).get('Description')}")
+
+    async def emit(self, subject: str, data: bytes, reply: str = "") -> None:
+        """Publish without an answer. Raises AwayError while there is no connection."""
+        self._check()
+        if not self.connected:
+            raise AwayError(f"{self._name}: the bus is away ({self._last_error})")
+        try:
+            await self.client.publish(subject, data, reply=reply)
+        except nats.errors.Error as error:
+            raise BusError(f"{subject}: {error}") from error
+
+    async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
+        """Listen; nats-py renews the subscription after a reconnection."""
+        self._check()
+        return await self.client.subscribe(subject, cb=callback)
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """Listen no more; a connection that is gone needs no such thing."""
+        if not self.client.is_closed:
+            await subscription.unsubscribe()
+
+    async def open(self, settings: BusSettings) -> None:
+        """Connect; raises what `Bus.connect` says."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self.client.connect(
+                    settings.url,
+                    name=self._name,
+                    inbox_prefix=permissions.inbox(self._name),
+                    nkeys_seed_str=None if settings.nkey_seed_file is None else _seed(settings.nkey_seed_file),
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # annotated int, slept on as float
+                    ping_interval=PING_INTERVAL_S,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnected,
+                    reconnected_cb=self._on_reconnected,
+                    closed_cb=self._on_closed,
+                )
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            await self.client.close()
+            raise BusError(f"{self._name}: cannot connect to {settings.url} ({self._last_error})") from error
+        self._opening = False
+        self._up.set()
+        self.log.info("bus_connected", url=settings.url)
+
+    async def close(self) -> None:
+        """Close for good; what is under way fails."""
+        self._ended = "closed"
+        await self.client.close()
+
+    def _check(self) -> None:
+        if self._ended is not None:
+            raise BusError(f"{self._name}: the connection is closed ({self._ended})")
+
+    async def _on_error(self, error: Exception) -> None:
+        self._last_error = str(error) or type(error).__name__
+        text = self._last_error.casefold()
+        if self._opening and "authorization" in text:
+            raise error  # out of the first connect: nats-py would go on trying with the same refused key
+        if "permissions violation for publish" in text:
+            for future, subject in self._waiting.items():
+                if f'"{subject}"' in text and not future.done():
+                    future.set_exception(BusError(f"{self._name} may not publish to {subject}"))
+        self.log.warning("bus_error", error=self._last_error)
+
+    async def _on_disconnected(self) -> None:
+        self._up.clear()
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(AwayError(f"{self._name}: the connection broke"))
+        self.log.warning("bus_disconnected", error=self._last_error)
+
+    async def _on_reconnected(self) -> None:
+        self._up.set()
+        self.log.info("bus_reconnected")
+        for wake in tuple(self.wakers):
+            wake()
+
+    async def _on_closed(self) -> None:
+        if self._ended is None:
+            self._ended = self._last_error
+            self.log.error("bus_closed", error=self._last_error)
+        self._up.set()
+        for wake in tuple(self.wakers):
+            wake()
+
+
+@asynccontextmanager
+async def connection(settings: BusSettings, name: str) -> AsyncIterator[Connection]:
+    """Open a connection and close it at the end."""
+    opened = Connection(name, settings.domain)
+    await opened.open(settings)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+def answer(data: bytes, what: str) -> dict[str, Any]:
+    """Return JetStream's JSON answer; raises BusFullError, NoStreamError or BusError if it says so."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        raise BusError(f"{what}: not an answer of JetStream") from None
+    error = body.get("error") if isinstance(body, dict) else {"description": "not an object"}
+    if not error:
+        return dict(body)
+    code, text = error.get("err_code"), f"{what}: {error.get('description')} ({error.get('err_code')})"
+    if code in _FULL or (code == _STORE_FAILED and "maximum" in text):
+        raise BusFullError(text)
+    raise NoStreamError(text) if code == _NO_STREAM else BusError(text)
+
+
+async def _settle(asking: asyncio.Task[Msg], broken: asyncio.Future[None]) -> None:
+    asking.cancel()
+    broken.cancel()
+    await asyncio.gather(asking, broken, return_exceptions=True)
+
+
+def _seed(path: Path) -> str:
+    try:
+        seed = path.read_text(encoding="ascii").strip()
+        nkeys.from_seed(bytearray(seed, "ascii"))
+    except (OSError, ValueError, nkeys.NkeysError) as error:
+        text = f"{path}: not an nkey seed ({type(error).__name__}); give the seed file of the service's bus user"
+        raise ConfigError(text) from None
+    return seed

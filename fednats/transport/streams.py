@@ -1,0 +1,189 @@
+"""Streams and buckets of a run: who makes which, with which limits.
+
+Each function returns what one service ensures at its start with `Bus.ensure_stream` and `Bus.ensure_bucket`.
+A stream of models drops its oldest when full. All others refuse: the sender keeps what was not taken.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fednats import permissions, subjects
+from fednats.subjects import HUB
+
+GIB = 2**30
+NANOSECONDS = 10**9
+
+PRESENCE_TTL_S = 15.0
+"""A service that did not renew its presence for so long is taken to be gone; renew it three times as often."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one stream."""
+
+    max_bytes: int
+    max_age_s: int
+    max_message_bytes: int = 2**20
+    duplicate_window_s: int = 3600
+    """For so long a message id is remembered; what is sent again within it is stored once."""
+
+
+MODELS = Limits(max_bytes=8 * GIB, max_age_s=30 * 86400)
+UPDATES = Limits(max_bytes=32 * GIB, max_age_s=7 * 86400)
+AGGREGATES = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The stream that another one copies; ``api`` and ``deliver`` lead to another domain or account."""
+
+    stream: str
+    api: str | None = None
+    deliver: str = ""
+
+    def config(self) -> Mapping[str, Any]:
+        """Return it as the server's JSON."""
+        if self.api is None:
+            return {"name": self.stream}
+        return {"name": self.stream, "external": {"api": self.api, "deliver": self.deliver}}
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """One stream: it takes ``subjects``, or is a ``mirror``, or gathers ``sources``."""
+
+    name: str
+    limits: Limits
+    discard: Literal["old", "new"]
+    subjects: tuple[str, ...] = ()
+    mirror: Origin | None = None
+    sources: tuple[Origin, ...] = ()
+    announce: tuple[str, str] | None = None
+    """Subject filter and subject under which what is stored here is also announced (headers only) to who listens."""
+
+    def config(self) -> dict[str, Any]:
+        """Return it as the server's JSON."""
+        config: dict[str, Any] = {
+            "name": self.name,
+            "retention": "limits",
+            "storage": "file",
+            "num_replicas": 1,
+            "discard": self.discard,
+            "max_bytes": self.limits.max_bytes,
+            "max_age": self.limits.max_age_s * NANOSECONDS,
+            "max_msg_size": self.limits.max_message_bytes,
+            "allow_direct": True,
+        }
+        if self.subjects:
+            config["subjects"] = list(self.subjects)
+        if self.mirror is None:
+            config["duplicate_window"] = self.limits.duplicate_window_s * NANOSECONDS
+        else:
+            config["mirror"] = self.mirror.config()
+        if self.sources:
+            config["sources"] = [origin.config() for origin in self.sources]
+        if self.announce is not None:
+            config["republish"] = {"src": self.announce[0], "dest": self.announce[1], "headers_only": True}
+        return config
+
+
+@dataclass(frozen=True)
+class BucketSpec:
+    """One KV bucket: newest value of each key; with ``ttl_s`` a key that is not renewed disappears."""
+
+    name: str
+    ttl_s: float | None = None
+    max_bytes: int = 64 * 2**20
+
+    def config(self) -> dict[str, Any]:
+        """Return the stream that is the bucket, as the server's JSON."""
+        config: dict[str, Any] = {
+            "name": f"KV_{self.name}",
+            "subjects": [f"$KV.{self.name}.>"],
+            "retention": "limits",
+            "storage": "file",
+            "num_replicas": 1,
+            "discard": "new",
+            "max_msgs_per_subject": 1,
+            "max_bytes": self.max_bytes,
+            "max_msg_size": 2**20,
+            "allow_direct": True,
+            "allow_rollup_hdrs": True,
+            "deny_delete": True,
+        }
+        if self.ttl_s is not None:
+            config["max_age"] = config["duplicate_window"] = int(self.ttl_s * NANOSECONDS)
+        return config
+
+
+def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[StreamSpec, ...]:
+    """Streams that the coordinator ensures: models with control, and the inbox of ``regions``, those directly below."""
+    models = StreamSpec(
+        name=subjects.models_stream(run, HUB),
+        subjects=(f"{subjects.model(run)}.>", subjects.control(run)),
+        limits=MODELS,
+        discard="old",
+    )
+    return (models, _inbox(run, HUB, regions, leaves=leaves))
+
+
+def at_uplink(
+    run: str, region: str, parent: str | None = None, children: Sequence[str] = (), *, leaves: bool = True
+) -> tuple[StreamSpec, ...]:
+    """Streams that an aggregator ensures in its uplink account: models (with a leaf), aggregates, inbox of children."""
+    aggregates = StreamSpec(
+        name=subjects.aggregates_stream(run, region),
+        subjects=(f"{subjects.aggregate(run, region)}.>",),
+        limits=AGGREGATES,
+        discard="new",
+    )
+    if not leaves:
+        return (aggregates,)
+    above = parent or HUB
+    models = StreamSpec(
+        name=subjects.models_stream(run, region),
+        mirror=Origin(subjects.models_stream(run, above), api=f"$JS.{above}.API"),
+        limits=MODELS,
+        discard="old",
+    )
+    return (models, aggregates, _inbox(run, region, children)) if children else (models, aggregates)
+
+
+def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec, ...]:
+    """Streams that an aggregator ensures in its private account: models for the sites, updates with evaluations."""
+    origin = Origin(
+        subjects.models_stream(run, region if leaves else HUB),
+        api=permissions.UPLINK_API,
+        deliver=permissions.deliver(region),
+    )
+    models = StreamSpec(
+        name=subjects.models_stream(run, region),
+        mirror=origin,
+        limits=MODELS,
+        discard="old",
+        announce=(f"fed.{run}.>", f"fed.{run}.>"),
+    )
+    updates = StreamSpec(
+        name=subjects.updates_stream(run, region),
+        subjects=(f"{subjects.update(run, region, '*')}.>", subjects.evaluation(run, region, "*")),
+        limits=UPDATES,
+        discard="new",
+    )
+    return (models, updates)
+
+
+def buckets(run: str) -> tuple[BucketSpec, ...]:
+    """Presence and state; the coordinator ensures them at the hub, an aggregator in its private account."""
+    return (
+        BucketSpec(subjects.presence_bucket(run), ttl_s=PRESENCE_TTL_S),
+        BucketSpec(subjects.state_bucket(run)),
+    )
+
+
+def _inbox(run: str, node: str, regions: Sequence[str], *, leaves: bool = True) -> StreamSpec:
+    origins = (
+        Origin(subjects.aggregates_stream(run, region), api=f"$JS.{region}.API" if leaves else None)
+        for region in regions
+    )
+    return StreamSpec(name=subjects.inbox_stream(run, node), sources=tuple(origins), limits=AGGREGATES, discard="new")

@@ -1,0 +1,26 @@
+from pathlib import Path
+
+from fednats import permissions
+from fednats.transport import streams
+
+README = (Path(__file__).parents[2] / "bus" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_permissions_are_the_rendered_ones() -> None:
+    table = README.split("<!-- permissions: begin -->\n")[1].split("<!-- permissions: end -->")[0]
+    assert table.strip() == permissions.table().strip()
+
+
+def test_the_readmes_limits_are_the_streams() -> None:
+    made = {
+        "fed_<run>_models_hub": streams.at_hub("<run>", ["<region>"])[0],
+        "fed_<run>_inbox_<node>": streams.at_hub("<run>", ["<region>"])[1],
+        "fed_<run>_models_<region>": streams.at_uplink("<run>", "<region>")[0],
+        "fed_<run>_aggregates_<region>": streams.at_uplink("<run>", "<region>")[1],
+        "fed_<run>_updates_<region>": streams.in_region("<run>", "<region>")[1],
+    }
+    for name, spec in made.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"| {spec.limits.max_bytes // streams.GIB} GiB | {spec.limits.max_age_s // 86400} days |" in row
+        assert all(f"`{subject}`" in row for subject in spec.subjects)
+        assert ("drops the oldest" in row) == (spec.discard == "old")

@@ -1,0 +1,344 @@
+"""Single updates stay in their region, whatever a user above it asks; a site is confined to its own subjects."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import nats.errors
+import pytest
+import pytest_asyncio
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from fednats import permissions, subjects
+from fednats.config import BusSettings
+from fednats.errors import BusError
+from fednats.permissions import Account, Permissions
+from fednats.subjects import HUB
+from fednats.testbed.bus_servers import Keys, RegionPlan
+from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
+from fednats.testbed.nats_server import NatsServer
+from fednats.transport import streams
+from fednats.transport.bus import Bus
+
+RUN = "run"
+PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
+SECRET = b"the update of hospital a"
+UPDATE = subjects.head(subjects.update(RUN, "north", "a"))
+UPDATES = subjects.updates_stream(RUN, "north")
+AGGREGATES = subjects.aggregates_stream(RUN, "north")
+ANSWER_S = 0.3
+"""Within this a permitted request is answered here; a refused one is refused in far less."""
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+with_leaves = pytest.mark.parametrize("bus", [True], indirect=True, ids=["leaves"], scope="module")
+"""For what is only so with leaves: without, the hub's operator has the aggregates anyway."""
+
+
+def asked_of(api: str, stream: str, *, reads: bool = True) -> list[tuple[str, object]]:
+    """Every way there is to read a message or to change a stream through a JetStream API."""
+    consumer = {"ack_policy": "none", "deliver_policy": "all", "deliver_subject": "stolen.here"}
+    pull = {"ack_policy": "none", "deliver_policy": "all", "durable_name": "thief"}
+    reading: list[tuple[str, object]] = [
+        (f"{api}.STREAM.INFO.{stream}", {"subjects_filter": ">"}),
+        (f"{api}.STREAM.NAMES", {}),
+        (f"{api}.STREAM.LIST", {}),
+        (f"{api}.STREAM.MSG.GET.{stream}", {"last_by_subj": UPDATE}),
+        (f"{api}.STREAM.MSG.GET.{stream}", {"seq": 1}),
+        (f"{api}.DIRECT.GET.{stream}", {"last_by_subj": UPDATE}),
+        (f"{api}.DIRECT.GET.{stream}.{UPDATE}", None),
+        (f"{api}.STREAM.SNAPSHOT.{stream}", {"deliver_subject": "stolen.here"}),
+        (f"{api}.CONSUMER.CREATE.{stream}", {"stream_name": stream, "config": consumer}),
+        (f"{api}.CONSUMER.CREATE.{stream}.thief", {"stream_name": stream, "config": pull}),
+        (f"{api}.CONSUMER.CREATE.{stream}.thief.{UPDATE}", {"stream_name": stream, "config": pull}),
+        (f"{api}.CONSUMER.DURABLE.CREATE.{stream}.thief", {"stream_name": stream, "config": pull}),
+        (f"{api}.CONSUMER.MSG.NEXT.{stream}.{subjects.durable('north', stream)}", {"batch": 1, "no_wait": True}),
+        (f"{api}.CONSUMER.NAMES.{stream}", {}),
+        (f"{api}.CONSUMER.LIST.{stream}", {}),
+    ]
+    changing: list[tuple[str, object]] = [
+        (f"{api}.STREAM.DELETE.{stream}", None),
+        (f"{api}.STREAM.PURGE.{stream}", {}),
+        (f"{api}.STREAM.UPDATE.{stream}", {"name": stream, "subjects": ["nothing"], "max_msgs": 1}),
+        (f"{api}.STREAM.MSG.DELETE.{stream}", {"seq": 1}),
+        (f"{api}.CONSUMER.DELETE.{stream}.{subjects.durable('north', stream)}", None),
+    ]
+    return reading + changing if reads else changing
+
+
+class Prober:
+    """A plain NATS client: what somebody with stolen credentials has."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.heard: list[bytes] = []
+        self.answers: list[bytes] = []
+
+    async def listen(self, *wanted: str) -> None:
+        async def keep(message: Msg) -> None:
+            self.heard.append(message.data)
+
+        for subject in wanted:
+            await self.client.subscribe(subject, cb=keep)
+        await self.client.flush()
+
+    async def ask(self, subject: str, body: object) -> dict[str, object] | bytes | None:
+        """Return JetStream's answer, the message that came, or None if there was no answer."""
+        data = b"" if body is None else json.dumps(body).encode()
+        try:
+            message = await self.client.request(subject, data, timeout=ANSWER_S)
+        except nats.errors.Error:
+            return None
+        self.answers.append(message.data)
+        with contextlib.suppress(ValueError):
+            answer = json.loads(message.data)
+            if isinstance(answer, dict):
+                return answer
+        return message.data
+
+    async def harmless(self, subject: str, body: object) -> bool:
+        """Whether the request had no answer, or the answer that there is no such stream."""
+        answer = await self.ask(subject, body)
+        return answer is None or (isinstance(answer, dict) and "not found" in str(answer.get("error"))) or answer == b""
+
+    def seen(self) -> bool:
+        """Whether an update, or as much as a word about the stream of updates, ever reached it."""
+        return any(SECRET in data for data in self.heard + self.answers) or UPDATES.encode() in b"".join(self.answers)
+
+
+@contextlib.asynccontextmanager
+async def prober(settings: BusSettings, name: str) -> AsyncIterator[Prober]:
+    async def ignore(_error: Exception) -> None:
+        """The server says what is denied; the tests look at what arrived."""
+
+    client = Client()
+    try:
+        await client.connect(
+            settings.url,
+            nkeys_seed=str(settings.nkey_seed_file),
+            inbox_prefix=permissions.inbox(name),
+            error_cb=ignore,
+            allow_reconnect=False,
+        )
+        yield Prober(client)
+    finally:
+        await client.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["leaves", "no-leaves"])
+async def bus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ConnectedBus]:
+    async with connected_bus(tmp_path_factory.mktemp("bus"), RUN, PLAN, leaves=request.param) as connected:
+        await connected.sites["a"].publish(UPDATE, SECRET, message_id="first")
+        await connected.uplinks["north"].publish(
+            subjects.head(subjects.aggregate(RUN, "north")), b"sum", message_id="s"
+        )
+        yield connected
+
+
+async def send_another(bus: ConnectedBus, message_id: str) -> None:
+    """An update during the probe; returns when the region has it, which is the positive control of listening."""
+    await bus.sites["a"].publish(UPDATE, SECRET, message_id=message_id)
+    record = await bus.aggregators["north"].last(UPDATES, UPDATE)
+    assert record is not None
+    assert record.data == SECRET
+
+
+async def assert_nothing_got(thief: Prober, bus: ConnectedBus, message_id: str) -> None:
+    await thief.listen("stolen.here")
+    with contextlib.suppress(nats.errors.Error):
+        await thief.listen("fed.>", ">", f"fed.{RUN}.update.>", UPDATE, "$JS.>", "_INBOX.>")
+    await send_another(bus, message_id)
+    apis = ("$JS.API", "$JS.north.API", "$JS.hub.API", permissions.UPLINK_API)
+    await asyncio.gather(*(thief.ask(*request) for api in apis for request in asked_of(api, UPDATES)))
+    assert not thief.seen()
+
+
+async def aggregates_are_there(bus: ConnectedBus) -> bool:
+    head = subjects.head(subjects.aggregate(RUN, "north"))
+    return await bus.uplinks["north"].follow(AGGREGATES, [head]).__anext__() is not None
+
+
+async def test_the_probe_sees_the_update_with_the_aggregators_key(bus: ConnectedBus) -> None:
+    name = permissions.user_name("aggregator", "north")
+    async with prober(bus.servers.aggregator("north"), name) as owner:
+        assert await owner.ask(f"$JS.API.DIRECT.GET.{UPDATES}.{UPDATE}", None) == SECRET
+        assert owner.seen()
+
+
+async def test_the_coordinators_key_reads_no_update(bus: ConnectedBus) -> None:
+    async with prober(bus.servers.coordinator(), permissions.user_name("coordinator", HUB)) as thief:
+        await assert_nothing_got(thief, bus, "coordinator")
+
+
+async def test_the_uplinks_key_reads_no_update(bus: ConnectedBus) -> None:
+    async with prober(bus.servers.uplink("north"), permissions.user_name("uplink", "north")) as thief:
+        await assert_nothing_got(thief, bus, "uplink")
+
+
+async def test_another_sites_key_reads_no_update(bus: ConnectedBus) -> None:
+    async with prober(bus.servers.site("north", "b"), permissions.user_name("site", "b")) as thief:
+        await assert_nothing_got(thief, bus, "site")
+
+
+async def test_an_observers_key_sees_figures_but_no_message(bus: ConnectedBus) -> None:
+    async with prober(bus.servers.observer("north"), permissions.user_name("observer", "north")) as watcher:
+        info = await watcher.ask(f"$JS.API.STREAM.INFO.{UPDATES}", {})
+        assert isinstance(info, dict)
+        assert info["state"]
+        with contextlib.suppress(nats.errors.Error):
+            await watcher.listen("fed.>", ">", UPDATE)
+        await send_another(bus, "observer")
+        await asyncio.gather(*(watcher.ask(*request) for request in asked_of("$JS.API", UPDATES)))
+        assert not any(SECRET in data for data in watcher.heard + watcher.answers)
+
+
+async def test_the_coordinators_key_cannot_change_a_regions_aggregates(bus: ConnectedBus) -> None:
+    assert await aggregates_are_there(bus)
+    async with prober(bus.servers.coordinator(), permissions.user_name("coordinator", HUB)) as thief:
+        apis = ("$JS.API", "$JS.north.API", "$JS.hub.API")
+        requests = [request for api in apis for request in asked_of(api, AGGREGATES, reads=False)]
+        assert all(await asyncio.gather(*(thief.harmless(*request) for request in requests)))
+    assert await aggregates_are_there(bus)
+
+
+async def test_the_positive_control_can_purge_its_own_aggregates(bus: ConnectedBus) -> None:
+    prefix = subjects.aggregate(RUN, "north")
+    await bus.uplinks["north"].publish(subjects.chunk(prefix, "old", 0), b"old", message_id="old.0")
+    await bus.uplinks["north"].purge(AGGREGATES, subjects.chunks(prefix, "old"))
+    assert await bus.uplinks["north"].last(AGGREGATES, subjects.chunk(prefix, "old", 0)) is None
+
+
+@with_leaves
+async def test_a_consumer_made_at_the_hub_cannot_be_turned_against_a_region(bus: ConnectedBus) -> None:
+    """A push consumer delivers where its maker says, with the server's rights: here to a region's JetStream."""
+    inbox = subjects.inbox_stream(RUN, HUB)
+    async with prober(bus.servers.coordinator(), permissions.user_name("coordinator", HUB)) as thief:
+        for subject, _ in asked_of("$JS.north.API", AGGREGATES, reads=False):
+            config = {"ack_policy": "none", "deliver_policy": "all", "deliver_subject": subject}
+            await thief.ask(f"$JS.API.CONSUMER.CREATE.{inbox}", {"stream_name": inbox, "config": config})
+        await bus.uplinks["north"].publish(subjects.head(subjects.aggregate(RUN, "north")), b"next", message_id="next")
+
+        async def arrived() -> bool:
+            record = await bus.coordinator.last(inbox, subjects.head(subjects.aggregate(RUN, "north")))
+            return record is not None and record.data == b"next"
+
+        await until(arrived)
+    assert await aggregates_are_there(bus)
+
+
+@with_leaves
+async def test_the_links_key_is_no_clients_key(bus: ConnectedBus) -> None:
+    name = permissions.user_name("link", "north")
+    settings = BusSettings(url=bus.servers.hub.url, nkey_seed_file=bus.servers.keys.seed_file(name), domain=None)
+    with pytest.raises(nats.errors.Error, match="Authorization"):
+        async with asyncio.timeout(5), prober(settings, name):
+            pass
+
+
+@with_leaves
+async def test_a_rogue_leaf_with_the_links_key_reaches_no_other_regions_streams(
+    bus: ConnectedBus, tmp_path: Path
+) -> None:
+    """Somebody with the link key of south runs a server of his own, with a user who may do everything there."""
+    keys = Keys(tmp_path)
+    everything = keys.user("uplink", "south", Permissions(publish=(">",), subscribe=(">",)))
+    seed = bus.servers.keys.seed(permissions.user_name("link", "south"))
+    text = permissions.render(
+        [Account(permissions.UPLINK_ACCOUNT, (everything,)), Account(permissions.REGION_ACCOUNT, ())],
+        region="rogue",
+        link_seed=seed,
+    )
+    rogue = NatsServer("rogue", "leaf.conf", text, tmp_path / "rogue", upstream=bus.servers.hub.leaf_url)
+    settings = BusSettings(url=rogue.url, nkey_seed_file=keys.seed_file(everything.name), domain=None)
+    models = subjects.models_stream(RUN, HUB)
+    async with rogue, prober(settings, everything.name) as thief:
+
+        async def linked() -> bool:
+            answer = await thief.ask(
+                f"$JS.hub.API.CONSUMER.CREATE.{models}", {"stream_name": models, "config": {"ack_policy": "none"}}
+            )
+            return isinstance(answer, dict) and "created" in answer
+
+        await until(linked)
+        await assert_nothing_got(thief, bus, "rogue")
+        targets = ((AGGREGATES, "$JS.north.API"), (models, "$JS.hub.API"))
+        requests = [request for stream, api in targets for request in asked_of(api, stream, reads=False)]
+        assert all(await asyncio.gather(*(thief.harmless(*request) for request in requests)))
+    assert await aggregates_are_there(bus)
+
+
+async def test_a_hub_that_allows_everything_still_cannot_change_a_region(tmp_path: Path) -> None:
+    """The hub's operator has dropped all limits; the region's own configuration holds."""
+    keys = Keys(tmp_path)
+    everything = Permissions(publish=(">",), subscribe=(">",))
+    root, link = keys.user("coordinator", HUB, everything), keys.user("link", "north", everything)
+    above = NatsServer(
+        HUB, "hub.conf", permissions.render([permissions.hub_account(RUN, [root, link])]), tmp_path / HUB
+    )
+    uplink = keys.user("uplink", "north", permissions.uplink(RUN, "north"))
+    accounts = [permissions.uplink_account(RUN, "north", [uplink]), permissions.private_account(RUN, "north", [])]
+    seed = keys.seed(link.name)
+    async with above:
+        below = NatsServer(
+            "north",
+            "leaf.conf",
+            permissions.render(accounts, region="north", link_seed=seed),
+            tmp_path / "north",
+            upstream=above.leaf_url,
+        )
+        region = BusSettings(url=below.url, nkey_seed_file=keys.seed_file(uplink.name), domain=None)
+        hub = BusSettings(url=above.url, nkey_seed_file=keys.seed_file(root.name), domain=None)
+        async with below, Bus.connect(region, uplink.name) as owner, prober(hub, root.name) as thief:
+            await owner.ensure_stream(streams.at_uplink(RUN, "north")[1])
+            head = subjects.head(subjects.aggregate(RUN, "north"))
+            await owner.publish(head, b"sum", message_id="sum")
+
+            async def reaches_the_region() -> bool:
+                config = {"ack_policy": "none", "deliver_subject": "stolen.here"}
+                create = f"$JS.north.API.CONSUMER.CREATE.{AGGREGATES}"
+                answer = await thief.ask(create, {"stream_name": AGGREGATES, "config": config})
+                return isinstance(answer, dict) and "created" in answer
+
+            await until(reaches_the_region)
+            requests = asked_of("$JS.north.API", AGGREGATES, reads=False)
+            assert all(await asyncio.gather(*(thief.harmless(*request) for request in requests)))
+            assert await owner.last(AGGREGATES, head) is not None
+
+            # A push consumer delivers with the server's own rights: make it deliver to the region's JetStream.
+            create = f"$JS.north.API.CONSUMER.CREATE.{AGGREGATES}"
+            for api in ("$JS.API", "$JS.north.API"):
+                target = {
+                    "ack_policy": "none",
+                    "headers_only": True,
+                    "deliver_subject": f"{api}.STREAM.DELETE.{AGGREGATES}",
+                }
+                await thief.ask(create, {"stream_name": AGGREGATES, "config": target})
+            await owner.publish(head, b"next sum", message_id="next")
+            record = await owner.last(AGGREGATES, head)
+            assert record is not None
+            assert (record.data, record.sequence) == (b"next sum", 2)
+
+
+async def test_a_site_may_send_only_as_itself(bus: ConnectedBus) -> None:
+    site = bus.sites["b"]
+    own = subjects.head(subjects.update(RUN, "north", "b"))
+    await site.publish(own, b"mine", message_id="own")
+    await site.put(subjects.presence_bucket(RUN), subjects.presence_key("site", "b"), b"here")
+    refused = [
+        UPDATE,
+        subjects.evaluation(RUN, "north", "a"),
+        subjects.head(subjects.update(RUN, "south", "c")),
+        subjects.head(subjects.aggregate(RUN, "north")),
+        subjects.head(subjects.model(RUN)),
+        subjects.control(RUN),
+    ]
+    for subject in refused:
+        with pytest.raises(BusError, match="may not publish"):
+            await site.publish(subject, b"forged", message_id="forged")
+    with pytest.raises(BusError, match="may not publish"):
+        await site.put(subjects.presence_bucket(RUN), subjects.presence_key("site", "a"), b"forged")
+    record = await bus.aggregators["north"].last(UPDATES, UPDATE)
+    assert record is not None
+    assert record.data == SECRET

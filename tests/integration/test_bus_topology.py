@@ -1,0 +1,146 @@
+"""Models go down and aggregates go up: over leaf links, without leaves, over three tiers, and after a link was away."""
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from fednats import subjects
+from fednats.subjects import HUB
+from fednats.testbed.bus_servers import RegionPlan
+from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
+from fednats.transport.bus import Bus
+from fednats.wire import digest
+
+RUN = "run"
+MODEL = subjects.model(RUN)
+HEAD = subjects.head(MODEL)
+CHUNKS = [bytes([index]) * 50_000 for index in range(20)]
+DIGESTS = [digest(chunk) for chunk in CHUNKS]
+
+TWO_REGIONS = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
+THREE_TIERS = (RegionPlan("europe", ("a",)), RegionPlan("north", ("b",), parent="europe"))
+
+
+async def publish_model(bus: Bus, version: int) -> None:
+    payload_id = f"model-{version}"
+    await bus.publish_payload(MODEL, payload_id, CHUNKS)
+    await bus.publish(HEAD, payload_id.encode(), message_id=payload_id)
+
+
+async def assert_model_arrives(bus: Bus, region: str, version: int) -> None:
+    """What a site does: follow the heads of its region's copy until the version is there, then read its payload."""
+    stream = subjects.models_stream(RUN, region)
+    async with asyncio.timeout(30), aclosing(bus.follow(stream, [HEAD])) as heads:
+        async for head in heads:
+            if head.data == f"model-{version}".encode():
+                break
+    assert [chunk async for chunk in bus.read_payload(stream, MODEL, f"model-{version}", DIGESTS)] == CHUNKS
+
+
+async def publish_aggregate(bus: Bus, region: str, number: int) -> None:
+    prefix, payload_id = subjects.aggregate(RUN, region), f"{region}-{number}"
+    await bus.publish_payload(prefix, payload_id, CHUNKS)
+    await bus.publish(subjects.head(prefix), payload_id.encode(), message_id=payload_id)
+
+
+async def assert_aggregates_arrive(bus: Bus, node: str, expected: set[str], patience_s: float = 30) -> None:
+    stream = subjects.inbox_stream(RUN, node)
+    heads = [subjects.head(subjects.aggregate(RUN, "*"))]
+    arrived: set[str] = set()
+    deliveries = bus.consume(stream, subjects.durable(node, stream), heads)
+    async with asyncio.timeout(patience_s), aclosing(deliveries):
+        async for delivery in deliveries:
+            name = delivery.data.decode()
+            if name not in expected:  # a killed server forgot that it was acked, as a service would know
+                await delivery.ack()
+                continue
+            prefix = delivery.subject.removesuffix(".head")
+            assert [chunk async for chunk in bus.read_payload(stream, prefix, name, DIGESTS)] == CHUNKS
+            await delivery.ack()
+            arrived.add(name)
+            if arrived == expected:
+                break
+    assert arrived == expected
+
+
+async def assert_both_ways(bus: ConnectedBus, version: int) -> None:
+    await publish_model(bus.coordinator, version)
+    for region in bus.servers.plan.values():
+        for site in region.sites:
+            await assert_model_arrives(bus.sites[site], region.name, version)
+        await publish_aggregate(bus.uplinks[region.name], region.name, version)
+    nodes = {HUB: bus.coordinator} | {region.name: bus.uplinks[region.name] for region in bus.servers.plan.values()}
+    for node, reader in nodes.items():
+        above = None if node == HUB else node
+        expected = {f"{region.name}-{version}" for region in bus.servers.plan.values() if region.parent == above}
+        if expected:
+            await assert_aggregates_arrive(reader, node, expected)
+
+
+async def assert_presence_at_the_hub(bus: ConnectedBus) -> None:
+    bucket = subjects.presence_bucket(RUN)
+    for region, uplink in bus.uplinks.items():
+        await uplink.put(bucket, subjects.presence_key("aggregator", region), b"here", domain=HUB)
+    expected = {subjects.presence_key("aggregator", region): b"here" for region in bus.uplinks}
+    async with asyncio.timeout(10), aclosing(bus.observer.watch(bucket)) as states:
+        async for state in states:
+            if state == expected:
+                break
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "no-leaves"])
+async def test_models_reach_every_site_and_aggregates_reach_the_hub(tmp_path: Path, leaves: bool) -> None:  # noqa: FBT001 -- a parameter of the test
+    async with connected_bus(tmp_path, RUN, TWO_REGIONS, leaves=leaves) as bus:
+        await assert_both_ways(bus, 1)
+        await assert_presence_at_the_hub(bus)
+
+
+async def test_three_tiers_pass_models_down_and_aggregates_up_one_tier(tmp_path: Path) -> None:
+    async with connected_bus(tmp_path, RUN, THREE_TIERS) as bus:
+        await assert_both_ways(bus, 1)
+        await assert_presence_at_the_hub(bus)
+
+
+async def test_a_region_that_was_away_catches_up_both_ways(tmp_path: Path) -> None:
+    async with connected_bus(tmp_path, RUN, (RegionPlan("north", ("a",)),)) as bus:
+        await assert_both_ways(bus, 1)
+        leaf = bus.servers.leaves["north"]
+        await leaf.kill()
+        await publish_model(bus.coordinator, 2)
+        await leaf.start()
+        await publish_aggregate(bus.uplinks["north"], "north", 2)
+        await assert_model_arrives(bus.sites["a"], "north", 2)
+        await assert_aggregates_arrive(bus.coordinator, HUB, {"north-2"})
+
+
+@pytest.mark.long
+async def test_a_hub_that_was_away_catches_up_and_takes_nothing_twice(tmp_path: Path) -> None:
+    """Long: a hub that starts asks the regions before they are linked again, and asks once more after 40 s."""
+    async with connected_bus(tmp_path, RUN, (RegionPlan("north", ("a",)),)) as bus:
+        await assert_both_ways(bus, 1)
+        inbox = subjects.inbox_stream(RUN, HUB)
+        await bus.coordinator.purge(inbox, subjects.chunks(subjects.aggregate(RUN, "north"), "north-1"))
+        await bus.servers.hub.kill()
+        await publish_aggregate(bus.uplinks["north"], "north", 2)
+        await bus.servers.hub.start()
+        await assert_aggregates_arrive(bus.coordinator, HUB, {"north-2"}, patience_s=90)
+        assert await bus.coordinator.last(inbox, subjects.chunk(subjects.aggregate(RUN, "north"), "north-1", 0)) is None
+
+
+async def test_the_leaf_link_shows_in_the_monitoring_and_interest_crosses_it(tmp_path: Path) -> None:
+    async with connected_bus(tmp_path, RUN, (RegionPlan("north", ("a",)),)) as bus:
+
+        async def linked() -> bool:
+            return (await bus.servers.hub.monitor("/leafz"))["leafnodes"] == 1
+
+        await until(linked)
+        status = subjects.status(RUN, "aggregator", "north")
+        await bus.uplinks["north"].serve("aggregator", "1.0.0", "", {}, status, lambda: {"buffered": 3})
+
+        async def answered() -> bool:
+            # The first requests may come before the interest of the endpoint has crossed the link.
+            return b'"buffered": 3' in await bus.observer.ask(status)
+
+        await until(answered)
