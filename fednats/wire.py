@@ -29,8 +29,8 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 def pack(message: Message) -> bytes:
     """Serialise ``message``."""
-    body = msgpack.packb([message.kind, message.model_dump()], use_bin_type=True)
-    compressed = zstandard.compress(body, level=1)
+    body: bytes = msgpack.packb([message.kind, message.model_dump()], use_bin_type=True)
+    compressed: bytes = zstandard.compress(body, level=1)
     if len(compressed) < len(body):
         return _HEADER.pack(_MAGIC, SCHEMA_VERSION, _ZSTD, len(body)) + compressed
     return _HEADER.pack(_MAGIC, SCHEMA_VERSION, _PLAIN, len(body)) + body

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from fednats.errors import OverflowRefusedError
 
-
 CANDIDATES = 64
 """Totals that are tried, from the largest downwards, for the one that meets the shares best."""
 

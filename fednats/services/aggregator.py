@@ -95,7 +95,8 @@ class AggregatorService:
             "follow models": self._follow(),
             "execute": self._tier.execute(self._execute),
             "combine": self._tier.combine(self._combine),
-            "be seen": self._daemon.be_seen(self._region),
+            "be seen by the region": self._daemon.be_seen(self._region),
+            "be seen by the hub": self._daemon.be_seen(self._uplink, domain=subjects.HUB),
         }
         if s.sites:
             stream = subjects.updates_stream(s.run, s.region)

@@ -41,8 +41,8 @@ class Daemon:
         """Return what /status and the micro service's ``status`` endpoint show."""
         return {"role": self.role, "name": self.name, "run": self.run, "ready": self.ready, **self.status()}
 
-    async def be_seen(self, bus: Bus) -> None:
-        """Register as a NATS micro service and keep the presence key alive."""
+    async def be_seen(self, bus: Bus, domain: str | None = None) -> None:
+        """Register as a NATS micro service on ``bus`` and keep the presence key alive in ``domain``."""
         await bus.serve(
             f"fednats-{self.role}",
             fednats.__version__,
@@ -51,10 +51,10 @@ class Daemon:
             subjects.status(self.run, self.role, self.name),
             self.describe,
         )
-        key = subjects.presence_key(self.role, self.name)
+        bucket, key = subjects.presence_bucket(self.run), subjects.presence_key(self.role, self.name)
         while True:
             try:
-                await bus.put(subjects.presence_bucket(self.run), key, fednats.__version__.encode())
+                await bus.put(bucket, key, fednats.__version__.encode(), domain=domain)
             except BusError as error:
                 self.log.debug("presence_not_renewed", error=str(error))
             await asyncio.sleep(PRESENCE_RENEWAL_S)

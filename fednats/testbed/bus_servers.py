@@ -74,7 +74,7 @@ class Keys:
         """Return the seed file of the user ``name``."""
         path = self._directory / f"{name}.nk"
         if not path.exists():
-            write_secret(path, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
+            write_secret(path, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
         return path
 
     def seed(self, name: str) -> str:

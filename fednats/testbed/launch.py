@@ -23,6 +23,7 @@ from fednats.storage.checkpoints import Checkpoints, save_tensors
 from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
 from fednats.testbed.comparison import Comparison, compare
 from fednats.testbed.federation import FederationSettings
+from fednats.testbed.nats_server import write_secret
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
@@ -64,8 +65,7 @@ def make_keys(federation: FederationSettings, directory: Path) -> tuple[Path | N
     secret_file, public_file = directory / "coordinator.secret", directory / "participants.public"
     if not (secret_file.exists() and public_file.exists()):
         secret_key, public_key = secret.generate(scheme.bfv(federation.delta).parameters)
-        secret_file.touch(mode=0o600)
-        secret_file.write_bytes(secret_key)
+        write_secret(secret_file, secret_key)
         public_file.write_bytes(public_key)
     return secret_file, public_file
 

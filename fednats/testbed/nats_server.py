@@ -127,10 +127,11 @@ class NatsServer:
             "-l",
             str(self.log_file),
             env={**os.environ, **self._environment()},
+            start_new_session=True,  # Ctrl-C is for the federation, which stops its servers last
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
         try:
             await self._wait_healthy(self._process)
@@ -189,7 +190,7 @@ class NatsServer:
     def _write(self) -> None:
         self._config.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config_file(self._config.name), self._config)
-        write_secret(self._config.parent / "accounts.conf", self._accounts)
+        write_secret(self._config.parent / "accounts.conf", self._accounts.encode())
 
     def _environment(self) -> dict[str, str]:
         return {
@@ -203,12 +204,12 @@ class NatsServer:
         }
 
 
-def write_secret(path: Path, text: str) -> None:
+def write_secret(path: Path, content: bytes) -> None:
     """Write a file that only its owner may read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
 
 
 async def _healthy(session: aiohttp.ClientSession, url: str) -> bool:
@@ -219,5 +220,6 @@ async def _healthy(session: aiohttp.ClientSession, url: str) -> bool:
         return False
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone; runs in the child, before exec (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

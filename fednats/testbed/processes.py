@@ -14,7 +14,7 @@ import tomli_w
 
 from fednats.config import DaemonSettings
 from fednats.errors import FednatsError
-from fednats.testbed.nats_server import _die_with_parent as die_with_parent
+from fednats.testbed.nats_server import die_with_parent
 from fednats.web.server import PORT_FILE
 
 LOG_FILE = "daemon.log"

@@ -185,7 +185,8 @@ class Connection:
         for future in self._waiting:
             if not future.done():
                 future.set_exception(AwayError(f"{self._name}: the connection broke"))
-        self.log.warning("bus_disconnected", error=self._last_error)
+        if self._ended is None:
+            self.log.warning("bus_disconnected", error=self._last_error)
 
     async def _on_reconnected(self) -> None:
         self._up.set()

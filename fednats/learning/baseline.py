@@ -1,0 +1,55 @@
+"""What a federation is compared with: a hospital alone, and the data of all hospitals in one place."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+
+from fednats.config import TrainingSettings
+from fednats.learning.flat import initial_vector
+from fednats.learning.task import Examples, Task
+from fednats.learning.trainer import train
+
+
+class Pooled(Task):
+    """Several hospitals' data in one place, learned as the first one's task.
+
+    ``evaluate(Pooled(tasks), weights)`` scores everybody's test cases together.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = tuple(tasks)
+        self._first = self._tasks[0]
+
+    def model(self) -> nn.Module:
+        """The first task's model."""
+        return self._first.model()
+
+    def train_data(self) -> Examples:
+        """All training data, one hospital after the other."""
+        return ConcatDataset([task.train_data() for task in self._tasks])
+
+    def test_data(self) -> Examples:
+        """All test data, one hospital after the other."""
+        return ConcatDataset([task.test_data() for task in self._tasks])
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The first task's loss."""
+        return self._first.loss(model, inputs, targets)
+
+    def metrics(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
+        """The first task's metrics."""
+        return self._first.metrics(scores, targets)
+
+
+def train_alone(task: Task, settings: TrainingSettings, n_steps: int, seed: int) -> NDArray[np.float32]:
+    """Weights float32[n] after ``n_steps`` steps without a federation, from the initial weights of ``seed``.
+
+    Same model, optimiser and batch size as in the federation; give the number of steps that a site takes in it. There
+    is no early stopping: the test data chooses nothing.
+    """
+    weights = initial_vector(task, seed)
+    alone = settings.model_copy(update={"local_steps": n_steps})
+    return weights + train(task, weights, alone, seed).delta

@@ -1,0 +1,55 @@
+"""Metrics of a version of the model on test data."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from fednats.errors import ConfigError, LocalDataError
+from fednats.learning.flat import initial_model, write_vector
+from fednats.learning.task import Task
+
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Metrics by name, and how many test cases they are of."""
+
+    metrics: dict[str, float]
+    n_samples: int
+
+
+class Evaluator:
+    """Holds a task's model and test data between versions."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._model = initial_model(task, seed=0)
+        self._loader = DataLoader(task.test_data(), batch_size=BATCH_SIZE)
+
+    def evaluate(self, weights: NDArray[np.float32]) -> Evaluated:
+        """Score every test case with ``weights`` float32[n].
+
+        Raises:
+            ConfigError: there is no test case.
+            LocalDataError: a metric is not finite, or ``weights`` is not of the model's size.
+        """
+        write_vector(self._model, weights)
+        self._model.eval()
+        with torch.inference_mode():
+            batches = [(self._model(inputs), targets) for inputs, targets in self._loader]
+        if not batches:
+            raise ConfigError(f"{type(self._task).__name__}: test_data() is empty; a site needs at least one test case")
+        scores, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        metrics = self._task.metrics(scores, targets)
+        if not np.isfinite(list(metrics.values())).all():
+            raise LocalDataError(f"metrics are not finite: {metrics}")
+        return Evaluated(metrics=metrics, n_samples=len(targets))
+
+
+def evaluate(task: Task, weights: NDArray[np.float32]) -> Evaluated:
+    """Metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`."""
+    return Evaluator(task).evaluate(weights)

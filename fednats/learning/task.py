@@ -1,0 +1,178 @@
+"""What a hospital's engineer writes, and how it is found.
+
+::
+
+    class MyTask(Task):
+        def model(self): ...
+        def train_data(self): ...
+        def test_data(self): ...
+
+`make_task` takes the name of a shipped task or ``path/to/file.py:ClassName``, and the options of its constructor.
+"""
+
+import importlib.util
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fednats.config import ServerSettings, TrainingSettings
+from fednats.errors import ConfigError
+
+Examples = Dataset[tuple[Tensor, ...]]
+"""A map-style data set: ``len(data)`` examples, ``data[i]`` one ``(input, target)``."""
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """Settings with which a task reaches ``target`` of ``target_metric`` within ``n_versions`` model versions."""
+
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    n_versions: int = 20
+    target_metric: str = "auc"
+    target: float | None = None
+
+
+class Task(ABC):
+    """One learning problem at one hospital: a model, the hospital's data, a loss and metrics.
+
+    The constructor takes the task's options as keyword arguments and must not read data: the coordinator, which has
+    none, makes the same task and calls only `model`.
+    """
+
+    recommended: ClassVar[Recommended] = Recommended()
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """Build the model; architecture and sizes must not depend on data."""
+
+    @abstractmethod
+    def train_data(self) -> Examples:
+        """Load what this hospital trains on: ``(input, target)`` tensors."""
+
+    @abstractmethod
+    def test_data(self) -> Examples:
+        """Load what this hospital tests on; no case of it may be in `train_data`."""
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of a batch, a scalar: cross entropy of logits [batch, classes] and int64 targets [batch]."""
+        return nn.functional.cross_entropy(model(inputs), targets)
+
+    def metrics(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
+        """Figures for the model's outputs on test data, by name; higher is better, all finite.
+
+        Here ``auc`` and ``accuracy`` of logits float32[n, classes] and int64[n] targets. AUC is one against the rest,
+        averaged over the classes; it is left out where a class has no test case.
+        """
+        probabilities = scores.softmax(1)
+        found = {"accuracy": float((probabilities.argmax(1) == targets).double().mean())}
+        n_classes = scores.shape[1]
+        if len(np.unique(targets)) == n_classes:
+            ranked = probabilities[:, 1] if n_classes == 2 else probabilities  # noqa: PLR2004 - binary
+            found["auc"] = float(roc_auc_score(targets.numpy(), ranked.double().numpy(), multi_class="ovr"))
+        return found
+
+    @classmethod
+    def sites(cls, n: int, seed: int, data: Path | None = None) -> dict[str, dict[str, Any]]:
+        """Share a public data set over ``n`` hospitals: constructor options by site name, fit for TOML and JSON.
+
+        For the testbed; a hospital's own task needs none.
+        """
+        raise ConfigError(f"{cls.__name__} has no ready split of {data or 'data'} over {n} hospitals (seed {seed})")
+
+
+def _heart() -> type[Task]:
+    from fednats.learning.tasks.heart import HeartDisease  # noqa: PLC0415 - a task loads only what it needs
+
+    return HeartDisease
+
+
+def _breast_cancer() -> type[Task]:
+    from fednats.learning.tasks.breast_cancer import BreastCancer  # noqa: PLC0415 - as above
+
+    return BreastCancer
+
+
+def _ct_nodule() -> type[Task]:
+    from fednats.learning.tasks.ct_nodule import CTNodule  # noqa: PLC0415 - as above
+
+    return CTNodule
+
+
+SHIPPED: Mapping[str, Callable[[], type[Task]]] = {
+    "heart": _heart,
+    "breast-cancer": _breast_cancer,
+    "ct-nodule": _ct_nodule,
+}
+
+
+def make_task(path: str, options: Mapping[str, Any]) -> Task:
+    """Construct the task that ``path`` names with ``options``.
+
+    Raises:
+        ConfigError: as `load_task`, or the options do not fit the constructor.
+    """
+    cls = load_task(path)
+    try:
+        inspect.signature(cls).bind(**options)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(cls).parameters) or "none"
+        raise ConfigError(f"task {path}: options do not fit: {error}; {cls.__name__} takes: {known}") from None
+    return cls(**options)
+
+
+def load_task(path: str) -> type[Task]:
+    """Find a task class: the name of a shipped one, or ``path/to/file.py:ClassName``.
+
+    Raises:
+        ConfigError: no such name, file or class, the file does not import, or the class is no complete `Task`.
+    """
+    if path in SHIPPED:
+        return SHIPPED[path]()
+    file, colon, name = path.rpartition(":")
+    if not colon or not name.isidentifier():
+        shipped = ", ".join(SHIPPED)
+        raise ConfigError(f"task {path!r}: give a shipped task ({shipped}) or path/to/file.py:ClassName")
+    return _checked(_import(Path(file)), name, path)
+
+
+def _import(file: Path) -> ModuleType:
+    if not file.is_file():
+        raise ConfigError(f"task file {file}: no such file (looked in {Path.cwd()})")
+    spec = importlib.util.spec_from_file_location(f"fednats_task_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"task file {file}: not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[spec.name]
+        raise ConfigError(f"task file {file}: does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _checked(module: ModuleType, name: str, path: str) -> type[Task]:
+    found = getattr(module, name, None)
+    if found is None:
+        there = ", ".join(key for key, value in vars(module).items() if _is_own_task(value, module)) or "none"
+        raise ConfigError(f"task {path}: no class {name} in the file; tasks there: {there}")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"task {path}: {name} is no task; derive it from fednats.learning.task.Task")
+    if missing := sorted(found.__abstractmethods__):
+        raise ConfigError(f"task {path}: {name} lacks {', '.join(missing)}")
+    return found
+
+
+def _is_own_task(value: object, module: ModuleType) -> bool:
+    return isinstance(value, type) and issubclass(value, Task) and value.__module__ == module.__name__

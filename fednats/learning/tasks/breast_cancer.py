@@ -1,0 +1,106 @@
+"""Breast cancer from cell nuclei: the 569 patients that scikit-learn ships, shared over hospitals.
+
+UCI Machine Learning Repository, Breast Cancer Wisconsin (Diagnostic), doi 10.24432/C5DW2B. Needs no download.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_breast_cancer
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fednats.config import ServerSettings, TrainingSettings
+from fednats.errors import ConfigError
+from fednats.learning.task import Examples, Recommended, Task
+
+N_FEATURES = 30
+TEST_SHARE = 0.4
+LABEL_SKEW = 0.5
+"""Concentration of the Dirichlet distribution by which a class is shared; the smaller, the more uneven."""
+FEWEST = 5
+"""Patients of each class that every hospital has at least, so that it can train and test."""
+MOST_HOSPITALS = 40
+
+
+class BreastCancer(Task):
+    """Tell malignant (1) from benign (0) by 30 features of cell nuclei; hospital ``number`` of ``n_hospitals``.
+
+    Each class is shared by Dirichlet proportions (Hsu et al. 2019, arXiv:1909.06335), so that hospitals differ in size
+    and in how many of their patients are ill; features are scaled by the data set's published minima and maxima.
+    ``hidden`` gives the widths of the hidden layers: ``(512, 512)`` makes a model of 279,554 parameters.
+    """
+
+    recommended: ClassVar[Recommended] = Recommended(
+        training=TrainingSettings(local_steps=20, batch_size=16, optimizer="sgd", learning_rate=0.05),
+        server=ServerSettings(learning_rate=0.3, momentum=0.5),
+        n_versions=24,
+        target_metric="accuracy",
+        target=0.95,
+    )
+
+    def __init__(
+        self, *, number: int | None = None, n_hospitals: int = 5, seed: int = 0, hidden: Sequence[int] = (16,)
+    ) -> None:
+        if number is not None and not 0 <= number < n_hospitals:
+            raise ConfigError(f"breast-cancer: number = {number}: 0 to {n_hospitals - 1}")
+        self._number, self._n_hospitals, self._seed, self._hidden = number, n_hospitals, seed, tuple(hidden)
+
+    def model(self) -> nn.Module:
+        """Build a multi-layer perceptron with the hidden layers asked for."""
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise((N_FEATURES, *self._hidden)):
+            layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear((N_FEATURES, *self._hidden)[-1], 2))
+
+    def train_data(self) -> Examples:
+        """Features float32[30] and int64 labels of the hospital's patients to train on."""
+        return self._examples(0)
+
+    def test_data(self) -> Examples:
+        """Features float32[30] and int64 labels of the hospital's patients to test on."""
+        return self._examples(1)
+
+    def _examples(self, part: int) -> Examples:
+        if self._number is None:
+            raise ConfigError("breast-cancer: no data; set the option number")
+        features, benign = load_breast_cancer(return_X_y=True)
+        labels = 1 - benign
+        own = share_patients(labels, self._n_hospitals, self._seed)[self._number]
+        split = train_test_split(own, test_size=TEST_SHARE, stratify=labels[own], random_state=self._seed)
+        low, high = features.min(0), features.max(0)
+        scaled = (4 * (features[split[part]] - low) / (high - low) - 1).astype(np.float32)
+        return TensorDataset(torch.from_numpy(scaled), torch.from_numpy(labels[split[part]].astype(np.int64)))
+
+    @classmethod
+    def sites(cls, n: int, seed: int, data: Path | None = None) -> dict[str, dict[str, Any]]:
+        """Options of ``n`` hospitals that share the patients.
+
+        Raises:
+            ConfigError: ``data`` is given (scikit-learn ships it), or there are too few patients for ``n``.
+        """
+        if data is not None:
+            raise ConfigError(f"breast-cancer: {data}: takes no data folder, scikit-learn ships the patients")
+        if not 1 <= n <= MOST_HOSPITALS:
+            raise ConfigError(f"breast-cancer: {n} hospitals: 1 to {MOST_HOSPITALS}")
+        return {f"hospital-{i + 1}": {"number": i, "n_hospitals": n, "seed": seed} for i in range(n)}
+
+
+def share_patients(labels: NDArray[np.int64], n_hospitals: int, seed: int) -> list[NDArray[np.int64]]:
+    """Share out patients: disjoint indices for each hospital, together all of them."""
+    rng = np.random.default_rng(seed)
+    shares: list[list[NDArray[np.int64]]] = [[] for _ in range(n_hospitals)]
+    for label in np.unique(labels):
+        patients = rng.permutation(np.flatnonzero(labels == label))
+        free = len(patients) - FEWEST * n_hospitals
+        ends = np.floor(np.cumsum(rng.dirichlet(np.full(n_hospitals, LABEL_SKEW))) * free).astype(int)[:-1]
+        parts = np.split(patients, ends + FEWEST * np.arange(1, n_hospitals))
+        for share, part in zip(shares, parts, strict=True):
+            share.append(part)
+    return [np.sort(np.concatenate(share)) for share in shares]

@@ -1,0 +1,42 @@
+"""Small federations over the task in ``sites/own_task.py``, on the patients that scikit-learn ships."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_breast_cancer
+
+from fednats.config import parse
+from fednats.testbed.federation import FederationSettings
+
+OWN_TASK = Path(__file__).parents[2] / "sites" / "own_task.py"
+
+MakeFederation = Callable[..., FederationSettings]
+
+
+@pytest.fixture
+def make_federation(tmp_path: Path) -> MakeFederation:
+    """Return a maker of federations: ``make_federation({"north": ["a", "b"]}, stop={"max_versions": 3})``."""
+
+    def make(sites_by_region: dict[str, list[str]], **changes: Any) -> FederationSettings:
+        sites = [(site, region) for region, names in sites_by_region.items() for site in names]
+        features, labels = load_breast_cancer(return_X_y=True)
+        features = (features - features.mean(0)) / features.std(0)
+        rows = np.column_stack([features, labels])[np.random.default_rng(0).permutation(len(labels))]
+        parts = np.array_split(rows, len(sites))
+        raw: dict[str, Any] = {
+            "name": "small",
+            "task": f"{OWN_TASK}:MyTask",
+            "training": {"local_steps": 20, "batch_size": 16, "learning_rate": 0.05},
+            "regions": {region: {} for region in sites_by_region},
+            "sites": {},
+        }
+        for (site, region), part in zip(sites, parts, strict=True):
+            file = tmp_path / f"{site}.csv"
+            np.savetxt(file, part, delimiter=",")
+            raw["sites"][site] = {"region": region, "options": {"csv": str(file)}}
+        return parse({**raw, **changes}, FederationSettings, source="test")
+
+    return make

@@ -1,0 +1,337 @@
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from torch import Tensor
+
+from fednats.errors import ConfigError
+from fednats.learning.baseline import Pooled, train_alone
+from fednats.learning.evaluation import evaluate
+from fednats.learning.flat import initial_vector
+from fednats.learning.task import SHIPPED, Examples, Task, load_task, make_task
+from fednats.learning.tasks.breast_cancer import BreastCancer, share_patients
+from fednats.learning.tasks.ct_nodule import CTNodule
+from fednats.learning.tasks.ct_patches import HOSPITALS, KINDS, SIZE, Hospital, synthetic_patches
+from fednats.learning.tasks.heart import HOSPITALS as HOSPITAL_FILES
+from fednats.learning.tasks.heart import HeartDisease, read_patients
+
+torch.set_num_threads(1)
+REPOSITORY = Path(__file__).parents[2]
+OWN_TASK = REPOSITORY / "sites" / "own_task.py"
+HEART = Path(os.environ.get("FEDNATS_HEART_DATA", REPOSITORY.parent / "shared" / "data" / "heart"))
+needs_heart = pytest.mark.skipif(
+    not HEART.is_dir(), reason=f"no heart disease data in {HEART}; set FEDNATS_HEART_DATA to the folder that has it"
+)
+PATIENT = "63.0,1.0,1.0,145.0,233.0,1.0,2.0,150.0,0.0,2.3,3.0,0.0,6.0,2"
+
+
+def tensors(data: Examples) -> tuple[Tensor, Tensor]:
+    inputs, targets = zip(*(data[i] for i in range(len(data))), strict=True)  # type: ignore[arg-type]
+    return torch.stack(inputs), torch.stack(targets)
+
+
+def n_different(rows: Tensor) -> int:
+    return len({row.numpy().tobytes() for row in rows})
+
+
+# --- how a task is found ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Iterator[Path]:
+    file = tmp_path / "hospital_task.py"
+    file.write_text(
+        "from fednats.learning.task import Task\nclass Half(Task):\n    def model(self): ...\nclass Other: ...\n"
+    )
+    yield file
+    sys.modules.pop("fednats_task_hospital_task", None)
+
+
+def test_own_task_learns_from_a_csv(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((200, 31)).round(3)
+    rows[:, -1] = rows[:, 0] > 0
+    np.savetxt(tmp_path / "patients.csv", rows, delimiter=",")
+    task = make_task(f"{OWN_TASK}:MyTask", {"csv": str(tmp_path / "patients.csv")})
+    weights = train_alone(task, task.recommended.training, 100, seed=0)
+    found = evaluate(task, weights)
+    assert found.n_samples == 40
+    assert found.metrics["auc"] > 0.9
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_coordinator_makes_every_shipped_model_without_data(name: str) -> None:
+    task = make_task(name, {})
+    assert initial_vector(task, 0).size > 100
+    with pytest.raises(ConfigError, match=r"no data; set (the|one of the) option"):
+        task.train_data()
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("hart", r"give a shipped task \(heart, breast-cancer, ct-nodule\) or path/to/file.py:ClassName"),
+        ("no/such.py:MyTask", "no such file"),
+        ("{file}:Absent", "no class Absent in the file; tasks there: Half"),
+        ("{file}:Other", "Other is no task; derive it"),
+        ("{file}:Half", "Half lacks test_data, train_data"),
+    ],
+)
+def test_wrong_task_path_is_named(task_file: Path, path: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_task(path.format(file=task_file))
+
+
+def test_task_file_that_does_not_import_is_named(task_file: Path) -> None:
+    task_file.write_text("import no_such_package")
+    with pytest.raises(ConfigError, match=r"does not import: ModuleNotFoundError: .*no_such_package"):
+        load_task(f"{task_file}:Half")
+
+
+def test_wrong_options_are_named_with_the_right_ones() -> None:
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'cvs'; MyTask takes: csv"):
+        make_task(f"{OWN_TASK}:MyTask", {"cvs": "x"})
+
+
+def test_own_task_has_no_ready_split() -> None:
+    with pytest.raises(ConfigError, match="MyTask has no ready split"):
+        load_task(f"{OWN_TASK}:MyTask").sites(3, 0)
+
+
+# --- heart -----------------------------------------------------------------------------------------------------------
+
+
+@needs_heart
+def test_heart_split_covers_all_920_patients_once() -> None:
+    sites = HeartDisease.sites(4, 0, HEART)
+    sizes = {}
+    for name, options in sites.items():
+        task = HeartDisease(**options)
+        (train, _), (test, labels) = tensors(task.train_data()), tensors(task.test_data())
+        sizes[name] = len(train) + len(test)
+        everybody, _ = read_patients(HEART / HOSPITAL_FILES[name])
+        assert sorted(map(tuple, torch.cat([train, test]).tolist())) == sorted(map(tuple, everybody.tolist()))
+        assert set(labels.tolist()) == {0, 1}
+    assert sizes == {"cleveland": 303, "budapest": 294, "zurich-basel": 123, "long-beach": 200}
+
+
+@needs_heart
+def test_heart_pooled_beats_the_mean_hospital_alone() -> None:
+    tasks = [HeartDisease(**options) for options in HeartDisease.sites(4, 0, HEART).values()]
+    training = HeartDisease.recommended.training
+    everybody = Pooled(tasks)
+    alone = [evaluate(everybody, train_alone(task, training, 100, 0)).metrics["auc"] for task in tasks]
+    assert evaluate(everybody, train_alone(everybody, training, 100, 0)).metrics["auc"] > np.mean(alone) + 0.02
+
+
+def test_heart_missing_values_are_marked_and_never_estimated(tmp_path: Path) -> None:
+    file = tmp_path / "processed.va.data"
+    file.write_text(f"{PATIENT}\n64,1,1,?,0,?,2,150,0,2.3,?,?,?,0\n")
+    (complete, missing), labels = read_patients(file)
+    assert labels.tolist() == [1, 0]
+    assert complete[:12].tolist() == pytest.approx([0.9, 0, 0.75, 0, -0.14, 0, 0.4, 0, 1.3, 0, -0.5, 0])
+    assert missing[:12].tolist() == pytest.approx([1.0, 0, 0, 1, 0, 1, 0.4, 0, 1.3, 0, 0, 1])
+    assert missing[12:].sum() == 4  # sex, cp, restecg, exang
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("1,2,3", "3 columns; expected 14"),
+        (PATIENT.replace("145.0", "high"), "could not convert string to float: 'high'"),
+        (PATIENT.replace("63.0,1.0,1.0", "63.0,1.0,9"), r"cp is 9.0; expected one of \(1, 2, 3, 4\) or \?"),
+        (PATIENT[:-1] + "7", "num is 7.0; expected 0 to 4"),
+    ],
+)
+def test_heart_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, said: str) -> None:
+    file = tmp_path / "processed.va.data"
+    file.write_text(f"{PATIENT}\n{line}\n")
+    with pytest.raises(ConfigError, match=f"processed.va.data, line 2: {said}"):
+        read_patients(file)
+
+
+def test_heart_takes_four_hospitals_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 hospitals: the data has 4"):
+        HeartDisease.sites(3, 0, tmp_path)
+    with pytest.raises(ConfigError, match=r"give the folder with processed.cleveland.data"):
+        HeartDisease.sites(4, 0)
+
+
+# --- breast cancer ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("n", [2, 5, 20])
+def test_breast_cancer_patients_are_shared_once_and_unevenly(n: int, seed: int) -> None:
+    labels = np.repeat([0, 1], [357, 212])
+    shares = share_patients(labels, n, seed)
+    assert sorted(np.concatenate(shares)) == list(range(569))
+    assert max(map(len, shares)) > 1.5 * min(map(len, shares))
+    for share in shares:
+        assert np.bincount(labels[share], minlength=2).min() >= 5
+
+
+def test_breast_cancer_sites_hold_all_patients_in_disjoint_parts() -> None:
+    tasks = [BreastCancer(**options) for options in BreastCancer.sites(5, 3).values()]
+    parts = [tensors(data)[0] for task in tasks for data in (task.train_data(), task.test_data())]
+    assert len(torch.cat(parts)) == n_different(torch.cat(parts)) == 569
+
+
+def test_breast_cancer_model_can_be_made_large() -> None:
+    assert initial_vector(BreastCancer(hidden=(512, 512)), 0).size == 279_554
+
+
+# --- CT patches ------------------------------------------------------------------------------------------------------
+
+
+def test_synthetic_patches_are_the_same_for_the_same_seed() -> None:
+    hospital = HOSPITALS["community"]
+    patches, labels = synthetic_patches(hospital, 40, 1)
+    again, same_labels = synthetic_patches(hospital, 40, 1)
+    np.testing.assert_array_equal(patches, again)
+    np.testing.assert_array_equal(labels, same_labels)
+    assert not np.array_equal(patches, synthetic_patches(hospital, 40, 2)[0])
+    assert patches.shape == (40, SIZE, SIZE)
+    assert 5 < labels.sum() < 35
+
+
+def test_every_kind_is_drawn_at_some_hospital_and_differs_from_plain_lung() -> None:
+    assert {kind for h in HOSPITALS.values() for kind in (*h.nodules, *h.mimics)} == set(KINDS)
+    scanner = HOSPITALS["university"].scanner
+    for kind in KINDS:
+        patches, _ = synthetic_patches(Hospital(scanner, {kind: 1.0}, {kind: 1.0}), 20, 0)
+        assert patches[:, 8:24, 8:24].max(axis=(1, 2)).mean() > -600, kind
+
+
+def test_every_hospital_is_blind_to_some_nodule_and_some_mimic() -> None:
+    for hospital in HOSPITALS.values():
+        assert len(hospital.nodules) < 5
+        assert len(hospital.mimics) < 4
+
+
+def test_ct_sites_have_their_own_patches_and_train_and_test_differ() -> None:
+    sites = CTNodule.sites(5, 7)
+    tasks = [CTNodule(**options, n_train=6, n_test=4) for options in sites.values()]
+    patches = torch.cat([tensors(data)[0] for task in tasks for data in (task.train_data(), task.test_data())])
+    assert patches.shape == (50, 1, SIZE, SIZE)
+    assert n_different(patches) == 50
+    assert patches.abs().max() <= 2
+
+
+def test_ct_training_separates_nodules_from_mimics() -> None:
+    task = CTNodule(synthetic="screening", n_train=300, n_test=100)
+    weights = train_alone(task, CTNodule.recommended.training, 60, seed=0)
+    assert evaluate(task, weights).metrics["auc"] > 0.85 > evaluate(task, initial_vector(task, 0)).metrics["auc"]
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_ct_reads_a_medmnist_file_in_disjoint_shares(tmp_path: Path, size: int) -> None:
+    images = np.repeat(np.arange(60, dtype=np.uint8), size * size).reshape(60, size, size)
+    labels = (np.arange(60) % 2)[:, None]
+    file = tmp_path / "nodulemnist.npz"
+    np.savez(file, train_images=images, train_labels=labels, test_images=images[:30], test_labels=labels[:30])
+    tasks = [CTNodule(**options) for options in CTNodule.sites(3, 0, file).values()]
+    parts = [tensors(task.train_data()) for task in tasks]
+    assert [len(part[0]) for part in parts] == [10, 20, 30]
+    inputs, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert inputs.shape == (60, 1, SIZE, SIZE)
+    shown = ((inputs[:, 0, 0, 0] + 2) * 63.75).round().long()
+    assert sorted(shown.tolist()) == list(range(60))
+    assert (shown % 2 == targets).all()
+
+
+def test_ct_refuses_what_is_no_medmnist_file(tmp_path: Path) -> None:
+    file = tmp_path / "other.npz"
+    np.savez(file, images=np.zeros(3))
+    with pytest.raises(ConfigError, match=r"other.npz: not a MedMNIST file"):
+        CTNodule(npz=str(file)).train_data()
+    np.savez(file, train_images=np.zeros((2, 28, 28), np.uint8), train_labels=np.array([0, 7]))
+    with pytest.raises(ConfigError, match=r"train_labels holds \[0, 7\]; expected 0 and 1"):
+        CTNodule(npz=str(file)).train_data()
+
+
+def write_slice(file: Path, stored: NDArray[np.int16], *, intercept: float) -> None:
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    slice_ = FileDataset(str(file), {}, file_meta=meta, preamble=bytes(128))
+    slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    slice_.Rows, slice_.Columns = stored.shape
+    slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
+    slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit, slice_.PixelRepresentation = 16, 16, 15, 1
+    slice_.RescaleSlope, slice_.RescaleIntercept = 2, intercept
+    slice_.PixelData = stored.tobytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's writer, not what is tested
+        slice_.save_as(file, enforce_file_format=True)
+
+
+@pytest.fixture
+def dicom_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "north"
+    folder.mkdir()
+    stored = np.zeros((64, 64), np.int16)
+    stored[10, 50] = 375
+    write_slice(folder / "a.dcm", stored, intercept=-400)
+    write_slice(folder / "b.dcm", stored, intercept=-1150)
+    (folder / "labels.csv").write_text(
+        "file,label,split,row,column\na.dcm,1,train,10,50\nb.dcm,0,train,,\na.dcm,1,test,32,32\n"
+    )
+    return folder
+
+
+def test_ct_reads_a_dicom_folder_in_hounsfield_units(dicom_folder: Path) -> None:
+    (options,) = CTNodule.sites(1, 0, dicom_folder.parent).values()
+    inputs, labels = tensors(CTNodule(**options).train_data())
+    assert labels.tolist() == [1, 0]
+    assert inputs[0, 0, 16, 16] == 2.0  # stored 375 * 2 - 400 = 350 HU, the window's upper end
+    assert inputs[0, 0, 16, 15] == 0.0  # -400 HU, its middle
+    assert inputs[0, 0, 0, 0] == pytest.approx((-1024 + 400) / 375)  # beyond the slice is air
+    assert (inputs[1] == -2.0).sum() == 0  # -1150 HU is clipped to air before it is windowed
+    assert len(tensors(CTNodule(**options).test_data())[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("file,label\na.dcm,1\n", "no column split"),
+        ("file,label,split\na.dcm,1,train\na.dcm,2,train\n", "labels.csv, line 3: label '2'"),
+        ("file,label,split,row,column\na.dcm,1,train,x,1\n", "line 2: row and column are whole numbers"),
+        ("file,label,split,row,column\na.dcm,1,train,99,1\n", "line 2: row 99, column 1 is outside"),
+        ("file,label,split\nc.dcm,1,train\n", "line 2: .*c.dcm: not a readable CT slice"),
+        ("file,label,split\nlabels.csv,1,train\n", "line 2: .*labels.csv: not a readable CT slice"),
+        ("file,label,split\na.dcm,1,test\n", "no line with split train"),
+    ],
+)
+def test_ct_bad_dicom_folder_is_named_with_its_line(dicom_folder: Path, table: str, said: str) -> None:
+    (dicom_folder / "labels.csv").write_text(table)
+    with pytest.raises(ConfigError, match=said):
+        CTNodule(dicom=str(dicom_folder)).train_data()
+
+
+def test_ct_takes_one_source_and_known_hospitals(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give one of synthetic, npz and dicom"):
+        CTNodule(synthetic="screening", npz="x.npz")
+    with pytest.raises(ConfigError, match="one of screening, occupational"):
+        CTNodule(synthetic="charite")
+    with pytest.raises(ConfigError, match=r"share = \[5, 5\]: expected \[i, n\]"):
+        CTNodule(npz="x.npz", share=[5, 5])
+    with pytest.raises(ConfigError, match="6 hospitals: there are 1 to 5"):
+        CTNodule.sites(6, 0)
+    with pytest.raises(ConfigError, match=r"0 folders with a labels.csv, 2 hospitals wanted"):
+        CTNodule.sites(2, 0, tmp_path)
+
+
+def test_recommended_settings_name_a_metric_the_task_gives() -> None:
+    scores, targets = torch.eye(2), torch.tensor([0, 1])
+    for name in SHIPPED:
+        task: Task = make_task(name, {})
+        assert task.recommended.target_metric in task.metrics(scores, targets)
