@@ -77,11 +77,11 @@ def run(
     output: Output = Path("output"),
 ) -> None:
     """Run your own federation on this machine, as processes; see docs/federation-file.md."""
-    from fednats.testbed.federation import FederationSettings  # noqa: PLC0415
+    from fednats.testbed.federation import load_federation  # noqa: PLC0415
     from fednats.testbed.launch import run_federation  # noqa: PLC0415
     from fednats.testbed.summary import comparison  # noqa: PLC0415
 
-    settings = load(federation, FederationSettings)
+    settings = load_federation(federation)
     configure_logging("warning")
     summary = asyncio.run(run_federation(settings, output.resolve()))
     _show(comparison(summary), output)

@@ -21,7 +21,6 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -74,6 +73,8 @@ class Task(ABC):
         Here ``auc`` and ``accuracy`` of logits float32[n, classes] and int64[n] targets. AUC is one against the rest,
         averaged over the classes; it is left out where a class has no test case.
         """
+        from sklearn.metrics import roc_auc_score  # noqa: PLC0415 - slow to load, and a coordinator never needs it
+
         probabilities = scores.softmax(1)
         found = {"accuracy": float((probabilities.argmax(1) == targets).double().mean())}
         n_classes = scores.shape[1]

@@ -110,7 +110,7 @@ class Tier:
         async for delivery in inbox.bus.consume(inbox.stream, durable, filters):
             self.daemon.metrics.received_bytes.inc(len(delivery.data))
             try:
-                event = _event(delivery, inbox)
+                event = _event(delivery, inbox, self.daemon.run)
             except RefusedError as error:
                 self.count_refused(error.reason, error.detail, subject=delivery.subject)
                 await delivery.term()
@@ -204,7 +204,7 @@ def prefix_of(head: Update | Aggregate) -> str:
     return subjects.aggregate(head.run, head.region)
 
 
-def _event(delivery: Delivery, inbox: Inbox) -> ContributionArrived | EvaluationArrived:
+def _event(delivery: Delivery, inbox: Inbox, run: str) -> ContributionArrived | EvaluationArrived:
     """Parse a delivery, hold its sender to the subject it may publish on, and keep how to acknowledge it."""
     tokens = delivery.subject.split(".")
     kind = tokens[2]
@@ -217,6 +217,9 @@ def _event(delivery: Delivery, inbox: Inbox) -> ContributionArrived | Evaluation
         event = ContributionArrived(head=wire.unpack(delivery.data, Update))
     else:
         event = ContributionArrived(head=wire.unpack(delivery.data, Aggregate))
+    message = event.head if isinstance(event, ContributionArrived) else event.evaluation
+    if message.run != run:
+        raise RefusedError(Reason.WRONG_RUN, f"run {message.run!r}, this is {run!r}")
     if delivery.subject != _subject(event):
         raise RefusedError(Reason.WRONG_SENDER, f"came on {delivery.subject}, says it is from {_subject(event)}")
     inbox.keep(_identity(event), delivery, event.head if isinstance(event, ContributionArrived) else None)

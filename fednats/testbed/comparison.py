@@ -1,4 +1,4 @@
-"""What the federation is worth: each hospital alone, and all data pooled, with the same number of local steps."""
+"""What the federation is worth: each hospital alone, and all data pooled, with as many steps as a site took in it."""
 
 import asyncio
 import multiprocessing

@@ -15,6 +15,7 @@ from fednats.config import (
     TaskSettings,
     Token,
     TrainingSettings,
+    load,
 )
 from fednats.errors import ConfigError
 from fednats.learning.task import Task, load_task
@@ -118,6 +119,19 @@ class FederationSettings(Settings):
         return len(self.sites_of(region)) + sum(self._n_sites_below(child) for child in self.children_of(region))
 
 
+def load_federation(path: Path) -> FederationSettings:
+    """Read a federation file; a task file is looked for beside it.
+
+    Raises:
+        ConfigError: naming the file, the key and what is wrong with it.
+    """
+    federation = load(path, FederationSettings)
+    file, colon, name = federation.task.rpartition(":")
+    task = f"{(path.parent / file).resolve()}:{name}" if colon else federation.task
+    load_task(task)
+    return federation.model_copy(update={"task": task})
+
+
 def demo_federation(
     task: str,
     *,
@@ -134,11 +148,8 @@ def demo_federation(
         ConfigError: the task is not a shipped one, or cannot be split like this.
     """
     task_class: type[Task] = load_task(task)
-    split = getattr(task_class, "sites", None)
-    if split is None:
-        raise ConfigError(f"task {task!r} has no hospitals of its own; write a federation file and use `fednats run`")
     recommended = task_class.recommended
-    options = split(n_sites or DEFAULT_SITES.get(task, 5), seed, data)
+    options = task_class.sites(n_sites or DEFAULT_SITES.get(task, 5), seed, data)
     names = list(options)
     if len(names) < 2 * n_regions:
         raise ConfigError(

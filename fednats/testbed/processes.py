@@ -90,21 +90,23 @@ class DaemonProcess:
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(number)
 
+    async def wait(self) -> int:
+        """Wait until the daemon ends by itself; return the exit code."""
+        return 0 if self._process is None else await self._process.wait()
+
     async def stop(self) -> int:
         """SIGTERM, wait, SIGKILL if it takes too long; return the exit code."""
-        if self._process is None:
-            return 0
         self.send(signal.SIGTERM)
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                return await self._process.wait()
+                return await self.wait()
         except TimeoutError:
             return await self.kill()
 
     async def kill(self) -> int:
         """SIGKILL and wait."""
         self.send(signal.SIGKILL)
-        return 0 if self._process is None else await self._process.wait()
+        return await self.wait()
 
 
 class Daemons:

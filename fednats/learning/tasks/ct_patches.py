@@ -257,8 +257,13 @@ HOSPITALS: Mapping[str, Hospital] = {
     ),
     "occupational": Hospital(
         Scanner(noise_hu=30, blur=0.9, offset_hu=15, vessel_hu=40),
-        nodules={"solid": 0.75, "spiculated": 0.20, "part_solid": 0.05},
+        nodules={"solid": 0.70, "spiculated": 0.20, "juxtapleural": 0.10},
         mimics={"plaque": 0.80, "fissure": 0.15, "vessel": 0.05},
+    ),
+    "university": Hospital(
+        Scanner(noise_hu=35, blur=0.6, offset_hu=-20, vessel_hu=120),
+        nodules={"juxtapleural": 0.70, "part_solid": 0.25, "spiculated": 0.05},
+        mimics={"branching": 0.65, "vessel": 0.30, "plaque": 0.05},
     ),
     "oncology": Hospital(
         Scanner(noise_hu=25, blur=0.8, offset_hu=-10, vessel_hu=160),
@@ -267,12 +272,7 @@ HOSPITALS: Mapping[str, Hospital] = {
     ),
     "community": Hospital(
         Scanner(noise_hu=40, blur=0.9, offset_hu=30, vessel_hu=30),
-        nodules={"ground_glass": 0.65, "juxtapleural": 0.30, "solid": 0.05},
-        mimics={"fissure": 0.65, "plaque": 0.30, "vessel": 0.05},
-    ),
-    "university": Hospital(
-        Scanner(noise_hu=35, blur=0.6, offset_hu=-20, vessel_hu=120),
-        nodules={"juxtapleural": 0.70, "part_solid": 0.25, "spiculated": 0.05},
-        mimics={"branching": 0.65, "vessel": 0.30, "plaque": 0.05},
+        nodules={"ground_glass": 0.77, "juxtapleural": 0.15, "solid": 0.05},
+        mimics={"fissure": 0.92, "plaque": 0.05},
     ),
 }

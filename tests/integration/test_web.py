@@ -1,0 +1,39 @@
+"""What a daemon serves over HTTP."""
+
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from fednats.config import WebSettings
+from fednats.errors import ConfigError
+from fednats.web.metrics import Metrics
+from fednats.web.server import serving
+
+
+async def test_health_readiness_metrics_and_status(tmp_path: Path) -> None:
+    ready = False
+    metrics = Metrics()
+    metrics.refused.labels(reason="checksum").inc()
+    async with (
+        serving(WebSettings(), tmp_path, metrics, lambda: ready, lambda: {"state": "waiting"}) as port,
+        aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session,
+    ):
+        assert (tmp_path / "web.port").read_text() == f"{port}\n"
+        assert (await session.get("/healthz")).status == 200
+        assert (await session.get("/readyz")).status == 503
+        ready = True
+        assert (await session.get("/readyz")).status == 200
+        text = await (await session.get("/metrics")).text()
+        assert 'fednats_refused_total{reason="checksum"} 1.0' in text
+        assert await (await session.get("/status")).json() == {"state": "waiting"}
+
+
+async def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    def never() -> bool:
+        return False
+
+    async with serving(WebSettings(), tmp_path, Metrics(), never, dict) as port:
+        with pytest.raises(ConfigError, match=str(port)):
+            async with serving(WebSettings(port=port), tmp_path, Metrics(), never, dict):
+                pass

@@ -1,0 +1,115 @@
+"""The worker process beside a daemon."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fednats.errors import ConfigError, Reason, RefusedError
+from fednats.services.worker import Worker, WorkerDiedError
+
+
+class Jobs:
+    def __init__(self, start: int) -> None:
+        if start < 0:
+            raise ConfigError("start: below zero")
+        self.count = start
+
+    def add(self, n: int) -> int:
+        self.count += n
+        return self.count
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def refuse(self) -> None:
+        raise RefusedError(Reason.CIPHERTEXT, "damaged")
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def make_jobs(start: int) -> Jobs:
+    return Jobs(start)
+
+
+async def test_state_stays_between_calls_in_another_process() -> None:
+    async with Worker(make_jobs, 5) as worker:
+        assert await worker.call("add", 2) == 7
+        assert await worker.call("add", 2) == 9
+        assert await worker.call("pid") != os.getpid()
+
+
+async def test_errors_keep_their_fields_on_the_way_back() -> None:
+    async with Worker(make_jobs, 0) as worker:
+        with pytest.raises(RefusedError) as raised:
+            await worker.call("refuse")
+    assert (raised.value.reason, raised.value.detail) == (Reason.CIPHERTEXT, "damaged")
+
+
+async def test_what_cannot_be_made_says_why() -> None:
+    async with Worker(make_jobs, -1) as worker:
+        with pytest.raises(ConfigError, match="below zero"):
+            await worker.call("pid")
+
+
+async def test_a_worker_that_crashes_is_replaced() -> None:
+    async with Worker(make_jobs, 5) as worker:
+        first = await worker.call("pid")
+        with pytest.raises(WorkerDiedError):
+            await worker.call("die")
+        assert await worker.call("pid") != first
+        assert await worker.call("add", 1) == 6
+
+
+async def test_the_event_loop_runs_on_while_the_worker_works() -> None:
+    async with Worker(make_jobs, 0) as worker:
+        job = asyncio.ensure_future(worker.call("pid"))
+        turns = 0
+        while not job.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns > 100
+
+
+PARENT = """
+import asyncio, os
+from tests.integration.test_worker import make_jobs
+from fednats.services.worker import Worker
+
+async def main():
+    async with Worker(make_jobs, 0) as worker:
+        print(await worker.call("pid"), flush=True)
+        os.kill(os.getpid(), 9)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+async def test_a_worker_ends_with_a_killed_daemon(tmp_path: object) -> None:
+    file = f"{tmp_path}/parent.py"
+    with open(file, "w", encoding="utf-8") as script:  # noqa: ASYNC230, PTH123
+        script.write(PARENT)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        file,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},  # noqa: PTH109
+    )
+    output, _ = await process.communicate()
+    pid = int(output)
+    async with asyncio.timeout(10):
+        while _alive(pid):  # noqa: ASYNC110 - nothing tells of another process's end
+            await asyncio.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as stat:  # noqa: PTH123
+            return stat.read().rsplit(") ", 1)[1][0] != "Z"
+    except FileNotFoundError:
+        return False
