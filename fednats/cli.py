@@ -11,8 +11,11 @@ from rich.console import Console
 
 from fednats import __version__
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load
-from fednats.errors import FednatsError
+from fednats.errors import FednatsError, InterruptedRunError
 from fednats.services.lifecycle import configure_logging
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     help="Train one model over many hospitals while every record stays where it is.",
@@ -147,7 +150,7 @@ def main() -> None:
         app()
     except FednatsError as error:
         Console(stderr=True, soft_wrap=True).print(f"fednats: {error}", markup=False, highlight=False)
-        raise SystemExit(1) from None
+        raise SystemExit(INTERRUPTED if isinstance(error, InterruptedRunError) else 1) from None
 
 
 def _show(table: object, output: Path) -> None:

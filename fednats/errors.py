@@ -4,8 +4,10 @@
 
     FednatsError
     |-- ConfigError            a setting, file or task the operator has to mend
+    |-- TaskError              the code of a task failed
     |-- BusError               the bus cannot be reached or does not answer
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
+    |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
     `-- RefusedError           something that reached us from others and is refused, with its reason
@@ -22,12 +24,20 @@ class ConfigError(FednatsError):
     """A setting, file or task that the operator has to mend; the text names it and the remedy."""
 
 
+class TaskError(FednatsError):
+    """The code of a task failed; the text says where, never with which data."""
+
+
 class BusError(FednatsError):
     """The bus cannot be reached, does not answer or denies a request."""
 
 
 class BusFullError(BusError):
     """A stream is at its limit; the message offered was not stored and must be kept by the sender."""
+
+
+class InterruptedRunError(FednatsError):
+    """Ctrl-C; everything was stopped."""
 
 
 class OverflowRefusedError(FednatsError):

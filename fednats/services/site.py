@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
 from fednats.config import SiteSettings
-from fednats.errors import BusError, LocalDataError, RefusedError
+from fednats.errors import BusError, LocalDataError, RefusedError, TaskError
 from fednats.messages import Chunk, Control, Evaluation, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.protocol import site as protocol
@@ -167,7 +167,7 @@ class SiteService:
                 await self._train(manifest, weights)
         except RefusedError as error:
             self._count_refused("model_refused", error, version=job.version)
-        except (LocalDataError, WorkerDiedError) as error:
+        except (LocalDataError, TaskError, WorkerDiedError) as error:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
             self._log.error("job_failed", job=kind, version=job.version, error=str(error))

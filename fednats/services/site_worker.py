@@ -1,8 +1,10 @@
 """What a site does in its worker process: load data, train, evaluate, encode into the outbox."""
 
 import hashlib
+import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from fednats import wire
 from fednats.codec.layout import Layout
 from fednats.config import SiteSettings
 from fednats.delta.encode import encoder
-from fednats.errors import LocalDataError, Reason, RefusedError
+from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
 from fednats.learning.evaluation import Evaluated, Evaluator
 from fednats.learning.flat import parameters_of
 from fednats.learning.task import make_task
@@ -37,11 +39,12 @@ class SiteWorker:
         torch.set_num_threads(1)
         self._settings = settings
         self._public_key = None if settings.public_key_file is None else settings.public_key_file.read_bytes()
-        task = make_task(settings.task.path, settings.task.options)
-        self._parameters = parameters_of(task.model())
+        with task_code("loading the task"):
+            task = make_task(settings.task.path, settings.task.options)
+            self._parameters = parameters_of(task.model())
+            self._trainer = Trainer(task)
+            self._evaluator = Evaluator(task)
         self._layout = Layout(self._parameters)
-        self._trainer = Trainer(task)
-        self._evaluator = Evaluator(task)
         self._outbox = Outbox(outbox_file(settings.state_dir))
         self._result: LocalResult | None = None
 
@@ -68,12 +71,14 @@ class SiteWorker:
 
     def evaluate(self, weights: bytes) -> Evaluated:
         """Evaluate float32 weights on the test data."""
-        return self._evaluator.evaluate(np.frombuffer(weights, "<f4"))
+        with task_code("evaluating"):
+            return self._evaluator.evaluate(np.frombuffer(weights, "<f4"))
 
     def train(self, manifest: ModelManifest, weights: bytes) -> Trained:
         """Make one local pass from float32 weights; the delta stays here until `encode`."""
         seed = _seed(manifest.seed, self._settings.site, manifest.version)
-        self._result = self._trainer.train(np.frombuffer(weights, "<f4"), manifest.training, seed)
+        with task_code("training"):
+            self._result = self._trainer.train(np.frombuffer(weights, "<f4"), manifest.training, seed)
         return Trained(self._result.n_samples, self._result.train_loss)
 
     def encode(self, base_version: int, newest: ModelManifest) -> Update:
@@ -111,6 +116,26 @@ class SiteWorker:
         self._outbox.add_update(update)
         self._result = None
         return update
+
+
+@contextmanager
+def task_code(doing: str) -> Iterator[None]:
+    """Turn whatever a hospital's own code raises into a TaskError that names the place and quotes no data.
+
+    Messages of exceptions may hold the value that could not be read, so only those of the operating system, which name
+    files, are passed on.
+    """
+    try:
+        yield
+    except FednatsError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever foreign code raises, told on as one error
+        text = f": {error}" if isinstance(error, OSError) else ""
+        frames = traceback.extract_tb(error.__traceback__)
+        own = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
+        raise TaskError(
+            f"{doing} failed: {type(error).__name__}{text} (in {own.name}, {own.filename} line {own.lineno})"
+        ) from None
 
 
 def outbox_file(state_dir: Path) -> Path:

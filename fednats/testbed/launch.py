@@ -16,7 +16,7 @@ from fednats.codec.layout import Layout
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings
 from fednats.crypto import secret
 from fednats.delta import scheme
-from fednats.errors import FednatsError
+from fednats.errors import FednatsError, InterruptedRunError
 from fednats.learning.flat import parameters_of
 from fednats.learning.task import make_task
 from fednats.storage.checkpoints import Checkpoints, save_tensors
@@ -90,10 +90,6 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     return summary
 
 
-class Interrupted(FednatsError):  # noqa: N818 - not an error of anybody's
-    """Ctrl-C: everything was stopped."""
-
-
 async def _watch(federation: FederationSettings, running_now: Running, started: float) -> Statuses:
     """Show progress until the coordinator has closed the run; return the last statuses."""
     interrupted = asyncio.Event()
@@ -110,7 +106,7 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
                 try:
                     async with asyncio.timeout(POLL_S):
                         await interrupted.wait()
-                    raise Interrupted("interrupted; everything was stopped")
+                    raise InterruptedRunError("interrupted; everything was stopped")
                 except TimeoutError:
                     pass
     finally:

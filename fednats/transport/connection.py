@@ -170,6 +170,7 @@ class Connection:
             raise BusError(f"{self._name}: the connection is closed ({self._ended})")
 
     async def _on_error(self, error: Exception) -> None:
+        repeated = str(error) == self._last_error
         self._last_error = str(error) or type(error).__name__
         text = self._last_error.casefold()
         if self._opening and "authorization" in text:
@@ -178,7 +179,8 @@ class Connection:
             for future, subject in self._waiting.items():
                 if f'"{subject}"' in text and not future.done():
                     future.set_exception(BusError(f"{self._name} may not publish to {subject}"))
-        self.log.warning("bus_error", error=self._last_error)
+        if not repeated:  # every attempt to reconnect ends here
+            self.log.warning("bus_error", error=self._last_error)
 
     async def _on_disconnected(self) -> None:
         self._up.clear()

@@ -1,0 +1,114 @@
+"""The command line as a user meets it."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from tests.e2e.conftest import MakeFederation
+
+HEART = Path(os.environ.get("FEDNATS_HEART_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data" / "heart")
+LIMIT_S = 200
+
+
+def fednats(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "fednats", *arguments]
+
+
+def run(arguments: Sequence[str], *, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        fednats(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def left_running(output: Path) -> list[str]:
+    """Command lines of processes that were started for ``output``."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(output) in command and str(os.getpid()) != entry.parent.name:
+            found.append(command)
+    return found
+
+
+def test_a_federation_file_runs_to_the_table(make_federation: MakeFederation, tmp_path: Path) -> None:
+    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 2})
+    file = tmp_path / "federation.toml"
+    file.write_text(tomli_w.dumps(federation.model_dump(mode="json", exclude_none=True)))
+    output = tmp_path / "out"
+    printed = run(["run", str(file), "--output", str(output)]).stdout
+    assert "the federation" in printed
+    assert "all data pooled" in printed
+    assert json.loads((output / "summary.json").read_text())["versions"] == 2
+    assert not left_running(output)
+    again = run(["run", str(file), "--output", str(output)], code=1)
+    assert "holds a federation already" in again.stderr
+
+
+async def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = await asyncio.create_subprocess_exec(
+        *fednats("demo", "--task", "breast-cancer", "--sites", "4", "--output", str(output)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(LIMIT_S):
+        first = await process.stdout.readline()  # the first version is evaluated: everything runs
+        assert first.startswith(b"version 0")
+        assert len(left_running(output)) >= 3 + 7
+        process.send_signal(signal.SIGINT)
+        _, errors = await process.communicate()
+    assert process.returncode == 130
+    assert b"interrupted" in errors
+    assert not left_running(output)
+
+
+@pytest.mark.skipif(not HEART.is_dir(), reason="the UCI heart disease files are not at FEDNATS_HEART_DATA")
+def test_four_real_hospitals_beat_the_mean_hospital_alone(tmp_path: Path) -> None:
+    run(["demo", "--task", "heart", "--data", str(HEART), "--output", str(tmp_path / "out")])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["cipher"] == "bfv"
+    assert len(summary["sites"]) == 4
+    assert summary["federated"]["auc"] > summary["local"]["auc"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["demo", "--task", "no-such-task"], "no-such-task"),
+        (["demo", "--regions", "4"], "--regions 4"),
+        (["demo", "--task", "heart"], "--data"),
+        (["demo", "--task", "heart", "--data", "/absent"], "/absent"),
+        (["run", "absent.toml"], "absent.toml: no such file"),
+        (["site", "--config", "absent.toml"], "absent.toml: no such file"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path / "out")] if arguments[0] in {"demo", "run"} else []
+    errors = run([*arguments, *output], code=1).stderr
+    assert expected in errors
+    assert "Traceback" not in errors
+
+
+def test_help_names_every_command() -> None:
+    text = run(["--help"]).stdout
+    for command in ("demo", "run", "site", "aggregator", "coordinator", "bench"):
+        assert command in text

@@ -1,0 +1,62 @@
+"""What the documents promise is what the code does."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fednats.config import SiteSettings, parse
+from fednats.testbed.federation import FederationSettings
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(file: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
+
+
+def test_the_federation_file_s_document_shows_every_setting_with_its_default() -> None:
+    (text,) = blocks("docs/federation-file.md", "toml")
+    documented = tomllib.loads(re.sub(r"^# (?=[a-z_]+ = )", "", text, flags=re.MULTILINE))
+    optional = {
+        ("aggregation", "deadline_s"),
+        ("stop", "max_wall_s"),
+        ("stop", "target"),
+        ("regions", "north", "parent"),
+    }
+    required = {"name", "task", "regions", "sites"}
+    documented["regions"]["europe"] = {}
+    documented["sites"] |= {f"b{i}": {"region": "north" if i else "europe"} for i in range(3)}
+    documented["delta"]["tiers"] = 2
+    federation = parse(documented, FederationSettings, source="docs")
+    assert set(FederationSettings.model_fields) == set(documented)
+    for section in ("training", "server", "aggregation", "delta", "stop"):
+        fields = type(getattr(federation, section)).model_fields
+        assert set(fields) == set(documented[section])
+        for name, field in fields.items():
+            if (section, name) in optional or (section, name) in {("delta", "tiers"), ("aggregation", "staleness")}:
+                continue
+            assert documented[section][name] == field.default, f"{section}.{name}"
+    assert documented["aggregation"]["staleness"] == type(federation.aggregation.staleness)().model_dump()
+    for name in ("seed", "leaves", "options"):
+        assert documented[name] == FederationSettings.model_fields[name].get_default(call_default_factory=True)
+    assert required <= set(documented)
+
+
+def test_the_readme_s_federation_is_one() -> None:
+    (text,) = blocks("README.md", "toml")
+    raw: dict[str, Any] = tomllib.loads(text)
+    raw["sites"] |= {name: {"region": region} for name, region in (("b", "north"), ("c", "south"), ("d", "south"))}
+    assert parse(raw, FederationSettings, source="README.md").stop.max_versions == 20
+
+
+def test_the_readme_s_task_is_the_shipped_example() -> None:
+    (text,) = blocks("README.md", "python")
+    example = (ROOT / "sites" / "own_task.py").read_text()
+    without_docstrings = re.sub(r'^        """.*?"""\n', "", example, flags=re.MULTILINE)
+    assert text.strip() in without_docstrings
+
+
+def test_the_example_settings_of_a_site_are_valid() -> None:
+    raw = tomllib.loads((ROOT / "sites" / "site.toml").read_text())
+    assert parse(raw, SiteSettings, source="site.toml").task.path == "own_task.py:MyTask"
