@@ -1,4 +1,4 @@
-"""What the federation is worth: each hospital alone, and all data pooled, with as many steps as a site took in it."""
+"""What the federation is worth: each hospital alone, and all data pooled, with as many steps as a site took."""
 
 import asyncio
 import multiprocessing

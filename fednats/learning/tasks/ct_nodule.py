@@ -41,8 +41,8 @@ class CTNodule(Task):
 
     recommended: ClassVar[Recommended] = Recommended(
         training=TrainingSettings(local_steps=100, batch_size=32, optimizer="adam", learning_rate=0.002),
-        server=ServerSettings(learning_rate=0.5),
-        n_versions=24,
+        server=ServerSettings(learning_rate=0.3),
+        n_versions=36,
         target_metric="accuracy",
         target=0.92,
     )

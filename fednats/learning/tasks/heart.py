@@ -108,7 +108,8 @@ class HeartDisease(Task):
         if n != len(HOSPITALS):
             raise ConfigError(f"heart: {n} hospitals: the data has {len(HOSPITALS)}")
         if data is None or not data.is_dir():
-            raise ConfigError(f"heart: {data}: give the folder with {', '.join(HOSPITALS.values())}")
+            missing = "no data given" if data is None else f"{data} is no folder"
+            raise ConfigError(f"heart: {missing}; give --data with the folder of {', '.join(HOSPITALS.values())}")
         return {name: {"folder": str(data), "hospital": name, "seed": seed} for name in HOSPITALS}
 
 
