@@ -161,7 +161,7 @@ def test_heart_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str,
 def test_heart_takes_four_hospitals_and_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="3 hospitals: the data has 4"):
         HeartDisease.sites(3, 0, tmp_path)
-    with pytest.raises(ConfigError, match=r"give the folder with processed.cleveland.data"):
+    with pytest.raises(ConfigError, match=r"--data with the folder of processed\.cleveland\.data"):
         HeartDisease.sites(4, 0)
 
 
