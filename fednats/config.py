@@ -176,6 +176,7 @@ class AggregatorSettings(DaemonSettings):
     depth: int = Field(1, ge=1, description="aggregators on the way to the hub, this one included")
     sites: tuple[Token, ...] = Field((), description="sites of this region")
     regions: tuple[Token, ...] = Field((), description="regions below this one")
+    min_sites: int = Field(2, ge=1, description="this region's own word: runs that ask for sums of fewer are refused")
     bus: BusSettings = Field(description="the region's private account: sites and updates")
     uplink: BusSettings = Field(description="the account of the leaf link: models and aggregates")
     public_key_file: Path | None = None

@@ -4,13 +4,18 @@ A payload (a model, an update, an aggregate) is a *head*, one of the messages be
 published first; the head names them with a digest each, so whoever reads a head can read and check all of it.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fednats.config import AggregationSettings, DeltaSettings, TrainingSettings
+from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings
 
 DIGEST_BYTES = 16
+
+Count = Annotated[int, Field(ge=0, le=2**40)]
+"""A number of things, or of a version; bounded, so that sums of them stay far from any limit."""
+
+Positive = Annotated[int, Field(ge=1, le=2**40)]
 
 
 class Message(BaseModel):
@@ -35,7 +40,7 @@ class Grid(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    grid_id: str
+    grid_id: Token
     steps: tuple[float, ...]
 
 
@@ -44,8 +49,8 @@ class Payload(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    payload_id: str
-    n_bytes: int = Field(ge=0)
+    payload_id: Token
+    n_bytes: Count
     digests: tuple[bytes, ...] = Field(description="BLAKE2b-128 of each chunk, in order")
 
 
@@ -62,14 +67,15 @@ class ModelManifest(Message):
 
     kind: ClassVar[str] = "model"
 
-    run: str
-    version: int = Field(ge=0)
+    run: Token
+    version: Count
     task: str
     seed: int
     parameters: tuple[ParameterSpec, ...]
     payload: Payload
     grid: Grid
-    key_id: str
+    grid_ids: tuple[Token, ...] = Field(description="grids on which contributions are still taken, this one included")
+    key_id: Token
     training: TrainingSettings
     aggregation: AggregationSettings
     delta: DeltaSettings
@@ -80,9 +86,9 @@ class Control(Message):
 
     kind: ClassVar[str] = "control"
 
-    run: str
+    run: Token
     status: Literal["open", "closed"]
-    version: int = Field(ge=0)
+    version: Count
     reason: str
 
 
@@ -91,16 +97,16 @@ class Update(Message):
 
     kind: ClassVar[str] = "update"
 
-    run: str
-    region: str
-    site: str
-    update_id: str
-    sequence: int = Field(ge=1)
-    base_version: int = Field(ge=0)
-    grid_id: str
-    key_id: str
-    n_samples: int = Field(ge=1)
-    saturated: int = Field(ge=0, description="values that the grid clipped")
+    run: Token
+    region: Token
+    site: Token
+    update_id: Token
+    sequence: Positive
+    base_version: Count
+    grid_id: Token
+    key_id: Token
+    n_samples: Positive
+    saturated: Count = Field(description="values that the grid clipped")
     payload: Payload
 
 
@@ -109,20 +115,20 @@ class Aggregate(Message):
 
     kind: ClassVar[str] = "aggregate"
 
-    run: str
-    region: str
-    aggregate_id: str
-    model_version: int = Field(ge=0, description="newest version the region knew when it weighed")
-    grid_id: str
-    key_id: str
-    total_weight: int = Field(ge=1, description="sum of the integer weights, the divisor of the decrypted sum")
-    mass: float = Field(gt=0, description="sum of n_samples times staleness and participation factors")
-    n_sites: int = Field(ge=1)
-    n_updates: int = Field(ge=1)
-    n_samples: int = Field(ge=1)
-    saturated: int = Field(ge=0)
-    staleness_sum: int = Field(ge=0)
-    staleness_max: int = Field(ge=0)
+    run: Token
+    region: Token
+    aggregate_id: Token
+    model_version: Count = Field(description="newest version the region knew when it weighed")
+    grid_id: Token
+    key_id: Token
+    total_weight: Positive = Field(description="sum of the integer weights, the divisor of the decrypted sum")
+    mass: float = Field(gt=1e-9, le=1e15, description="sum of n_samples times staleness and participation factors")
+    n_sites: Positive
+    n_updates: Positive
+    n_samples: Positive
+    saturated: Count
+    staleness_sum: Count
+    staleness_max: Count
     payload: Payload
 
 
@@ -131,11 +137,11 @@ class Evaluation(Message):
 
     kind: ClassVar[str] = "evaluation"
 
-    run: str
-    region: str
-    site: str
-    version: int = Field(ge=0)
-    n_samples: int = Field(ge=1)
+    run: Token
+    region: Token
+    site: Token
+    version: Count
+    n_samples: Positive
     metrics: dict[str, float]
 
 
@@ -144,11 +150,11 @@ class EvaluationSum(Message):
 
     kind: ClassVar[str] = "evaluation_sum"
 
-    run: str
-    region: str
-    version: int = Field(ge=0)
-    n_sites: int = Field(ge=1)
-    n_samples: int = Field(ge=1)
+    run: Token
+    region: Token
+    version: Count
+    n_sites: Positive
+    n_samples: Positive
     metrics: dict[str, float]
 
 

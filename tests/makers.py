@@ -46,11 +46,15 @@ def aggregate(
 
 
 def announcement(
-    version: int = 0, *, settings: AggregationSettings | None = None, grid: str = "g0", capacity: int | None = 500
+    version: int = 0,
+    *,
+    settings: AggregationSettings | None = None,
+    grids: tuple[str, ...] = ("g0",),
+    capacity: int | None = 500,
 ) -> VersionAnnounced:
     return VersionAnnounced(
         version=version,
-        grid_id=grid,
+        grid_ids=grids,
         key_id="k",
         n_chunks=1,
         capacity=capacity,

@@ -1,6 +1,5 @@
 """What a contribution must satisfy before it is buffered."""
 
-from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -36,7 +35,7 @@ def version(head: Update | Aggregate) -> int:
     return head.base_version if isinstance(head, Update) else head.model_version
 
 
-def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced, grids: Mapping[str, int]) -> None:
+def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -> None:
     """Refuse what cannot be added here.
 
     Raises:
@@ -53,7 +52,7 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced, g
         raise RefusedError(
             Reason.TOO_STALE, f"version {version(head)} at {current.version}, at most {limit} versions may lie between"
         )
-    if head.grid_id not in grids:
+    if head.grid_id not in current.grid_ids:
         raise RefusedError(Reason.WRONG_GRID, f"grid {head.grid_id} was not announced")
     if len(head.payload.digests) != current.n_chunks:
         raise RefusedError(Reason.WRONG_SHAPE, f"{len(head.payload.digests)} chunks, the model has {current.n_chunks}")

@@ -59,25 +59,24 @@ class Buffer:
     def __init__(
         self, settings: AggregationSettings, goal: Goal, sources: Iterable[str], capacity: int | None = None
     ) -> None:
+        self.configure(settings, goal, sources, capacity)
+        self._contributions: dict[str, Contribution] = {}
+        self._participation: dict[str, float] = {}
+
+    def configure(
+        self, settings: AggregationSettings, goal: Goal, sources: Iterable[str], capacity: int | None
+    ) -> None:
+        """Go on with other settings; what is here stays."""
         self.settings = settings
         self._goal = goal
         self._sources = frozenset(sources)
         self._capacity = capacity
-        self._contributions: dict[str, Contribution] = {}
-        self._participation: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._contributions)
 
     def __contains__(self, contribution_id: str) -> bool:
         return contribution_id in self._contributions
-
-    @property
-    def waiting_for_sites(self) -> bool:
-        """Whether something is here that cannot be given out for want of distinct sites."""
-        return bool(self._contributions) and all(
-            _distinct_sites(group) < self.settings.min_sites for group in self._groups()
-        )
 
     def add(self, contribution: Contribution) -> None:
         """Take ``contribution`` in; the same id again changes nothing."""
@@ -128,7 +127,7 @@ class Buffer:
     def _reached(self, group: list[Contribution]) -> bool:
         if self._goal == "all":
             return self._sources <= {contribution.source for contribution in group}
-        return len(group) >= self._goal
+        return len(group) >= min(self._goal, len(self._sources))
 
     def _within_capacity(self, group: list[Contribution]) -> list[Contribution]:
         """Keep what fits, every source's first contribution before any source's second."""

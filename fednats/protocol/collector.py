@@ -8,6 +8,7 @@ for and not yet done.
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from fednats.protocol.events import (
     Combined,
     CombineFailed,
     Command,
+    Configured,
     ContributionArrived,
     DeadlineReached,
     EvaluationArrived,
@@ -40,6 +42,9 @@ from fednats.protocol.events import (
 
 REMEMBERED = 100_000
 """Settled ids kept to recognise a late duplicate."""
+
+MAX_EARLY = 1_000
+"""Contributions held that are on a grid not announced here yet; more are refused."""
 
 
 class State(Enum):
@@ -66,12 +71,17 @@ class Collector:
         self._tally = EvaluationTally(roster.sources)
         self._heads: dict[str, Update | Aggregate] = {}
         self._early: dict[str, Update | Aggregate] = {}
+        self._early_evaluations: list[EvaluationArrived] = []
         self._settled: dict[str, Refuse | None] = {}
-        self._grids: dict[str, int] = {}
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
         return self._TRANSITIONS[self.state, type(event)](self, event)
+
+    @property
+    def roster(self) -> Roster:
+        """Who may contribute."""
+        return self._roster
 
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""
@@ -87,25 +97,42 @@ class Collector:
         """Contributions taken in and not yet combined."""
         return len(self._heads)
 
+    def buffered(self) -> list[Update | Aggregate]:
+        """Return the contributions taken in and not yet combined."""
+        return list(self._heads.values())
+
     # --- transitions --------------------------------------------------------------------------------------------------
 
     def _announce(self, event: VersionAnnounced) -> list[Command]:
         if self.current is not None and event.version < self.current.version:
             return []
+        self.current = event
         if self._buffer is None:
             self._buffer = Buffer(event.settings, self._goal_of(event), self._roster.sources, event.capacity)
             self.state = State.COLLECTING
-        self.current = event
-        self._grids[event.grid_id] = event.version
-        oldest = event.version - event.settings.staleness.max_staleness
-        self._grids = {grid: seen for grid, seen in self._grids.items() if seen >= oldest or grid == event.grid_id}
+        self._buffer.configure(event.settings, self._goal_of(event), self._roster.sources, event.capacity)
         commands: list[Command] = [
             self._refuse_expired(contribution, event.version) for contribution in self._buffer.expire(event.version)
         ]
         early, self._early = self._early, {}
         for head in early.values():
-            commands += self._admit(head)
+            commands += self._admit(head, may_be_early=admission.version(head) > event.version)
+        evaluations, self._early_evaluations = self._early_evaluations, []
+        for evaluation in evaluations:
+            commands += self._evaluate(evaluation)
         return commands + self._combine()
+
+    def _configure(self, event: Configured) -> list[Command]:
+        self._roster = replace(self._roster, sites=frozenset(event.sites), regions=frozenset(event.regions))
+        self._tally.sources = self._roster.sources
+        if self._buffer is not None and self.current is not None:
+            current = self.current
+            self._buffer.configure(current.settings, self._goal_of(current), self._roster.sources, current.capacity)
+        return self._combine()
+
+    def _evaluate_early(self, event: EvaluationArrived) -> list[Command]:
+        self._early_evaluations.append(event)
+        return []
 
     def _arrive_early(self, event: ContributionArrived) -> list[Command]:
         self._early[contribution_id(event.head)] = event.head
@@ -124,7 +151,7 @@ class Collector:
         if not self._reports_here(event.evaluation):
             return [Settle((evaluation_id(event.evaluation),))]
         commands: list[Command] = []
-        for evaluation, ids in self._tally.add(event.evaluation, self.current.settings.min_sites):
+        for evaluation, ids in self._tally.add(event.evaluation, self.current.version, self.current.settings.min_sites):
             if evaluation is not None:
                 commands.append(evaluation)
             commands.append(Settle(ids))
@@ -188,18 +215,18 @@ class Collector:
 
     # --- parts of them ------------------------------------------------------------------------------------------------
 
-    def _admit(self, head: Update | Aggregate) -> list[Command]:
+    def _admit(self, head: Update | Aggregate, *, may_be_early: bool = True) -> list[Command]:
         assert self._buffer is not None and self.current is not None  # noqa: PT018, S101 - states with a version only
         identity = contribution_id(head)
         if identity in self._settled:
             return [self._settled[identity] or Settle((identity,))]
         if identity in self._heads or self._is_in_flight(identity):
             return []
-        if head.grid_id not in self._grids and admission.version(head) > self.current.version:
-            self._early[identity] = head
+        if head.grid_id not in self.current.grid_ids and may_be_early and len(self._early) < MAX_EARLY:
+            self._early[identity] = head  # a site may know a newer version than this node; the next one decides
             return []
         try:
-            admission.check(head, self._roster, self.current, self._grids)
+            admission.check(head, self._roster, self.current)
         except RefusedError as error:
             return [self._refuse(identity, error.reason, error.detail)]
         was_empty = not self._buffer
@@ -269,14 +296,17 @@ class Collector:
     _TRANSITIONS: ClassVar[dict[tuple[State, type[Event]], Callable[[Any, Any], list[Command]]]] = {
         (State.WAITING, VersionAnnounced): _announce,
         (State.WAITING, ContributionArrived): _arrive_early,
-        (State.WAITING, EvaluationArrived): _evaluate,
+        (State.WAITING, Configured): _configure,
+        (State.WAITING, EvaluationArrived): _evaluate_early,
         (State.WAITING, DeadlineReached): _ignore,
         (State.WAITING, RunClosed): _close,
+        (State.COLLECTING, Configured): _configure,
         (State.COLLECTING, VersionAnnounced): _announce,
         (State.COLLECTING, ContributionArrived): _arrive,
         (State.COLLECTING, EvaluationArrived): _evaluate,
         (State.COLLECTING, DeadlineReached): _reach_deadline,
         (State.COLLECTING, RunClosed): _close,
+        (State.COMBINING, Configured): _configure,
         (State.COMBINING, VersionAnnounced): _announce,
         (State.COMBINING, ContributionArrived): _arrive,
         (State.COMBINING, EvaluationArrived): _evaluate,
@@ -284,6 +314,7 @@ class Collector:
         (State.COMBINING, Combined): _combined,
         (State.COMBINING, CombineFailed): _combine_failed,
         (State.COMBINING, RunClosed): _close,
+        (State.CLOSED, Configured): _ignore,
         (State.CLOSED, VersionAnnounced): _announce_closed,
         (State.CLOSED, ContributionArrived): _arrive_closed,
         (State.CLOSED, EvaluationArrived): _evaluate,

@@ -10,6 +10,7 @@ from fednats.protocol.events import (
     AwaitFinalEvaluation,
     CloseRun,
     Command,
+    Configured,
     Event,
     FinalEvaluationOverdue,
     KeepBest,
@@ -48,9 +49,10 @@ class Evaluated:
 class Coordinator:
     """Collect from regions, count versions, keep the best, end the run by the first stop rule that holds."""
 
-    def __init__(self, run: str, regions: frozenset[str], stop: StopSettings) -> None:
+    def __init__(self, run: str) -> None:
         self.collector = Collector(
-            Roster(run=run, region=None, sites=frozenset(), regions=regions), lambda event: event.settings.region_goal
+            Roster(run=run, region=None, sites=frozenset(), regions=frozenset()),
+            lambda event: event.settings.region_goal,
         )
         self.state = RunState.OPEN
         self.evaluated: dict[int, Evaluated] = {}
@@ -58,15 +60,22 @@ class Coordinator:
         self.reached_target_at: int | None = None
         """First version whose target metric reached the target."""
         self.reason = ""
-        self._stop = stop
+        self._stop = StopSettings()
 
     @property
     def version(self) -> int:
         """The current model version; -1 before the first."""
         return -1 if self.collector.current is None else self.collector.current.version
 
+    @property
+    def n_buffered(self) -> int:
+        """Sums taken in and not yet combined."""
+        return self.collector.n_buffered
+
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
+        if isinstance(event, Configured) and event.stop is not None:
+            self._stop = event.stop
         if isinstance(event, WallTimeReached):
             return self._finish("max_wall_s reached")
         if isinstance(event, FinalEvaluationOverdue):
@@ -82,6 +91,8 @@ class Coordinator:
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""
         commands = self.collector.outstanding()
+        if self.best is not None:
+            commands.append(KeepBest(self.best.version))
         if self.state is RunState.FINISHING:
             commands.append(AwaitFinalEvaluation(FINAL_EVALUATION_S))
         if self.state is RunState.CLOSED:

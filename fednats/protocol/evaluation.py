@@ -1,5 +1,6 @@
 """Sum evaluations of one version over distinct sites, so that no site's own figures go on."""
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
 from fednats.messages import Evaluation, EvaluationSum
@@ -8,26 +9,30 @@ from fednats.protocol.events import PublishEvaluation, evaluation_id
 PATIENCE_VERSIONS = 5
 """A version whose evaluations are incomplete is summed as it is when this many newer ones have been evaluated."""
 
+FORGOTTEN_VERSIONS = 20
+"""So far behind, a version's evaluations are given up."""
+
 
 class EvaluationTally:
     """Collect evaluations by version; give each version out once.
 
     A version is given out when every source has reported, or when it is `PATIENCE_VERSIONS` behind the newest
-    evaluated one and at least ``min_sites`` sites are in. Each metric is weighted by number of samples.
+    evaluated one and at least ``min_sites`` sites are in; one that is `FORGOTTEN_VERSIONS` behind is dropped. Each
+    metric is weighted by number of samples.
     """
 
     def __init__(self, sources: AbstractSet[str]) -> None:
-        self._sources = frozenset(sources)
+        self.sources = frozenset(sources)
         self._open: dict[int, dict[str, Evaluation | EvaluationSum]] = {}
         self._done_below = 0
         self._done: set[int] = set()
 
     def add(
-        self, evaluation: Evaluation | EvaluationSum, min_sites: int
+        self, evaluation: Evaluation | EvaluationSum, current: int, min_sites: int
     ) -> list[tuple[PublishEvaluation | None, tuple[str, ...]]]:
         """Count ``evaluation``; return what is complete with the ids it settles (None: settled without being sent)."""
         version = evaluation.version
-        if version < self._done_below or version in self._done:
+        if version < self._done_below or version in self._done or version > current:
             return [(None, (evaluation_id(evaluation),))]
         source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
         self._open.setdefault(version, {})[source] = evaluation
@@ -35,8 +40,8 @@ class EvaluationTally:
         newest = max(self._open)
         for candidate in sorted(self._open):
             reported = self._open[candidate]
-            late = candidate <= newest - PATIENCE_VERSIONS
-            if self._sources <= reported.keys() or late:
+            late = candidate <= newest - PATIENCE_VERSIONS and _n_sites(reported) >= min_sites
+            if self.sources <= reported.keys() or late or candidate <= newest - FORGOTTEN_VERSIONS:
                 results.append(self._close(candidate, min_sites))
         return results
 
@@ -47,10 +52,14 @@ class EvaluationTally:
             self._done.discard(self._done_below)
             self._done_below += 1
         ids = tuple(evaluation_id(evaluation) for evaluation in reported.values())
-        n_sites = sum(1 if isinstance(e, Evaluation) else e.n_sites for e in reported.values())
+        n_sites = _n_sites(reported)
         if n_sites < min_sites:
             return (None, ids)
         return (_weighted_mean(version, n_sites, list(reported.values())), ids)
+
+
+def _n_sites(reported: Mapping[str, Evaluation | EvaluationSum]) -> int:
+    return sum(1 if isinstance(evaluation, Evaluation) else evaluation.n_sites for evaluation in reported.values())
 
 
 def _weighted_mean(

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from fednats.config import AggregationSettings
+from fednats.config import AggregationSettings, StopSettings
 from fednats.errors import Reason
 from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
 
@@ -26,7 +26,8 @@ class VersionAnnounced(Event):
     kind: ClassVar[str] = "version_announced"
 
     version: int
-    grid_id: str
+    grid_ids: tuple[str, ...]
+    """Grids on which contributions are still taken."""
     key_id: str
     n_chunks: int
     """Chunks that the payload of every contribution has."""
@@ -35,6 +36,17 @@ class VersionAnnounced(Event):
     max_total_weight: int
     """Largest total weight of a contribution that arrives here."""
     settings: AggregationSettings
+
+
+class Configured(Event):
+    """The daemon started with these settings of its own; journalled, so that a replay decides as was decided."""
+
+    kind: ClassVar[str] = "configured"
+
+    sites: tuple[str, ...]
+    regions: tuple[str, ...]
+    stop: StopSettings | None = None
+    """The coordinator's."""
 
 
 class ContributionArrived(Event):
@@ -99,6 +111,7 @@ class WallTimeReached(Event):
 EVENTS: dict[str, type[Event]] = {
     cls.kind: cls
     for cls in (
+        Configured,
         VersionAnnounced,
         ContributionArrived,
         EvaluationArrived,

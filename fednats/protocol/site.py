@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, ClassVar
 
+MAX_EVALUATIONS = 4
+"""Versions waiting to be evaluated; of more, the oldest are skipped: a slow site is not kept from training."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSeen:
@@ -15,7 +18,17 @@ class ModelSeen:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The job asked for is finished, successfully or not; a failure is reported by the daemon, the site goes on."""
+    """The job asked for is finished."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job asked for failed; say `Retry` after a pause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The pause after a failure is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +38,19 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Evaluate this version on the test data, then say `Done`."""
+    """Evaluate this version on the test data, then say `Done` or `Failed`."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train on this version and store the update, then say `Done`."""
+    """Train on this version and store the update, then say `Done` or `Failed`."""
 
     version: int
 
 
-Event = ModelSeen | Done | Closed
+Event = ModelSeen | Done | Failed | Retry | Closed
 Job = Evaluate | Train
 
 
@@ -59,6 +72,7 @@ class Site:
         self.state = State.IDLE
         self.job: Job | None = None
         self._last_trained = last_trained
+        self._trained_before = last_trained
         self._newest = -1
         self._to_evaluate: list[int] = []
 
@@ -69,11 +83,22 @@ class Site:
     def _see(self, event: ModelSeen) -> Job | None:
         if event.version > self._newest:
             self._newest = event.version
-            self._to_evaluate.append(event.version)
+            self._to_evaluate = [*self._to_evaluate, event.version][-MAX_EVALUATIONS:]
         return self._next() if self.state is State.IDLE else None
 
     def _done(self, _event: Done) -> Job | None:
         self.state = State.IDLE
+        return self._next()
+
+    def _fail(self, _event: Failed) -> Job | None:
+        """Forget that it was trained on: the same version is taken again, or a newer one."""
+        if isinstance(self.job, Train):
+            self._last_trained = self._trained_before
+        self.state = State.IDLE
+        self.job = None
+        return None
+
+    def _retry(self, _event: Retry) -> Job | None:
         return self._next()
 
     def _close(self, _event: Closed) -> Job | None:
@@ -87,7 +112,7 @@ class Site:
         if self._to_evaluate:
             self.job = Evaluate(self._to_evaluate.pop(0))
         elif self._newest > self._last_trained:
-            self._last_trained = self._newest
+            self._trained_before, self._last_trained = self._last_trained, self._newest
             self.job = Train(self._newest)
         else:
             self.job = None
@@ -97,11 +122,16 @@ class Site:
 
     _TRANSITIONS: ClassVar[dict[tuple[State, type[Event]], Callable[[Any, Any], Job | None]]] = {
         (State.IDLE, ModelSeen): _see,
+        (State.IDLE, Retry): _retry,
         (State.IDLE, Closed): _close,
         (State.BUSY, ModelSeen): _see,
         (State.BUSY, Done): _done,
+        (State.BUSY, Failed): _fail,
+        (State.BUSY, Retry): _ignore,
         (State.BUSY, Closed): _close,
         (State.CLOSED, ModelSeen): _ignore,
         (State.CLOSED, Done): _ignore,
+        (State.CLOSED, Failed): _ignore,
+        (State.CLOSED, Retry): _ignore,
         (State.CLOSED, Closed): _ignore,
     }

@@ -7,6 +7,9 @@ from fednats.errors import OverflowRefusedError
 CANDIDATES = 64
 """Totals that are tried, from the largest downwards, for the one that meets the shares best."""
 
+MAX_STEPS = 2_000
+"""Contributions times candidates: with more, fewer totals are tried, so that this stays a matter of milliseconds."""
+
 
 def apportion(masses: Sequence[float], sizes: Sequence[int], total: int) -> tuple[int, ...]:
     """Give each of *k* contributions an integer weight, at least 1, so that ``weight * size`` follows ``mass``.
@@ -27,7 +30,8 @@ def apportion(masses: Sequence[float], sizes: Sequence[int], total: int) -> tupl
     """
     if sum(sizes) > total:
         raise OverflowRefusedError(f"{len(sizes)} contributions of total weight {sum(sizes)} do not fit in {total}")
-    totals = range(total, sum(sizes) - 1, -min(sizes))[:CANDIDATES]
+    n_candidates = max(1, min(CANDIDATES, MAX_STEPS // len(sizes)))
+    totals = range(total, sum(sizes) - 1, -min(sizes))[:n_candidates]
     candidates = [_largest_remainder(masses, sizes, candidate) for candidate in totals]
     return min(candidates, key=lambda weights: _error(weights, masses, sizes))
 

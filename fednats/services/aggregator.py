@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
@@ -17,6 +18,7 @@ from fednats.protocol.events import (
     Combined,
     CombineFailed,
     Command,
+    Configured,
     Event,
     Part,
     PublishEvaluation,
@@ -26,19 +28,19 @@ from fednats.protocol.events import (
 )
 from fednats.protocol.weights import apportion
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.tier import Inbox, Tier
+from fednats.services.tier import RETRY_S, Inbox, Tier
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
+from fednats.storage.spool import Spool
 from fednats.transport import streams
 from fednats.transport.bus import Bus
 
 if TYPE_CHECKING:
     from fednats.services.aggregator_worker import AggregatorWorker, Fit
 
-KEPT_AGGREGATES = 64
-"""Sums kept in the region for the node above to fetch; older ones are past any staleness cut-off."""
-
-RETRY_S = 2.0
+KEPT_AGGREGATES = 16
+"""Newest sums kept in the region for the node above to fetch. A region makes no more of them while the link is down:
+without a newer model, its sites send one update each."""
 
 
 def make_worker(settings: AggregatorSettings) -> "AggregatorWorker":
@@ -71,13 +73,13 @@ class AggregatorService:
         self._uplink = uplink
         self._worker = worker
         self._journal = Journal(settings.state_dir / "journal.sqlite")
-        roster = Roster(settings.run, settings.region, frozenset(settings.sites), frozenset(settings.regions))
-        self._machine = Collector(roster, lambda event: event.settings.goal)
+        nobody = Roster(settings.run, settings.region, sites=frozenset(), regions=frozenset())
+        self._machine = Collector(nobody, lambda event: event.settings.goal)
         self._tier = Tier(daemon, self._journal, self._machine)
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
-        self._published: list[str] = []
         self._sent_bytes = 0
         daemon.status = self._status
+        daemon.buses += [region, uplink]
 
     async def live(self) -> None:
         """Make the streams, take up what was under way, then aggregate until told to stop."""
@@ -90,10 +92,13 @@ class AggregatorService:
             await self._region.ensure_bucket(bucket)
         n_events = self._tier.restore()
         self._log.info("restored", n_events=n_events)
+        if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
+            self._tier.feed(Configured(sites=s.sites, regions=s.regions))
         self._daemon.ready = True
         tasks = {
             "follow models": self._follow(),
             "execute": self._tier.execute(self._execute),
+            "keep time": self._tier.keep_time(),
             "combine": self._tier.combine(self._combine),
             "be seen by the region": self._daemon.be_seen(self._region),
             "be seen by the hub": self._daemon.be_seen(self._uplink, domain=subjects.HUB),
@@ -144,7 +149,17 @@ class AggregatorService:
 
     async def _announce(self, manifest: ModelManifest) -> None:
         n_parameters = sum(math.prod(spec.shape) for spec in manifest.parameters)
-        fit = await self._worker.call("fit", manifest.delta, n_parameters)
+        if manifest.aggregation.min_sites < self._settings.min_sites:
+            raise RefusedError(
+                Reason.POLICY,
+                f"sums of {manifest.aggregation.min_sites} sites are asked for, this region's min_sites is"
+                f" {self._settings.min_sites}",
+            )
+        try:
+            fit = await self._worker.call("fit", manifest.delta, n_parameters)
+        except WorkerDiedError as error:
+            self._log.error("model_not_checked", version=manifest.version, error=str(error))
+            return
         if fit.key_id != manifest.key_id:
             raise RefusedError(
                 Reason.WRONG_KEY, f"announced for key {manifest.key_id}, public_key_file holds {fit.key_id}"
@@ -155,7 +170,7 @@ class AggregatorService:
         self._tier.feed(
             VersionAnnounced(
                 version=manifest.version,
-                grid_id=manifest.grid.grid_id,
+                grid_ids=manifest.grid_ids,
                 key_id=manifest.key_id,
                 n_chunks=fit.n_chunks,
                 capacity=fit.capacity,
@@ -177,40 +192,35 @@ class AggregatorService:
                 metrics=command.metrics,
             )
             subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
-            await self._publish(subject, wire.pack(summed), f"evaluation.{summed.region}.{summed.version}")
+            identity = f"evaluation.{summed.region}.{summed.version}"
+            await self._persist(lambda: self._uplink.publish(subject, wire.pack(summed), identity))
 
     async def _combine(self, combination: Combination) -> list[Event]:
-        """Add the contributions chunk by chunk and publish the sum; nothing of it is announced if a part is bad."""
+        """Add the contributions chunk by chunk; publish the sum only when all of it is made.
+
+        Half a sum of some contributions beside a whole sum of fewer would tell the node above their difference.
+        """
         fit = await self._fit  # after a restart, once the models are seen again
         sizes = [_total_weight(part) for part in combination.parts]
         weights = apportion([part.mass for part in combination.parts], sizes, fit.capacity)
         total = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
         prefix = subjects.aggregate(self._settings.run, self._settings.region)
         identity = combination.combination_id
-        digests: list[bytes] = []
-        n_bytes = 0
-
-        async def sums() -> AsyncIterator[bytes]:
-            nonlocal n_bytes
-            async for data in self._sums(combination, weights, total):
-                digests.append(wire.digest(data))
-                n_bytes += len(data)
-                yield data
-
-        try:
-            await self._uplink.publish_payload(prefix, identity, sums())
-        except PartRefusedError as error:
-            await self._uplink.purge(
-                subjects.aggregates_stream(self._settings.run, self._settings.region), subjects.chunks(prefix, identity)
-            )
-            return [
-                CombineFailed(combination_id=identity, refused={error.contribution_id: (error.reason, error.detail)})
-            ]
-        head = self._head(combination, total, Payload(payload_id=identity, n_bytes=n_bytes, digests=tuple(digests)))
+        with Spool(self._settings.state_dir / "sum.spool", identity) as spool:
+            try:
+                async with aclosing(self._sums(combination, weights, total)) as sums:
+                    async for data in sums:
+                        spool.append(data)
+            except PartRefusedError as error:
+                refused = {error.contribution_id: (error.reason, error.detail)}
+                return [CombineFailed(combination_id=identity, refused=refused)]
+            await self._persist(lambda: self._uplink.publish_payload(prefix, identity, spool.chunks()))
+            head = self._head(combination, total, spool.payload)
         packed = wire.pack(head)
-        await self._publish(subjects.head(prefix), packed, identity)
-        self._sent_bytes += n_bytes + len(packed)
-        self._daemon.metrics.sent_bytes.inc(n_bytes + len(packed))
+        await self._persist(lambda: self._uplink.publish(subjects.head(prefix), packed, identity))
+        n_bytes = head.payload.n_bytes + len(packed)
+        self._sent_bytes += n_bytes
+        self._daemon.metrics.sent_bytes.inc(n_bytes)
         self._tier.count_combined(combination)
         self._log.info(
             "aggregate_sent",
@@ -222,10 +232,12 @@ class AggregatorService:
             staleness_max=head.staleness_max,
             bytes=n_bytes,
         )
-        await self._forget_old(identity, prefix)
+        await self._forget_old(prefix)
         return [Combined(combination_id=identity)]
 
-    async def _sums(self, combination: Combination, weights: tuple[int, ...], total: int) -> AsyncIterator[bytes]:
+    async def _sums(
+        self, combination: Combination, weights: tuple[int, ...], total: int
+    ) -> AsyncGenerator[bytes, None]:
         readers = [self._tier.chunks(part.head) for part in combination.parts]
         for position in range(len(combination.parts[0].head.payload.digests)):
             chunks = []
@@ -250,7 +262,7 @@ class AggregatorService:
         except WorkerDiedError:
             for part, chunk in zip(combination.parts, chunks, strict=True):
                 await self._survive(part, fit, position, chunk)
-            raise
+            summed = await self._worker.call("weighted_sum", fit, position, chunks, weights, total)
         return summed
 
     async def _survive(self, part: Part, fit: "Fit", position: int, chunk: bytes) -> None:
@@ -280,26 +292,27 @@ class AggregatorService:
             payload=payload,
         )
 
-    async def _publish(self, subject: str, data: bytes, message_id: str) -> None:
+    async def _persist(self, publish: Callable[[], Awaitable[None]]) -> None:
+        """Publish, and again while the stream is full."""
         while True:
             try:
-                await self._uplink.publish(subject, data, message_id)
+                await publish()
             except BusFullError as error:
-                self._log.warning("stream_full", subject=subject, error=str(error), retry_s=RETRY_S)
+                self._log.warning("stream_full", error=str(error), retry_s=RETRY_S)
                 await asyncio.sleep(RETRY_S)
             else:
                 return
 
-    async def _forget_old(self, identity: str, prefix: str) -> None:
-        self._published.append(identity)
+    async def _forget_old(self, prefix: str) -> None:
         stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
-        while len(self._published) > KEPT_AGGREGATES:
+        made = self._tier.combined
+        while len(made) >= KEPT_AGGREGATES:
             try:
-                await self._uplink.purge(stream, subjects.chunks(prefix, self._published[0]))
+                await self._uplink.purge(stream, subjects.chunks(prefix, made[0]))
             except BusError as error:
                 self._log.warning("not_purged", error=str(error))
                 return
-            del self._published[0]
+            del made[0]
 
 
 class PartRefusedError(RefusedError):

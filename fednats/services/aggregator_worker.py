@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from fednats.config import AggregatorSettings, DeltaSettings
 from fednats.delta.sum import summer
+from fednats.errors import Reason, RefusedError
+from fednats.services.keys import key_id_of, read_key
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,19 @@ class AggregatorWorker:
 
     def __init__(self, settings: AggregatorSettings) -> None:
         self._depth = settings.depth
-        self._public_key = None if settings.public_key_file is None else settings.public_key_file.read_bytes()
+        self._public_key = read_key(settings.public_key_file, "public_key_file")
 
     def fit(self, delta: DeltaSettings, n_parameters: int) -> Fit:
         """Return what contributions to a run over a model of ``n_parameters`` must look like."""
+        if self._public_key is not None and delta.cipher == "none":
+            raise RefusedError(Reason.POLICY, "the run is not encrypted, but this region has a public_key_file")
+        key_id = key_id_of(lambda: summer(delta, self._public_key).key_id)
         add = summer(delta, self._public_key)
         levels = max(1, delta.tiers - self._depth + 1)
         return Fit(
             delta=delta,
             n_parameters=n_parameters,
-            key_id=add.key_id,
+            key_id=key_id,
             n_chunks=-(-n_parameters // add.values_per_chunk),
             max_total_weight=add.max_total_weight,
             capacity=int(add.max_total_weight ** (levels / delta.tiers)),

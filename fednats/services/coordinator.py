@@ -20,6 +20,7 @@ from fednats.protocol.events import (
     Combined,
     CombineFailed,
     Command,
+    Configured,
     Event,
     FinalEvaluationOverdue,
     KeepBest,
@@ -69,14 +70,16 @@ class CoordinatorService:
         self._bus = bus
         self._worker = worker
         self._journal = Journal(settings.state_dir / "journal.sqlite")
-        self._machine = Coordinator(settings.run, frozenset(settings.regions), self._run.stop)
+        self._machine = Coordinator(settings.run)
         self._tier = Tier(daemon, self._journal, self._machine)
         self._opened = time.monotonic()
         self._history: list[dict[str, Any]] = []
         self._published: dict[int, float] = {}
         self._figures = {"sent_bytes": 0, "received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
+        self._told_closed = False
         daemon.status = self._status
+        daemon.buses.append(bus)
 
     async def live(self) -> None:
         """Make the streams, publish the current version, then take aggregates until told to stop."""
@@ -89,6 +92,7 @@ class CoordinatorService:
         version: Version = await self._worker.call("current")
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         self._log.info("restored", n_events=n_events, version=version.version, n_parameters=self._n_parameters)
+        self._tier.feed(Configured(sites=(), regions=self._settings.regions, stop=self._run.stop))
         self._tier.feed(await self._announce(version))
         self._daemon.ready = True
         inbox = Inbox(self._bus, subjects.inbox_stream(run, subjects.HUB))
@@ -99,6 +103,7 @@ class CoordinatorService:
             {
                 "receive aggregates": self._tier.receive(inbox, durable, filters),
                 "execute": self._tier.execute(self._execute),
+                "keep time": self._tier.keep_time(),
                 "combine": self._tier.combine(self._combine),
                 "watch the clock": self._watch_clock(),
                 "be seen": self._daemon.be_seen(self._bus),
@@ -111,7 +116,7 @@ class CoordinatorService:
         machine = self._machine
         best = machine.best
         return {
-            "state": machine.state.name.lower(),
+            "state": self._state(),
             "reason": machine.reason,
             "version": machine.version,
             "n_parameters": self._n_parameters,
@@ -124,12 +129,18 @@ class CoordinatorService:
             **self._figures,
         }
 
+    def _state(self) -> str:
+        """Return the run's state; it is closed when everybody has been told."""
+        if self._machine.state is RunState.CLOSED and not self._told_closed:
+            return RunState.FINISHING.name.lower()
+        return self._machine.state.name.lower()
+
     # --- versions -----------------------------------------------------------------------------------------------------
 
     async def _announce(self, version: "Version") -> VersionAnnounced:
         """Publish ``version``; doing it again changes nothing."""
         prefix = subjects.model(self._settings.run)
-        payload_id = f"v{version.version}"
+        payload_id = f"v{version.version}-{version.made_by[:8] or 'first'}"
         digests: list[bytes] = []
         n_bytes = 0
 
@@ -150,6 +161,7 @@ class CoordinatorService:
             parameters=version.parameters,
             payload=Payload(payload_id=payload_id, n_bytes=n_bytes, digests=tuple(digests)),
             grid=version.grids[-1],
+            grid_ids=tuple(grid.grid_id for grid in version.grids),
             key_id=version.key_id,
             training=self._run.training,
             aggregation=self._run.aggregation,
@@ -165,7 +177,7 @@ class CoordinatorService:
         await self._put_state()
         return VersionAnnounced(
             version=version.version,
-            grid_id=manifest.grid.grid_id,
+            grid_ids=manifest.grid_ids,
             key_id=version.key_id,
             n_chunks=version.n_update_chunks,
             capacity=None,
@@ -179,7 +191,10 @@ class CoordinatorService:
         heads = [part.head for part in combination.parts if isinstance(part.head, Aggregate)]
         version: Version = await self._worker.call("current")
         if version.made_by != identity:  # else it was applied before a restart, and only the publishing is left
-            refused = await self._decrypt(identity, heads)
+            try:
+                refused = await self._decrypt(identity, heads)
+            except WorkerDiedError:
+                refused = await self._decrypt_one_by_one(identity, heads)
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
             version = await self._worker.call("apply", identity, heads, [part.mass for part in combination.parts])
@@ -187,6 +202,17 @@ class CoordinatorService:
         self._tier.count_combined(combination)
         self._count(combination, heads)
         return [announced, Combined(combination_id=identity)]
+
+    async def _decrypt_one_by_one(self, identity: str, heads: list[Aggregate]) -> dict[str, tuple[Reason, str]]:
+        """Refuse the sum that, decrypted alone, ends the worker process; then decrypt all again."""
+        for head in heads:
+            try:
+                refused = await self._decrypt(identity, [head])
+            except WorkerDiedError as error:
+                refused = {head.aggregate_id: (Reason.CIPHERTEXT, str(error))}
+            if refused:
+                return refused
+        return await self._decrypt(identity, heads)
 
     async def _decrypt(self, identity: str, heads: list[Aggregate]) -> dict[str, tuple[Reason, str]]:
         await self._worker.call("begin", identity)
@@ -198,8 +224,6 @@ class CoordinatorService:
                     position += 1
             except RefusedError as error:
                 return {head.aggregate_id: (error.reason, error.detail)}
-            except WorkerDiedError as error:
-                return {head.aggregate_id: (Reason.CIPHERTEXT, str(error))}
             self._figures["received_bytes"] += head.payload.n_bytes
         return {}
 
@@ -214,7 +238,9 @@ class CoordinatorService:
     async def _execute(self, command: Command) -> None:
         match command:
             case PublishEvaluation(version, n_sites, n_samples, metrics):
-                self._log.info("version_evaluated", version=version, n_sites=n_sites, n_samples=n_samples, **metrics)
+                self._log.info(
+                    "version_evaluated", version=version, n_sites=n_sites, n_samples=n_samples, metrics=metrics
+                )
                 self._history.append(
                     {
                         "version": version,
@@ -231,10 +257,11 @@ class CoordinatorService:
                 self._log.info("best_version", version=version, kept=kept)
             case AwaitFinalEvaluation(delay_s):
                 self._log.info("run_finishing", reason=self._machine.reason, version=self._machine.version)
-                asyncio.get_running_loop().call_later(delay_s, self._tier.feed, FinalEvaluationOverdue())
+                self._tier.feed_later(delay_s, FinalEvaluationOverdue())
             case CloseRun(version, reason):
                 control = Control(run=self._settings.run, status="closed", version=version, reason=reason)
                 await self._bus.publish(subjects.control(self._settings.run), wire.pack(control), f"closed.{version}")
+                self._told_closed = True
                 self._log.info("run_closed", version=version, reason=reason)
                 await self._put_state()
             case _:
@@ -250,7 +277,7 @@ class CoordinatorService:
     async def _put_state(self) -> None:
         state = {
             "version": self._machine.version,
-            "state": self._machine.state.name.lower(),
+            "state": self._state(),
             "metrics": self._history[-1]["metrics"] if self._history else {},
         }
         try:

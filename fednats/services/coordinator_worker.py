@@ -17,6 +17,7 @@ from fednats.learning.flat import initial_vector, parameters_of
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task import make_task
 from fednats.messages import Aggregate, Chunk, Grid, ParameterSpec
+from fednats.services.keys import read_key
 from fednats.storage.checkpoints import Checkpoint, Checkpoints
 
 VALUES_PER_MODEL_CHUNK = 65_536
@@ -45,7 +46,7 @@ class CoordinatorWorker:
     def __init__(self, settings: CoordinatorSettings) -> None:
         torch.set_num_threads(1)
         run = settings.settings
-        secret_key = None if settings.secret_key_file is None else settings.secret_key_file.read_bytes()
+        secret_key = read_key(settings.secret_key_file, "secret_key_file")
         task = make_task(settings.task.path, settings.task.options)
         self._layout = Layout(parameters_of(task.model()))
         self._decoder = decoder(run.delta, secret_key)

@@ -13,7 +13,7 @@ import structlog
 import fednats
 from fednats import subjects
 from fednats.config import DaemonSettings
-from fednats.errors import BusError, FednatsError
+from fednats.errors import BusError, ConfigError, FednatsError
 from fednats.transport.bus import Bus
 from fednats.web.metrics import Metrics
 from fednats.web.server import serving
@@ -35,11 +35,18 @@ class Daemon:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by SIGTERM or SIGINT: take no new work, finish what is under way."""
     ready: bool = False
+    buses: list[Bus] = field(default_factory=list)
+    """Connections without which the daemon is not ready."""
     status: Callable[[], Mapping[str, Any]] = dict
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has started and its connections stand."""
+        return self.ready and all(bus.connected for bus in self.buses)
 
     def describe(self) -> dict[str, Any]:
         """Return what /status and the micro service's ``status`` endpoint show."""
-        return {"role": self.role, "name": self.name, "run": self.run, "ready": self.ready, **self.status()}
+        return {"role": self.role, "name": self.name, "run": self.run, "ready": self.is_ready, **self.status()}
 
     async def be_seen(self, bus: Bus, domain: str | None = None) -> None:
         """Register as a NATS micro service on ``bus`` and keep the presence key alive in ``domain``."""
@@ -67,7 +74,10 @@ def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon],
     """
     configure_logging(settings.log_level)
     log = structlog.get_logger().bind(role=role, name=name, run=settings.run, release=fednats.__version__)
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise ConfigError(f"state_dir: {settings.state_dir} cannot be made ({failure.strerror})") from failure
     errors: list[BaseException] = []
     try:
         asyncio.run(_live(Daemon(role, name, settings.run, log), settings, body))
@@ -82,7 +92,9 @@ async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stopping.set)
-    async with serving(settings.web, settings.state_dir, daemon.metrics, lambda: daemon.ready, daemon.describe) as port:
+    async with serving(
+        settings.web, settings.state_dir, daemon.metrics, lambda: daemon.is_ready, daemon.describe
+    ) as port:
         daemon.log.info("started", web_port=port)
         work = asyncio.ensure_future(body(daemon))
         stopping = asyncio.ensure_future(daemon.stopping.wait())

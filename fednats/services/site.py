@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fednats.services.site_worker import SiteWorker
 
 KEPT_MANIFESTS = 32
+RETRY_JOB_S = 30.0
+"""Pause after a job failed, unless a newer version comes first."""
+
 RETRY_S = 2.0
 """Pause after the bus refused something, before it is offered again."""
 
@@ -58,6 +61,7 @@ class SiteService:
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
         self._working = asyncio.Lock()
         self._to_send = asyncio.Event()
+        self._sending = asyncio.Lock()
         self._evaluations: asyncio.Queue[Evaluation] = asyncio.Queue()
         self._status: dict[str, Any] = {
             "region": settings.region,
@@ -71,6 +75,7 @@ class SiteService:
             "metrics": {},
         }
         daemon.status = lambda: self._status
+        daemon.buses.append(bus)
 
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
@@ -97,7 +102,10 @@ class SiteService:
         async with self._working:
             pass
         if self._bus.connected:
-            await self._send_pending()
+            try:
+                await self._send_pending()
+            except BusError as error:
+                self._log.warning("update_not_sent", error=str(error))  # it is in the outbox for the next start
 
     # --- models -------------------------------------------------------------------------------------------------------
 
@@ -109,6 +117,8 @@ class SiteService:
                 await self._take(record)
             except RefusedError as error:
                 self._count_refused("model_refused", error)
+            except WorkerDiedError as error:
+                self._log.error("model_not_checked", error=str(error))
 
     async def _take(self, record: Record) -> None:
         if record.subject == subjects.control(self._settings.run):
@@ -119,6 +129,8 @@ class SiteService:
                 self._status["state"] = "closed"
             return
         manifest = wire.unpack(record.data, ModelManifest)
+        if manifest.delta.cipher == "none" and not self._manifests:
+            self._log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
         await self._worker.call("check", manifest)
         self._manifests[manifest.version] = manifest
         while len(self._manifests) > KEPT_MANIFESTS:
@@ -152,27 +164,34 @@ class SiteService:
         while True:
             job = await self._jobs.get()
             async with self._working:
-                await self._attempt(job)
-                self._start(self._machine.handle(protocol.Done()))
+                done = await self._attempt(job)
+                self._start(self._machine.handle(protocol.Done() if done else protocol.Failed()))
+            if not done:
+                asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
 
-    async def _attempt(self, job: protocol.Job) -> None:
+    def _retry(self) -> None:
+        self._start(self._machine.handle(protocol.Retry()))
+
+    async def _attempt(self, job: protocol.Job) -> bool:
+        """Do ``job``; a failure is counted, logged and told by False."""
         manifest = self._manifests.get(job.version)
         if manifest is None:
-            return
+            return True
         try:
             weights = await self._load(manifest)
             if isinstance(job, protocol.Evaluate):
                 await self._evaluate(manifest, weights)
             else:
                 await self._train(manifest, weights)
-        except RefusedError as error:
-            self._count_refused("model_refused", error, version=job.version)
-        except (LocalDataError, TaskError, WorkerDiedError) as error:
+        except (BusError, RefusedError, LocalDataError, TaskError, WorkerDiedError) as error:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
-            self._log.error("job_failed", job=kind, version=job.version, error=str(error))
-        if self._machine.state is not protocol.State.CLOSED:
-            self._status["state"] = "waiting"
+            self._log.error("job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S)
+            return False
+        finally:
+            if self._machine.state is not protocol.State.CLOSED:
+                self._status["state"] = "waiting"
+        return True
 
     async def _evaluate(self, manifest: ModelManifest, weights: bytes) -> None:
         self._status["state"] = "evaluating"
@@ -235,16 +254,17 @@ class SiteService:
 
     async def _send_pending(self) -> None:
         prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
-        for update in self._outbox.pending():
-            await self._bus.publish_payload(prefix, update.update_id, self._outbox.chunks(update.update_id))
-            head = wire.pack(update)
-            await self._bus.publish(subjects.head(prefix), head, update.update_id)
-            self._outbox.mark_sent(update.update_id)
-            n_bytes = update.payload.n_bytes + len(head)
-            self._daemon.metrics.sent_bytes.inc(n_bytes)
-            self._status["sent_bytes"] += n_bytes
-            self._status["updates"] += 1
-            self._log.info("update_sent", update_id=update.update_id, bytes=n_bytes)
+        async with self._sending:
+            for update in self._outbox.pending():
+                await self._bus.publish_payload(prefix, update.update_id, self._outbox.chunks(update.update_id))
+                head = wire.pack(update)
+                await self._bus.publish(subjects.head(prefix), head, update.update_id)
+                self._outbox.mark_sent(update.update_id)
+                n_bytes = update.payload.n_bytes + len(head)
+                self._daemon.metrics.sent_bytes.inc(n_bytes)
+                self._status["sent_bytes"] += n_bytes
+                self._status["updates"] += 1
+                self._log.info("update_sent", update_id=update.update_id, bytes=n_bytes)
 
     async def _send_evaluations(self) -> None:
         subject = subjects.evaluation(self._settings.run, self._settings.region, self._settings.site)

@@ -21,6 +21,7 @@ from fednats.learning.flat import parameters_of
 from fednats.learning.task import make_task
 from fednats.learning.trainer import LocalResult, Trainer
 from fednats.messages import ModelManifest, Payload, Update
+from fednats.services.keys import key_id_of, read_key
 from fednats.storage.outbox import Outbox
 
 
@@ -38,7 +39,7 @@ class SiteWorker:
     def __init__(self, settings: SiteSettings) -> None:
         torch.set_num_threads(1)
         self._settings = settings
-        self._public_key = None if settings.public_key_file is None else settings.public_key_file.read_bytes()
+        self._public_key = read_key(settings.public_key_file, "public_key_file")
         with task_code("loading the task"):
             task = make_task(settings.task.path, settings.task.options)
             self._parameters = parameters_of(task.model())
@@ -61,7 +62,9 @@ class SiteWorker:
         if manifest.parameters != self._parameters:
             detail = _difference(manifest, {spec.name: spec.shape for spec in self._parameters})
             raise RefusedError(Reason.WRONG_SHAPE, f"the announced model is not this site's: {detail}")
-        key_id = encoder(manifest.delta, self._public_key).key_id
+        if self._public_key is not None and manifest.delta.cipher == "none":
+            raise RefusedError(Reason.POLICY, "the run is not encrypted, but this site has a public_key_file")
+        key_id = key_id_of(lambda: encoder(manifest.delta, self._public_key).key_id)
         if manifest.key_id != key_id:
             raise RefusedError(Reason.WRONG_KEY, f"announced for key {manifest.key_id}, public_key_file holds {key_id}")
         if len(manifest.grid.steps) != len(manifest.parameters):

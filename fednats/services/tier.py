@@ -5,7 +5,8 @@ settles it, so whatever a killed daemon had not finished is delivered again.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Protocol
 
 from fednats import subjects, wire
@@ -14,6 +15,7 @@ from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
 from fednats.protocol.events import (
     Combination,
     Combine,
+    Combined,
     Command,
     ContributionArrived,
     DeadlineReached,
@@ -30,6 +32,14 @@ from fednats.services.lifecycle import Daemon
 from fednats.storage.journal import Journal
 from fednats.transport.bus import Bus, Delivery
 
+READ_AHEAD = 2
+"""Chunks of one contribution that are read ahead."""
+
+REDELIVERY_S = 60.0
+"""How long a restarted daemon waits for a contribution it had taken in to be delivered again."""
+
+RETRY_S = 2.0
+
 
 class Machine(Protocol):
     """A collector, or a machine around one."""
@@ -39,6 +49,10 @@ class Machine(Protocol):
 
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do."""
+
+    @property
+    def n_buffered(self) -> int:
+        """Contributions taken in and not yet combined."""
 
 
 class Inbox:
@@ -55,19 +69,25 @@ class Inbox:
 
     async def settle(self, identity: str, *, refused: bool = False) -> None:
         """Drop the payload of ``identity`` and acknowledge its delivery; nothing if it was delivered elsewhere."""
-        found = self._delivered.pop(identity, None)
+        found = self._delivered.get(identity)
         if found is None:
             return
         delivery, head = found
         if head is not None:
             await self.bus.purge(self.stream, subjects.chunks(prefix_of(head), head.payload.payload_id))
         await (delivery.term() if refused else delivery.ack())
+        if self._delivered.get(identity) is found:
+            del self._delivered[identity]
 
-    async def chunks(self, head: Update | Aggregate) -> AsyncIterator[bytes]:
+    async def chunks(self, head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of a contribution, each checked against its digest."""
         payload = head.payload
-        async for data in self.bus.read_payload(self.stream, prefix_of(head), payload.payload_id, payload.digests):
-            yield data
+        reading = self.bus.read_payload(
+            self.stream, prefix_of(head), payload.payload_id, payload.digests, window=READ_AHEAD
+        )
+        async with aclosing(reading) as chunks:
+            async for data in chunks:
+                yield data
 
 
 class Tier:
@@ -86,6 +106,9 @@ class Tier:
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
         self._combinations: asyncio.Queue[Combination] = asyncio.Queue()
         self._timer: asyncio.TimerHandle | None = None
+        self._due: asyncio.Queue[Event] = asyncio.Queue()
+        self.combined: list[str] = []
+        """Ids of all combinations that were made, the oldest first."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -94,6 +117,7 @@ class Tier:
         n_events = 0
         for event in self._journal.replay():
             self._machine.handle(event)
+            self._note(event)
             n_events += 1
         for command in self._machine.outstanding():
             self._commands.put_nowait(command)
@@ -104,6 +128,17 @@ class Tier:
         self._journal.append(event)
         for command in self._machine.handle(event):
             self._commands.put_nowait(command)
+        self._note(event)
+        self.daemon.metrics.buffered.set(self._machine.n_buffered)
+
+    def feed_later(self, delay_s: float, event: Event) -> asyncio.TimerHandle:
+        """Feed ``event`` after a while."""
+        return asyncio.get_running_loop().call_later(delay_s, self._due.put_nowait, event)
+
+    async def keep_time(self) -> None:
+        """Feed the events of timers that ran out, for ever."""
+        while True:
+            self.feed(await self._due.get())
 
     async def receive(self, inbox: Inbox, durable: str, filters: list[str]) -> None:
         """Take contributions and evaluations from ``inbox`` for ever."""
@@ -112,8 +147,10 @@ class Tier:
             try:
                 event = _event(delivery, inbox, self.daemon.run)
             except RefusedError as error:
-                self.count_refused(error.reason, error.detail, subject=delivery.subject)
-                await delivery.term()
+                identity = f"unreadable.{inbox.stream}.{delivery.stream_sequence}"
+                inbox.keep(identity, delivery, None)
+                self._inboxes[identity] = inbox
+                self._commands.put_nowait(Refuse(identity, error.reason, f"{delivery.subject}: {error.detail}"))
                 continue
             identity = _identity(event)
             async with self._delivery:
@@ -170,7 +207,7 @@ class Tier:
         """Wait until no combination is under way."""
         await self._idle.wait()
 
-    async def chunks(self, head: Update | Aggregate) -> AsyncIterator[bytes]:
+    async def chunks(self, head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of a contribution, checked; after a restart, wait until it is delivered again.
 
         Raises:
@@ -178,23 +215,35 @@ class Tier:
         """
         identity = contribution_id(head)
         async with self._delivery:
-            await self._delivery.wait_for(lambda: identity in self._inboxes)
-        async for data in self._inboxes[identity].chunks(head):
-            yield data
+            try:
+                async with asyncio.timeout(REDELIVERY_S):
+                    await self._delivery.wait_for(lambda: identity in self._inboxes)
+            except TimeoutError:
+                raise RefusedError(Reason.CHECKSUM, "it was not delivered again after a restart") from None
+        async with aclosing(self._inboxes[identity].chunks(head)) as chunks:
+            async for data in chunks:
+                yield data
 
     async def _settle(self, identity: str, *, refused: bool = False) -> None:
-        inbox = self._inboxes.pop(identity, None)
-        if inbox is None:
-            return
-        try:
-            await inbox.settle(identity, refused=refused)
-        except BusError as error:
-            self.log.warning("not_settled", contribution=identity, error=str(error))  # delivered again, settled then
+        inbox = self._inboxes.get(identity)
+        while inbox is not None:
+            try:
+                await inbox.settle(identity, refused=refused)
+            except BusError as error:
+                self.log.warning("not_settled", contribution=identity, error=str(error), retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+            else:
+                self._inboxes.pop(identity, None)
+                return
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Combined):
+            self.combined.append(event.combination_id)
 
     def _start_timer(self, delay_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self.feed, DeadlineReached())
+        self._timer = self.feed_later(delay_s, DeadlineReached())
 
 
 def prefix_of(head: Update | Aggregate) -> str:

@@ -57,11 +57,13 @@ class Worker(Generic[JobsT]):
         Raises:
             WorkerDiedError: the process ended.
         """
+        pool = self._pool
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, _run, method, args)
+            return await asyncio.get_running_loop().run_in_executor(pool, _run, method, args)
         except BrokenProcessPool:
-            self._pool.shutdown(wait=False)
-            self._pool = self._start()
+            if self._pool is pool:  # else another call that was under way has replaced it
+                pool.shutdown(wait=False)
+                self._pool = self._start()
             raise WorkerDiedError(
                 f"the worker process ended in {method!r}; see the system's log for a signal or memory"
             ) from None

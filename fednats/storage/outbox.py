@@ -93,10 +93,11 @@ class Outbox:
 
     def chunks(self, update_id: str) -> Iterator[bytes]:
         """Yield the chunks of an update in order."""
-        for (data,) in self._connection.execute(
-            "SELECT data FROM chunk WHERE update_id = ? ORDER BY position", (update_id,)
-        ):
-            yield data
+        query = "SELECT data FROM chunk WHERE update_id = ? AND position = ?"
+        position = 0  # one query each: no statement stays open while the worker writes
+        while (row := self._connection.execute(query, (update_id, position)).fetchone()) is not None:
+            yield row[0]
+            position += 1
 
     def mark_sent(self, update_id: str) -> None:
         """The bus has the whole update in writing: keep the head as a record, drop the chunks."""

@@ -19,6 +19,7 @@ from fednats.config import (
 )
 from fednats.errors import ConfigError
 from fednats.learning.task import Task, load_task
+from fednats.subjects import HUB
 
 
 class RegionSettings(Settings):
@@ -59,6 +60,8 @@ class FederationSettings(Settings):
                     f"sites.{name}.region: there is no region {site.region!r}; add [regions.{site.region}]"
                 )
         for name, region in self.regions.items():
+            if name == HUB:
+                raise ValueError(f"regions.{name}: that is the name of the root; give the region another")
             if region.parent is not None and region.parent not in self.regions:
                 raise ValueError(f"regions.{name}.parent: there is no region {region.parent!r}")
             self.depth(name)
@@ -69,6 +72,12 @@ class FederationSettings(Settings):
                 raise ValueError(
                     f"regions.{name}: {self._n_sites_below(name)} sites below it, but no sum of fewer than"
                     f" aggregation.min_sites = {self.aggregation.min_sites} may leave it"
+                )
+            capacity = int(self.delta.max_total_weight ** (1 / self.delta.tiers))
+            if self.aggregation.goal == "all" and len(self.sites_of(name)) > capacity:
+                raise ValueError(
+                    f"regions.{name}: {len(self.sites_of(name))} sites, but one sum holds at most {capacity};"
+                    " raise delta.max_total_weight or make smaller regions"
                 )
         if self.delta.tiers < self.tiers:
             raise ValueError(

@@ -142,6 +142,7 @@ def _daemons(
             region=region,
             parent=settings.parent,
             depth=federation.depth(region),
+            min_sites=federation.aggregation.min_sites,
             leaves=federation.leaves,
             sites=federation.sites_of(region),
             regions=federation.children_of(region),

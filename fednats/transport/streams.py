@@ -29,7 +29,7 @@ class Limits:
     """For so long a message id is remembered; what is sent again within it is stored once."""
 
 
-MODELS = Limits(max_bytes=8 * GIB, max_age_s=30 * 86400)
+MODELS = Limits(max_bytes=8 * GIB, max_age_s=365 * 86400)
 UPDATES = Limits(max_bytes=32 * GIB, max_age_s=7 * 86400)
 AGGREGATES = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400)
 

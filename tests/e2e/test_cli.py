@@ -14,7 +14,7 @@ import tomli_w
 
 from tests.e2e.conftest import MakeFederation
 
-HEART = Path(os.environ.get("FEDNATS_HEART_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data" / "heart")
+HEART = Path(os.environ.get("HEART_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data" / "heart")
 LIMIT_S = 200
 
 
@@ -81,7 +81,7 @@ async def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
     assert not left_running(output)
 
 
-@pytest.mark.skipif(not HEART.is_dir(), reason="the UCI heart disease files are not at FEDNATS_HEART_DATA")
+@pytest.mark.skipif(not HEART.is_dir(), reason="the UCI heart disease files are not at HEART_DATA")
 def test_four_real_hospitals_beat_the_mean_hospital_alone(tmp_path: Path) -> None:
     run(["demo", "--task", "heart", "--data", str(HEART), "--output", str(tmp_path / "out")])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

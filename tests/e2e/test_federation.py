@@ -1,6 +1,7 @@
 """Whole federations as processes, over real servers, with real encryption."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TypeVar
 
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fednats.messages import Aggregate
+from fednats.messages import Aggregate, Update
+from fednats.protocol.admission import Roster
+from fednats.protocol.collector import Collector
 from fednats.protocol.events import Combined, ContributionArrived, Event
 from fednats.storage.journal import Journal
 from fednats.testbed.launch import run_federation, running
@@ -104,8 +107,22 @@ async def test_killed_daemons_come_back_and_nothing_counts_twice(
         events = list(Journal(output / f"aggregator-{region}" / "journal.sqlite").replay())
         summed = [event.combination_id for event in events if isinstance(event, Combined)]
         assert len(summed) == len(set(summed))
+        counted = updates_in_sums(region, events)
+        assert len(counted) >= 2 * len(summed)
+        assert max(counted.values()) == 1
         arrived = {head.aggregate_id for head in heads(coordinator, Aggregate) if head.region == region}
         assert arrived <= set(summed)
+
+
+def updates_in_sums(region: str, events: list[Event]) -> Counter[str]:
+    """Replay a region's journal: how often each update is in a sum that was published."""
+    machine = Collector(Roster("small", region, frozenset(), frozenset()), lambda event: event.settings.goal)
+    counted: Counter[str] = Counter()
+    for event in events:
+        if isinstance(event, Combined) and machine.in_flight is not None:
+            counted.update(part.head.update_id for part in machine.in_flight.parts if isinstance(part.head, Update))
+        machine.handle(event)
+    return counted
 
 
 def heads(events: list[Event], kind: type[HeadT]) -> list[HeadT]:

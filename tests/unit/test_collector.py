@@ -11,6 +11,7 @@ from fednats.protocol.events import (
     Combined,
     CombineFailed,
     Command,
+    Configured,
     ContributionArrived,
     DeadlineReached,
     EvaluationArrived,
@@ -98,8 +99,7 @@ def test_a_deadline_waives_the_goal_but_not_the_distinct_sites() -> None:
 
 def test_updates_on_different_grids_are_not_added() -> None:
     machine = collector()
-    machine.handle(announcement(0, grid="g0"))
-    machine.handle(announcement(1, grid="g1"))
+    machine.handle(announcement(1, grids=("g0", "g1")))
     assert arrive(machine, update("a", grid="g0"), update("b", version=1, grid="g1")) == []
     made = combination(arrive(machine, update("c", version=1, grid="g1")))
     assert {part.head.grid_id for part in made.parts} == {"g1"}
@@ -122,7 +122,6 @@ def test_stale_updates_weigh_less() -> None:
         ({"site": "mallory"}, Reason.WRONG_SENDER),
         ({"region": "south"}, Reason.WRONG_SENDER),
         ({"key_id": "old"}, Reason.WRONG_KEY),
-        ({"grid_id": "unheard"}, Reason.WRONG_GRID),
         ({"payload": {"payload_id": "p", "n_bytes": 0, "digests": ()}}, Reason.WRONG_SHAPE),
     ],
 )
@@ -149,7 +148,52 @@ def test_an_update_ahead_of_the_announcement_waits_for_it() -> None:
     machine.handle(announcement(0))
     early = update("b", version=1, grid="g1")
     assert arrive(machine, early, update("c", version=1, grid="g1")) == []
-    assert combination(machine.handle(announcement(1, grid="g1"))).n_sites == 2
+    assert combination(machine.handle(announcement(1, grids=("g0", "g1")))).n_sites == 2
+
+
+def test_a_grid_that_is_still_unheard_of_at_the_next_version_is_refused() -> None:
+    machine = collector()
+    machine.handle(announcement(0))
+    assert arrive(machine, update("a", grid="g7")) == []
+    assert refusal(machine.handle(announcement(1))) is Reason.WRONG_GRID
+
+
+def test_an_old_update_on_a_new_grid_waits_for_the_grid() -> None:
+    """A site encodes on the newest grid it knows, whatever version it trained on."""
+    machine = collector()
+    machine.handle(announcement(3))
+    assert arrive(machine, update("a", version=2, grid="g1"), update("b", version=3, grid="g1")) == []
+    assert combination(machine.handle(announcement(4, grids=("g0", "g1")))).n_sites == 2
+
+
+def test_a_goal_beyond_the_sources_is_all_of_them() -> None:
+    machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 9)
+    machine.handle(announcement())
+    assert combination(arrive(machine, update("a"), update("b"))).n_sites == 2
+
+
+def test_raised_min_sites_hold_from_the_next_version_on() -> None:
+    machine = collector()
+    machine.handle(announcement(0))
+    machine.handle(announcement(1, settings=AggregationSettings(min_sites=3)))
+    assert arrive(machine, update("a"), update("b")) == []
+    assert combination(arrive(machine, update("c"))).n_sites == 3
+
+
+def test_a_changed_roster_holds_from_then_on_and_a_replay_decides_as_was_decided() -> None:
+    events = [
+        announcement(settings=AggregationSettings(goal="all")),
+        Configured(sites=("a", "b"), regions=()),
+        ContributionArrived(head=update("a")),
+        ContributionArrived(head=update("b")),
+    ]
+    first, again = collector(), collector()
+    made = combination([command for event in events for command in first.handle(event)])
+    events += [Combined(combination_id=made.combination_id), Configured(sites=("b", "c"), regions=())]
+    for event in events:
+        again.handle(event)
+    assert refusal(arrive(again, update("a", 2))) is Reason.WRONG_SENDER
+    assert combination(arrive(again, update("b", 2), update("c", 2))).n_sites == 2
 
 
 def test_a_sum_of_too_few_sites_or_too_much_weight_is_refused() -> None:
@@ -226,6 +270,7 @@ def test_evaluations_leave_only_as_means_over_enough_sites() -> None:
 def test_one_site_s_evaluation_never_leaves_alone() -> None:
     machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
     machine.handle(announcement())
-    commands = [command for version in range(9) for command in machine.handle(evaluation("a", version, 0.5))]
-    assert commands
+    machine.handle(announcement(40))
+    commands = [command for version in range(40) for command in machine.handle(evaluation("a", version, 0.5))]
+    assert commands  # the old ones are settled
     assert not [command for command in commands if isinstance(command, PublishEvaluation)]

@@ -7,6 +7,7 @@ from fednats.protocol.events import (
     Combine,
     Combined,
     Command,
+    Configured,
     ContributionArrived,
     EvaluationArrived,
     FinalEvaluationOverdue,
@@ -21,7 +22,9 @@ REGIONS = frozenset({"fjord", "delta"})
 
 
 def coordinator(**stop: object) -> Coordinator:
-    machine = Coordinator("r", REGIONS, StopSettings.model_validate({"max_versions": 10, **stop}))
+    machine = Coordinator("r")
+    settings = StopSettings.model_validate({"max_versions": 10, **stop})
+    machine.handle(Configured(sites=(), regions=tuple(sorted(REGIONS)), stop=settings))
     machine.handle(version(0))
     return machine
 
@@ -60,6 +63,7 @@ def test_every_aggregate_makes_a_version_when_the_goal_is_one() -> None:
 
 def test_the_best_version_is_kept_and_the_target_noted() -> None:
     machine = coordinator(target=0.8)
+    machine.handle(version(2))
     assert KeepBest(0) in evaluate(machine, 0, 0.6)
     assert KeepBest(1) in evaluate(machine, 1, 0.85)
     assert not [c for c in evaluate(machine, 2, 0.7) if isinstance(c, KeepBest)]
@@ -72,6 +76,7 @@ def test_the_best_version_is_kept_and_the_target_noted() -> None:
 def test_a_figure_over_few_sites_is_neither_best_nor_target() -> None:
     machine = coordinator(target=0.9)
     evaluate(machine, 0, 0.6)
+    machine.handle(version(8))
     commands = [c for v in range(1, 8) for c in evaluate(machine, v, 0.95, frozenset({"fjord"}))]
     assert not [command for command in commands if isinstance(command, KeepBest)]
     assert machine.reached_target_at is None
@@ -101,6 +106,12 @@ def test_the_clock_ends_the_run() -> None:
     machine = coordinator()
     assert AwaitFinalEvaluation(30.0) in machine.handle(WallTimeReached())
     assert machine.reason == "max_wall_s reached"
+
+
+def test_an_evaluation_of_a_version_that_is_not_there_closes_nothing() -> None:
+    machine = coordinator()
+    assert not [c for c in evaluate(machine, 2**40, 0.9) if isinstance(c, KeepBest)]
+    assert KeepBest(0) in evaluate(machine, 0, 0.6)
 
 
 def test_a_restart_finishes_what_was_closing() -> None:

@@ -1,4 +1,4 @@
-from fednats.protocol.site import Closed, Done, Evaluate, ModelSeen, Site, Train
+from fednats.protocol.site import Closed, Done, Evaluate, Failed, ModelSeen, Retry, Site, Train
 
 
 def test_a_new_model_is_evaluated_then_trained_on() -> None:
@@ -32,6 +32,27 @@ def test_an_old_version_that_comes_late_changes_nothing() -> None:
     site.handle(ModelSeen(3))
     assert site.handle(ModelSeen(2)) is None
     assert site.handle(Done()) == Train(3)
+
+
+def test_a_failed_pass_is_tried_again_after_a_pause_or_on_a_newer_version() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    assert site.handle(Done()) == Train(0)
+    assert site.handle(Failed()) is None
+    assert site.handle(Retry()) == Train(0)
+    assert site.handle(Retry()) is None
+    site.handle(Failed())
+    assert site.handle(ModelSeen(1)) == Evaluate(1)
+    assert site.handle(Done()) == Train(1)
+
+
+def test_a_slow_site_skips_evaluations_it_cannot_keep_up_with() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    for version in range(1, 10):
+        site.handle(ModelSeen(version))
+    jobs = [site.handle(Done()) for _ in range(5)]
+    assert jobs == [*(Evaluate(version) for version in (6, 7, 8, 9)), Train(9)]
 
 
 def test_a_closed_site_takes_no_work() -> None:

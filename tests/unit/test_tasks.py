@@ -26,9 +26,9 @@ from fednats.learning.tasks.heart import HeartDisease, read_patients
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parents[2]
 OWN_TASK = REPOSITORY / "sites" / "own_task.py"
-HEART = Path(os.environ.get("FEDNATS_HEART_DATA", REPOSITORY.parent / "shared" / "data" / "heart"))
+HEART = Path(os.environ.get("HEART_DATA", REPOSITORY.parent / "shared" / "data" / "heart"))
 needs_heart = pytest.mark.skipif(
-    not HEART.is_dir(), reason=f"no heart disease data in {HEART}; set FEDNATS_HEART_DATA to the folder that has it"
+    not HEART.is_dir(), reason=f"no heart disease data in {HEART}; set HEART_DATA to the folder that has it"
 )
 PATIENT = "63.0,1.0,1.0,145.0,233.0,1.0,2.0,150.0,0.0,2.3,3.0,0.0,6.0,2"
 
