@@ -44,7 +44,7 @@ REMEMBERED = 100_000
 """Settled ids kept to recognise a late duplicate."""
 
 MAX_EARLY = 1_000
-"""Contributions held that are on a grid not announced here yet; more are refused."""
+"""Contributions on a grid, and evaluations of a version, not announced here yet that are held; more are refused."""
 
 
 class State(Enum):
@@ -131,6 +131,9 @@ class Collector:
         return self._combine()
 
     def _evaluate_early(self, event: EvaluationArrived) -> list[Command]:
+        """Keep what is of a version not announced here yet; a site may be quicker than this node."""
+        if len(self._early_evaluations) >= MAX_EARLY:
+            return [Settle((evaluation_id(event.evaluation),))]
         self._early_evaluations.append(event)
         return []
 
@@ -150,8 +153,10 @@ class Collector:
             return []
         if not self._reports_here(event.evaluation):
             return [Settle((evaluation_id(event.evaluation),))]
+        if event.evaluation.version > self.current.version:
+            return self._evaluate_early(event)
         commands: list[Command] = []
-        for evaluation, ids in self._tally.add(event.evaluation, self.current.version, self.current.settings.min_sites):
+        for evaluation, ids in self._tally.add(event.evaluation, self.current.settings.min_sites):
             if evaluation is not None:
                 commands.append(evaluation)
             commands.append(Settle(ids))

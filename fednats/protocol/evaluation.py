@@ -28,11 +28,11 @@ class EvaluationTally:
         self._done: set[int] = set()
 
     def add(
-        self, evaluation: Evaluation | EvaluationSum, current: int, min_sites: int
+        self, evaluation: Evaluation | EvaluationSum, min_sites: int
     ) -> list[tuple[PublishEvaluation | None, tuple[str, ...]]]:
         """Count ``evaluation``; return what is complete with the ids it settles (None: settled without being sent)."""
         version = evaluation.version
-        if version < self._done_below or version in self._done or version > current:
+        if version < self._done_below or version in self._done:
             return [(None, (evaluation_id(evaluation),))]
         source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
         self._open.setdefault(version, {})[source] = evaluation

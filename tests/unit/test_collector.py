@@ -267,6 +267,16 @@ def test_evaluations_leave_only_as_means_over_enough_sites() -> None:
     assert machine.handle(evaluation("a", 0, 0.5)) == [Settle(("evaluation.a.0",))]
 
 
+def test_an_evaluation_that_is_quicker_than_the_announcement_waits_for_it() -> None:
+    machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
+    assert machine.handle(evaluation("a", 0, 0.5)) == []
+    machine.handle(announcement(0))
+    assert machine.handle(evaluation("a", 1, 0.5)) == []
+    assert machine.handle(evaluation("b", 1, 0.5)) == []
+    sent = [command for command in machine.handle(announcement(1)) if isinstance(command, PublishEvaluation)]
+    assert [evaluated.version for evaluated in sent] == [1]
+
+
 def test_one_site_s_evaluation_never_leaves_alone() -> None:
     machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
     machine.handle(announcement())
