@@ -13,7 +13,7 @@ from fednats.delta import scheme
 from fednats.delta.decode import decoder
 from fednats.delta.encode import encoder
 from fednats.delta.sum import summer
-from fednats.messages import ParameterSpec
+from fednats.messages import ParameterSpec, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import Combine, ContributionArrived
@@ -52,7 +52,7 @@ def test_fresh_updates_give_the_mean_weighted_by_samples(settings: dict[str, Any
     (combine,) = (command for command in commands if isinstance(command, Combine))
     parts = combine.combination.parts
     weights = apportion([part.mass for part in parts], [1] * len(parts), delta_settings.max_total_weight)
-    sites = [part.head.site for part in parts if part.head.kind == "update"]
+    sites = [part.head.site for part in parts if isinstance(part.head, Update)]
     summed = summer(delta_settings, public_key).weighted_sum([chunks[site] for site in sites], weights, sum(weights))
     mean = decoder(delta_settings, secret_key).mean([summed], sum(weights), layout, grid)
 
