@@ -155,7 +155,9 @@ class Connection:
                 )
         except (nats.errors.Error, OSError, TimeoutError) as error:
             await self.client.close()
-            raise BusError(f"{self._name}: cannot connect to {settings.url} ({self._last_error})") from error
+            reset = "reset" in self._last_error.casefold()  # it may overtake the server's "authorization violation"
+            hint = "; a server that refuses a key may reset the connection: check nkey_seed_file" if reset else ""
+            raise BusError(f"{self._name}: cannot connect to {settings.url} ({self._last_error}){hint}") from error
         self._opening = False
         self._up.set()
         self.log.info("bus_connected", url=settings.url)
