@@ -39,8 +39,8 @@ class BreastCancer(Task):
 
     recommended: ClassVar[Recommended] = Recommended(
         training=TrainingSettings(local_steps=20, batch_size=16, optimizer="sgd", learning_rate=0.05),
-        server=ServerSettings(learning_rate=0.3, momentum=0.5),
-        n_versions=24,
+        server=ServerSettings(learning_rate=0.3),
+        n_versions=60,
         target_metric="accuracy",
         target=0.95,
     )
