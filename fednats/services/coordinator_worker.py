@@ -67,6 +67,7 @@ class CoordinatorWorker:
                 f" {weights.size}; give the new run a state_dir of its own"
             )
         self._optimizer.load_state(stored.state)
+        self._weights = self._optimizer.weights
         self._version, self._grids, self._made_by = stored.version, stored.grids, stored.made_by
 
     def current(self) -> Version:
@@ -86,7 +87,7 @@ class CoordinatorWorker:
     def model_chunk(self, index: int) -> bytes:
         """Return one chunk of the current version, ready to publish."""
         start = index * VALUES_PER_MODEL_CHUNK
-        part = self._optimizer.weights[start : start + VALUES_PER_MODEL_CHUNK]
+        part = self._weights[start : start + VALUES_PER_MODEL_CHUNK]
         return wire.pack(Chunk(parts=(part.astype("<f4").tobytes(),)))
 
     def begin(self, combination_id: str) -> None:
@@ -118,7 +119,7 @@ class CoordinatorWorker:
         self._sums.clear()
         if not np.isfinite(mean).all():
             raise RefusedError(Reason.NOT_FINITE, "the mean delta is not finite")
-        self._optimizer.step(mean)
+        self._weights = self._optimizer.step(mean)
         self._delta_norm = float(np.linalg.norm(mean))
         self._version += 1
         self._made_by = combination_id
