@@ -92,6 +92,9 @@ class DeltaSettings(Settings):
     )
     tiers: int = Field(1, ge=1, le=4, description="levels of aggregators; they share max_total_weight between them")
     top_k: float = Field(1.0, gt=0, le=1, description="fraction of values sent, cipher none only")
+    chunk_bytes: int = Field(
+        256 * 1024, ge=4096, le=4 * 2**20, description="payload of one message; lowered to what the hub's server takes"
+    )
 
     @model_validator(mode="after")
     def _dense_when_encrypted(self) -> "DeltaSettings":
@@ -165,6 +168,9 @@ class SiteSettings(DaemonSettings):
     bus: BusSettings
     public_key_file: Path | None = Field(None, description="HE public context; needed unless the run is unencrypted")
     task: TaskSettings
+    max_outbox: int = Field(
+        4, ge=1, description="updates kept unsent; of more, the oldest goes back into the error feedback"
+    )
     slow_factor: float = Field(1.0, ge=1, description="testbed: local training takes this many times as long")
 
 

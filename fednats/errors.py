@@ -9,6 +9,7 @@
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
+    |-- LocalStorageError      a local disk is full or broken; what was to be written is not
     |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
     `-- RefusedError           something that reached us from others and is refused, with its reason
 """
@@ -42,6 +43,10 @@ class InterruptedRunError(FednatsError):
 
 class OverflowRefusedError(FednatsError):
     """A weighted sum whose total weight would overflow its fields; nothing was added."""
+
+
+class LocalStorageError(FednatsError):
+    """A local disk is full or broken; what was to be written is not, what is there stays."""
 
 
 class LocalDataError(FednatsError):

@@ -62,8 +62,27 @@ class Chunk(Message):
     parts: tuple[bytes, ...]
 
 
+class Frame(BaseModel):
+    """One step of the way to a version: all its weights (a keyframe), or the difference from the version before.
+
+    The payload of a keyframe is float32 weights, little endian, in parameter order; that of a difference is int8
+    multiples of its steps, in the same order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    version: Count
+    steps: tuple[float, ...] = Field(description="one per parameter tensor; empty for a keyframe")
+    payload: Payload
+
+    @property
+    def is_keyframe(self) -> bool:
+        """Whether it needs no other version."""
+        return not self.steps
+
+
 class ModelManifest(Message):
-    """One version of the global model; payload: float32 weights, little endian, in parameter order."""
+    """One version of the global model, and the frames from which it can be made."""
 
     kind: ClassVar[str] = "model"
 
@@ -72,7 +91,8 @@ class ModelManifest(Message):
     task: str
     seed: int
     parameters: tuple[ParameterSpec, ...]
-    payload: Payload
+    weights_digest: bytes = Field(description="BLAKE2b-128 of all weights, float32 little endian, in parameter order")
+    frames: tuple[Frame, ...] = Field(description="in the stream now, by version; at least one chain leads here")
     grid: Grid
     grid_ids: tuple[Token, ...] = Field(description="grids on which contributions are still taken, this one included")
     key_id: Token

@@ -161,6 +161,7 @@ def coordinator(run: str) -> Permissions:
             subjects.control(run),
             *_make(models),
             *_read(models),
+            f"$JS.API.STREAM.PURGE.{models}",
             *_make(below),
             *_consume(below),
             *_buckets(run),

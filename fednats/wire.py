@@ -19,6 +19,9 @@ SCHEMA_VERSION = 1
 MAX_MESSAGE_BYTES = 8 * 2**20
 """Largest plain body admitted; nats-server's own max_payload limits what is sent."""
 
+ROOM_BYTES = 1024
+"""More than the header, the kind and the lengths of a chunk's parts ever take."""
+
 _HEADER = struct.Struct(">2sBBI")
 _MAGIC = b"FN"
 _PLAIN, _ZSTD = 0, 1

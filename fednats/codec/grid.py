@@ -9,9 +9,8 @@ import math
 import struct
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fednats.codec.layout import Layout
+from fednats.codec.layout import Layout, Vector
 from fednats.messages import Grid
 
 MIN_RANGE = 0.02
@@ -33,7 +32,7 @@ _GROW = ((0.5, 8.0), (0.1, 4.0), (SATURATION_HIGH, 2.0))  # share clipped above 
 _MAX_SHRINK = 2.0**-7
 
 
-def initial(layout: Layout, weights: NDArray[np.float32], qmax: int) -> Grid:
+def initial(layout: Layout, weights: Vector, qmax: int) -> Grid:
     """Steps before any delta is known: a tensor's range is the root mean square of its ``weights``.
 
     Args:
@@ -41,18 +40,11 @@ def initial(layout: Layout, weights: NDArray[np.float32], qmax: int) -> Grid:
         weights: float32[n_parameters], the model at version 0.
         qmax: largest magnitude of a quantised value, 127 or 7.
     """
-    ranges = [
-        max(float(np.sqrt(np.mean(np.square(weights[part], dtype=np.float64)))), MIN_RANGE)
-        if part.stop > part.start
-        else MIN_RANGE
-        for part in layout.slices
-    ]
+    ranges = np.maximum(np.sqrt(layout.means(weights, np.square)), MIN_RANGE)
     return _grid(tuple(2.0 ** round(math.log2(value / qmax)) for value in ranges))
 
 
-def adapt(
-    grid: Grid, layout: Layout, mean_delta: NDArray[np.float32], n_saturated: int, n_values: int, qmax: int
-) -> Grid:
+def adapt(grid: Grid, layout: Layout, mean_delta: Vector, n_saturated: int, n_values: int, qmax: int) -> Grid:
     """The next version's grid: ``grid`` itself unless it is clearly too fine or too coarse.
 
     Args:
@@ -64,12 +56,7 @@ def adapt(
         qmax: largest magnitude of a quantised value.
     """
     saturation = n_saturated / max(n_values, 1)
-    fill = np.array(
-        [
-            np.abs(mean_delta[part]).mean(dtype=np.float64) / (step * qmax) if part.stop > part.start else 0.0
-            for part, step in zip(layout.slices, grid.steps, strict=True)
-        ]
-    )
+    fill = layout.means(mean_delta, np.abs) / (np.array(grid.steps) * qmax)
     factors = tuple(_factor(float(value), saturation, float(fill.max(initial=0.0)), qmax) for value in fill)
     if all(factor == 1.0 for factor in factors):
         return grid

@@ -1,13 +1,55 @@
 """All floating-point tensors of a model as one flat float32 vector."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fednats.errors import Reason, RefusedError
-from fednats.messages import Grid, ParameterSpec
+from fednats.messages import ParameterSpec
+
+BLOCK_VALUES = 2**20
+"""Values that are worked on at once (4 MiB): a model of any size takes this much memory, not a multiple of its own."""
+
+
+class Vector(Protocol):
+    """float32[n], in memory or read part by part from where it lies. An array is one."""
+
+    def __len__(self) -> int:
+        """Return n."""
+
+    def __getitem__(self, part: slice, /) -> NDArray[np.float32]:
+        """Return values ``part.start`` to ``part.stop``."""
+
+
+class Difference:
+    """One vector minus another, float32[n], computed where it is read.
+
+    >>> Difference(np.float32([3, 5]), np.float32([1, 1]))[0:2].tolist()
+    [2.0, 4.0]
+    """
+
+    def __init__(self, minuend: Vector, subtrahend: Vector) -> None:
+        self._minuend = minuend
+        self._subtrahend = subtrahend
+
+    def __len__(self) -> int:
+        return len(self._subtrahend)
+
+    def __getitem__(self, part: slice) -> NDArray[np.float32]:
+        """Return values ``part.start`` to ``part.stop``."""
+        return self._minuend[part] - self._subtrahend[part]
+
+
+def blocks(n: int, size: int = BLOCK_VALUES) -> Iterator[slice]:
+    """Cut ``n`` values into blocks of ``size``.
+
+    >>> list(blocks(5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 class Layout:
@@ -16,8 +58,10 @@ class Layout:
     >>> layout = Layout((ParameterSpec(name="weight", shape=(2, 3)), ParameterSpec(name="bias", shape=(2,))))
     >>> layout.n_parameters, layout.slices[1]
     (8, slice(6, 8, None))
-    >>> layout.steps(Grid(grid_id="g", steps=(0.5, 0.25)), 5, 8).tolist()
+    >>> layout.steps((0.5, 0.25), 5, 8).tolist()
     [0.5, 0.25, 0.25]
+    >>> layout.means(np.float32([1, 1, 1, 3, 3, 3, -5, 5]), np.abs).tolist()
+    [2.0, 5.0]
     """
 
     def __init__(self, parameters: Sequence[ParameterSpec]) -> None:
@@ -29,17 +73,30 @@ class Layout:
         self.n_parameters = sum(sizes)
         self.slices = tuple(slice(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True))
 
-    def steps(self, grid: Grid, start: int, stop: int) -> NDArray[np.float32]:
+    def steps(self, of_tensors: Sequence[float], start: int, stop: int) -> NDArray[np.float32]:
         """Quantisation step of each value of the flat vector from ``start`` to ``stop``, float32[stop - start].
 
         Raises:
             RefusedError: ``wrong_grid``: not one step per tensor, or a step that is not a positive float32.
         """
-        if len(grid.steps) != len(self.parameters):
-            raise RefusedError(Reason.WRONG_GRID, f"{len(grid.steps)} steps for {len(self.parameters)} tensors")
+        if len(of_tensors) != len(self.parameters):
+            raise RefusedError(Reason.WRONG_GRID, f"{len(of_tensors)} steps for {len(self.parameters)} tensors")
         lengths = np.minimum(self._ends, stop) - np.maximum(self._ends - self._sizes, start)
-        steps = np.asarray(grid.steps, dtype=np.float64)
+        steps = np.asarray(of_tensors, dtype=np.float64)
         limits = np.finfo(np.float32)
         if not ((steps >= limits.tiny) & (steps <= limits.max)).all():
             raise RefusedError(Reason.WRONG_GRID, "a step is not a positive float32")
         return np.repeat(steps.astype(np.float32), np.maximum(lengths, 0))
+
+    def means(
+        self, vector: Vector, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    ) -> NDArray[np.float64]:
+        """Mean of ``function(values)`` over each tensor, float64[n_tensors]; 0 for a tensor without values."""
+        sums = np.zeros(len(self._sizes))
+        for block in blocks(self.n_parameters):
+            running = np.concatenate(([0.0], np.cumsum(function(vector[block]), dtype=np.float64)))
+            low, high = (
+                np.clip(ends - block.start, 0, running.size - 1) for ends in (self._ends - self._sizes, self._ends)
+            )
+            sums += running[high] - running[low]
+        return sums / np.maximum(self._sizes, 1)

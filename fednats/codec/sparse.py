@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from fednats.errors import Reason, RefusedError
 
 SEGMENT_VALUES = 65536
+MAX_VALUE_BYTES = 5
+"""Bytes of an entry at most: a gap, and a sum of the widest kind."""
 
 _FAR = 255  # a gap byte that carries no value
 _VALUE_TYPES = {1: "<i1", 2: "<i2", 4: "<i4"}

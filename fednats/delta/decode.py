@@ -58,7 +58,7 @@ class Decoder:
             stop = min(start + self.values_per_chunk, layout.n_parameters)
             if not 0 < stop - start <= sums.size or sums[stop - start :].any():
                 raise RefusedError(Reason.WRONG_SHAPE, f"a chunk of {sums.size} values for {start} to {stop}")
-            mean[start:stop] = sums[: stop - start] * layout.steps(grid, start, stop) / total_weight
+            mean[start:stop] = sums[: stop - start] * layout.steps(grid.steps, start, stop) / total_weight
             start = stop
         if start != layout.n_parameters:
             raise RefusedError(Reason.WRONG_SHAPE, f"chunks for {start} of {layout.n_parameters} values")
@@ -72,7 +72,8 @@ def decoder(settings: DeltaSettings, secret_key: bytes | None) -> Decoder:
         ConfigError: the key is missing, is none or was made for other settings.
     """
     if settings.cipher == "none":
-        return Decoder(settings, _Plain(scheme.qmax(settings)), scheme.KEY_ID_NONE)
+        plain = _Plain(scheme.qmax(settings), scheme.values_per_chunk(settings))
+        return Decoder(settings, plain, scheme.KEY_ID_NONE)
     bfv = scheme.bfv(settings)
     key = SecretKey(scheme.required(secret_key, "secret"), bfv.parameters)
     return Decoder(settings, _Bfv(bfv, key), key.key_id)
@@ -90,11 +91,12 @@ class _Bfv:
 
 
 class _Plain:
-    def __init__(self, qmax: int) -> None:
+    def __init__(self, qmax: int, n_values: int) -> None:
         self._qmax = qmax
+        self._n_values = n_values
 
     def sums(self, parts: tuple[bytes, ...], total_weight: int) -> NDArray[np.int32]:
-        sums = sparse.decode(parts, sparse.SEGMENT_VALUES)
+        sums = sparse.decode(parts, self._n_values)
         largest = int(np.abs(sums.astype(np.int64)).max(initial=0))
         if largest > self._qmax * total_weight:
             raise RefusedError(Reason.MALFORMED, f"a sum of {largest} under total weight {total_weight}")

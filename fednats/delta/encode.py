@@ -3,7 +3,7 @@
 ``delta + residual -> top-k (cipher none) -> stochastic rounding -> fields in slots -> BFV -> chunk``
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -13,16 +13,13 @@ from numpy.typing import NDArray
 
 from fednats import wire
 from fednats.codec import sparse
-from fednats.codec.layout import Layout
+from fednats.codec.layout import Layout, Vector, blocks
 from fednats.codec.quantiser import quantise
 from fednats.config import DeltaSettings
 from fednats.crypto.public import PublicKey
 from fednats.delta import scheme
 from fednats.errors import LocalDataError
 from fednats.messages import Chunk, Grid
-
-Residual = NDArray[np.float32] | Callable[[int, int], NDArray[np.float32]]
-"""What earlier updates left out: float32[n], or a function of (start, stop) that reads a part of it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class EncodedChunk:
     start: int
     stop: int
     """The chunk carries values ``start`` to ``stop`` of the flat vector."""
+    values: NDArray[np.int8]
+    """int8[stop - start]: what it says, in steps of the grid; for the site itself only."""
     residual: NDArray[np.float32]
     """float32[stop - start]; keep it once the update is safe in the outbox."""
     n_saturated: int
@@ -58,40 +57,42 @@ class Encoder:
         self._top_k = settings.top_k
 
     def encode(
-        self, delta: NDArray[np.float32], residual: Residual, layout: Layout, grid: Grid, rng: np.random.Generator
+        self, delta: Vector, residual: Vector, layout: Layout, grid: Grid, rng: np.random.Generator
     ) -> Iterator[EncodedChunk]:
-        """Encode ``delta``, float32[n_parameters], chunk by chunk.
+        """Encode ``delta``, float32[n_parameters], chunk by chunk, with the ``residual`` that earlier updates left out.
 
         Raises:
-            LocalDataError: wrong length, or a value that is not finite. It is raised before the first chunk for the
-                delta; a residual that is not finite is found when its chunk is due.
+            LocalDataError: wrong length; or, when its chunk is due, a value that is not finite.
             RefusedError: ``wrong_grid``: the grid does not fit the layout.
         """
-        if delta.shape != (layout.n_parameters,):
-            raise LocalDataError(f"a delta of shape {delta.shape}, the model has {layout.n_parameters} parameters")
-        layout.steps(grid, 0, 0)  # refuse a wrong grid now
-        step = self.values_per_chunk
-        bounds = [(start, min(start + step, delta.size)) for start in range(0, delta.size, step)]
-        for start, stop in bounds:
-            if not np.isfinite(delta[start:stop]).all():
-                raise LocalDataError("the delta is not finite; lower the learning rate or look for broken samples")
-        return (self._chunk(delta, residual, layout.steps(grid, *bound), bound, rng) for bound in bounds)
+        if len(delta) != layout.n_parameters:
+            raise LocalDataError(f"a delta of {len(delta)} values, the model has {layout.n_parameters} parameters")
+        layout.steps(grid.steps, 0, 0)  # refuse a wrong grid now
+        parts = blocks(layout.n_parameters, self.values_per_chunk)
+        return (
+            self._chunk(delta, residual, layout.steps(grid.steps, part.start, part.stop), part, rng) for part in parts
+        )
 
     def _chunk(
         self,
-        delta: NDArray[np.float32],
-        residual: Residual,
+        delta: Vector,
+        residual: Vector,
         steps: NDArray[np.float32],
-        bound: tuple[int, int],
+        part: slice,
         rng: np.random.Generator,
     ) -> EncodedChunk:
-        start, stop = bound
-        previous = residual(start, stop) if callable(residual) else residual[start:stop]
-        values = delta[start:stop] + previous
+        values = delta[part] + residual[part]
         kept = values if self._top_k == 1 else np.where(sparse.top_k_mask(values, self._top_k), values, np.float32(0))
         quantised = quantise(kept, steps, self._qmax, rng)
         data = wire.pack(Chunk(parts=self._cipher.parts(quantised.values)))
-        return EncodedChunk(data, start, stop, quantised.residual + (values - kept), quantised.n_saturated)
+        return EncodedChunk(
+            data=data,
+            start=part.start,
+            stop=part.stop,
+            values=quantised.values,
+            residual=quantised.residual + (values - kept),
+            n_saturated=quantised.n_saturated,
+        )
 
 
 @lru_cache(maxsize=2)  # loading a key takes as long as encrypting a chunk

@@ -8,9 +8,6 @@ from fednats.config import DeltaSettings
 from fednats.crypto import parameters
 from fednats.errors import ConfigError
 
-CHUNK_BYTES = 256 * 1024
-"""A chunk holds as many ciphertexts as fit, at least one."""
-
 KEY_ID_NONE = "none"
 """Key id of a run without encryption."""
 
@@ -21,11 +18,8 @@ class BfvScheme:
 
     parameters: parameters.Parameters
     packing: packing.Packing
-
-    @property
-    def values_per_chunk(self) -> int:
-        """Values of every chunk but the last."""
-        return max(1, CHUNK_BYTES // self.parameters.ciphertext_bytes) * self.packing.n_values
+    values_per_chunk: int
+    """Values of every chunk but the last: as many ciphertexts as fit, at least one."""
 
 
 def qmax(settings: DeltaSettings) -> int:
@@ -51,12 +45,16 @@ def bfv(settings: DeltaSettings) -> BfvScheme:
     """
     largest, weight = qmax(settings), settings.max_total_weight
     chosen = parameters.choose(max_field=packing.max_field(largest, weight), max_total_weight=weight)
-    return BfvScheme(chosen, packing.Packing(largest, weight, chosen.n_fields, chosen.poly_modulus_degree))
+    packed = packing.Packing(largest, weight, chosen.n_fields, chosen.poly_modulus_degree)
+    n_ciphertexts = max(1, settings.chunk_bytes // chosen.ciphertext_bytes)
+    return BfvScheme(chosen, packed, n_ciphertexts * packed.n_values)
 
 
 def values_per_chunk(settings: DeltaSettings) -> int:
     """Values of every chunk of a delta but the last."""
-    return bfv(settings).values_per_chunk if settings.cipher == "bfv" else sparse.SEGMENT_VALUES
+    if settings.cipher == "bfv":
+        return bfv(settings).values_per_chunk
+    return min(sparse.SEGMENT_VALUES, settings.chunk_bytes // sparse.MAX_VALUE_BYTES)
 
 
 def required(key: bytes | None, which: str) -> bytes:

@@ -83,7 +83,7 @@ class Summer:
 
     def _accumulator(self, total_weight: int, n_values: int | None) -> Accumulator:
         if self._bfv is None or self._key is None:
-            return _PlainSum(self._qmax * total_weight, sparse.SEGMENT_VALUES if n_values is None else n_values)
+            return _PlainSum(self._qmax * total_weight, self.values_per_chunk if n_values is None else n_values)
         return _BfvSum(self._key, None if n_values is None else -(-n_values // self._bfv.packing.n_values))
 
 

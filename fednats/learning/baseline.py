@@ -52,4 +52,4 @@ def train_alone(task: Task, settings: TrainingSettings, n_steps: int, seed: int)
     """
     weights = initial_vector(task, seed)
     alone = settings.model_copy(update={"local_steps": n_steps})
-    return weights + train(task, weights, alone, seed).delta
+    return weights + train(task, weights, alone, seed)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import DataLoader
 
+from fednats.codec.layout import Vector
 from fednats.errors import ConfigError, LocalDataError
 from fednats.learning.flat import initial_model, write_vector
 from fednats.learning.task import Task
@@ -23,14 +24,14 @@ class Evaluated:
 
 
 class Evaluator:
-    """Holds a task's model and test data between versions."""
+    """Holds a task's test data between versions; the model is lent, as a `Trainer`'s is."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
-        self._model = initial_model(task, seed=0)
+        self._model = model
         self._loader = DataLoader(task.test_data(), batch_size=BATCH_SIZE)
 
-    def evaluate(self, weights: NDArray[np.float32]) -> Evaluated:
+    def evaluate(self, weights: Vector) -> Evaluated:
         """Score every test case with ``weights`` float32[n].
 
         Raises:
@@ -50,6 +51,6 @@ class Evaluator:
         return Evaluated(metrics=metrics, n_samples=len(targets))
 
 
-def evaluate(task: Task, weights: NDArray[np.float32]) -> Evaluated:
+def evaluate(task: Task, weights: Vector) -> Evaluated:
     """Metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`."""
-    return Evaluator(task).evaluate(weights)
+    return Evaluator(task, initial_model(task, seed=0)).evaluate(weights)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import nn, optim
 
 from fednats.config import ServerSettings
-from fednats.errors import ConfigError
 
 ADAM_BETAS = (0.9, 0.99)
 ADAM_EPS = 1e-3
@@ -29,58 +28,46 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Parameter, ServerSettings], optim.Optimize
 
 
 class ServerOptimizer:
-    """Steps the global weights along mean deltas; SGD with rate 1 and no momentum gives exactly weights + delta.
+    """Steps global weights along mean deltas; SGD with rate 1 and no momentum gives exactly weights + delta.
 
-    >>> optimizer = ServerOptimizer(ServerSettings(), np.zeros(2, np.float32))
-    >>> optimizer.step(np.array([0.5, -1.0], np.float32))
-    array([ 0.5, -1. ], dtype=float32)
+    Every rule here works value by value, so a large model is stepped block by block; who calls keeps the state. All
+    slots begin as zeros.
+
+    >>> optimizer = ServerOptimizer(ServerSettings())
+    >>> weights, slots = optimizer.step(np.zeros(2, np.float32), {}, np.array([0.5, -1.0], np.float32), n_steps=0)
+    >>> weights.tolist(), slots
+    ([0.5, -1.0], {})
     """
 
-    def __init__(self, settings: ServerSettings, weights: NDArray[np.float32]) -> None:
-        self._weights = nn.Parameter(torch.tensor(weights, dtype=torch.float32))
-        self._optimizer = OPTIMIZERS[settings.optimizer](self._weights, settings)
-        self._name = settings.optimizer
+    def __init__(self, settings: ServerSettings) -> None:
+        self._settings = settings
+        self.slots: tuple[str, ...] = {
+            "sgd": ("momentum_buffer",) if settings.momentum else (),
+            "adam": ("exp_avg", "exp_avg_sq"),
+        }[settings.optimizer]
+        """Names of what the rule keeps for each weight."""
 
-    @property
-    def weights(self) -> NDArray[np.float32]:
-        """The global weights, a copy, float32[n]."""
-        weights: NDArray[np.float32] = self._weights.detach().numpy().copy()
-        return weights
-
-    def step(self, mean_delta: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Apply the mean delta float32[n]; returns the new weights, a copy.
-
-        Raises:
-            ValueError: ``mean_delta`` is not of the weights' shape or not finite; the weights are as they were.
-        """
-        if mean_delta.shape != tuple(self._weights.shape) or not np.isfinite(mean_delta).all():
-            raise ValueError(f"mean delta of shape {mean_delta.shape}: expected finite values, {self._weights.shape}")
-        self._weights.grad = -torch.tensor(mean_delta, dtype=torch.float32)
-        self._optimizer.step()
-        return self.weights
-
-    def state(self) -> dict[str, NDArray[np.float32]]:
-        """Everything a restart needs, weights included, as float32 arrays for a safetensors checkpoint."""
-        slots = self._optimizer.state.get(self._weights, {})
-        kept = {name: value.numpy().copy() for name, value in slots.items() if isinstance(value, torch.Tensor)}
-        return {"weights": self.weights, **kept}
-
-    def load_state(self, state: Mapping[str, NDArray[np.float32]]) -> None:
-        """Continue, bit for bit, from what `state` gave.
+    def step(
+        self,
+        weights: NDArray[np.float32],
+        slots: Mapping[str, NDArray[np.float32]],
+        mean_delta: NDArray[np.float32],
+        n_steps: int,
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
+        """Return the weights and slots after one more step; all arrays are float32[m], ``n_steps`` were made before.
 
         Raises:
-            ConfigError: the state is another optimiser's or another model's.
+            ValueError: ``mean_delta`` is not of the weights' shape or not finite.
         """
-        slots = {name: torch.tensor(value) for name, value in state.items()}
-        weights = slots.pop("weights", None)
-        allowed = {"sgd": {"momentum_buffer"}, "adam": {"step", "exp_avg", "exp_avg_sq"}}[self._name]
-        shapes = {tuple(value.shape) for name, value in slots.items() if name != "step"}
-        if weights is None or weights.shape != self._weights.shape or not shapes <= {tuple(weights.shape)}:
-            raise ConfigError("checkpoint is another model's: its tensors are not of this model's size")
-        if not set(slots) <= allowed:
-            raise ConfigError(f"checkpoint holds {sorted(slots)}, not the state of the server optimiser {self._name!r}")
-        with torch.no_grad():
-            self._weights.copy_(weights)
-        self._optimizer.state.clear()
-        if slots:
-            self._optimizer.state[self._weights] = slots
+        if mean_delta.shape != weights.shape or not np.isfinite(mean_delta).all():
+            raise ValueError(f"mean delta of shape {mean_delta.shape}: expected finite values, {weights.shape}")
+        parameter = nn.Parameter(torch.tensor(weights))
+        optimizer = OPTIMIZERS[self._settings.optimizer](parameter, self._settings)
+        state: dict[str, object] = {name: torch.tensor(slots[name]) for name in self.slots}
+        if self._settings.optimizer == "adam":
+            state["step"] = torch.tensor(float(n_steps))
+        optimizer.state[parameter] = state
+        parameter.grad = -torch.tensor(mean_delta)
+        optimizer.step()
+        kept = {name: optimizer.state[parameter][name].numpy() for name in self.slots}
+        return parameter.detach().numpy(), kept

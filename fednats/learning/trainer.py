@@ -1,6 +1,5 @@
 """Local training at one site: some optimiser steps from the global weights, and the delta they make."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
+from fednats.codec.layout import Vector
 from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, LocalDataError
 from fednats.learning.flat import initial_model, read_vector, write_vector
@@ -18,11 +18,9 @@ from fednats.learning.task import Examples, Task
 
 
 @dataclass(frozen=True)
-class LocalResult:
-    """What one local pass made."""
+class LocalPass:
+    """What one local pass was."""
 
-    delta: NDArray[np.float32]
-    """float32[n], local minus global weights."""
     n_samples: int
     """Size of the site's training data."""
     train_loss: float
@@ -51,37 +49,37 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, TrainingSettings], optim.Optimizer
 
 
 class Trainer:
-    """Holds a site's task, model and training data between passes; a pass depends on nothing that ran before it."""
+    """Holds a site's task and training data between passes; a pass depends on nothing that ran before it.
 
-    def __init__(self, task: Task) -> None:
+    The model is lent: whoever made it may use it for something else between passes.
+    """
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
         self._data = task.train_data()
         self.n_samples = _length(self._data)
         if not self.n_samples:
             raise ConfigError(f"{type(task).__name__}: train_data() is empty; a site needs at least one case")
-        self._model = initial_model(task, seed=0)
-        self._fresh = copy.deepcopy(self._model.state_dict())
+        self._model = model
+        entries = model.state_dict().items()
+        self._fresh = {name: value.clone() for name, value in entries if not value.is_floating_point()}
 
-    def train(self, weights: NDArray[np.float32], settings: TrainingSettings, seed: int) -> LocalResult:
-        """Take ``settings.local_steps`` steps from ``weights`` float32[n], reshuffling the data every epoch.
+    def train(self, start: Vector, settings: TrainingSettings, seed: int) -> LocalPass:
+        """Take ``settings.local_steps`` steps from ``start`` float32[n], reshuffling the data every epoch.
 
         Every batch has ``batch_size`` cases, or all of them where the site has fewer; an epoch's rest is left out.
-        Random augmentation and dropout that draw from torch's generator are seeded too.
+        Random augmentation and dropout that draw from torch's generator are seeded too. The model holds the result.
 
         Raises:
-            LocalDataError: the loss or the delta is not finite, or ``weights`` is not of the model's size.
+            LocalDataError: the loss is not finite, or ``start`` is not of the model's size.
         """
-        self._model.load_state_dict(self._fresh)
-        write_vector(self._model, weights)
+        self._model.load_state_dict(self._fresh, strict=False)
+        write_vector(self._model, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             train_loss = self._steps(settings, seed)
-        delta = read_vector(self._model) - weights
-        if not np.isfinite(delta).all():
-            raise LocalDataError(
-                f"delta is not finite in {np.count_nonzero(~np.isfinite(delta))} of {delta.size} values"
-            )
-        return LocalResult(delta=delta, n_samples=self.n_samples, train_loss=train_loss)
+        self._model.zero_grad()  # a gradient is as large as the model, and what follows needs none
+        return LocalPass(n_samples=self.n_samples, train_loss=train_loss)
 
     def _steps(self, settings: TrainingSettings, seed: int) -> float:
         self._model.train()
@@ -114,9 +112,11 @@ class Trainer:
             yield from loader
 
 
-def train(task: Task, weights: NDArray[np.float32], settings: TrainingSettings, seed: int) -> LocalResult:
-    """One pass on a task whose data is loaded for it; see `Trainer.train`."""
-    return Trainer(task).train(weights, settings, seed)
+def train(task: Task, weights: NDArray[np.float32], settings: TrainingSettings, seed: int) -> NDArray[np.float32]:
+    """Return the delta float32[n] of one pass; see `Trainer.train`."""
+    model = initial_model(task, seed=0)
+    Trainer(task, model).train(weights, settings, seed)
+    return read_vector(model) - weights
 
 
 def _length(data: Examples) -> int:

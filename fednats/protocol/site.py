@@ -1,4 +1,8 @@
-"""The site's machine: evaluate every version seen, train on the newest, one job at a time."""
+"""The site's machine: evaluate every version seen, train on the newest, one job at a time.
+
+While the bus is away no newer version can come. The site then trains on, from where it has come to by itself: what it
+makes waits in its outbox.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +36,16 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class BusAway:
+    """The bus has been away for a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class BusBack:
+    """The bus is there again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """The run is over."""
 
@@ -48,9 +62,11 @@ class Train:
     """Train on this version and store the update, then say `Done` or `Failed`."""
 
     version: int
+    goes_on: bool = False
+    """Whether it was trained on before, and this pass starts from where the last one ended."""
 
 
-Event = ModelSeen | Done | Failed | Retry | Closed
+Event = ModelSeen | Done | Failed | Retry | BusAway | BusBack | Closed
 Job = Evaluate | Train
 
 
@@ -63,7 +79,7 @@ class State(Enum):
 
 
 class Site:
-    """Decide the next job. A site trains at most once on a version, and always on the newest.
+    """Decide the next job. A site trains on the newest version, once, and again only while the bus is away.
 
     ``last_trained`` is the version of the newest update in the site's outbox, -1 for none: all that a restart needs.
     """
@@ -75,6 +91,7 @@ class Site:
         self._trained_before = last_trained
         self._newest = -1
         self._to_evaluate: list[int] = []
+        self._away = False
 
     def handle(self, event: Event) -> Job | None:
         """Take in what happened, return the job to start now, if any."""
@@ -92,7 +109,7 @@ class Site:
 
     def _fail(self, _event: Failed) -> Job | None:
         """Forget that it was trained on: the same version is taken again, or a newer one."""
-        if isinstance(self.job, Train):
+        if isinstance(self.job, Train) and not self.job.goes_on:
             self._last_trained = self._trained_before
         self.state = State.IDLE
         self.job = None
@@ -100,6 +117,14 @@ class Site:
 
     def _retry(self, _event: Retry) -> Job | None:
         return self._next()
+
+    def _leave(self, _event: BusAway) -> Job | None:
+        self._away = True
+        return self._next() if self.state is State.IDLE else None
+
+    def _come_back(self, _event: BusBack) -> Job | None:
+        self._away = False
+        return None
 
     def _close(self, _event: Closed) -> Job | None:
         self.state = State.CLOSED
@@ -114,6 +139,8 @@ class Site:
         elif self._newest > self._last_trained:
             self._trained_before, self._last_trained = self._last_trained, self._newest
             self.job = Train(self._newest)
+        elif self._away and self._newest >= 0:
+            self.job = Train(self._newest, goes_on=True)
         else:
             self.job = None
             return None
@@ -123,15 +150,21 @@ class Site:
     _TRANSITIONS: ClassVar[dict[tuple[State, type[Event]], Callable[[Any, Any], Job | None]]] = {
         (State.IDLE, ModelSeen): _see,
         (State.IDLE, Retry): _retry,
+        (State.IDLE, BusAway): _leave,
+        (State.IDLE, BusBack): _come_back,
         (State.IDLE, Closed): _close,
         (State.BUSY, ModelSeen): _see,
         (State.BUSY, Done): _done,
         (State.BUSY, Failed): _fail,
         (State.BUSY, Retry): _ignore,
+        (State.BUSY, BusAway): _leave,
+        (State.BUSY, BusBack): _come_back,
         (State.BUSY, Closed): _close,
         (State.CLOSED, ModelSeen): _ignore,
         (State.CLOSED, Done): _ignore,
         (State.CLOSED, Failed): _ignore,
         (State.CLOSED, Retry): _ignore,
+        (State.CLOSED, BusAway): _ignore,
+        (State.CLOSED, BusBack): _ignore,
         (State.CLOSED, Closed): _ignore,
     }

@@ -292,7 +292,7 @@ class AggregatorService:
             payload=payload,
         )
 
-    async def _persist(self, publish: Callable[[], Awaitable[None]]) -> None:
+    async def _persist(self, publish: Callable[[], Awaitable[object]]) -> None:
         """Publish, and again while the stream is full."""
         while True:
             try:

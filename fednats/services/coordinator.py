@@ -4,13 +4,12 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
-from fednats.config import CoordinatorSettings
+from fednats.config import CoordinatorSettings, RunSettings
 from fednats.errors import BusError, Reason, RefusedError
-from fednats.messages import Aggregate, Control, ModelManifest, Payload
+from fednats.messages import Aggregate, Control, Frame, ModelManifest
 from fednats.permissions import user_name
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
@@ -29,8 +28,11 @@ from fednats.protocol.events import (
     WallTimeReached,
 )
 from fednats.services.lifecycle import Daemon, until_stopped
+from fednats.services.off_loop import off_loop
 from fednats.services.tier import Inbox, Tier
 from fednats.services.worker import Worker, WorkerDiedError
+from fednats.storage.checkpoints import checkpoints_folder, frame_file
+from fednats.storage.chunk_file import read_chunks
 from fednats.storage.journal import Journal
 from fednats.transport import streams
 from fednats.transport.bus import Bus
@@ -50,11 +52,20 @@ async def coordinator(daemon: Daemon, settings: CoordinatorSettings) -> None:
     """Run the coordinator until it is told to stop."""
     if settings.settings.delta.cipher == "none":
         daemon.log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
-    async with (
-        Bus.connect(settings.bus, user_name("coordinator", subjects.HUB)) as bus,
-        Worker(make_worker, settings) as worker,
-    ):
-        await CoordinatorService(daemon, settings, bus, worker).live()
+    async with Bus.connect(settings.bus, user_name("coordinator", subjects.HUB)) as bus:
+        fitting = settings.model_copy(update={"settings": fit_messages(settings.settings, bus.max_payload_bytes)})
+        async with Worker(make_worker, fitting) as worker:
+            await CoordinatorService(daemon, fitting, bus, worker).live()
+
+
+def fit_messages(run: RunSettings, max_payload_bytes: int) -> RunSettings:
+    """Lower the run's ``chunk_bytes`` to what one message of the hub's server can carry."""
+    chunk_bytes = min(run.delta.chunk_bytes, max_payload_bytes - wire.ROOM_BYTES)
+    return run.model_copy(update={"delta": run.delta.model_copy(update={"chunk_bytes": chunk_bytes})})
+
+
+Refusals = dict[str, tuple[Reason, str]]
+"""Why each of these contributions cannot be used."""
 
 
 class CoordinatorService:
@@ -77,6 +88,8 @@ class CoordinatorService:
         self._published: dict[int, float] = {}
         self._figures = {"sent_bytes": 0, "received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
+        self._frames: set[str] = set()
+        """Payload ids of the frames that are in the stream."""
         self._told_closed = False
         daemon.status = self._status
         daemon.buses.append(bus)
@@ -138,28 +151,19 @@ class CoordinatorService:
     # --- versions -----------------------------------------------------------------------------------------------------
 
     async def _announce(self, version: "Version") -> VersionAnnounced:
-        """Publish ``version``; doing it again changes nothing."""
+        """Publish ``version`` and the frames that lead to it; doing it again changes nothing."""
         prefix = subjects.model(self._settings.run)
-        payload_id = f"v{version.version}-{version.made_by[:8] or 'first'}"
-        digests: list[bytes] = []
         n_bytes = 0
-
-        async def chunks() -> AsyncIterator[bytes]:
-            nonlocal n_bytes
-            for index in range(version.n_model_chunks):
-                data = await self._worker.call("model_chunk", index)
-                digests.append(wire.digest(data))
-                n_bytes += len(data)
-                yield data
-
-        await self._bus.publish_payload(prefix, payload_id, chunks())
+        for frame in version.frames:
+            n_bytes += await self._publish_frame(prefix, frame)
         manifest = ModelManifest(
             run=self._settings.run,
             version=version.version,
             task=self._settings.task.path,
             seed=self._run.seed,
             parameters=version.parameters,
-            payload=Payload(payload_id=payload_id, n_bytes=n_bytes, digests=tuple(digests)),
+            weights_digest=version.weights_digest,
+            frames=version.frames,
             grid=version.grids[-1],
             grid_ids=tuple(grid.grid_id for grid in version.grids),
             key_id=version.key_id,
@@ -168,7 +172,9 @@ class CoordinatorService:
             delta=self._run.delta,
         )
         packed = wire.pack(manifest)
-        await self._bus.publish(subjects.head(prefix), packed, payload_id)
+        identity = f"v{version.version}-{wire.digest(packed).hex()}"
+        await self._bus.publish(subjects.head(prefix), packed, identity)
+        await self._forget_frames(prefix, {frame.payload.payload_id for frame in version.frames})
         self._figures["sent_bytes"] += n_bytes + len(packed)
         self._daemon.metrics.sent_bytes.inc(n_bytes + len(packed))
         self._daemon.metrics.version.set(version.version)
@@ -185,42 +191,70 @@ class CoordinatorService:
             settings=self._run.aggregation,
         )
 
+    async def _publish_frame(self, prefix: str, frame: Frame) -> int:
+        """Publish the chunks of ``frame`` unless they are in the stream; return the bytes sent."""
+        payload = frame.payload
+        if payload.payload_id in self._frames:
+            return 0
+        stream = subjects.models_stream(self._settings.run, subjects.HUB)
+        last = len(payload.digests) - 1
+        record = await self._bus.last(stream, subjects.chunk(prefix, payload.payload_id, last))
+        sent = 0
+        if record is None or wire.digest(record.data) != payload.digests[last]:
+            chunks = read_chunks(frame_file(checkpoints_folder(self._settings.state_dir), payload.payload_id))
+            await self._bus.publish_payload(prefix, payload.payload_id, off_loop(chunks))
+            sent = payload.n_bytes
+        self._frames.add(payload.payload_id)
+        return sent
+
+    async def _forget_frames(self, prefix: str, needed: set[str]) -> None:
+        stream = subjects.models_stream(self._settings.run, subjects.HUB)
+        for payload_id in self._frames - needed:
+            try:
+                await self._bus.purge(stream, subjects.chunks(prefix, payload_id))
+            except BusError as error:
+                self._log.warning("frame_not_purged", frame=payload_id, error=str(error))
+            else:
+                self._frames.discard(payload_id)
+
     async def _combine(self, combination: Combination) -> list[Event]:
         """Decrypt the sums, step the model, publish the next version."""
         identity = combination.combination_id
         heads = [part.head for part in combination.parts if isinstance(part.head, Aggregate)]
         version: Version = await self._worker.call("current")
         if version.made_by != identity:  # else it was applied before a restart, and only the publishing is left
+            total = sum(part.mass for part in combination.parts)
+            shares = [part.mass / total for part in combination.parts]
             try:
-                refused = await self._decrypt(identity, heads)
+                refused = await self._decrypt(heads, shares)
             except WorkerDiedError:
-                refused = await self._decrypt_one_by_one(identity, heads)
+                refused = await self._decrypt_one_by_one(heads, shares)
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
-            version = await self._worker.call("apply", identity, heads, [part.mass for part in combination.parts])
+            version = await self._worker.call("apply", identity, heads)
         announced = await self._announce(version)
         self._tier.count_combined(combination)
         self._count(combination, heads)
         return [announced, Combined(combination_id=identity)]
 
-    async def _decrypt_one_by_one(self, identity: str, heads: list[Aggregate]) -> dict[str, tuple[Reason, str]]:
+    async def _decrypt_one_by_one(self, heads: list[Aggregate], shares: list[float]) -> Refusals:
         """Refuse the sum that, decrypted alone, ends the worker process; then decrypt all again."""
         for head in heads:
             try:
-                refused = await self._decrypt(identity, [head])
+                refused = await self._decrypt([head], [1.0])
             except WorkerDiedError as error:
                 refused = {head.aggregate_id: (Reason.CIPHERTEXT, str(error))}
             if refused:
                 return refused
-        return await self._decrypt(identity, heads)
+        return await self._decrypt(heads, shares)
 
-    async def _decrypt(self, identity: str, heads: list[Aggregate]) -> dict[str, tuple[Reason, str]]:
-        await self._worker.call("begin", identity)
-        for head in heads:
+    async def _decrypt(self, heads: list[Aggregate], shares: list[float]) -> Refusals:
+        await self._worker.call("begin")
+        for head, share in zip(heads, shares, strict=True):
             position = 0
             try:
                 async for data in self._tier.chunks(head):
-                    await self._worker.call("decrypt", head, position, data)
+                    await self._worker.call("decrypt", head, share, position, data)
                     position += 1
             except RefusedError as error:
                 return {head.aggregate_id: (error.reason, error.detail)}

@@ -3,17 +3,23 @@
 import asyncio
 import time
 from collections import OrderedDict
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
+from fednats.codec import frames
 from fednats.config import SiteSettings
-from fednats.errors import BusError, LocalDataError, RefusedError, TaskError
-from fednats.messages import Chunk, Control, Evaluation, ModelManifest, Update
+from fednats.errors import BusError, LocalDataError, LocalStorageError, RefusedError, TaskError
+from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.protocol import site as protocol
 from fednats.services.lifecycle import Daemon, until_stopped
+from fednats.services.off_loop import off_loop
 from fednats.services.worker import Worker, WorkerDiedError
-from fednats.storage.outbox import Outbox
+from fednats.storage.chunk_file import ChunkFile, keep_sound
+from fednats.storage.local_disk import local_disk
+from fednats.storage.local_model import LocalModel, model_folder
+from fednats.storage.outbox import Outbox, outbox_file
 from fednats.transport.bus import Bus, Record
 
 if TYPE_CHECKING:
@@ -25,6 +31,12 @@ RETRY_JOB_S = 30.0
 
 RETRY_S = 2.0
 """Pause after the bus refused something, before it is offered again."""
+
+AWAY_S = 5.0
+"""So long without the bus, and the site trains on by itself; a shorter break changes nothing."""
+
+NOTED_CHUNKS = 32
+"""Chunks sent between two notes of how far sending has come: after a restart no more than these are sent again."""
 
 
 def make_worker(settings: SiteSettings) -> "SiteWorker":
@@ -53,11 +65,11 @@ class SiteService:
         self._settings = settings
         self._bus = bus
         self._worker = worker
-        self._outbox = Outbox(settings.state_dir / "outbox.sqlite")
+        self._outbox = Outbox(outbox_file(settings.state_dir))
         self._machine = protocol.Site(self._outbox.last_trained())
         self._models = subjects.models_stream(settings.run, settings.region)
         self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
-        self._weights: tuple[int, bytes] = (-1, b"")
+        self._local = LocalModel(model_folder(settings.state_dir))
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
         self._working = asyncio.Lock()
         self._to_send = asyncio.Event()
@@ -68,6 +80,7 @@ class SiteService:
             "state": "starting",
             "version": -1,
             "updates": 0,
+            "outbox": {},
             "refused": 0,
             "sent_bytes": 0,
             "received_bytes": 0,
@@ -91,6 +104,7 @@ class SiteService:
                 "work": self._work(),
                 "send updates": self._send_updates(),
                 "send evaluations": self._send_evaluations(),
+                "notice when the bus is away": self._notice_away(),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._drain,
@@ -139,20 +153,43 @@ class SiteService:
         self._log.debug("model_seen", version=manifest.version)
         self._start(self._machine.handle(protocol.ModelSeen(manifest.version)))
 
-    async def _load(self, manifest: ModelManifest) -> bytes:
-        version, weights = self._weights
-        if version == manifest.version:
-            return weights
-        parts: list[bytes] = []
+    async def _load(self, manifest: ModelManifest) -> bool:
+        """Have the weights of ``manifest`` on disk; False if a newer version is there already."""
+        held = self._local.held
+        if held >= manifest.version:
+            return held == manifest.version
+        newest = self._manifests[max(self._manifests)]
+        chain = frames.cheapest(newest.frames, held, manifest.version, self._local.fetched())
+        for frame in chain:
+            await self._fetch(frame)
+        await self._worker.call("advance", manifest, chain)
+        return True
+
+    async def _fetch(self, frame: Frame) -> None:
+        """Fetch a frame, or what is still missing of it."""
+        path, payload = self._local.frame_file(frame), frame.payload
+        first = await asyncio.to_thread(keep_sound, path, payload.digests)
         prefix = subjects.model(self._settings.run)
-        payload = manifest.payload
-        async for data in self._bus.read_payload(self._models, prefix, payload.payload_id, payload.digests):
-            parts.extend(wire.unpack(data, Chunk).parts)
-        weights = b"".join(parts)
-        self._weights = (manifest.version, weights)
-        self._daemon.metrics.received_bytes.inc(payload.n_bytes)
-        self._status["received_bytes"] += payload.n_bytes
-        return weights
+        reading = self._bus.read_payload(self._models, prefix, payload.payload_id, payload.digests, first=first)
+        with local_disk(self._settings.state_dir), ChunkFile(path) as file:
+            async with aclosing(reading) as chunks:
+                async for data in chunks:
+                    await asyncio.to_thread(file.append, data)
+                    self._daemon.metrics.received_bytes.inc(len(data))
+                    self._status["received_bytes"] += len(data)
+
+    async def _notice_away(self) -> None:
+        """Tell the machine when the bus has been away for a while, and when it is back."""
+        while True:
+            await self._bus.wait_away()
+            try:
+                async with asyncio.timeout(AWAY_S):
+                    await self._bus.wait_connected()
+            except TimeoutError:
+                self._log.warning("training_on_without_the_bus", max_outbox=self._settings.max_outbox)
+                self._start(self._machine.handle(protocol.BusAway()))
+                await self._bus.wait_connected()
+                self._start(self._machine.handle(protocol.BusBack()))
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -178,12 +215,13 @@ class SiteService:
         if manifest is None:
             return True
         try:
-            weights = await self._load(manifest)
+            if not await self._load(manifest):
+                return True
             if isinstance(job, protocol.Evaluate):
-                await self._evaluate(manifest, weights)
+                await self._evaluate(manifest)
             else:
-                await self._train(manifest, weights)
-        except (BusError, RefusedError, LocalDataError, TaskError, WorkerDiedError) as error:
+                await self._train(manifest, goes_on=job.goes_on)
+        except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
             self._log.error("job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S)
@@ -193,9 +231,9 @@ class SiteService:
                 self._status["state"] = "waiting"
         return True
 
-    async def _evaluate(self, manifest: ModelManifest, weights: bytes) -> None:
+    async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
-        evaluated = await self._worker.call("evaluate", weights)
+        evaluated = await self._worker.call("evaluate", manifest.version)
         self._status["metrics"] = evaluated.metrics
         self._evaluations.put_nowait(
             Evaluation(
@@ -208,11 +246,11 @@ class SiteService:
             )
         )
 
-    async def _train(self, manifest: ModelManifest, weights: bytes) -> None:
+    async def _train(self, manifest: ModelManifest, *, goes_on: bool) -> None:
         self._status["state"] = "training"
         self._status["version"] = manifest.version
         started = time.monotonic()
-        trained = await self._worker.call("train", manifest, weights)
+        trained = await self._worker.call("train", manifest, goes_on)
         if self._settings.slow_factor > 1:
             await asyncio.sleep((time.monotonic() - started) * (self._settings.slow_factor - 1))
         seconds = time.monotonic() - started
@@ -222,7 +260,7 @@ class SiteService:
             return  # the run closed meanwhile: nobody takes updates any more
         self._status["state"] = "encrypting"
         newest = self._manifests[max(self._manifests)]
-        update: Update = await self._worker.call("encode", manifest.version, newest)
+        update: Update = await self._worker.call("encode", newest)
         self._log.info(
             "update_stored",
             update_id=update.update_id,
@@ -231,7 +269,9 @@ class SiteService:
             saturated=update.saturated,
             train_loss=round(trained.train_loss, 4),
             train_s=round(seconds, 2),
+            goes_on=goes_on,
         )
+        self._status["outbox"] = await asyncio.to_thread(self._outbox.counts)
         self._to_send.set()
 
     def _count_refused(self, event: str, error: RefusedError, **fields: object) -> None:
@@ -247,24 +287,43 @@ class SiteService:
             self._to_send.clear()
             try:
                 await self._send_pending()
-            except BusError as error:
+            except (BusError, LocalStorageError) as error:
                 self._log.warning("update_not_sent", error=str(error), retry_s=RETRY_S)
                 await asyncio.sleep(RETRY_S)
                 self._to_send.set()
 
     async def _send_pending(self) -> None:
-        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
         async with self._sending:
-            for update in self._outbox.pending():
-                await self._bus.publish_payload(prefix, update.update_id, self._outbox.chunks(update.update_id))
-                head = wire.pack(update)
-                await self._bus.publish(subjects.head(prefix), head, update.update_id)
-                self._outbox.mark_sent(update.update_id)
-                n_bytes = update.payload.n_bytes + len(head)
-                self._daemon.metrics.sent_bytes.inc(n_bytes)
-                self._status["sent_bytes"] += n_bytes
-                self._status["updates"] += 1
-                self._log.info("update_sent", update_id=update.update_id, bytes=n_bytes)
+            for update in await asyncio.to_thread(self._outbox.pending):
+                first = await asyncio.to_thread(self._outbox.offer, update.update_id)
+                if first is not None:
+                    await self._send(update, first)
+
+    async def _send(self, update: Update, first: int) -> None:
+        """Send the chunks from number ``first`` on, then the head."""
+        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
+
+        async def note(n_chunks: int) -> None:
+            if n_chunks % NOTED_CHUNKS == 0:
+                await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, n_chunks)
+
+        if first and not await self._has(prefix, update.update_id, first - 1):
+            first = 0  # the bus has lost its store, or forgotten the ids: all of it again
+        chunks = off_loop(self._outbox.chunks(update.update_id, first))
+        await self._bus.publish_payload(prefix, update.update_id, chunks, first=first, stored=note)
+        head = wire.pack(update)
+        await self._bus.publish(subjects.head(prefix), head, update.update_id)
+        await asyncio.to_thread(self._outbox.mark_sent, update.update_id)
+        n_bytes = update.payload.n_bytes + len(head)
+        self._daemon.metrics.sent_bytes.inc(n_bytes)
+        self._status["sent_bytes"] += n_bytes
+        self._status["updates"] += 1
+        self._status["outbox"] = await asyncio.to_thread(self._outbox.counts)
+        self._log.info("update_sent", update_id=update.update_id, bytes=n_bytes)
+
+    async def _has(self, prefix: str, update_id: str, index: int) -> bool:
+        chunk = await asyncio.to_thread(next, self._outbox.chunks(update_id, index))
+        return await self._bus.has_chunk(prefix, update_id, index, chunk)
 
     async def _send_evaluations(self) -> None:
         subject = subjects.evaluation(self._settings.run, self._settings.region, self._settings.site)

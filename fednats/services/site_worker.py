@@ -6,23 +6,35 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from fednats import wire
-from fednats.codec.layout import Layout
+from fednats.codec.layout import Difference, Layout, Vector, blocks
 from fednats.config import SiteSettings
 from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
 from fednats.learning.evaluation import Evaluated, Evaluator
-from fednats.learning.flat import parameters_of
+from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.task import make_task
-from fednats.learning.trainer import LocalResult, Trainer
-from fednats.messages import ModelManifest, Payload, Update
+from fednats.learning.trainer import Trainer
+from fednats.messages import Frame, ModelManifest, Payload, Update
 from fednats.services.keys import key_id_of, read_key
-from fednats.storage.outbox import Outbox
+from fednats.storage.local_disk import local_disk
+from fednats.storage.local_model import LocalModel, model_folder
+from fednats.storage.outbox import ChunkKey, Outbox, outbox_file
+from fednats.storage.tensor_file import TensorFile
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A local pass whose result is in the model, waiting to be encoded."""
+
+    version: int
+    seed: int
+    n_samples: int
+    goes_on: bool
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class Trained:
 
 
 class SiteWorker:
-    """Holds task, data and model; the update of the last local pass until it is encoded."""
+    """Holds task, data and one model; the result of the last local pass until it is encoded."""
 
     def __init__(self, settings: SiteSettings) -> None:
         torch.set_num_threads(1)
@@ -42,12 +54,15 @@ class SiteWorker:
         self._public_key = read_key(settings.public_key_file, "public_key_file")
         with task_code("loading the task"):
             task = make_task(settings.task.path, settings.task.options)
-            self._parameters = parameters_of(task.model())
-            self._trainer = Trainer(task)
-            self._evaluator = Evaluator(task)
-        self._layout = Layout(self._parameters)
+            model = initial_model(task, seed=0)
+            self._trainer = Trainer(task, model)
+            self._evaluator = Evaluator(task, model)
+        self._model = FlatModel(model)
+        self._layout = Layout(parameters_of(model))
         self._outbox = Outbox(outbox_file(settings.state_dir))
-        self._result: LocalResult | None = None
+        self._weights = LocalModel(model_folder(settings.state_dir))
+        self._local = settings.state_dir / "local.safetensors"
+        self._pass: Pass | None = None
 
     def prepare(self) -> int:
         """Load everything; return the number of training cases."""
@@ -59,8 +74,8 @@ class SiteWorker:
         Raises:
             RefusedError: the parameters, the cipher's key or the grid do not fit.
         """
-        if manifest.parameters != self._parameters:
-            detail = _difference(manifest, {spec.name: spec.shape for spec in self._parameters})
+        if manifest.parameters != self._layout.parameters:
+            detail = _difference(manifest, {spec.name: spec.shape for spec in self._layout.parameters})
             raise RefusedError(Reason.WRONG_SHAPE, f"the announced model is not this site's: {detail}")
         if self._public_key is not None and manifest.delta.cipher == "none":
             raise RefusedError(Reason.POLICY, "the run is not encrypted, but this site has a public_key_file")
@@ -72,34 +87,58 @@ class SiteWorker:
                 Reason.WRONG_GRID, f"{len(manifest.grid.steps)} steps for {len(manifest.parameters)} tensors"
             )
 
-    def evaluate(self, weights: bytes) -> Evaluated:
-        """Evaluate float32 weights on the test data."""
-        with task_code("evaluating"):
-            return self._evaluator.evaluate(np.frombuffer(weights, "<f4"))
+    def advance(self, manifest: ModelManifest, chain: tuple[Frame, ...]) -> None:
+        """Make the weights of ``manifest`` along frames that were fetched; raises as `LocalModel.advance`."""
+        with local_disk(self._settings.state_dir):
+            self._weights.advance(manifest, chain)
 
-    def train(self, manifest: ModelManifest, weights: bytes) -> Trained:
-        """Make one local pass from float32 weights; the delta stays here until `encode`."""
-        seed = _seed(manifest.seed, self._settings.site, manifest.version)
-        with task_code("training"):
-            self._result = self._trainer.train(np.frombuffer(weights, "<f4"), manifest.training, seed)
-        return Trained(self._result.n_samples, self._result.train_loss)
+    def evaluate(self, version: int) -> Evaluated:
+        """Evaluate the weights of ``version`` on the test data."""
+        with self._weights.weights(version) as weights, task_code("evaluating"):
+            return self._evaluator.evaluate(weights)
 
-    def encode(self, base_version: int, newest: ModelManifest) -> Update:
-        """Quantise on the newest grid, encrypt and store the delta with what rounding left of it."""
-        result = self._result
-        if result is None:
+    def train(self, manifest: ModelManifest, goes_on: bool) -> Trained:  # noqa: FBT001 - a worker's call has no names
+        """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.
+
+        With ``goes_on`` it starts from where the last such pass on that version ended, and notes where it ends.
+        """
+        seed = _seed(manifest.seed, self._settings.site, manifest.version, self._outbox.next_sequence())
+        with self._start(manifest.version, goes_on=goes_on) as start, task_code("training"):
+            trained = self._trainer.train(start, manifest.training, seed)
+        self._pass = Pass(manifest.version, seed, trained.n_samples, goes_on)
+        return Trained(trained.n_samples, trained.train_loss)
+
+    def encode(self, newest: ModelManifest) -> Update:
+        """Quantise on the newest grid, encrypt and store the delta with what rounding left of it.
+
+        Raises:
+            LocalStorageError: the disk is full; nothing of the update is stored and it can be encoded again.
+            LocalDataError: nothing was trained, or the delta is not finite.
+        """
+        done = self._pass
+        if done is None:
             raise LocalDataError("nothing was trained since the worker started")
+        with local_disk(self._settings.state_dir):
+            with self._start(done.version, goes_on=done.goes_on) as start:
+                update = self._encode(done, Difference(self._model, start), newest)
+            if done.goes_on:
+                self._note_local(done.version)
+        self._pass = None
+        return update
+
+    def _encode(self, done: "Pass", delta: Vector, newest: ModelManifest) -> Update:
         encode = encoder(newest.delta, self._public_key)
-        sequence = self._outbox.next_sequence()
+        sequence, dropped = self._outbox.next_sequence(), self._outbox.begin(self._settings.max_outbox)
         update_id = uuid.uuid4().hex
-        rng = np.random.default_rng(_seed(newest.seed, self._settings.site, base_version) + sequence)
+        rng = np.random.default_rng(done.seed)
+        residual = self._outbox.residual(self._layout, dropped)
         digests = []
         n_bytes = 0
         saturated = 0
-        chunks = encode.encode(result.delta, self._outbox.residual, self._layout, newest.grid, rng)
+        chunks = encode.encode(delta, residual, self._layout, newest.grid, rng)
         for position, chunk in enumerate(chunks):
-            self._outbox.add_chunk(update_id, position, chunk.data)
-            self._outbox.add_residual(sequence, chunk.start, chunk.residual)
+            key = ChunkKey(update_id, sequence, position, chunk.start)
+            self._outbox.add_chunk(key, chunk.data, chunk.values, chunk.residual)
             digests.append(wire.digest(chunk.data))
             n_bytes += len(chunk.data)
             saturated += chunk.n_saturated
@@ -109,16 +148,31 @@ class SiteWorker:
             site=self._settings.site,
             update_id=update_id,
             sequence=sequence,
-            base_version=base_version,
+            base_version=done.version,
             grid_id=newest.grid.grid_id,
             key_id=encode.key_id,
-            n_samples=result.n_samples,
+            n_samples=done.n_samples,
             saturated=saturated,
             payload=Payload(payload_id=update_id, n_bytes=n_bytes, digests=tuple(digests)),
         )
-        self._outbox.add_update(update)
-        self._result = None
+        self._outbox.add_update(update, newest.grid.steps, dropped)
         return update
+
+    def _start(self, version: int, *, goes_on: bool) -> TensorFile:
+        """Open what a pass on ``version`` starts from."""
+        if goes_on and self._local.exists():
+            local = TensorFile.read(self._local)
+            if local.metadata.get("version") == str(version):
+                return local
+            local.close()
+        return self._weights.weights(version)
+
+    def _note_local(self, version: int) -> None:
+        partial = self._local.with_suffix(".partial")
+        with TensorFile.create(partial, [("local", (len(self._model),))], {"version": str(version)}) as file:
+            for block in blocks(len(self._model)):
+                file.write(block.start, self._model[block])
+        partial.rename(self._local)
 
 
 @contextmanager
@@ -141,13 +195,8 @@ def task_code(doing: str) -> Iterator[None]:
         ) from None
 
 
-def outbox_file(state_dir: Path) -> Path:
-    """Return where a site keeps its outbox."""
-    return state_dir / "outbox.sqlite"
-
-
-def _seed(seed: int, site: str, version: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{site}/{version}".encode(), digest_size=4).digest()
+def _seed(seed: int, site: str, version: int, sequence: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{site}/{version}/{sequence}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
 
 

@@ -1,22 +1,18 @@
-"""Model versions on disk as safetensors, written whole or not at all."""
+"""Model versions on disk: weights, the server optimiser's state and the frames that lead there, whole or not at all."""
 
+import math
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+import msgpack
+from pydantic import BaseModel, ConfigDict
 
 from fednats.errors import ConfigError
-from fednats.messages import Grid
-
-_GRIDS = TypeAdapter(tuple[Grid, ...])
+from fednats.messages import Frame, Grid, ParameterSpec
+from fednats.storage.chunk_file import ChunkFile
+from fednats.storage.tensor_file import TensorFile, sync_folder
 
 KEPT_VERSIONS = 8
 """Newest versions kept on disk: the evaluations that show one of them to be the best take a few versions to arrive."""
@@ -24,60 +20,110 @@ KEPT_VERSIONS = 8
 BEST_FILE = "best.safetensors"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One model version and what continuing from it needs."""
+class Checkpoint(BaseModel):
+    """One model version, but for its numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int
-    state: Mapping[str, NDArray[np.float32]]
-    """Of the server optimiser; ``weights`` float32[n] is the model."""
-    grids: tuple[Grid, ...]
-    """Grids on which contributions may still be under way; the last is the current one."""
     made_by: str
     """Id of the combination that made this version; empty for the first."""
+    weights_digest: bytes
+    grids: tuple[Grid, ...]
+    """Grids on which contributions may still be under way; the last is the current one."""
+    frames: tuple[Frame, ...]
+    """Frames that are published; their chunks are on disk too."""
 
 
 class Checkpoints:
-    """A folder of ``version-<n>.safetensors``; the newest few and the best are kept."""
+    """A folder of versions.
 
-    def __init__(self, directory: Path) -> None:
+    ``version-<n>.safetensors`` has the weights as published, tensor by tensor; ``optimizer-<n>.safetensors`` the newest
+    version's ``target`` (the optimiser's own weights, before rounding) and its slots, each float32[n_parameters];
+    ``version-<n>.msgpack`` the rest. A version is there when
+    that file is.
+    """
+
+    def __init__(self, directory: Path, parameters: Sequence[ParameterSpec], slots: Sequence[str]) -> None:
         self._directory = directory
+        self._parameters = [(spec.name, spec.shape) for spec in parameters]
+        self._state_names = ("target", *slots)
         directory.mkdir(parents=True, exist_ok=True)
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write ``checkpoint``; durable on return. Older versions beyond the newest few are removed."""
-        metadata = {
-            "version": str(checkpoint.version),
-            "made_by": checkpoint.made_by,
-            "grids": _GRIDS.dump_json(checkpoint.grids).decode(),
-        }
-        save_tensors(self._path(checkpoint.version), checkpoint.state, metadata)
-        for old in sorted(self._versions())[:-KEPT_VERSIONS]:
-            self._path(old).unlink()
+    def create(self, version: int) -> tuple[TensorFile, TensorFile]:
+        """Make the files for the weights and the optimiser's state of a new version, filled with zeros."""
+        weights = TensorFile.create(_partial(self._weights_file(version)), self._parameters, {"version": str(version)})
+        shapes = [(name, (len(weights),)) for name in self._state_names]
+        return weights, TensorFile.create(_partial(self._state_file(version)), shapes, {"version": str(version)})
+
+    def create_frame(self, payload_id: str) -> ChunkFile:
+        """Begin the chunks of a frame."""
+        path = frame_file(self._directory, payload_id)
+        path.unlink(missing_ok=True)
+        return ChunkFile(path)
+
+    def commit(self, checkpoint: Checkpoint, weights: TensorFile, state: TensorFile) -> None:
+        """Close the files of a version and make it the newest; durable on return. Removes what is no longer needed."""
+        files = {weights: self._weights_file(checkpoint.version), state: self._state_file(checkpoint.version)}
+        for file, path in files.items():
+            file.sync()
+            file.close()
+            file.path.rename(path)
+        record = self._record(checkpoint.version)
+        with _partial(record).open("wb") as file_of_record:
+            file_of_record.write(msgpack.packb(checkpoint.model_dump()))
+            file_of_record.flush()
+            os.fsync(file_of_record.fileno())
+        sync_folder(self._directory)
+        _partial(record).rename(record)
+        sync_folder(self._directory)
+        self._tidy(checkpoint)
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest version, or None before the first."""
-        versions = self._versions()
-        return self.load(max(versions)) if versions else None
-
-    def load(self, version: int) -> Checkpoint:
-        """Read one version.
+        """Return the newest version, or None before the first.
 
         Raises:
-            ConfigError: the file is missing or damaged.
+            ConfigError: its record is damaged.
         """
-        path = self._path(version)
-        tensors, metadata = load_tensors(path)
-        return Checkpoint(
-            version=version,
-            state=tensors,
-            grids=_GRIDS.validate_json(metadata["grids"]),
-            made_by=metadata["made_by"],
-        )
+        versions = self._versions()
+        if not versions:
+            return None
+        path = self._record(max(versions))
+        try:
+            return Checkpoint.model_validate(msgpack.unpackb(path.read_bytes(), use_list=False))
+        except (OSError, ValueError) as error:  # msgpack's and pydantic's errors are ValueErrors
+            raise ConfigError(f"{path}: cannot be read as a checkpoint ({error}); restore it or remove it") from error
+
+    def weights(self, version: int) -> TensorFile:
+        """Open the weights of ``version``. Raises ConfigError if they are missing, damaged or another model's."""
+        file = TensorFile.read(self._weights_file(version))
+        n_parameters = sum(math.prod(shape) for _, shape in self._parameters)
+        if len(file) != n_parameters:
+            file.close()
+            raise ConfigError(
+                f"{self._directory}: holds a model of {len(file)} parameters, the task's has {n_parameters};"
+                " give the new run a state_dir of its own"
+            )
+        return file
+
+    def state(self, version: int) -> TensorFile:
+        """Open the optimiser's state of the newest version: ``target``, then each slot.
+
+        Raises:
+            ConfigError: it is missing, damaged, or another optimiser's.
+        """
+        file = TensorFile.read(self._state_file(version))
+        n_parameters = sum(math.prod(shape) for _, shape in self._parameters)
+        if len(file) != len(self._state_names) * n_parameters:
+            file.close()
+            raise ConfigError(
+                f"{self._state_file(version)} is the state of another server optimiser; restore the settings [server]"
+            )
+        return file
 
     def keep_best(self, version: int) -> bool:
         """Keep ``version`` as ``best.safetensors``; False if it is no longer among the newest few."""
-        path = self._path(version)
+        path = self._weights_file(version)
         if not path.exists():
             return False
         partial = self._directory / "best.partial"
@@ -85,38 +131,45 @@ class Checkpoints:
         partial.rename(self._directory / BEST_FILE)
         return True
 
-    def _path(self, version: int) -> Path:
-        return self._directory / f"version-{version}.safetensors"
+    def _tidy(self, newest: Checkpoint) -> None:
+        old = sorted(self._versions())[:-KEPT_VERSIONS]
+        frames = {frame_file(self._directory, frame.payload.payload_id) for frame in newest.frames}
+        unneeded = [file for version in old for file in (self._record(version), self._weights_file(version))]
+        unneeded += [file for file in self._directory.glob("frame-*.chunks") if file not in frames]
+        unneeded += [
+            file for file in self._directory.glob("optimizer-*.safetensors") if file != self._state_file(newest.version)
+        ]
+        for file in unneeded:
+            file.unlink(missing_ok=True)
 
     def _versions(self) -> list[int]:
-        return [int(path.stem.removeprefix("version-")) for path in self._directory.glob("version-*.safetensors")]
+        return [int(path.stem.removeprefix("version-")) for path in self._directory.glob("version-*.msgpack")]
+
+    def _record(self, version: int) -> Path:
+        return self._directory / f"version-{version}.msgpack"
+
+    def _weights_file(self, version: int) -> Path:
+        return self._directory / f"version-{version}.safetensors"
+
+    def _state_file(self, version: int) -> Path:
+        return self._directory / f"optimizer-{version}.safetensors"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file so that ``path`` is either the old or the whole new one."""
-    partial = path.with_suffix(".partial")
-    save_file(
-        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, partial, metadata=dict(metadata)
-    )
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+def checkpoints_folder(state_dir: Path) -> Path:
+    """Return where a coordinator keeps its versions."""
+    return state_dir / "checkpoints"
 
 
-def load_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Read a safetensors file and its metadata.
+def frame_file(directory: Path, payload_id: str) -> Path:
+    """Return where the chunks of a frame are."""
+    return directory / f"frame-{payload_id}.chunks"
 
-    Raises:
-        ConfigError: the file is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: cannot be read as a checkpoint ({error}); restore it or remove it") from error
+
+def newest_weights(directory: Path) -> Path | None:
+    """Return the file of the newest version in ``directory``, for whoever reads a run that ended."""
+    versions = [int(path.stem.removeprefix("version-")) for path in directory.glob("version-*.msgpack")]
+    return directory / f"version-{max(versions)}.safetensors" if versions else None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial" + path.suffix)

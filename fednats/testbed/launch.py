@@ -1,6 +1,7 @@
 """Run a whole federation on this machine: servers, daemons, progress, comparison, report."""
 
 import asyncio
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -12,14 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fednats.codec.layout import Layout
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings
 from fednats.crypto import secret
 from fednats.delta import scheme
 from fednats.errors import FednatsError, InterruptedRunError
-from fednats.learning.flat import parameters_of
-from fednats.learning.task import make_task
-from fednats.storage.checkpoints import Checkpoints, save_tensors
+from fednats.storage.checkpoints import checkpoints_folder, newest_weights
+from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
 from fednats.testbed.comparison import Comparison, compare
 from fednats.testbed.federation import FederationSettings
@@ -80,8 +79,7 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     _refuse_used(output)
     async with running(federation, output) as federation_running:
         statuses = await _watch(federation, federation_running, started)
-    weights = _last_weights(output)
-    _write_model(federation, output, weights)
+    weights = await asyncio.to_thread(_keep_model, output)
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
@@ -171,21 +169,14 @@ def _refuse_used(output: Path) -> None:
         raise FednatsError(f"{output} holds a federation already; give another --output or remove it")
 
 
-def _last_weights(output: Path) -> NDArray[np.float32]:
-    newest = Checkpoints(output / COORDINATOR / "checkpoints").newest()
+def _keep_model(output: Path) -> NDArray[np.float32]:
+    """Copy the last version to ``model.safetensors``; return its weights, float32[n]."""
+    newest = newest_weights(checkpoints_folder(output / COORDINATOR))
     if newest is None:
         raise FednatsError(f"{output}: the coordinator left no model version")
-    return newest.state["weights"]
-
-
-def _write_model(federation: FederationSettings, output: Path, weights: NDArray[np.float32]) -> None:
-    settings = federation.task_of(None)
-    layout = Layout(parameters_of(make_task(settings.path, settings.options).model()))
-    tensors = {
-        spec.name: weights[part].reshape(spec.shape)
-        for spec, part in zip(layout.parameters, layout.slices, strict=True)
-    }
-    save_tensors(output / "model.safetensors", tensors, {"task": federation.task, "run": federation.name})
+    shutil.copyfile(newest, output / "model.safetensors")
+    with TensorFile.read(newest) as weights:
+        return weights[0 : len(weights)]
 
 
 def _summarise(federation: FederationSettings, statuses: Statuses, comparison: Comparison, wall_s: float) -> Summary:

@@ -2,7 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +20,7 @@ import nats.micro
 from nats.aio.msg import Msg
 from nats.micro.request import Request
 
+from fednats import subjects as names
 from fednats.config import BusSettings
 from fednats.errors import BusError
 from fednats.transport import payload
@@ -75,6 +85,14 @@ class Bus:
         """Whether the connection stands right now."""
         return self._connection.connected
 
+    async def wait_away(self) -> None:
+        """Wait until the connection is gone."""
+        await self._connection.wait_away()
+
+    async def wait_connected(self) -> None:
+        """Wait until the connection stands. Raises BusError if it was closed for good."""
+        await self._connection.wait_connected()
+
     @property
     def max_payload_bytes(self) -> int:
         """Largest ``data`` that may be published: the server's limit less room for headers."""
@@ -98,10 +116,10 @@ class Bus:
 
     # --- sending
 
-    async def publish(self, subject: str, data: bytes, message_id: str) -> None:
+    async def publish(self, subject: str, data: bytes, message_id: str) -> bool:
         """Store a message in the stream of ``subject``; waits, for ever, while the bus is away.
 
-        A ``message_id`` that the stream has seen within its duplicate window is not stored again, and this returns.
+        A ``message_id`` that the stream has seen within its duplicate window is not stored again: this returns False.
 
         Raises:
             BusFullError: the stream is at its limit; nothing is stored.
@@ -113,8 +131,7 @@ class Bus:
             except AwayError:
                 await self._connection.wait_connected()
             else:
-                answer(message.data, subject)
-                return
+                return not answer(message.data, subject).get("duplicate", False)
 
     async def emit(self, subject: str, data: bytes) -> None:
         """Tell whoever listens now; nothing is stored, nobody acknowledges. Raises BusError while the bus is away."""
@@ -133,24 +150,43 @@ class Bus:
         payload_id: str,
         chunks: Iterable[bytes] | AsyncIterable[bytes],
         window: int = payload.WINDOW,
+        *,
+        first: int = 0,
+        stored: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         """Store chunks with at most ``window`` of them unacknowledged; returns when all are acknowledged.
 
-        Call it again with the same chunks to resume. Raises as `publish` does.
+        ``chunks`` begin with number ``first``; ``stored`` is told how many of all are acknowledged without a gap, as they
+        come. Call it again with the same chunks to resume. Raises as `publish` does.
         """
-        await payload.publish(self.publish, prefix, payload_id, chunks, window)
+        await payload.publish(self.publish, prefix, payload_id, chunks, window, first, stored)
+
+    async def has_chunk(self, prefix: str, payload_id: str, index: int, chunk: bytes) -> bool:
+        """Offer one chunk again: whether the stream knew it. If not it is stored now. Raises as `publish` does."""
+        return not await self.publish(
+            names.chunk(prefix, payload_id, index), chunk, payload.chunk_id(payload_id, index)
+        )
 
     # --- reading
 
     def read_payload(
-        self, stream: str, prefix: str, payload_id: str, digests: Sequence[bytes], window: int = payload.WINDOW
+        self,
+        stream: str,
+        prefix: str,
+        payload_id: str,
+        digests: Sequence[bytes],
+        window: int = payload.WINDOW,
+        *,
+        first: int = 0,
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks in order, each checked; at most ``window`` are in memory. Waits while the bus is away.
+        """Yield the chunks from number ``first`` on in order, each checked; at most ``window`` are in memory.
+
+        Waits while the bus is away.
 
         Raises:
             RefusedError: (CHECKSUM) a chunk is missing or differs from its digest.
         """
-        return payload.read(self._connection, stream, prefix, payload_id, digests, window)
+        return payload.read(self._connection, stream, prefix, payload_id, digests, window, first)
 
     def consume(self, stream: str, durable: str, filters: Sequence[str]) -> AsyncGenerator[Delivery, None]:
         """Yield each message matching ``filters`` that is not settled yet, in order, for ever.

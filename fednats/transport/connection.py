@@ -55,6 +55,7 @@ class Connection:
         """Called after every reconnection."""
         self._name = name
         self._up = asyncio.Event()
+        self._down = asyncio.Event()
         self._opening = True
         self._ended: str | None = None
         self._last_error = "no answer"
@@ -69,6 +70,10 @@ class Connection:
         """Wait until it stands; raises BusError if it was closed for good."""
         await self._up.wait()
         self._check()
+
+    async def wait_away(self) -> None:
+        """Wait until the connection is gone."""
+        await self._down.wait()
 
     async def request(self, subject: str, data: bytes = b"", headers: Mapping[str, str] | None = None) -> Msg:
         """Ask and wait for the answer.
@@ -186,6 +191,7 @@ class Connection:
 
     async def _on_disconnected(self) -> None:
         self._up.clear()
+        self._down.set()
         for future in self._waiting:
             if not future.done():
                 future.set_exception(AwayError(f"{self._name}: the connection broke"))
@@ -193,6 +199,7 @@ class Connection:
             self.log.warning("bus_disconnected", error=self._last_error)
 
     async def _on_reconnected(self) -> None:
+        self._down.clear()
         self._up.set()
         self.log.info("bus_reconnected")
         for wake in tuple(self.wakers):

@@ -17,31 +17,41 @@ T = TypeVar("T")
 
 
 async def publish(
-    publish_one: Callable[[str, bytes, str], Awaitable[None]],
+    publish_one: Callable[[str, bytes, str], Awaitable[bool]],
     prefix: str,
     payload_id: str,
     chunks: Iterable[bytes] | AsyncIterable[bytes],
     window: int,
+    first: int,
+    stored: Callable[[int], Awaitable[None]] | None,
 ) -> None:
-    """Publish chunk i as `subjects.chunk` with the message id ``<payload_id>.<i>``; returns when all are stored."""
+    """Publish chunk i as `subjects.chunk` with the message id `chunk_id`; returns when all are stored."""
 
-    async def calls() -> AsyncIterator[Awaitable[None]]:
-        index = 0
+    async def calls() -> AsyncIterator[Awaitable[bool]]:
+        index = first
         async for chunk in _each(chunks):
-            yield publish_one(subjects.chunk(prefix, payload_id, index), chunk, f"{payload_id}.{index}")
+            yield publish_one(subjects.chunk(prefix, payload_id, index), chunk, chunk_id(payload_id, index))
             index += 1
 
+    n_stored = first
     async for _ in _pipelined(calls(), window):
-        pass
+        n_stored += 1
+        if stored is not None:
+            await stored(n_stored)
+
+
+def chunk_id(payload_id: str, index: int) -> str:
+    """Return the message id of a chunk, by which the stream knows it again."""
+    return f"{payload_id}.{index}"
 
 
 async def read(
-    connection: Connection, stream: str, prefix: str, payload_id: str, digests: Sequence[bytes], window: int
+    connection: Connection, stream: str, prefix: str, payload_id: str, digests: Sequence[bytes], window: int, first: int
 ) -> AsyncGenerator[bytes, None]:
     """Yield the chunks in order, each checked against its digest."""
 
     async def calls() -> AsyncIterator[Awaitable[bytes]]:
-        for index, expected in enumerate(digests):
+        for index, expected in enumerate(digests[first:], first):
             yield _chunk(connection, stream, subjects.chunk(prefix, payload_id, index), expected)
 
     async for chunk in _pipelined(calls(), window):

@@ -80,8 +80,8 @@ def test_segments_of_steps_join_to_all_steps(shapes: list[list[int]], cuts: list
     grid = Grid(grid_id="g", steps=tuple(float(index + 1) for index in range(len(shapes))))
     n = layout.n_parameters
     bounds = sorted({0, n, *(cut for cut in cuts if cut < n)})
-    joined = [layout.steps(grid, start, stop) for start, stop in itertools.pairwise(bounds)]
-    whole = layout.steps(grid, 0, n)
+    joined = [layout.steps(grid.steps, start, stop) for start, stop in itertools.pairwise(bounds)]
+    whole = layout.steps(grid.steps, 0, n)
     assert whole.size == n
     np.testing.assert_array_equal(np.concatenate([*joined, np.empty(0, np.float32)]), whole)
     for index, part in enumerate(layout.slices):

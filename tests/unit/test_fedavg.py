@@ -33,7 +33,7 @@ def test_fresh_updates_give_the_mean_weighted_by_samples(settings: dict[str, Any
     deltas = {site: rng.normal(scale=0.02, size=layout.n_parameters).astype(np.float32) for site in N_SAMPLES}
     qmax = scheme.qmax(delta_settings)
     grid = grids.initial(layout, deltas["a"] * 8, qmax)
-    steps = layout.steps(grid, 0, layout.n_parameters)
+    steps = layout.steps(grid.steps, 0, layout.n_parameters)
     encode = encoder(delta_settings, public_key)
     nothing = np.zeros(layout.n_parameters, np.float32)
     chunks = {}

@@ -36,7 +36,7 @@ def run(
     changed = []
     for version in range(30):
         shared = draw(rng, n, heavy=heavy)
-        steps = LAYOUT.steps(grid, 0, n)
+        steps = LAYOUT.steps(grid.steps, 0, n)
         total = np.zeros(n)
         n_saturated = 0
         for site in range(N_SITES):

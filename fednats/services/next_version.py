@@ -1,0 +1,123 @@
+"""The next model version on disk: two passes over the files of the current one, block by block."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fednats import wire
+from fednats.codec import frames
+from fednats.codec.layout import Difference, Layout, Vector, blocks
+from fednats.learning.server_optimizer import ServerOptimizer
+from fednats.messages import DIGEST_BYTES, Chunk, Frame, Grid
+from fednats.storage.checkpoints import Checkpoint, Checkpoints
+from fednats.storage.tensor_file import TensorFile
+
+KEYFRAME_AFTER = 2.0
+"""A keyframe is due when the differences since the last one come to so many times its bytes."""
+
+KEPT_DIFFERENCES = 16
+"""Newest differences kept for those who missed some versions; with more of them behind, the keyframe serves."""
+
+
+class NextVersion:
+    """Makes one version from ``current``."""
+
+    def __init__(self, checkpoints: Checkpoints, current: Checkpoint, layout: Layout, chunk_bytes: int) -> None:
+        self._checkpoints = checkpoints
+        self._current = current
+        self._layout = layout
+        self._chunk_bytes = chunk_bytes
+
+    def make(
+        self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], made_by: str, grids: tuple[Grid, ...]
+    ) -> Checkpoint:
+        """Step along ``mean_delta`` float32[n], round the way to the result, commit; durable on return."""
+        version = self._current.version + 1
+        weights, state = self._checkpoints.create(version)
+        with (
+            self._checkpoints.weights(self._current.version) as published,
+            self._checkpoints.state(self._current.version) as state_before,
+        ):
+            self._step(optimizer, mean_delta, state_before, state)
+            steps = frames.steps(self._layout.means(Difference(state, published), np.square))
+            difference, digest = self._round(state, published, steps, weights, f"v{version}-{made_by[:8]}")
+        kept = (*self._current.frames, difference)
+        if _keyframe_is_due(kept):
+            kept = (
+                *kept,
+                write_keyframe(self._checkpoints, weights, version, f"k{version}-{made_by[:8]}", self._chunk_bytes),
+            )
+        checkpoint = Checkpoint(
+            version=version, made_by=made_by, weights_digest=digest, grids=grids, frames=_still_of_use(kept)
+        )
+        self._checkpoints.commit(checkpoint, weights, state)
+        return checkpoint
+
+    def _step(
+        self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], before: TensorFile, after: TensorFile
+    ) -> None:
+        n = self._layout.n_parameters
+        for block in blocks(n):
+            slots = {
+                name: before[position * n + block.start : position * n + block.stop]
+                for position, name in enumerate(optimizer.slots, 1)
+            }
+            stepped, slots = optimizer.step(before[block], slots, mean_delta[block], n_steps=self._current.version)
+            after.write(block.start, stepped)
+            for position, name in enumerate(optimizer.slots, 1):
+                after.write(position * n + block.start, slots[name])
+
+    def _round(
+        self, target: TensorFile, published: TensorFile, steps: tuple[float, ...], weights: TensorFile, payload_id: str
+    ) -> tuple[Frame, bytes]:
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        with self._checkpoints.create_frame(payload_id) as file:
+            for part in blocks(self._layout.n_parameters, self._chunk_bytes):
+                base = published[part]
+                of_values = self._layout.steps(steps, part.start, part.stop)
+                multiples = frames.difference(target[part], base, of_values)
+                reached = frames.follow(base, multiples, of_values)
+                weights.write(part.start, reached)
+                digest.update(reached.tobytes())
+                file.append(wire.pack(Chunk(parts=(multiples.tobytes(),))))
+        frame = Frame(version=self._current.version + 1, steps=steps, payload=file.payload(payload_id))
+        return frame, digest.digest()
+
+
+def first_version(checkpoints: Checkpoints, initial: Vector, grid: Grid, chunk_bytes: int) -> Checkpoint:
+    """Commit version 0 with the weights ``initial``; durable on return."""
+    weights, state = checkpoints.create(0)
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for block in blocks(len(initial)):
+        values = initial[block]
+        weights.write(block.start, values)
+        state.write(block.start, values)
+        digest.update(values.tobytes())
+    keyframe = write_keyframe(checkpoints, weights, 0, "k0-first", chunk_bytes)
+    checkpoint = Checkpoint(version=0, made_by="", weights_digest=digest.digest(), grids=(grid,), frames=(keyframe,))
+    checkpoints.commit(checkpoint, weights, state)
+    return checkpoint
+
+
+def write_keyframe(checkpoints: Checkpoints, weights: Vector, version: int, payload_id: str, chunk_bytes: int) -> Frame:
+    """Write all of ``weights`` as a frame."""
+    with checkpoints.create_frame(payload_id) as file:
+        for part in blocks(len(weights), chunk_bytes // frames.VALUE_BYTES):
+            file.append(wire.pack(Chunk(parts=(weights[part].tobytes(),))))
+    return Frame(version=version, steps=(), payload=file.payload(payload_id))
+
+
+def _keyframe_is_due(kept: Sequence[Frame]) -> bool:
+    newest = max(index for index, frame in enumerate(kept) if frame.is_keyframe)
+    since = kept[newest + 1 :]
+    n_bytes = sum(frame.payload.n_bytes for frame in since)
+    return n_bytes > KEYFRAME_AFTER * kept[newest].payload.n_bytes or len(since) >= KEPT_DIFFERENCES
+
+
+def _still_of_use(kept: Sequence[Frame]) -> tuple[Frame, ...]:
+    """Keep the newest differences and the two newest keyframes: one may be half fetched when the next comes."""
+    keyframes = [frame for frame in kept if frame.is_keyframe][-2:]
+    differences = [frame for frame in kept if not frame.is_keyframe][-2 * KEPT_DIFFERENCES :]
+    return tuple(frame for frame in kept if frame in keyframes or frame in differences)

@@ -1,0 +1,69 @@
+"""The chunks of one payload on disk: on their way out until they are sent, on their way in until they are all there."""
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+from fednats import wire
+from fednats.messages import Payload
+
+_LENGTH = struct.Struct(">I")
+
+
+class ChunkFile:
+    """Chunks one after the other, each behind its length."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._sizes: list[int] = []
+        self._digests: list[bytes] = []
+        self._file = path.open("ab")
+
+    def append(self, chunk: bytes) -> None:
+        """Add one chunk."""
+        self._file.write(_LENGTH.pack(len(chunk)))
+        self._file.write(chunk)
+        self._sizes.append(len(chunk))
+        self._digests.append(wire.digest(chunk))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was appended is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def payload(self, payload_id: str) -> Payload:
+        """Return what a head says of the chunks appended."""
+        return Payload(payload_id=payload_id, n_bytes=sum(self._sizes), digests=tuple(self._digests))
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yield the chunks of a file; one that was cut short ends with its last whole chunk."""
+    with path.open("rb") as file:
+        while len(length := file.read(_LENGTH.size)) == _LENGTH.size:
+            chunk = file.read(_LENGTH.unpack(length)[0])
+            if len(chunk) < _LENGTH.unpack(length)[0]:
+                return
+            yield chunk
+
+
+def keep_sound(path: Path, digests: Sequence[bytes]) -> int:
+    """Cut the file at ``path`` (it may be absent) after the leading chunks that match ``digests``; return how many."""
+    if not path.exists():
+        return 0
+    sound = n_bytes = 0
+    for chunk, expected in zip(read_chunks(path), digests, strict=False):
+        if wire.digest(chunk) != expected:
+            break
+        sound += 1
+        n_bytes += _LENGTH.size + len(chunk)
+    os.truncate(path, n_bytes)
+    return sound

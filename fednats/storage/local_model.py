@@ -1,0 +1,119 @@
+"""A site's copy of a model version on disk, and the frames fetched on the way to the next one."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fednats import wire
+from fednats.codec import frames
+from fednats.codec.layout import Layout, blocks
+from fednats.errors import Reason, RefusedError
+from fednats.messages import DIGEST_BYTES, Chunk, Frame, ModelManifest
+from fednats.storage.chunk_file import read_chunks
+from fednats.storage.tensor_file import TensorFile
+
+
+class LocalModel:
+    """A folder with one version, ``version-<n>.safetensors``, and frames, ``frame-<payload id>.chunks``.
+
+    The daemon fetches frames, the worker applies them.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def held(self) -> int:
+        """The version whose weights are here, -1 for none."""
+        return max((int(path.stem.removeprefix("version-")) for path in self._directory.glob("version-*")), default=-1)
+
+    def frame_file(self, frame: Frame) -> Path:
+        """Return where the chunks of ``frame`` go."""
+        return self._directory / f"frame-{frame.payload.payload_id}.chunks"
+
+    def fetched(self) -> dict[str, int]:
+        """Return how many bytes of which payloads are here."""
+        files = self._directory.glob("frame-*.chunks")
+        return {path.stem.removeprefix("frame-"): path.stat().st_size for path in files}
+
+    def weights(self, version: int) -> TensorFile:
+        """Open the weights of ``version``. Raises ConfigError if they are missing or damaged."""
+        return TensorFile.read(self._file(version))
+
+    def advance(self, manifest: ModelManifest, chain: Sequence[Frame]) -> None:
+        """Make the weights of ``manifest`` from the version held along ``chain``, whose frames were fetched.
+
+        Raises:
+            RefusedError: the frames are malformed, or what they lead to has another digest than was announced. Everything
+                fetched is then forgotten, so that the next attempt starts from a keyframe.
+        """
+        held = self.held
+        layout = Layout(manifest.parameters)
+        partial = self._directory / "next.partial"
+        try:
+            with TensorFile.create(partial, [(spec.name, spec.shape) for spec in manifest.parameters], {}) as made:
+                if not chain[0].is_keyframe:
+                    _copy(self.weights(held), made)
+                for frame in chain:
+                    self._apply(frame, layout, made)
+                _check(manifest, made)
+                made.sync()
+        except RefusedError:
+            self._forget()
+            raise
+        self._forget()
+        partial.rename(self._file(manifest.version))
+
+    def _apply(self, frame: Frame, layout: Layout, made: TensorFile) -> None:
+        start = 0
+        for data in read_chunks(self.frame_file(frame)):
+            part = _only_part(data)
+            stop = start + len(part) // (frames.VALUE_BYTES if frame.is_keyframe else 1)
+            if stop > layout.n_parameters or (frame.is_keyframe and len(part) % frames.VALUE_BYTES):
+                raise RefusedError(Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: too many values")
+            if frame.is_keyframe:
+                made.write(start, np.frombuffer(part, "<f4"))
+            else:
+                steps = layout.steps(frame.steps, start, stop)
+                made.write(start, frames.follow(made[start:stop], np.frombuffer(part, np.int8), steps))
+            start = stop
+        if start != layout.n_parameters:
+            raise RefusedError(
+                Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: {start} of {layout.n_parameters} values"
+            )
+
+    def _forget(self) -> None:
+        for path in [*self._directory.glob("frame-*.chunks"), *self._directory.glob("version-*.safetensors")]:
+            path.unlink()
+
+    def _file(self, version: int) -> Path:
+        return self._directory / f"version-{version}.safetensors"
+
+
+def model_folder(state_dir: Path) -> Path:
+    """Return where a site keeps its copy of the model."""
+    return state_dir / "model"
+
+
+def _only_part(data: bytes) -> bytes:
+    parts = wire.unpack(data, Chunk).parts
+    if len(parts) != 1:
+        raise RefusedError(Reason.MALFORMED, f"a chunk of a frame in {len(parts)} parts, expected one")
+    return parts[0]
+
+
+def _copy(source: TensorFile, target: TensorFile) -> None:
+    with source:
+        for block in blocks(len(source)):
+            target.write(block.start, source[block])
+
+
+def _check(manifest: ModelManifest, weights: TensorFile) -> None:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for block in blocks(len(weights)):
+        digest.update(weights[block].tobytes())
+    if digest.digest() != manifest.weights_digest:
+        raise RefusedError(Reason.CHECKSUM, f"version {manifest.version} differs from its digest")

@@ -1,0 +1,136 @@
+"""A model on disk as safetensors, read and written part by part, so that it need never be in memory whole."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fednats.errors import ConfigError
+
+_VALUE_BYTES = 4
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+class TensorFile:
+    """float32 tensors in a safetensors file as one flat vector, in the order of the file.
+
+    Part ``a:b`` of the vector is read by ``file[a:b]`` and written by ``file.write(a, values)``. Open it with `read`,
+    or `create` it; it is a context manager.
+    """
+
+    def __init__(self, path: Path, descriptor: int, start: int, n_values: int, metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._descriptor = descriptor
+        self._start = start
+        self._n_values = n_values
+
+    @classmethod
+    def create(cls, path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Self:
+        """Make a file of zeros with these names and shapes."""
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        n_values = 0
+        for name, shape in tensors:
+            stop = n_values + math.prod(shape)
+            offsets = [n_values * _VALUE_BYTES, stop * _VALUE_BYTES]
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": offsets}
+            n_values = stop
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.pwrite(descriptor, _LENGTH.pack(len(text)) + text, 0)
+        start = _LENGTH.size + len(text)
+        os.truncate(descriptor, start + n_values * _VALUE_BYTES)
+        return cls(path, descriptor, start, n_values, metadata)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Open for reading.
+
+        Raises:
+            ConfigError: the file is missing or damaged.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise _unusable(path, error.strerror or "no such file") from error
+        try:
+            start, n_values, metadata = _parse(descriptor)
+        except (ValueError, KeyError, TypeError, struct.error) as error:
+            os.close(descriptor)
+            raise _unusable(path, str(error)) from error
+        return cls(path, descriptor, start, n_values, metadata)
+
+    def __len__(self) -> int:
+        return self._n_values
+
+    def __getitem__(self, part: slice) -> NDArray[np.float32]:
+        """Read values ``part.start`` to ``part.stop``."""
+        values = np.empty(part.stop - part.start, "<f4")
+        view = values.view(np.uint8).data
+        done = 0
+        while done < len(view):
+            n_bytes = os.preadv(self._descriptor, [view[done:]], self._start + part.start * _VALUE_BYTES + done)
+            if n_bytes == 0:
+                raise _unusable(self.path, f"it ends before value {part.stop}")
+            done += n_bytes
+        return values
+
+    def write(self, start: int, values: NDArray[np.float32]) -> None:
+        """Write ``values`` float32[n] from value ``start`` on."""
+        view = np.ascontiguousarray(values, "<f4").view(np.uint8).data
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._descriptor, view[done:], self._start + start * _VALUE_BYTES + done)
+
+    def sync(self) -> None:
+        """Return when all that was written is on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when renames and removals in ``folder`` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parse(descriptor: int) -> tuple[int, int, Mapping[str, str]]:
+    (length,) = _LENGTH.unpack(os.pread(descriptor, _LENGTH.size, 0))
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes")
+    header = json.loads(os.pread(descriptor, length, _LENGTH.size))
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    if any(entry["dtype"] != "F32" for entry in tensors):
+        raise ValueError("it holds other types than float32")
+    n_values = sum(math.prod(entry["shape"]) for entry in tensors)
+    start = _LENGTH.size + length
+    if os.fstat(descriptor).st_size != start + n_values * _VALUE_BYTES:
+        raise ValueError(f"it should hold {n_values} values and is not of that size")
+    return start, n_values, header.get("__metadata__", {})
+
+
+def _unusable(path: Path, why: str) -> ConfigError:
+    return ConfigError(f"{path}: cannot be read as a model ({why}); restore it or remove it")
