@@ -75,7 +75,7 @@ def inbox(name: str) -> str:
 
 
 def deliver(region: str) -> str:
-    """Prefix of the subjects on which the models cross from the uplink account to the region's private account."""
+    """Prefix of the subjects on which the models come to a region, into its uplink and its private account."""
     return f"fed_deliver.{region}"
 
 
@@ -143,9 +143,11 @@ def uplink(run: str, region: str) -> Permissions:
             _presence(run, "aggregator", region),
             f"$JS.{HUB}.API.{_presence(run, 'aggregator', region)}",
             subjects.event(run, "aggregator", region),
+            subjects.pulse(run, region),
         ),
         subscribe=(
             f"{inbox(user_name('uplink', region))}.>",
+            subjects.pulse(run, "*"),
             *_SERVICE,
             subjects.status(run, "aggregator", region),
         ),
@@ -167,9 +169,11 @@ def coordinator(run: str) -> Permissions:
             *_buckets(run),
             _presence(run, "coordinator", HUB),
             subjects.event(run, "coordinator", HUB),
+            subjects.pulse(run, HUB),
         ),
         subscribe=(
             f"{inbox(user_name('coordinator', HUB))}.>",
+            subjects.pulse(run, "*"),
             *_wake(run),
             *_watch(run),
             *_SERVICE,
@@ -197,8 +201,9 @@ def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permi
     """The leaf link of ``region`` to ``parent``. Publish is what comes up from the region, subscribe what goes down.
 
     ``below`` are the regions, at any depth, whose presence and replies come through this link too.
-    JetStream fetches for mirrors and sources by itself: it asks for a consumer (``CONSUMER.CREATE``, answered on
-    ``$JSC.R``), gets the messages on ``$JS.M`` (mirror) or ``$JS.S`` (source), and paces them on ``$JS.FC``.
+    JetStream copies by itself: it asks for a consumer (``CONSUMER.CREATE``, answered on ``$JSC.R``), gets the messages on
+    ``$JS.S`` or below `deliver`, and paces them on ``$JS.FC``. Down the link they come below `deliver`: a link that may
+    subscribe to ``$JS.S.*`` would hear the aggregates of other regions.
     """
     aggregates, models = subjects.aggregates_stream(run, region), subjects.models_stream(run, parent)
     nodes = (region, *below)
@@ -211,15 +216,17 @@ def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permi
             "_INBOX.>",
             *(f"$JS.{HUB}.API.{_presence(run, 'aggregator', node)}" for node in nodes),
             *(subjects.event(run, "aggregator", node) for node in nodes),
+            subjects.pulse(run, region),
         ),
         subscribe=(
             *_copied(f"$JS.{region}.API", aggregates),
             f"$JS.FC.{aggregates}.>",
             "$JSC.R.*",
-            "$JS.M.*",
+            f"{deliver(region)}.S.*",
             *(f"{inbox(user_name('uplink', node))}.>" for node in nodes),
             *_SERVICE,
             *(subjects.status(run, "aggregator", node) for node in nodes),
+            subjects.pulse(run, parent),
         ),
         replies=False,
     )
@@ -263,7 +270,7 @@ def _consume(stream: str) -> tuple[str, ...]:
 
 
 def _copied(api: str, stream: str) -> tuple[str, ...]:
-    """What another domain or account asks of the one that has the origin of a mirror or source."""
+    """What another domain or account asks of the one that has the stream it copies."""
     return (f"{api}.CONSUMER.CREATE.{stream}", f"{api}.CONSUMER.CREATE.{stream}.>")
 
 

@@ -95,6 +95,11 @@ def status(run: str, role: str, name: str) -> str:
     return f"fed.{run}.status.{role}.{name}"
 
 
+def pulse(run: str, node: str) -> str:
+    """What a node says every few seconds; heard elsewhere, it tells that the link to it stands."""
+    return f"fed.{run}.pulse.{node}"
+
+
 def presence_bucket(run: str) -> str:
     """KV bucket whose keys expire when a service no longer renews them."""
     return f"fed_{run}_presence"

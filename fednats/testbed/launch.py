@@ -22,11 +22,13 @@ from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
 from fednats.testbed.comparison import Comparison, compare
 from fednats.testbed.federation import FederationSettings
+from fednats.testbed.links import serving_links
 from fednats.testbed.nats_server import write_secret
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import SiteFigures, Staleness, Summary
+from fednats.testbed.wan import Wan, WanSettings
 
 POLL_S = 0.5
 COORDINATOR = "coordinator"
@@ -42,15 +44,29 @@ class Running:
     daemons: Daemons
     output: Path
 
+    @property
+    def links(self) -> Mapping[str, Wan]:
+        """By name: ``region-NAME`` is its leaf link, ``site-NAME`` its connection, and what was asked for."""
+        return self.servers.links
+
 
 @asynccontextmanager
-async def running(federation: FederationSettings, output: Path) -> AsyncIterator[Running]:
-    """Start everything; stop everything on the way out, whatever happened."""
+async def running(
+    federation: FederationSettings, output: Path, links: Mapping[str, WanSettings] | None = None
+) -> AsyncIterator[Running]:
+    """Start everything; stop everything on the way out, whatever happened.
+
+    ``links`` are beyond or instead of the federation's own; their names are `bus_servers.link_names`.
+    """
     plan = [
         RegionPlan(name, sites=federation.sites_of(name), parent=region.parent)
         for name, region in federation.regions.items()
     ]
-    async with bus_servers(output / "bus", federation.name, plan, leaves=federation.leaves) as servers:
+    wans = {**federation.links(), **(links or {})}
+    async with (
+        bus_servers(output / "bus", federation.name, plan, leaves=federation.leaves, links=wans) as servers,
+        serving_links(servers.links, output),
+    ):
         secret_key, public_key = make_keys(federation, output / "keys")
         async with Daemons(_daemons(federation, output, servers, secret_key, public_key)) as daemons:
             yield Running(servers, daemons, output)
@@ -80,10 +96,13 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     async with running(federation, output) as federation_running:
         statuses = await _watch(federation, federation_running, started)
     weights = await asyncio.to_thread(_keep_model, output)
+    wan_bytes = sum(
+        wan.bytes_up + wan.bytes_down for name, wan in federation_running.links.items() if name.startswith("region-")
+    )
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
-    summary = _summarise(federation, statuses, comparison, time.monotonic() - started)
+    summary = _summarise(federation, statuses, comparison, wan_bytes, time.monotonic() - started)
     summary.write(output / "summary.json")
     write_report(summary, output / "report.html")
     return summary
@@ -179,7 +198,9 @@ def _keep_model(output: Path) -> NDArray[np.float32]:
         return weights[0 : len(weights)]
 
 
-def _summarise(federation: FederationSettings, statuses: Statuses, comparison: Comparison, wall_s: float) -> Summary:
+def _summarise(
+    federation: FederationSettings, statuses: Statuses, comparison: Comparison, wan_bytes: int, wall_s: float
+) -> Summary:
     coordinator = statuses[COORDINATOR]
     sites = {name: statuses[f"site-{name}"] for name in federation.sites}
     aggregators = [statuses[f"aggregator-{name}"] for name in federation.regions]
@@ -211,6 +232,7 @@ def _summarise(federation: FederationSettings, statuses: Statuses, comparison: C
         pooled=comparison.pooled,
         uplink_bytes=uplink,
         downlink_bytes=sum(site["received_bytes"] for site in sites.values()),
+        wan_bytes=wan_bytes,
         uplink_bytes_per_parameter=uplink / max(1, n_sent * coordinator["n_parameters"]),
         staleness=Staleness(
             mean=coordinator["staleness_sum"] / max(1, coordinator["n_updates"]), max=coordinator["staleness_max"]

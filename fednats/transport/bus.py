@@ -22,11 +22,11 @@ from nats.micro.request import Request
 
 from fednats import subjects as names
 from fednats.config import BusSettings
-from fednats.errors import BusError
 from fednats.transport import payload
 from fednats.transport.connection import AwayError, Connection, NobodyError, NoStreamError, answer, connection
 from fednats.transport.consumer import Consumer, Delivery
 from fednats.transport.streams import BucketSpec, StreamSpec
+from fednats.transport.upkeep import Upkeep
 
 __all__ = ["Bus", "Delivery", "Record"]
 
@@ -52,10 +52,9 @@ class Record:
 class Bus:
     """One connection; `Bus.connect` opens it, leaving its context closes it."""
 
-    def __init__(self, opened: Connection) -> None:
+    def __init__(self, opened: Connection, upkeep: Upkeep) -> None:
         self._connection = opened
-        self._ensured: dict[str, StreamSpec | BucketSpec] = {}
-        self._restoring: asyncio.Task[None] | None = None
+        self._upkeep = upkeep
 
     @classmethod
     @asynccontextmanager
@@ -69,50 +68,54 @@ class Bus:
             BusError: not reachable within 10 s, or refused (authorization).
             ConfigError: the nkey seed file is missing or not a seed.
         """
-        async with connection(settings, name) as opened:
-            bus = cls(opened)
-            opened.wakers.add(bus._restore)
-            try:
-                yield bus
-            finally:
-                opened.wakers.discard(bus._restore)
-                if bus._restoring is not None:
-                    bus._restoring.cancel()
-                    await asyncio.gather(bus._restoring, return_exceptions=True)
+        async with connection(settings, name) as opened, Upkeep(opened) as upkeep:
+            yield cls(opened, upkeep)
 
     @property
     def connected(self) -> bool:
         """Whether the connection stands right now."""
         return self._connection.connected
 
-    async def wait_away(self) -> None:
-        """Wait until the connection is gone."""
-        await self._connection.wait_away()
-
     async def wait_connected(self) -> None:
         """Wait until the connection stands. Raises BusError if it was closed for good."""
         await self._connection.wait_connected()
 
+    async def wait_away(self) -> None:
+        """Wait until the connection breaks, also if it stands again at once; return at once while it is broken.
+
+        A dead link is noticed after at most 25 s. Raises BusError if the connection was closed for good.
+        """
+        await self._connection.wait_away()
+
     @property
     def max_payload_bytes(self) -> int:
-        """Largest ``data`` that may be published: the server's limit less room for headers."""
+        """Largest ``data`` that may be published: what this server takes in a message, less room for headers."""
         return self._connection.client.max_payload - HEADER_ROOM_BYTES
 
     # --- making
 
-    async def ensure_stream(self, spec: StreamSpec) -> None:
-        """Create the stream, or apply what changed; again by itself after a reconnection, should it have vanished.
+    async def ensure_stream(self, spec: StreamSpec) -> bool:
+        """Create the stream, or apply what changed; return whether it was created, as on a server that lost its store.
+
+        From now on the bus makes it anew after a reconnection, should it have vanished (see `recreated`), and keeps the
+        copying of its sources going.
 
         Raises:
             BusError: the bus is away, not permitted, or an incompatible change (the text names it).
         """
-        await self._ensure(spec)
-        self._ensured[spec.name] = spec
+        return await self._upkeep.ensure(spec)
 
-    async def ensure_bucket(self, spec: BucketSpec) -> None:
-        """Create the KV bucket, or apply what changed. Raises as `ensure_stream` does."""
-        await self._ensure(spec)
-        self._ensured[f"KV_{spec.name}"] = spec
+    async def ensure_bucket(self, spec: BucketSpec) -> bool:
+        """Create the KV bucket, or apply what changed; returns and raises as `ensure_stream` does."""
+        return await self._upkeep.ensure(spec)
+
+    async def recreated(self) -> AsyncGenerator[str, None]:
+        """Yield the names of ensured streams and buckets that were gone after a reconnection and were made anew, empty.
+
+        For one reader, that puts back what others need of them.
+        """
+        while True:
+            yield await self._upkeep.recreated.get()
 
     # --- sending
 
@@ -149,17 +152,16 @@ class Bus:
         prefix: str,
         payload_id: str,
         chunks: Iterable[bytes] | AsyncIterable[bytes],
-        window: int = payload.WINDOW,
         *,
         first: int = 0,
         stored: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
-        """Store chunks with at most ``window`` of them unacknowledged; returns when all are acknowledged.
+        """Store chunks, as many unacknowledged as fill the link (at most 16 MiB); returns when all are acknowledged.
 
         ``chunks`` begin with number ``first``; ``stored`` is told how many of all are acknowledged without a gap, as they
         come. Call it again with the same chunks to resume. Raises as `publish` does.
         """
-        await payload.publish(self.publish, prefix, payload_id, chunks, window, first, stored)
+        await payload.publish(self._connection, prefix, payload_id, chunks, first, stored)
 
     async def has_chunk(self, prefix: str, payload_id: str, index: int, chunk: bytes) -> bool:
         """Offer one chunk again: whether the stream knew it. If not it is stored now. Raises as `publish` does."""
@@ -175,13 +177,13 @@ class Bus:
         prefix: str,
         payload_id: str,
         digests: Sequence[bytes],
-        window: int = payload.WINDOW,
+        window: int | None = None,
         *,
         first: int = 0,
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks from number ``first`` on in order, each checked; at most ``window`` are in memory.
+        """Yield the chunks from number ``first`` on in order, each checked. Waits while the bus is away.
 
-        Waits while the bus is away.
+        As many are in memory as fill the link (at most 16 MiB), but no more than ``window`` chunks.
 
         Raises:
             RefusedError: (CHECKSUM) a chunk is missing or differs from its digest.
@@ -294,31 +296,6 @@ class Bus:
         await service.add_endpoint(name="status", subject=subject, handler=respond)
 
     # --- inside
-
-    async def _ensure(self, spec: StreamSpec | BucketSpec) -> None:
-        wanted = spec.config()
-        name = wanted["name"]
-        try:
-            current = (await self._connection.api(f"STREAM.INFO.{name}"))["config"]
-        except NoStreamError:
-            await self._connection.api(f"STREAM.CREATE.{name}", wanted)
-            self._connection.log.info("stream_created", stream=name)
-            return
-        merged = {**current, **wanted}
-        if merged != current:
-            await self._connection.api(f"STREAM.UPDATE.{name}", merged)
-            self._connection.log.info("stream_updated", stream=name)
-
-    def _restore(self) -> None:
-        if self._restoring is None or self._restoring.done():
-            self._restoring = asyncio.create_task(self._restore_streams(), name="restore_streams")
-
-    async def _restore_streams(self) -> None:
-        for spec in tuple(self._ensured.values()):
-            try:
-                await self._ensure(spec)
-            except BusError as error:
-                self._connection.log.warning("stream_not_restored", stream=spec.name, error=str(error))
 
     async def _wakes(self, subjects: Sequence[str], interval_s: float) -> AsyncIterator[None]:
         """Yield now, whenever something is announced on ``subjects``, after reconnections, and every ``interval_s``."""

@@ -18,12 +18,19 @@ from nats.aio.subscription import Subscription
 from fednats import permissions
 from fednats.config import BusSettings
 from fednats.errors import BusError, BusFullError, ConfigError
+from fednats.transport.flow import Flow
 
 CONNECT_TIMEOUT_S = 10.0
+ATTEMPT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 5.0
+"""Wait for the answer to something small, on top of what the chunks under way take."""
 RECONNECT_WAIT_S = 0.25
-PING_INTERVAL_S = 10
+PING_INTERVAL_S = 5.0
+DEAD_AFTER_S = 20.0
+"""A ping that is not answered for so long says that the connection is dead although nobody closed it."""
+CLOSE_TIMEOUT_S = 5.0
 
+_NEVER_S = 10**9
 _NO_MESSAGE = "404"
 _NO_STREAM = 10059
 _FULL = {10023, 10028, 10047}
@@ -53,9 +60,13 @@ class Connection:
         self.api_prefix = "$JS.API" if domain is None else f"$JS.{domain}.API"
         self.wakers: set[Callable[[], None]] = set()
         """Called after every reconnection."""
+        self.up = Flow()
+        """Payloads to the server."""
+        self.down = Flow()
+        """Payloads from the server."""
         self._name = name
         self._up = asyncio.Event()
-        self._down = asyncio.Event()
+        self._broken = asyncio.Event()
         self._opening = True
         self._ended: str | None = None
         self._last_error = "no answer"
@@ -72,14 +83,22 @@ class Connection:
         self._check()
 
     async def wait_away(self) -> None:
-        """Wait until the connection is gone."""
-        await self._down.wait()
+        """Wait until it breaks, or return at once while it is broken; raises BusError if it was closed for good."""
+        await self._broken.wait()
+        self._check()
 
-    async def request(self, subject: str, data: bytes = b"", headers: Mapping[str, str] | None = None) -> Msg:
+    async def request(
+        self,
+        subject: str,
+        data: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ) -> Msg:
         """Ask and wait for the answer.
 
         Raises:
-            AwayError: no connection, it broke while waiting, or no answer within 5 s.
+            AwayError: no connection, it broke while waiting, or no answer within ``timeout_s`` (none: 5 s and what the
+                chunks under way take).
             NobodyError: nobody listens on ``subject``.
             BusError: not permitted, too large, or the connection is closed.
         """
@@ -88,8 +107,10 @@ class Connection:
             raise AwayError(f"{self._name}: the bus is away ({self._last_error})")
         broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[broken] = subject.casefold()
+        if timeout_s is None:
+            timeout_s = ANSWER_TIMEOUT_S + self.up.window.longest_s + self.down.window.longest_s
         asking = asyncio.create_task(
-            self.client.request(subject, data, timeout=ANSWER_TIMEOUT_S, headers=dict(headers) if headers else None)
+            self.client.request(subject, data, timeout=timeout_s, headers=dict(headers) if headers else None)
         )
         try:
             await asyncio.wait((asking, broken), return_when=asyncio.FIRST_COMPLETED)
@@ -98,8 +119,10 @@ class Connection:
             return asking.result()
         except nats.errors.NoRespondersError:
             raise NobodyError(f"nobody takes {subject}") from None
-        except (nats.errors.MaxPayloadError, nats.errors.BadSubjectError) as error:
-            raise BusError(f"{subject}: {error} ({len(data)} bytes)") from error
+        except nats.errors.MaxPayloadError as error:
+            raise BusError(self._too_large(subject, data)) from error
+        except nats.errors.BadSubjectError as error:
+            raise BusError(f"{subject}: {error}") from error
         except (nats.errors.Error, TimeoutError, OSError) as error:
             raise AwayError(f"{subject}: {error or 'no answer'}") from error
         finally:
@@ -111,9 +134,9 @@ class Connection:
         message = await self.request(f"{self.api_prefix}.{verb}", json.dumps(body or {}).encode())
         return answer(message.data, verb)
 
-    async def direct(self, stream: str, subject: str) -> Msg | None:
+    async def direct(self, stream: str, subject: str, timeout_s: float | None = None) -> Msg | None:
         """Return the newest message of ``subject`` in ``stream``, or None. Raises what `request` does."""
-        message = await self.request(f"{self.api_prefix}.DIRECT.GET.{stream}.{subject}")
+        message = await self.request(f"{self.api_prefix}.DIRECT.GET.{stream}.{subject}", timeout_s=timeout_s)
         status = (message.headers or {}).get("Status")
         if status is None:
             return message
@@ -151,8 +174,9 @@ class Connection:
                     inbox_prefix=permissions.inbox(self._name),
                     nkeys_seed_str=None if settings.nkey_seed_file is None else _seed(settings.nkey_seed_file),
                     max_reconnect_attempts=-1,
+                    connect_timeout=ATTEMPT_TIMEOUT_S,
                     reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # annotated int, slept on as float
-                    ping_interval=PING_INTERVAL_S,
+                    ping_interval=_NEVER_S,
                     error_cb=self._on_error,
                     disconnected_cb=self._on_disconnected,
                     reconnected_cb=self._on_reconnected,
@@ -170,7 +194,45 @@ class Connection:
     async def close(self) -> None:
         """Close for good; what is under way fails."""
         self._ended = "closed"
-        await self.client.close()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.client.close()
+        except TimeoutError:
+            self._abort()
+
+    async def watch(self) -> None:
+        """Break the connection, for ever again, when a ping is not answered: it is dead, and nothing else says so.
+
+        nats-py's own pings would close it in an orderly way, which waits until the dead link has taken what is unsent.
+        """
+        while True:
+            await asyncio.sleep(PING_INTERVAL_S)
+            if not self.client.is_connected:
+                continue
+            which = self.client.stats["reconnects"]
+            try:
+                await self.client.rtt(timeout=DEAD_AFTER_S)  # type: ignore[arg-type]  # annotated int, waited as float
+            except nats.errors.TimeoutError:
+                if self.client.stats["reconnects"] == which:
+                    self.log.warning("bus_silent", silent_s=DEAD_AFTER_S)
+                    self._abort()
+            except (nats.errors.Error, OSError) as error:
+                self.log.debug("bus_not_pinged", error=str(error))
+
+    def _abort(self) -> None:
+        """Break the connection as it stands; nats-py has no way to."""
+        transport = self.client._transport  # noqa: SLF001
+        writer = getattr(transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    def _too_large(self, subject: str, data: bytes) -> str:
+        url = self.client.connected_url
+        server = "the server" if url is None else f"the server at {url.netloc}"
+        return (
+            f"{subject}: {len(data)} bytes are more than {server} takes in one message ({self.client.max_payload}); "
+            "raise max_payload there and at every server that copies the stream, or send smaller chunks"
+        )
 
     def _check(self) -> None:
         if self._ended is not None:
@@ -191,7 +253,7 @@ class Connection:
 
     async def _on_disconnected(self) -> None:
         self._up.clear()
-        self._down.set()
+        self._broken.set()
         for future in self._waiting:
             if not future.done():
                 future.set_exception(AwayError(f"{self._name}: the connection broke"))
@@ -199,7 +261,9 @@ class Connection:
             self.log.warning("bus_disconnected", error=self._last_error)
 
     async def _on_reconnected(self) -> None:
-        self._down.clear()
+        self.up.start_anew()
+        self.down.start_anew()
+        self._broken.clear()
         self._up.set()
         self.log.info("bus_reconnected")
         for wake in tuple(self.wakers):
@@ -209,6 +273,7 @@ class Connection:
         if self._ended is None:
             self._ended = self._last_error
             self.log.error("bus_closed", error=self._last_error)
+        self._broken.set()
         self._up.set()
         for wake in tuple(self.wakers):
             wake()
@@ -219,9 +284,12 @@ async def connection(settings: BusSettings, name: str) -> AsyncIterator[Connecti
     """Open a connection and close it at the end."""
     opened = Connection(name, settings.domain)
     await opened.open(settings)
+    watching = asyncio.create_task(opened.watch(), name=f"watch {name}")
     try:
         yield opened
     finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
         await opened.close()
 
 

@@ -3,38 +3,38 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from fednats import subjects
 from fednats.errors import Reason, RefusedError
-from fednats.transport.connection import AwayError, Connection
+from fednats.transport.connection import AwayError, Connection, answer
 from fednats.wire import digest
-
-WINDOW = 16
-"""Chunks under way at once: with chunks of 512 KiB, 8 MiB, which fills 40 MB/s at 200 ms round trip."""
 
 T = TypeVar("T")
 
 
 async def publish(
-    publish_one: Callable[[str, bytes, str], Awaitable[bool]],
+    connection: Connection,
     prefix: str,
     payload_id: str,
     chunks: Iterable[bytes] | AsyncIterable[bytes],
-    window: int,
     first: int,
     stored: Callable[[int], Awaitable[None]] | None,
 ) -> None:
     """Publish chunk i as `subjects.chunk` with the message id `chunk_id`; returns when all are stored."""
+    chunk_bytes = 1
 
-    async def calls() -> AsyncIterator[Awaitable[bool]]:
+    async def calls() -> AsyncIterator[Awaitable[None]]:
+        nonlocal chunk_bytes
         index = first
         async for chunk in _each(chunks):
-            yield publish_one(subjects.chunk(prefix, payload_id, index), chunk, chunk_id(payload_id, index))
+            chunk_bytes = max(chunk_bytes, len(chunk))
+            yield _store(connection, subjects.chunk(prefix, payload_id, index), chunk, chunk_id(payload_id, index))
             index += 1
 
     n_stored = first
-    async for _ in _pipelined(calls(), window):
+    async for _ in _pipelined(calls(), lambda: connection.up.window.size_bytes // chunk_bytes):
         n_stored += 1
         if stored is not None:
             await stored(n_stored)
@@ -46,22 +46,50 @@ def chunk_id(payload_id: str, index: int) -> str:
 
 
 async def read(
-    connection: Connection, stream: str, prefix: str, payload_id: str, digests: Sequence[bytes], window: int, first: int
+    connection: Connection,
+    stream: str,
+    prefix: str,
+    payload_id: str,
+    digests: Sequence[bytes],
+    most: int | None,
+    first: int,
 ) -> AsyncGenerator[bytes, None]:
     """Yield the chunks in order, each checked against its digest."""
+    flow = connection.down
 
     async def calls() -> AsyncIterator[Awaitable[bytes]]:
         for index, expected in enumerate(digests[first:], first):
-            yield _chunk(connection, stream, subjects.chunk(prefix, payload_id, index), expected)
+            yield _fetch(connection, stream, subjects.chunk(prefix, payload_id, index), expected)
 
-    async for chunk in _pipelined(calls(), window):
+    def room() -> float:
+        n_chunks = flow.window.size_bytes // flow.chunk_bytes
+        return n_chunks if most is None else min(n_chunks, most)
+
+    left = len(digests) - first
+    async for chunk in _pipelined(calls(), room):
+        left -= 1
+        if left:  # the last one is shorter
+            flow.chunk_bytes = max(1, len(chunk))
         yield chunk
 
 
-async def _chunk(connection: Connection, stream: str, subject: str, expected: bytes) -> bytes:
+async def _store(connection: Connection, subject: str, chunk: bytes, message_id: str) -> None:
+    ask = partial(connection.request, subject, chunk, {"Nats-Msg-Id": message_id})
     while True:
         try:
-            message = await connection.direct(stream, subject)
+            message = await connection.up.carry(len(chunk), ask)
+        except AwayError:
+            await connection.wait_connected()
+        else:
+            answer(message.data, subject)
+            return
+
+
+async def _fetch(connection: Connection, stream: str, subject: str, expected: bytes) -> bytes:
+    ask = partial(connection.direct, stream, subject)
+    while True:
+        try:
+            message = await connection.down.carry(connection.down.chunk_bytes, ask)
         except AwayError:
             await connection.wait_connected()
             continue
@@ -72,13 +100,13 @@ async def _chunk(connection: Connection, stream: str, subject: str, expected: by
         return message.data
 
 
-async def _pipelined(calls: AsyncIterator[Awaitable[T]], window: int) -> AsyncIterator[T]:
-    """Yield the results in order with at most ``window`` calls under way; the first failure ends it."""
+async def _pipelined(calls: AsyncIterator[Awaitable[T]], room: Callable[[], float]) -> AsyncIterator[T]:
+    """Yield the results in order with at most ``room()`` calls under way; the first failure ends it."""
     under_way: deque[asyncio.Future[T]] = deque()
     try:
         async for call in calls:
             under_way.append(asyncio.ensure_future(call))
-            if len(under_way) >= window:
+            while len(under_way) >= max(1, room()):
                 yield await under_way.popleft()
         while under_way:
             yield await under_way.popleft()

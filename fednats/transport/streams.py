@@ -24,7 +24,6 @@ class Limits:
 
     max_bytes: int
     max_age_s: int
-    max_message_bytes: int = 2**20
     duplicate_window_s: int = 3600
     """For so long a message id is remembered; what is sent again within it is stored once."""
 
@@ -41,6 +40,8 @@ class Origin:
     stream: str
     api: str | None = None
     deliver: str = ""
+    pulse: str | None = None
+    """What is heard from there while the link stands; none: it is on the same server."""
 
     def config(self) -> Mapping[str, Any]:
         """Return it as the server's JSON."""
@@ -51,19 +52,20 @@ class Origin:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """One stream: it takes ``subjects``, or is a ``mirror``, or gathers ``sources``."""
+    """One stream: it takes ``subjects``, or copies its ``sources``."""
 
     name: str
     limits: Limits
     discard: Literal["old", "new"]
     subjects: tuple[str, ...] = ()
-    mirror: Origin | None = None
     sources: tuple[Origin, ...] = ()
     announce: tuple[str, str] | None = None
     """Subject filter and subject under which what is stored here is also announced (headers only) to who listens."""
+    pulse: str | None = None
+    """What its maker says regularly, for those who copy it over a link."""
 
-    def config(self) -> dict[str, Any]:
-        """Return it as the server's JSON."""
+    def config(self, max_message_bytes: int) -> dict[str, Any]:
+        """Return it as the server's JSON; ``max_message_bytes`` is what that server takes."""
         config: dict[str, Any] = {
             "name": self.name,
             "retention": "limits",
@@ -72,15 +74,11 @@ class StreamSpec:
             "discard": self.discard,
             "max_bytes": self.limits.max_bytes,
             "max_age": self.limits.max_age_s * NANOSECONDS,
-            "max_msg_size": self.limits.max_message_bytes,
+            "max_msg_size": max_message_bytes,
+            "subjects": list(self.subjects),
+            "duplicate_window": self.limits.duplicate_window_s * NANOSECONDS,
             "allow_direct": True,
         }
-        if self.subjects:
-            config["subjects"] = list(self.subjects)
-        if self.mirror is None:
-            config["duplicate_window"] = self.limits.duplicate_window_s * NANOSECONDS
-        else:
-            config["mirror"] = self.mirror.config()
         if self.sources:
             config["sources"] = [origin.config() for origin in self.sources]
         if self.announce is not None:
@@ -96,8 +94,8 @@ class BucketSpec:
     ttl_s: float | None = None
     max_bytes: int = 64 * 2**20
 
-    def config(self) -> dict[str, Any]:
-        """Return the stream that is the bucket, as the server's JSON."""
+    def config(self, max_message_bytes: int) -> dict[str, Any]:
+        """Return the stream that is the bucket, as the server's JSON; see `StreamSpec.config`."""
         config: dict[str, Any] = {
             "name": f"KV_{self.name}",
             "subjects": [f"$KV.{self.name}.>"],
@@ -107,7 +105,7 @@ class BucketSpec:
             "discard": "new",
             "max_msgs_per_subject": 1,
             "max_bytes": self.max_bytes,
-            "max_msg_size": 2**20,
+            "max_msg_size": max_message_bytes,
             "allow_direct": True,
             "allow_rollup_hdrs": True,
             "deny_delete": True,
@@ -124,6 +122,7 @@ def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[St
         subjects=(f"{subjects.model(run)}.>", subjects.control(run)),
         limits=MODELS,
         discard="old",
+        pulse=subjects.pulse(run, HUB),
     )
     return (models, _inbox(run, HUB, regions, leaves=leaves))
 
@@ -137,13 +136,21 @@ def at_uplink(
         subjects=(f"{subjects.aggregate(run, region)}.>",),
         limits=AGGREGATES,
         discard="new",
+        pulse=subjects.pulse(run, region),
     )
     if not leaves:
         return (aggregates,)
     above = parent or HUB
     models = StreamSpec(
         name=subjects.models_stream(run, region),
-        mirror=Origin(subjects.models_stream(run, above), api=f"$JS.{above}.API"),
+        sources=(
+            Origin(
+                subjects.models_stream(run, above),
+                api=f"$JS.{above}.API",
+                deliver=permissions.deliver(region),
+                pulse=subjects.pulse(run, above),
+            ),
+        ),
         limits=MODELS,
         discard="old",
     )
@@ -159,7 +166,7 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
     )
     models = StreamSpec(
         name=subjects.models_stream(run, region),
-        mirror=origin,
+        sources=(origin,),
         limits=MODELS,
         discard="old",
         announce=(f"fed.{run}.>", f"fed.{run}.>"),
@@ -182,8 +189,10 @@ def buckets(run: str) -> tuple[BucketSpec, ...]:
 
 
 def _inbox(run: str, node: str, regions: Sequence[str], *, leaves: bool = True) -> StreamSpec:
-    origins = (
-        Origin(subjects.aggregates_stream(run, region), api=f"$JS.{region}.API" if leaves else None)
-        for region in regions
+    def origin(region: str) -> Origin:
+        stream = subjects.aggregates_stream(run, region)
+        return Origin(stream, f"$JS.{region}.API", pulse=subjects.pulse(run, region)) if leaves else Origin(stream)
+
+    return StreamSpec(
+        name=subjects.inbox_stream(run, node), sources=tuple(map(origin, regions)), limits=AGGREGATES, discard="new"
     )
-    return StreamSpec(name=subjects.inbox_stream(run, node), sources=tuple(origins), limits=AGGREGATES, discard="new")

@@ -1,0 +1,104 @@
+"""What a bus made and answers for: its streams and buckets are there, also on a server that lost them, and are copied."""
+
+import asyncio
+from collections.abc import Awaitable
+from types import TracebackType
+from typing import Self
+
+from fednats.errors import BusError
+from fednats.transport.connection import AwayError, Connection, NoStreamError
+from fednats.transport.copying import PULSE_INTERVAL_S, Copying
+from fednats.transport.streams import BucketSpec, StreamSpec
+
+RETRY_S = 1.0
+
+
+class Upkeep:
+    """Streams and buckets that were ensured on one connection; an async context manager."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.recreated: asyncio.Queue[str] = asyncio.Queue()
+        """Names of streams that had to be made anew after a reconnection."""
+        self._connection = connection
+        self._specs: dict[str, StreamSpec | BucketSpec] = {}
+        self._reconnected = asyncio.Event()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def __aenter__(self) -> Self:
+        self._connection.wakers.add(self._reconnected.set)
+        self._start("restore streams", self._restore())
+        self._start("pulse", self._pulse())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._connection.wakers.discard(self._reconnected.set)
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def ensure(self, spec: StreamSpec | BucketSpec) -> bool:
+        """Create it, or apply what changed, now and after every reconnection; return whether it was created now."""
+        created = await self._make(spec)
+        self._specs[spec.name] = spec
+        if isinstance(spec, StreamSpec) and spec.sources:
+            self._start(f"copy {spec.name}", Copying(self._connection, spec).run())
+        return created
+
+    async def _make(self, spec: StreamSpec | BucketSpec) -> bool:
+        wanted = spec.config(self._connection.client.max_payload)
+        name = wanted["name"]
+        try:
+            current = (await self._connection.api(f"STREAM.INFO.{name}"))["config"]
+        except NoStreamError:
+            await self._connection.api(f"STREAM.CREATE.{name}", wanted)
+            self._connection.log.info("stream_created", stream=name)
+            return True
+        merged = {**current, **wanted}
+        if merged != current:
+            await self._connection.api(f"STREAM.UPDATE.{name}", merged)
+            self._connection.log.info("stream_updated", stream=name)
+        return False
+
+    async def _restore(self) -> None:
+        while True:
+            await self._reconnected.wait()
+            self._reconnected.clear()
+            for spec in tuple(self._specs.values()):
+                await self._restore_one(spec)
+
+    async def _restore_one(self, spec: StreamSpec | BucketSpec) -> None:
+        while True:
+            try:
+                if await self._make(spec):
+                    self._connection.log.warning("stream_recreated", stream=spec.name)
+                    self.recreated.put_nowait(spec.name)
+            except BusError as error:
+                self._connection.log.warning("stream_not_restored", stream=spec.name, error=str(error))
+                await asyncio.sleep(RETRY_S)
+                await self._connection.wait_connected()
+            else:
+                return
+
+    async def _pulse(self) -> None:
+        while True:
+            await asyncio.sleep(PULSE_INTERVAL_S)
+            await self._connection.wait_connected()
+            pulses = {spec.pulse for spec in self._specs.values() if isinstance(spec, StreamSpec) and spec.pulse}
+            for pulse in pulses:
+                try:
+                    await self._connection.emit(pulse, b"")
+                except AwayError:
+                    break
+
+    def _start(self, name: str, body: Awaitable[None]) -> None:
+        async def live() -> None:
+            try:
+                await body
+            except BusError as error:  # closed for good: whoever uses the bus is told
+                self._connection.log.debug("upkeep_ended", task=name, error=str(error))
+
+        if name in self._tasks:
+            self._tasks[name].cancel()
+        self._tasks[name] = asyncio.create_task(live(), name=name)

@@ -1,0 +1,101 @@
+"""How many bytes may be under way in one direction of a connection: what the link takes, and no queue in front of it.
+
+Too few leave a long link idle between the answers. Too many queue in front of a slow one: the answers come late, what
+else is said on the connection comes later still, and a timeout that does not know of the queue sends all of it again.
+
+The rule looks at answer times alone, as TCP Vegas does (Brakmo and Peterson, IEEE JSAC 13(8), 1995). The *base* is the
+shortest answer time of late, when nothing queued. The *standing* time is the shortest within the last base: a burst has
+a quick answer among its slow ones, a queue that stands has none. Of n bytes under way, n * (1 - base / standing) stand
+in the queue. Few: the window grows. Many: it falls to what the link holds, so that the queue empties and the base shows.
+"""
+
+from collections import deque
+
+FIRST_BYTES = 2**20
+MOST_BYTES = 2**24
+"""What a window grows to: 447 Mbit/s at a round trip of 300 ms. Also bounds the memory that a payload takes."""
+PATIENCE_S = 30.0
+"""Least wait for the answer to a chunk. A connection that died is noticed sooner."""
+
+_BASE_AGE_S = 5.0
+_BASE_AGE_ANSWERS = 10
+_STANDING_S = 0.1
+_QUEUED_SHARE = 0.2
+_QUEUED_S = 0.05
+_GROWTH = 1 / 8
+
+
+class Window:
+    """One direction of one connection. Times are of any clock that does not jump."""
+
+    def __init__(self) -> None:
+        self.size_bytes: float = FIRST_BYTES
+        self.under_way_bytes = 0
+        self._starting = True
+        self._shrunk_at = 0.0
+        self._recent: deque[tuple[float, float]] = deque()  # (when it came, answer time), of the last base or 0.1 s
+        self._base_since = 0.0
+        self._base_s = [float("inf"), float("inf")]  # shortest answer time of the present and of the last period
+        self._longest_s = [0.0, 0.0]
+
+    @property
+    def timeout_s(self) -> float:
+        """How long to wait for the answer to a chunk before it counts as lost."""
+        return max(PATIENCE_S, 4 * self.longest_s)
+
+    @property
+    def longest_s(self) -> float:
+        """Longest answer time of the last seconds in which there were any; 0 before the first."""
+        return max(self._longest_s)
+
+    def fits(self, n_bytes: int) -> bool:
+        """Whether so much may be sent now; with nothing under way, anything may."""
+        return self.under_way_bytes == 0 or self.under_way_bytes + n_bytes <= self.size_bytes
+
+    def sent(self, n_bytes: int) -> None:
+        """Count what was sent."""
+        self.under_way_bytes += n_bytes
+
+    def lost(self, n_bytes: int) -> None:
+        """Count what will not be answered any more."""
+        self.under_way_bytes -= n_bytes
+
+    def answered(self, n_bytes: int, answer_s: float, now: float) -> None:
+        """Count an answer and adapt.
+
+        >>> window = Window()
+        >>> for now in (0.1, 0.2, 0.3):  # one chunk after the other: the window is not what limits
+        ...     window.sent(2**18)
+        ...     window.answered(2**18, 0.1, now)
+        >>> window.size_bytes == FIRST_BYTES
+        True
+        >>> for _ in range(4):
+        ...     window.sent(2**18)
+        >>> window.answered(2**18, 0.1, 0.4)  # full, and answered as soon as when it was empty
+        >>> window.size_bytes == FIRST_BYTES + 2**18
+        True
+        """
+        full = not self.fits(n_bytes)
+        under_way = self.under_way_bytes
+        self.under_way_bytes -= n_bytes
+        self._note(answer_s, now)
+        base_s, standing_s = min(self._base_s), min(taken_s for _, taken_s in self._recent)
+        queued = under_way * (1 - base_s / standing_s)
+        if queued > max(n_bytes, _QUEUED_SHARE * under_way) and standing_s - base_s > _QUEUED_S:
+            if now - self._shrunk_at > standing_s:
+                self.size_bytes = max(n_bytes, under_way * base_s / standing_s)
+                self._starting, self._shrunk_at = False, now
+        elif full:
+            growth = n_bytes if self._starting else n_bytes * _GROWTH
+            self.size_bytes = min(MOST_BYTES, self.size_bytes + growth)
+
+    def _note(self, answer_s: float, now: float) -> None:
+        if now - self._base_since > max(_BASE_AGE_S, _BASE_AGE_ANSWERS * answer_s):
+            self._base_since = now
+            self._base_s = [float("inf"), self._base_s[0]]
+            self._longest_s = [0.0, self._longest_s[0]]
+        self._base_s[0] = min(self._base_s[0], answer_s)
+        self._longest_s[0] = max(self._longest_s[0], answer_s)
+        self._recent.append((now, answer_s))
+        while self._recent[0][0] < now - max(_STANDING_S, min(self._base_s)):
+            self._recent.popleft()
