@@ -7,6 +7,7 @@
     |-- TaskError              the code of a task failed
     |-- BusError               the bus cannot be reached or does not answer
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
+    |-- LocalStorageError      this machine's disk does not take what must be on it
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
@@ -34,6 +35,10 @@ class BusError(FednatsError):
 
 class BusFullError(BusError):
     """A stream is at its limit; the message offered was not stored and must be kept by the sender."""
+
+
+class LocalStorageError(FednatsError):
+    """This machine's disk does not take what must be on it before work goes on; the text names the file and the remedy."""
 
 
 class InterruptedRunError(FednatsError):

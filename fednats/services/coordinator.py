@@ -24,12 +24,15 @@ from fednats.protocol.events import (
     Event,
     FinalEvaluationOverdue,
     KeepBest,
+    Part,
     PublishEvaluation,
     VersionAnnounced,
     WallTimeReached,
 )
+from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.tier import Inbox, Tier
+from fednats.services.rejects import Rejects
+from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
 from fednats.transport import streams
@@ -69,12 +72,17 @@ class CoordinatorService:
         self._run = settings.settings
         self._bus = bus
         self._worker = worker
-        self._journal = Journal(settings.state_dir / "journal.sqlite")
         self._machine = Coordinator(settings.run)
-        self._tier = Tier(daemon, self._journal, self._machine)
+        journal = Journal(settings.state_dir / "journal.sqlite")
+        self._tier = Tier(
+            daemon, journal, self._machine, Rejects(bus, settings.run, subjects.HUB, daemon.log), self._note
+        )
+        self._inbox = Inbox(bus, subjects.inbox_stream(settings.run, subjects.HUB), settings.run, daemon.log)
+        self._tier.inboxes = {Aggregate: self._inbox}
         self._opened = time.monotonic()
         self._history: list[dict[str, Any]] = []
         self._published: dict[int, float] = {}
+        self._published_s: dict[int, float] = {}
         self._figures = {"sent_bytes": 0, "received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
         self._told_closed = False
@@ -82,35 +90,37 @@ class CoordinatorService:
         daemon.buses.append(bus)
 
     async def live(self) -> None:
-        """Make the streams, publish the current version, then take aggregates until told to stop."""
+        """Keep the run until told to stop."""
+        async with self._tier.journalling():
+            await self._live()
+
+    async def _live(self) -> None:
+        """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
         for spec in streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves):
             await self._bus.ensure_stream(spec)
         for bucket in streams.buckets(run):
             await self._bus.ensure_bucket(bucket)
-        n_events = self._tier.restore()
+        n_events = await self._tier.restore()
         version: Version = await self._worker.call("current")
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         self._log.info("restored", n_events=n_events, version=version.version, n_parameters=self._n_parameters)
-        self._tier.feed(Configured(sites=(), regions=self._settings.regions, stop=self._run.stop))
-        self._tier.feed(await self._announce(version))
+        await self._tier.feed(Configured(sites=(), regions=self._settings.regions, stop=self._run.stop))
+        await self._tier.feed(await self._announce(version))
         self._daemon.ready = True
-        inbox = Inbox(self._bus, subjects.inbox_stream(run, subjects.HUB))
-        durable = subjects.durable(subjects.HUB, inbox.stream)
+        durable = subjects.durable(subjects.HUB, self._inbox.stream)
         filters = [subjects.head(subjects.aggregate(run, "*")), subjects.evaluation_sum(run, "*")]
         await until_stopped(
             self._daemon,
             {
-                "receive aggregates": self._tier.receive(inbox, durable, filters),
+                "receive aggregates": self._tier.receive(self._inbox, durable, filters),
                 "execute": self._tier.execute(self._execute),
-                "keep time": self._tier.keep_time(),
                 "combine": self._tier.combine(self._combine),
                 "watch the clock": self._watch_clock(),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._tier.drain,
         )
-        self._journal.close()
 
     def _status(self) -> dict[str, Any]:
         machine = self._machine
@@ -195,13 +205,12 @@ class CoordinatorService:
                 refused = await self._decrypt(identity, heads)
             except WorkerDiedError:
                 refused = await self._decrypt_one_by_one(identity, heads)
+            except VanishedError as error:
+                return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
             version = await self._worker.call("apply", identity, heads, [part.mass for part in combination.parts])
-        announced = await self._announce(version)
-        self._tier.count_combined(combination)
-        self._count(combination, heads)
-        return [announced, Combined(combination_id=identity)]
+        return [await self._announce(version), Combined(combination_id=identity)]
 
     async def _decrypt_one_by_one(self, identity: str, heads: list[Aggregate]) -> dict[str, tuple[Reason, str]]:
         """Refuse the sum that, decrypted alone, ends the worker process; then decrypt all again."""
@@ -227,9 +236,30 @@ class CoordinatorService:
             self._figures["received_bytes"] += head.payload.n_bytes
         return {}
 
-    def _count(self, combination: Combination, heads: list[Aggregate]) -> None:
-        self._figures["n_updates"] += sum(head.n_updates for head in heads)
-        for part, head in zip(combination.parts, heads, strict=True):
+    def _note(self, handled: Handled) -> None:
+        """Keep the figures that operators see, now or from the journal."""
+        if isinstance(handled.event, VersionAnnounced):
+            self._published_s.setdefault(handled.event.version, handled.elapsed_s)
+        if handled.combination is not None:
+            for part in handled.combination.parts:
+                self._count(part)
+        for command in handled.commands:
+            if isinstance(command, PublishEvaluation):
+                self._history.append(
+                    {
+                        "version": command.version,
+                        "published_s": round(self._published_s.get(command.version, 0.0), 3),
+                        "evaluated_s": round(handled.elapsed_s, 3),
+                        "n_sites": command.n_sites,
+                        "n_samples": command.n_samples,
+                        "metrics": command.metrics,
+                    }
+                )
+
+    def _count(self, part: Part) -> None:
+        head = part.head
+        if isinstance(head, Aggregate):
+            self._figures["n_updates"] += head.n_updates
             self._figures["staleness_sum"] += head.staleness_sum + part.staleness * head.n_updates
             self._figures["staleness_max"] = max(self._figures["staleness_max"], head.staleness_max + part.staleness)
 
@@ -240,16 +270,6 @@ class CoordinatorService:
             case PublishEvaluation(version, n_sites, n_samples, metrics):
                 self._log.info(
                     "version_evaluated", version=version, n_sites=n_sites, n_samples=n_samples, metrics=metrics
-                )
-                self._history.append(
-                    {
-                        "version": version,
-                        "published_s": round(self._published.get(version, 0.0), 3),
-                        "evaluated_s": round(time.monotonic() - self._opened, 3),
-                        "n_sites": n_sites,
-                        "n_samples": n_samples,
-                        "metrics": metrics,
-                    }
                 )
                 await self._put_state()
             case KeepBest(version):
@@ -269,9 +289,9 @@ class CoordinatorService:
 
     async def _watch_clock(self) -> None:
         if self._run.stop.max_wall_s is not None:
-            await asyncio.sleep(self._run.stop.max_wall_s)
+            await asyncio.sleep(max(0.0, self._run.stop.max_wall_s - self._tier.elapsed_s))
             if self._machine.state is RunState.OPEN:
-                self._tier.feed(WallTimeReached())
+                await self._tier.feed(WallTimeReached())
         await asyncio.Event().wait()
 
     async def _put_state(self) -> None:

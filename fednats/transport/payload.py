@@ -7,11 +7,13 @@ from typing import TypeVar
 
 from fednats import subjects
 from fednats.errors import Reason, RefusedError
-from fednats.transport.connection import AwayError, Connection
+from fednats.transport.connection import AwayError, Connection, NobodyError
 from fednats.wire import digest
 
 WINDOW = 16
 """Chunks under way at once: with chunks of 512 KiB, 8 MiB, which fills 40 MB/s at 200 ms round trip."""
+
+PAUSE_S = 0.2
 
 T = TypeVar("T")
 
@@ -54,6 +56,9 @@ async def _chunk(connection: Connection, stream: str, subject: str, expected: by
             message = await connection.direct(stream, subject)
         except AwayError:
             await connection.wait_connected()
+            continue
+        except NobodyError:  # the server is back, the stream is not yet
+            await asyncio.sleep(PAUSE_S)
             continue
         if message is None:
             raise RefusedError(Reason.CHECKSUM, f"{subject} is missing in {stream}")
