@@ -74,9 +74,15 @@ def test_a_journal_on_a_full_disk_says_so_and_keeps_what_it_has(tmp_path: Path) 
     journal = Journal(file)
     journal._connection.execute("PRAGMA max_page_count = 20")  # SQLite's own way to have no more room
     n_written = 0
-    with pytest.raises(LocalStorageError, match=r"journal\.sqlite: .*full.*make room"):
-        for n_written in range(0, 10_000, 10):
+
+    def fill() -> None:
+        nonlocal n_written
+        while n_written < 10_000:
             journal.append([ContributionArrived(head=update("a", n_written + k + 1)) for k in range(10)], at_s=0.0)
+            n_written += 10
+
+    with pytest.raises(LocalStorageError, match=r"journal\.sqlite: .*full.*make room"):
+        fill()
     assert n_written >= 10
     assert len(list(Journal(file).replay())) == n_written
 
