@@ -165,6 +165,18 @@ def crypto(
 
 
 @app.command()
+def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="output folder of a run")]) -> None:
+    """Replay the journals of a run: every accepted update is in one applied sum, or exit code 1; docs/reliability.md."""
+    from fednats.testbed import ledger, ledger_table  # noqa: PLC0415
+
+    found = ledger.verify(directory.resolve())
+    Console().print(ledger_table.table(found))
+    for text in (*found.notes, *found.findings, found.line):
+        typer.echo(text)
+    raise typer.Exit(1 if found.findings else 0)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)

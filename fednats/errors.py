@@ -7,9 +7,9 @@
     |-- TaskError              the code of a task failed
     |-- BusError               the bus cannot be reached or does not answer
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
+    |-- LocalStorageError      this machine's disk does not take what must be on it
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
-    |-- LocalStorageError      a local disk is full or broken; what was to be written is not
     |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
     `-- RefusedError           something that reached us from others and is refused, with its reason
 """
@@ -37,16 +37,16 @@ class BusFullError(BusError):
     """A stream is at its limit; the message offered was not stored and must be kept by the sender."""
 
 
+class LocalStorageError(FednatsError):
+    """This machine's disk does not take what must be on it before work goes on; the text names the file and the remedy."""
+
+
 class InterruptedRunError(FednatsError):
     """Ctrl-C; everything was stopped."""
 
 
 class OverflowRefusedError(FednatsError):
     """A weighted sum whose total weight would overflow its fields; nothing was added."""
-
-
-class LocalStorageError(FednatsError):
-    """A local disk is full or broken; what was to be written is not, what is there stays."""
 
 
 class LocalDataError(FednatsError):

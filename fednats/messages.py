@@ -178,4 +178,19 @@ class EvaluationSum(Message):
     metrics: dict[str, float]
 
 
-AnyMessage = Chunk | ModelManifest | Control | Update | Aggregate | Evaluation | EvaluationSum
+class Reject(Message):
+    """Something that a node refused, kept for people to look at; nothing reads it again."""
+
+    kind: ClassVar[str] = "reject"
+
+    run: Token
+    node: Token = Field(description="region that refused it, or the hub")
+    subject: str = Field(description="subject it came on")
+    sender: Token = Field(description="whom the bus lets publish there: a site, a region, or the hub")
+    reason: Token
+    detail: str
+    n_bytes: Count = Field(description="size of what was refused")
+    data: bytes = Field(description="its first bytes")
+
+
+AnyMessage = Chunk | ModelManifest | Control | Update | Aggregate | Evaluation | EvaluationSum | Reject

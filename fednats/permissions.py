@@ -104,7 +104,7 @@ def site(run: str, region: str, name: str) -> Permissions:
 
 
 def aggregator(run: str, region: str) -> Permissions:
-    """An aggregator in its region's private account: makes the streams, reads and purges updates."""
+    """An aggregator in its region's private account: makes the streams, reads and purges updates, keeps rejects."""
     updates, models = subjects.updates_stream(run, region), subjects.models_stream(run, region)
     return Permissions(
         publish=(
@@ -112,6 +112,7 @@ def aggregator(run: str, region: str) -> Permissions:
             *_make(models),
             *_read(models),
             *_consume(updates),
+            *_reject(run, region),
             *_buckets(run),
             _presence(run, "aggregator", region),
             subjects.event(run, "aggregator", region),
@@ -155,7 +156,7 @@ def uplink(run: str, region: str) -> Permissions:
 
 
 def coordinator(run: str) -> Permissions:
-    """The coordinator, in the hub's account: sends models and control, reads aggregates."""
+    """The coordinator, in the hub's account: sends models and control, reads aggregates, keeps rejects."""
     models, below = subjects.models_stream(run, HUB), subjects.inbox_stream(run, HUB)
     return Permissions(
         publish=(
@@ -166,6 +167,7 @@ def coordinator(run: str) -> Permissions:
             f"$JS.API.STREAM.PURGE.{models}",
             *_make(below),
             *_consume(below),
+            *_reject(run, HUB),
             *_buckets(run),
             _presence(run, "coordinator", HUB),
             subjects.event(run, "coordinator", HUB),
@@ -183,7 +185,8 @@ def coordinator(run: str) -> Permissions:
 
 
 def observer(run: str, node: str) -> Permissions:
-    """An operator's read-only user: figures of streams and consumers, services, presence, state; no message."""
+    """An operator's read-only user: figures of streams and consumers, services, presence, state; of messages, rejects."""
+    rejects = subjects.rejects_stream(run, node)
     return Permissions(
         publish=(
             *_METADATA,
@@ -191,6 +194,8 @@ def observer(run: str, node: str) -> Permissions:
             subjects.status(run, "*", "*"),
             *_read(f"KV_{subjects.presence_bucket(run)}"),
             *_read(f"KV_{subjects.state_bucket(run)}"),
+            *_read(rejects),
+            f"$JS.API.STREAM.MSG.GET.{rejects}",
         ),
         subscribe=(f"{inbox(user_name('observer', node))}.>", *_watch(run)),
         replies=False,
@@ -249,6 +254,10 @@ def _buckets(run: str) -> tuple[str, ...]:
     streams = [f"KV_{bucket}" for bucket in (subjects.presence_bucket(run), subjects.state_bucket(run))]
     made = (verb for stream in streams for verb in (*_make(stream), *_read(stream)))
     return (*made, f"$KV.{subjects.state_bucket(run)}.>")
+
+
+def _reject(run: str, node: str) -> tuple[str, ...]:
+    return (*_make(subjects.rejects_stream(run, node)), subjects.rejects(run, node))
 
 
 def _make(stream: str) -> tuple[str, ...]:

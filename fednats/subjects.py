@@ -82,6 +82,36 @@ def chunk(prefix: str, payload_id: str, index: int) -> str:
     return f"{prefix}.chunk.{payload_id}.{index}"
 
 
+# --- what was refused -------------------------------------------------------------------------------------------------
+
+
+def reject(run: str, node: str, sender: str, reason: str) -> str:
+    """What ``node`` refused of ``sender``: subjects that list who sent what bad things, without reading any."""
+    return f"fed.{run}.reject.{node}.{sender}.{reason}"
+
+
+def rejects(run: str, node: str) -> str:
+    """Filter of all that ``node`` refused."""
+    return f"fed.{run}.reject.{node}.>"
+
+
+def rejects_stream(run: str, node: str) -> str:
+    """Stream of what ``node`` refused: a region's is in its private account."""
+    return f"fed_{run}_rejects_{node}"
+
+
+def sender(subject: str) -> str:
+    """Return whom the bus lets publish on ``subject``.
+
+    >>> sender("fed.r.update.north.a.head"), sender("fed.r.aggregate.north.head"), sender("fed.r.control")
+    ('a', 'north', 'hub')
+    """
+    _, _, kind, *names = subject.split(".")
+    if kind in {"update", "evaluation"}:
+        return names[1]
+    return names[0] if kind == "aggregate" else HUB
+
+
 # --- who is there -----------------------------------------------------------------------------------------------------
 
 

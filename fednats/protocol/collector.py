@@ -189,7 +189,7 @@ class Collector:
             if identity in event.refused:
                 reason, detail = event.refused[identity]
                 commands.append(self._refuse(identity, reason, detail))
-            else:
+            elif identity not in event.vanished:
                 commands += self._admit(part.head)
         return commands + self._combine()
 

@@ -9,6 +9,7 @@ from fednats.protocol.collector import Collector
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
     CloseRun,
+    Combination,
     Command,
     Configured,
     Event,
@@ -66,6 +67,11 @@ class Coordinator:
     def version(self) -> int:
         """The current model version; -1 before the first."""
         return -1 if self.collector.current is None else self.collector.current.version
+
+    @property
+    def in_flight(self) -> Combination | None:
+        """The combination that makes the next version, if one is under way."""
+        return self.collector.in_flight
 
     @property
     def n_buffered(self) -> int:

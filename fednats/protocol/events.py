@@ -86,6 +86,8 @@ class CombineFailed(Event):
 
     combination_id: str
     refused: dict[str, tuple[Reason, str]]
+    vanished: tuple[str, ...] = ()
+    """Contributions that the stream has lost, and that are taken in again if they are delivered again."""
 
 
 class RunClosed(Event):

@@ -2,14 +2,14 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections import deque
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
 from fednats.config import AggregatorSettings
-from fednats.errors import BusError, BusFullError, Reason, RefusedError
-from fednats.messages import Aggregate, Control, EvaluationSum, ModelManifest, Payload, Update
+from fednats.errors import BusError, Reason, RefusedError
+from fednats.messages import Aggregate, Control, EvaluationSum, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
@@ -20,15 +20,18 @@ from fednats.protocol.events import (
     Command,
     Configured,
     Event,
-    Part,
     PublishEvaluation,
     RunClosed,
     VersionAnnounced,
-    contribution_id,
 )
-from fednats.protocol.weights import apportion
+from fednats.protocol.sums import head_of, weigh
+from fednats.services.adder import Adder, PartRefusedError
+from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.tier import RETRY_S, Inbox, Tier
+from fednats.services.off_loop import off_loop
+from fednats.services.persist import newest, persist
+from fednats.services.rejects import Rejects
+from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
 from fednats.storage.spool import Spool
@@ -39,8 +42,7 @@ if TYPE_CHECKING:
     from fednats.services.aggregator_worker import AggregatorWorker, Fit
 
 KEPT_AGGREGATES = 16
-"""Newest sums kept in the region for the node above to fetch. A region makes no more of them while the link is down:
-without a newer model, its sites send one update each."""
+"""Newest sums kept in the region for the node above to fetch, and all that were made since the newest version came."""
 
 
 def make_worker(settings: AggregatorSettings) -> "AggregatorWorker":
@@ -72,17 +74,28 @@ class AggregatorService:
         self._region = region
         self._uplink = uplink
         self._worker = worker
-        self._journal = Journal(settings.state_dir / "journal.sqlite")
-        nobody = Roster(settings.run, settings.region, sites=frozenset(), regions=frozenset())
+        run, here = settings.run, settings.region
+        nobody = Roster(run, here, sites=frozenset(), regions=frozenset())
         self._machine = Collector(nobody, lambda event: event.settings.goal)
-        self._tier = Tier(daemon, self._journal, self._machine)
+        rejects = Rejects(region, run, here, daemon.log)
+        self._tier = Tier(daemon, Journal(settings.state_dir / "journal.sqlite"), self._machine, rejects, self._note)
+        self._updates = Inbox(region, subjects.updates_stream(run, here), run, daemon.log)
+        self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, daemon.log)
+        self._tier.inboxes = {Update: self._updates, Aggregate: self._aggregates}
+        self._made: deque[Combination] = deque()
+        """Sums that the region's stream still has, the oldest first."""
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._sent_bytes = 0
         daemon.status = self._status
         daemon.buses += [region, uplink]
 
     async def live(self) -> None:
-        """Make the streams, take up what was under way, then aggregate until told to stop."""
+        """Aggregate until told to stop."""
+        async with self._tier.journalling():
+            await self._live()
+
+    async def _live(self) -> None:
+        """Make the streams, take up what was under way, then aggregate."""
         s = self._settings
         for spec in streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves):
             await self._uplink.ensure_stream(spec)
@@ -90,31 +103,27 @@ class AggregatorService:
             await self._region.ensure_stream(spec)
         for bucket in streams.buckets(s.run):
             await self._region.ensure_bucket(bucket)
-        n_events = self._tier.restore()
+        n_events = await self._tier.restore()
         self._log.info("restored", n_events=n_events)
         if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
-            self._tier.feed(Configured(sites=s.sites, regions=s.regions))
+            await self._tier.feed(Configured(sites=s.sites, regions=s.regions))
         self._daemon.ready = True
         tasks = {
             "follow models": self._follow(),
             "execute": self._tier.execute(self._execute),
-            "keep time": self._tier.keep_time(),
             "combine": self._tier.combine(self._combine),
             "be seen by the region": self._daemon.be_seen(self._region),
             "be seen by the hub": self._daemon.be_seen(self._uplink, domain=subjects.HUB),
         }
         if s.sites:
-            stream = subjects.updates_stream(s.run, s.region)
             filters = [subjects.head(subjects.update(s.run, s.region, "*")), subjects.evaluation(s.run, s.region, "*")]
-            durable = subjects.durable(s.region, stream)
-            tasks["receive updates"] = self._tier.receive(Inbox(self._region, stream), durable, filters)
+            durable = subjects.durable(s.region, self._updates.stream)
+            tasks["receive updates"] = self._tier.receive(self._updates, durable, filters)
         if s.regions:
-            stream = subjects.inbox_stream(s.run, s.region)
             filters = [subjects.head(subjects.aggregate(s.run, "*")), subjects.evaluation_sum(s.run, "*")]
-            durable = subjects.durable(s.region, stream)
-            tasks["receive aggregates"] = self._tier.receive(Inbox(self._uplink, stream), durable, filters)
+            durable = subjects.durable(s.region, self._aggregates.stream)
+            tasks["receive aggregates"] = self._tier.receive(self._aggregates, durable, filters)
         await until_stopped(self._daemon, tasks, self._tier.drain)
-        self._journal.close()
 
     def _status(self) -> dict[str, Any]:
         current = self._machine.current
@@ -141,11 +150,11 @@ class AggregatorService:
                     control = wire.unpack(record.data, Control)
                     if control.status == "closed":
                         self._log.info("run_closed", reason=control.reason, version=control.version)
-                        self._tier.feed(RunClosed(reason=control.reason))
+                        await self._tier.feed(RunClosed(reason=control.reason))
                     continue
                 await self._announce(wire.unpack(record.data, ModelManifest))
             except RefusedError as error:
-                self._tier.count_refused(error.reason, error.detail, subject=record.subject)
+                await self._tier.refuse(f"{stream}.{record.sequence}", record.subject, record.data, error)
 
     async def _announce(self, manifest: ModelManifest) -> None:
         n_parameters = sum(math.prod(spec.shape) for spec in manifest.parameters)
@@ -167,7 +176,7 @@ class AggregatorService:
         if not self._fit.done():
             self._fit.set_result(fit)
         self._daemon.metrics.version.set(manifest.version)
-        self._tier.feed(
+        await self._tier.feed(
             VersionAnnounced(
                 version=manifest.version,
                 grid_ids=manifest.grid_ids,
@@ -193,35 +202,36 @@ class AggregatorService:
             )
             subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
             identity = f"evaluation.{summed.region}.{summed.version}"
-            await self._persist(lambda: self._uplink.publish(subject, wire.pack(summed), identity))
+            await persist(self._log, lambda: self._uplink.publish(subject, wire.pack(summed), identity))
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Add the contributions chunk by chunk; publish the sum only when all of it is made.
 
         Half a sum of some contributions beside a whole sum of fewer would tell the node above their difference.
         """
-        fit = await self._fit  # after a restart, once the models are seen again
-        sizes = [_total_weight(part) for part in combination.parts]
-        weights = apportion([part.mass for part in combination.parts], sizes, fit.capacity)
-        total = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
-        prefix = subjects.aggregate(self._settings.run, self._settings.region)
         identity = combination.combination_id
+        prefix = subjects.aggregate(self._settings.run, self._settings.region)
+        if await self._is_published(prefix, identity):  # and the daemon was killed before it could write that down
+            return [Combined(combination_id=identity)]
+        fit = await self._fit  # after a restart, once the models are seen again
+        weights = weigh(combination, fit.capacity)
         with Spool(self._settings.state_dir / "sum.spool", identity) as spool:
             try:
-                async with aclosing(self._sums(combination, weights, total)) as sums:
-                    async for data in sums:
-                        spool.append(data)
+                adder = Adder(self._worker, fit, combination, weights, self._tier.chunks)
+                async with aclosing(adder.chunks()) as chunks:
+                    async for data in chunks:
+                        await asyncio.to_thread(spool.append, data)
             except PartRefusedError as error:
-                refused = {error.contribution_id: (error.reason, error.detail)}
-                return [CombineFailed(combination_id=identity, refused=refused)]
-            await self._persist(lambda: self._uplink.publish_payload(prefix, identity, spool.chunks()))
-            head = self._head(combination, total, spool.payload)
+                return [CombineFailed(combination_id=identity, refused={error.part_id: (error.reason, error.detail)})]
+            except VanishedError as error:
+                return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
+            await persist(self._log, lambda: self._uplink.publish_payload(prefix, identity, off_loop(spool.chunks())))
+            head = head_of(self._settings.run, self._settings.region, combination, weights, spool.payload)
         packed = wire.pack(head)
-        await self._persist(lambda: self._uplink.publish(subjects.head(prefix), packed, identity))
+        await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), packed, identity))
         n_bytes = head.payload.n_bytes + len(packed)
         self._sent_bytes += n_bytes
         self._daemon.metrics.sent_bytes.inc(n_bytes)
-        self._tier.count_combined(combination)
         self._log.info(
             "aggregate_sent",
             aggregate_id=identity,
@@ -235,103 +245,35 @@ class AggregatorService:
         await self._forget_old(prefix)
         return [Combined(combination_id=identity)]
 
-    async def _sums(
-        self, combination: Combination, weights: tuple[int, ...], total: int
-    ) -> AsyncGenerator[bytes, None]:
-        readers = [self._tier.chunks(part.head) for part in combination.parts]
-        for position in range(len(combination.parts[0].head.payload.digests)):
-            chunks = []
-            for part, reader in zip(combination.parts, readers, strict=True):
-                try:
-                    chunks.append(await anext(reader))
-                except RefusedError as error:
-                    raise PartRefusedError(contribution_id(part.head), error.reason, error.detail) from error
-            yield await self._add(combination, position, chunks, weights, total)
-
-    async def _add(
-        self, combination: Combination, position: int, chunks: list[bytes], weights: tuple[int, ...], total: int
-    ) -> bytes:
-        fit = await self._fit
+    async def _is_published(self, prefix: str, identity: str) -> bool:
+        stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
+        record = await newest(self._uplink, stream, subjects.head(prefix), self._log)
         try:
-            summed: bytes = await self._worker.call("weighted_sum", fit, position, chunks, weights, total)
-        except RefusedError as error:
-            index = getattr(error, "index", 0)  # RefusedChunkError, whose module loads TenSEAL
-            raise PartRefusedError(
-                contribution_id(combination.parts[index].head), error.reason, error.detail
-            ) from error
-        except WorkerDiedError:
-            for part, chunk in zip(combination.parts, chunks, strict=True):
-                await self._survive(part, fit, position, chunk)
-            summed = await self._worker.call("weighted_sum", fit, position, chunks, weights, total)
-        return summed
+            return record is not None and wire.unpack(record.data, Aggregate).aggregate_id == identity
+        except RefusedError:
+            return False
 
-    async def _survive(self, part: Part, fit: "Fit", position: int, chunk: bytes) -> None:
-        """Refuse the contribution whose chunk, added alone, ends the worker process."""
-        try:
-            await self._worker.call("weighted_sum", fit, position, [chunk], [1], _total_weight(part))
-        except WorkerDiedError as error:
-            raise PartRefusedError(contribution_id(part.head), Reason.CIPHERTEXT, str(error)) from error
+    # --- sums that were made ------------------------------------------------------------------------------------------
 
-    def _head(self, combination: Combination, total_weight: int, payload: Payload) -> Aggregate:
-        heads = [part.head for part in combination.parts]
-        return Aggregate(
-            run=self._settings.run,
-            region=self._settings.region,
-            aggregate_id=combination.combination_id,
-            model_version=combination.version,
-            grid_id=heads[0].grid_id,
-            key_id=heads[0].key_id,
-            total_weight=total_weight,
-            mass=sum(part.mass for part in combination.parts),
-            n_sites=combination.n_sites,
-            n_updates=sum(1 if isinstance(head, Update) else head.n_updates for head in heads),
-            n_samples=sum(head.n_samples for head in heads),
-            saturated=sum(head.saturated for head in heads),
-            staleness_sum=sum(_staleness_sum(part) for part in combination.parts),
-            staleness_max=max(_staleness_max(part) for part in combination.parts),
-            payload=payload,
-        )
+    def _note(self, handled: Handled) -> None:
+        if handled.combination is not None:
+            self._made.append(handled.combination)
+            while len(self._made) > 2 * KEPT_AGGREGATES and self._is_old(self._made[0]):
+                self._made.popleft()  # dropped before a restart
 
-    async def _persist(self, publish: Callable[[], Awaitable[object]]) -> None:
-        """Publish, and again while the stream is full."""
-        while True:
-            try:
-                await publish()
-            except BusFullError as error:
-                self._log.warning("stream_full", error=str(error), retry_s=RETRY_S)
-                await asyncio.sleep(RETRY_S)
-            else:
-                return
+    def _is_old(self, combination: Combination) -> bool:
+        return self._machine.current is not None and combination.version < self._machine.current.version
 
     async def _forget_old(self, prefix: str) -> None:
+        """Drop the payloads of sums beyond the newest few, but none that was made since the newest version came.
+
+        The node above may not have fetched those yet: the link that brings the versions takes the sums.
+        """
         stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
-        made = self._tier.combined
-        while len(made) >= KEPT_AGGREGATES:
+        while len(self._made) >= KEPT_AGGREGATES and self._is_old(self._made[0]):
             try:
-                await self._uplink.purge(stream, subjects.chunks(prefix, made[0]))
+                await self._uplink.purge(stream, subjects.chunks(prefix, self._made[0].combination_id))
             except BusError as error:
                 self._log.warning("not_purged", error=str(error))
                 return
-            del made[0]
-
-
-class PartRefusedError(RefusedError):
-    """One contribution of a combination turned out bad when it was read."""
-
-    def __init__(self, contribution_id: str, reason: Reason, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.contribution_id = contribution_id
-
-
-def _total_weight(part: Part) -> int:
-    return 1 if isinstance(part.head, Update) else part.head.total_weight
-
-
-def _staleness_sum(part: Part) -> int:
-    if isinstance(part.head, Update):
-        return part.staleness
-    return part.head.staleness_sum + part.staleness * part.head.n_updates
-
-
-def _staleness_max(part: Part) -> int:
-    return part.staleness + (0 if isinstance(part.head, Update) else part.head.staleness_max)
+            self._made.popleft()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings, RunSettings
 from fednats.errors import BusError, Reason, RefusedError
-from fednats.messages import Aggregate, Control, Frame, ModelManifest
+from fednats.messages import Aggregate, Control
 from fednats.permissions import user_name
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
@@ -23,16 +23,17 @@ from fednats.protocol.events import (
     Event,
     FinalEvaluationOverdue,
     KeepBest,
+    Part,
     PublishEvaluation,
     VersionAnnounced,
     WallTimeReached,
 )
+from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.off_loop import off_loop
-from fednats.services.tier import Inbox, Tier
+from fednats.services.model_publisher import ModelPublisher
+from fednats.services.rejects import Rejects
+from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
-from fednats.storage.checkpoints import checkpoints_folder, frame_file
-from fednats.storage.chunk_file import read_chunks
 from fednats.storage.journal import Journal
 from fednats.transport import streams
 from fednats.transport.bus import Bus
@@ -80,50 +81,56 @@ class CoordinatorService:
         self._run = settings.settings
         self._bus = bus
         self._worker = worker
-        self._journal = Journal(settings.state_dir / "journal.sqlite")
         self._machine = Coordinator(settings.run)
-        self._tier = Tier(daemon, self._journal, self._machine)
+        journal = Journal(settings.state_dir / "journal.sqlite")
+        self._tier = Tier(
+            daemon, journal, self._machine, Rejects(bus, settings.run, subjects.HUB, daemon.log), self._note
+        )
+        self._inbox = Inbox(bus, subjects.inbox_stream(settings.run, subjects.HUB), settings.run, daemon.log)
+        self._tier.inboxes = {Aggregate: self._inbox}
         self._opened = time.monotonic()
         self._history: list[dict[str, Any]] = []
-        self._published: dict[int, float] = {}
-        self._figures = {"sent_bytes": 0, "received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
+        self._published_s: dict[int, float] = {}
+        self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
-        self._frames: set[str] = set()
-        """Payload ids of the frames that are in the stream."""
+        self._publisher = ModelPublisher(daemon, settings, bus)
         self._told_closed = False
         daemon.status = self._status
         daemon.buses.append(bus)
 
     async def live(self) -> None:
-        """Make the streams, publish the current version, then take aggregates until told to stop."""
+        """Keep the run until told to stop."""
+        async with self._tier.journalling():
+            await self._live()
+
+    async def _live(self) -> None:
+        """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
         for spec in streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves):
             await self._bus.ensure_stream(spec)
         for bucket in streams.buckets(run):
             await self._bus.ensure_bucket(bucket)
-        n_events = self._tier.restore()
+        n_events = await self._tier.restore()
         version: Version = await self._worker.call("current")
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         self._log.info("restored", n_events=n_events, version=version.version, n_parameters=self._n_parameters)
-        self._tier.feed(Configured(sites=(), regions=self._settings.regions, stop=self._run.stop))
-        self._tier.feed(await self._announce(version))
+        await self._tier.feed(Configured(sites=(), regions=self._settings.regions, stop=self._run.stop))
+        await self._tier.feed(await self._announce(version))
         self._daemon.ready = True
-        inbox = Inbox(self._bus, subjects.inbox_stream(run, subjects.HUB))
-        durable = subjects.durable(subjects.HUB, inbox.stream)
+        durable = subjects.durable(subjects.HUB, self._inbox.stream)
         filters = [subjects.head(subjects.aggregate(run, "*")), subjects.evaluation_sum(run, "*")]
         await until_stopped(
             self._daemon,
             {
-                "receive aggregates": self._tier.receive(inbox, durable, filters),
+                "receive aggregates": self._tier.receive(self._inbox, durable, filters),
                 "execute": self._tier.execute(self._execute),
-                "keep time": self._tier.keep_time(),
                 "combine": self._tier.combine(self._combine),
+                "publish again": self._publisher.publish_again(),
                 "watch the clock": self._watch_clock(),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._tier.drain,
         )
-        self._journal.close()
 
     def _status(self) -> dict[str, Any]:
         machine = self._machine
@@ -139,6 +146,7 @@ class CoordinatorService:
             "best": None if best is None else {"version": best.version, "metrics": best.metrics},
             "reached_target_at": machine.reached_target_at,
             "history": self._history,
+            "sent_bytes": self._publisher.sent_bytes,
             **self._figures,
         }
 
@@ -152,34 +160,7 @@ class CoordinatorService:
 
     async def _announce(self, version: "Version") -> VersionAnnounced:
         """Publish ``version`` and the frames that lead to it; doing it again changes nothing."""
-        prefix = subjects.model(self._settings.run)
-        n_bytes = 0
-        for frame in version.frames:
-            n_bytes += await self._publish_frame(prefix, frame)
-        manifest = ModelManifest(
-            run=self._settings.run,
-            version=version.version,
-            task=self._settings.task.path,
-            seed=self._run.seed,
-            parameters=version.parameters,
-            weights_digest=version.weights_digest,
-            frames=version.frames,
-            grid=version.grids[-1],
-            grid_ids=tuple(grid.grid_id for grid in version.grids),
-            key_id=version.key_id,
-            training=self._run.training,
-            aggregation=self._run.aggregation,
-            delta=self._run.delta,
-        )
-        packed = wire.pack(manifest)
-        identity = f"v{version.version}-{wire.digest(packed).hex()}"
-        await self._bus.publish(subjects.head(prefix), packed, identity)
-        await self._forget_frames(prefix, {frame.payload.payload_id for frame in version.frames})
-        self._figures["sent_bytes"] += n_bytes + len(packed)
-        self._daemon.metrics.sent_bytes.inc(n_bytes + len(packed))
-        self._daemon.metrics.version.set(version.version)
-        self._published[version.version] = time.monotonic() - self._opened
-        self._log.info("version_published", version=version.version, bytes=n_bytes, delta_norm=version.delta_norm)
+        manifest = await self._publisher.publish(version)
         await self._put_state()
         return VersionAnnounced(
             version=version.version,
@@ -190,32 +171,6 @@ class CoordinatorService:
             max_total_weight=version.max_total_weight,
             settings=self._run.aggregation,
         )
-
-    async def _publish_frame(self, prefix: str, frame: Frame) -> int:
-        """Publish the chunks of ``frame`` unless they are in the stream; return the bytes sent."""
-        payload = frame.payload
-        if payload.payload_id in self._frames:
-            return 0
-        stream = subjects.models_stream(self._settings.run, subjects.HUB)
-        last = len(payload.digests) - 1
-        record = await self._bus.last(stream, subjects.chunk(prefix, payload.payload_id, last))
-        sent = 0
-        if record is None or wire.digest(record.data) != payload.digests[last]:
-            chunks = read_chunks(frame_file(checkpoints_folder(self._settings.state_dir), payload.payload_id))
-            await self._bus.publish_payload(prefix, payload.payload_id, off_loop(chunks))
-            sent = payload.n_bytes
-        self._frames.add(payload.payload_id)
-        return sent
-
-    async def _forget_frames(self, prefix: str, needed: set[str]) -> None:
-        stream = subjects.models_stream(self._settings.run, subjects.HUB)
-        for payload_id in self._frames - needed:
-            try:
-                await self._bus.purge(stream, subjects.chunks(prefix, payload_id))
-            except BusError as error:
-                self._log.warning("frame_not_purged", frame=payload_id, error=str(error))
-            else:
-                self._frames.discard(payload_id)
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Decrypt the sums, step the model, publish the next version."""
@@ -229,13 +184,12 @@ class CoordinatorService:
                 refused = await self._decrypt(heads, shares)
             except WorkerDiedError:
                 refused = await self._decrypt_one_by_one(heads, shares)
+            except VanishedError as error:
+                return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
             version = await self._worker.call("apply", identity, heads)
-        announced = await self._announce(version)
-        self._tier.count_combined(combination)
-        self._count(combination, heads)
-        return [announced, Combined(combination_id=identity)]
+        return [await self._announce(version), Combined(combination_id=identity)]
 
     async def _decrypt_one_by_one(self, heads: list[Aggregate], shares: list[float]) -> Refusals:
         """Refuse the sum that, decrypted alone, ends the worker process; then decrypt all again."""
@@ -261,9 +215,30 @@ class CoordinatorService:
             self._figures["received_bytes"] += head.payload.n_bytes
         return {}
 
-    def _count(self, combination: Combination, heads: list[Aggregate]) -> None:
-        self._figures["n_updates"] += sum(head.n_updates for head in heads)
-        for part, head in zip(combination.parts, heads, strict=True):
+    def _note(self, handled: Handled) -> None:
+        """Keep the figures that operators see, now or from the journal."""
+        if isinstance(handled.event, VersionAnnounced):
+            self._published_s.setdefault(handled.event.version, handled.elapsed_s)
+        if handled.combination is not None:
+            for part in handled.combination.parts:
+                self._count(part)
+        for command in handled.commands:
+            if isinstance(command, PublishEvaluation):
+                self._history.append(
+                    {
+                        "version": command.version,
+                        "published_s": round(self._published_s.get(command.version, 0.0), 3),
+                        "evaluated_s": round(handled.elapsed_s, 3),
+                        "n_sites": command.n_sites,
+                        "n_samples": command.n_samples,
+                        "metrics": command.metrics,
+                    }
+                )
+
+    def _count(self, part: Part) -> None:
+        head = part.head
+        if isinstance(head, Aggregate):
+            self._figures["n_updates"] += head.n_updates
             self._figures["staleness_sum"] += head.staleness_sum + part.staleness * head.n_updates
             self._figures["staleness_max"] = max(self._figures["staleness_max"], head.staleness_max + part.staleness)
 
@@ -275,16 +250,6 @@ class CoordinatorService:
                 self._log.info(
                     "version_evaluated", version=version, n_sites=n_sites, n_samples=n_samples, metrics=metrics
                 )
-                self._history.append(
-                    {
-                        "version": version,
-                        "published_s": round(self._published.get(version, 0.0), 3),
-                        "evaluated_s": round(time.monotonic() - self._opened, 3),
-                        "n_sites": n_sites,
-                        "n_samples": n_samples,
-                        "metrics": metrics,
-                    }
-                )
                 await self._put_state()
             case KeepBest(version):
                 kept = await self._worker.call("keep_best", version)
@@ -294,7 +259,7 @@ class CoordinatorService:
                 self._tier.feed_later(delay_s, FinalEvaluationOverdue())
             case CloseRun(version, reason):
                 control = Control(run=self._settings.run, status="closed", version=version, reason=reason)
-                await self._bus.publish(subjects.control(self._settings.run), wire.pack(control), f"closed.{version}")
+                await self._publisher.close(control)
                 self._told_closed = True
                 self._log.info("run_closed", version=version, reason=reason)
                 await self._put_state()
@@ -303,9 +268,9 @@ class CoordinatorService:
 
     async def _watch_clock(self) -> None:
         if self._run.stop.max_wall_s is not None:
-            await asyncio.sleep(self._run.stop.max_wall_s)
+            await asyncio.sleep(max(0.0, self._run.stop.max_wall_s - self._tier.elapsed_s))
             if self._machine.state is RunState.OPEN:
-                self._tier.feed(WallTimeReached())
+                await self._tier.feed(WallTimeReached())
         await asyncio.Event().wait()
 
     async def _put_state(self) -> None:

@@ -15,6 +15,7 @@ from fednats.permissions import user_name
 from fednats.protocol import site as protocol
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import off_loop
+from fednats.services.persist import RETRY_S
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.chunk_file import ChunkFile, keep_sound
 from fednats.storage.local_disk import local_disk
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 KEPT_MANIFESTS = 32
 RETRY_JOB_S = 30.0
 """Pause after a job failed, unless a newer version comes first."""
-
-RETRY_S = 2.0
-"""Pause after the bus refused something, before it is offered again."""
 
 AWAY_S = 5.0
 """So long without the bus, and the site trains on by itself; a shorter break changes nothing."""

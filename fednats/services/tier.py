@@ -1,44 +1,39 @@
-"""What the aggregator and the coordinator share: a `Collector` fed from the bus, its journal, its deliveries.
+"""What the aggregator and the coordinator share: a `Collector` fed from the bus, its journal, its commands.
 
-An event is journalled, then handled, then its commands are executed. A delivery is acknowledged only when the machine
-settles it, so whatever a killed daemon had not finished is delivered again.
+An event is durable before it is handled, and handled before its commands are executed. A delivery is acknowledged only
+when the machine settles it, so whatever a killed daemon had not finished is delivered again.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
-from fednats import subjects, wire
-from fednats.errors import BusError, Reason, RefusedError
-from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
+from fednats.errors import BusError, RefusedError
+from fednats.messages import Aggregate, Update
+from fednats.protocol.collector import REMEMBERED
 from fednats.protocol.events import (
     Combination,
     Combine,
     Combined,
     Command,
-    ContributionArrived,
     DeadlineReached,
-    EvaluationArrived,
     Event,
     Refuse,
     ReportWaiting,
     Settle,
     StartTimer,
-    contribution_id,
-    evaluation_id,
 )
+from fednats.services.inbox import Inbox
 from fednats.services.lifecycle import Daemon
+from fednats.services.persist import RETRY_S
+from fednats.services.rejects import Rejects
 from fednats.storage.journal import Journal
-from fednats.transport.bus import Bus, Delivery
 
-READ_AHEAD = 2
-"""Chunks of one contribution that are read ahead."""
-
-REDELIVERY_S = 60.0
-"""How long a restarted daemon waits for a contribution it had taken in to be delivered again."""
-
-RETRY_S = 2.0
+MAX_BATCH = 256
+"""Events that are journalled in one transaction, and handled before anything else has its turn."""
 
 
 class Machine(Protocol):
@@ -51,112 +46,106 @@ class Machine(Protocol):
         """Return what a restarted daemon has to do."""
 
     @property
+    def in_flight(self) -> Combination | None:
+        """What is being combined."""
+
+    @property
     def n_buffered(self) -> int:
         """Contributions taken in and not yet combined."""
 
 
-class Inbox:
-    """One stream that contributions come from, and the connection it is read on."""
+@dataclass(frozen=True, slots=True)
+class Handled:
+    """What became of one event, now or before a restart."""
 
-    def __init__(self, bus: Bus, stream: str) -> None:
-        self.bus = bus
-        self.stream = stream
-        self._delivered: dict[str, tuple[Delivery, Update | Aggregate | None]] = {}
-
-    def keep(self, identity: str, delivery: Delivery, head: Update | Aggregate | None) -> None:
-        """Remember how to acknowledge ``identity``."""
-        self._delivered[identity] = (delivery, head)
-
-    async def settle(self, identity: str, *, refused: bool = False) -> None:
-        """Drop the payload of ``identity`` and acknowledge its delivery; nothing if it was delivered elsewhere."""
-        found = self._delivered.get(identity)
-        if found is None:
-            return
-        delivery, head = found
-        if head is not None:
-            await self.bus.purge(self.stream, subjects.chunks(prefix_of(head), head.payload.payload_id))
-        await (delivery.term() if refused else delivery.ack())
-        if self._delivered.get(identity) is found:
-            del self._delivered[identity]
-
-    async def chunks(self, head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks of a contribution, each checked against its digest."""
-        payload = head.payload
-        reading = self.bus.read_payload(
-            self.stream, prefix_of(head), payload.payload_id, payload.digests, window=READ_AHEAD
-        )
-        async with aclosing(reading) as chunks:
-            async for data in chunks:
-                yield data
+    event: Event
+    elapsed_s: float
+    """Since the first event of the run."""
+    commands: list[Command]
+    combination: Combination | None
+    """The one that the event says is done."""
 
 
 class Tier:
-    """Feeds one machine and executes its commands in order; combining runs beside, one combination at a time."""
+    """Feeds one machine and executes its commands in order; combining runs beside, one combination at a time.
 
-    def __init__(self, daemon: Daemon, journal: Journal, machine: Machine) -> None:
+    ``note`` is told of every event that was handled, those of the journal included.
+    """
+
+    def __init__(
+        self, daemon: Daemon, journal: Journal, machine: Machine, rejects: Rejects, note: Callable[[Handled], None]
+    ) -> None:
         self.daemon = daemon
         self.log = daemon.log
+        self.rejects = rejects
+        self.inboxes: Mapping[type[Update | Aggregate], Inbox] = {}
+        """Where contributions of each kind come from."""
         self.accepted = 0
         self.refused = 0
         self.refusals: dict[str, int] = {}
         self._journal = journal
         self._machine = machine
-        self._inboxes: dict[str, Inbox] = {}
-        self._delivery = asyncio.Condition()
+        self._note = note
+        self._refused_ids: dict[str, None] = {}
+        self._first_at_s: float | None = None
+        self._started = (time.time(), time.monotonic())
+        self._fed: asyncio.Queue[tuple[Event, asyncio.Future[None]]] = asyncio.Queue()
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
         self._combinations: asyncio.Queue[Combination] = asyncio.Queue()
         self._timer: asyncio.TimerHandle | None = None
-        self._due: asyncio.Queue[Event] = asyncio.Queue()
-        self.combined: list[str] = []
-        """Ids of all combinations that were made, the oldest first."""
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def restore(self) -> int:
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def journalling(self) -> AsyncIterator[None]:
+        """Take events in until the context is left; ends with LocalStorageError when the journal cannot be written."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                keeping = group.create_task(self._keep_journal(), name="keep journal")
+                try:
+                    yield
+                finally:
+                    keeping.cancel()
+        finally:
+            self._journal.close()
+
+    async def restore(self) -> int:
         """Replay the journal into the machine and take up what was under way; return the number of events."""
-        n_events = 0
-        for event in self._journal.replay():
-            self._machine.handle(event)
-            self._note(event)
-            n_events += 1
+        n_events = await asyncio.to_thread(self._replay)
         for command in self._machine.outstanding():
             self._commands.put_nowait(command)
         return n_events
 
-    def feed(self, event: Event) -> None:
-        """Journal and handle ``event``; its commands are executed in turn."""
-        self._journal.append(event)
-        for command in self._machine.handle(event):
-            self._commands.put_nowait(command)
-        self._note(event)
-        self.daemon.metrics.buffered.set(self._machine.n_buffered)
+    async def feed(self, *events: Event) -> None:
+        """Return when ``events`` are durable and handled, in order; their commands are executed in turn."""
+        handled = [self._put(event) for event in events]
+        await handled[-1]
 
     def feed_later(self, delay_s: float, event: Event) -> asyncio.TimerHandle:
         """Feed ``event`` after a while."""
-        return asyncio.get_running_loop().call_later(delay_s, self._due.put_nowait, event)
-
-    async def keep_time(self) -> None:
-        """Feed the events of timers that ran out, for ever."""
-        while True:
-            self.feed(await self._due.get())
+        return asyncio.get_running_loop().call_later(delay_s, self._put, event)
 
     async def receive(self, inbox: Inbox, durable: str, filters: list[str]) -> None:
         """Take contributions and evaluations from ``inbox`` for ever."""
         async for delivery in inbox.bus.consume(inbox.stream, durable, filters):
             self.daemon.metrics.received_bytes.inc(len(delivery.data))
             try:
-                event = _event(delivery, inbox, self.daemon.run)
+                event = inbox.open(delivery)
             except RefusedError as error:
-                identity = f"unreadable.{inbox.stream}.{delivery.stream_sequence}"
-                inbox.keep(identity, delivery, None)
-                self._inboxes[identity] = inbox
-                self._commands.put_nowait(Refuse(identity, error.reason, f"{delivery.subject}: {error.detail}"))
-                continue
-            identity = _identity(event)
-            async with self._delivery:
-                self._inboxes[identity] = inbox
-                self._delivery.notify_all()
-            self.feed(event)
+                refuse = Refuse(inbox.unreadable_id(delivery), error.reason, f"{delivery.subject}: {error.detail}")
+                self._count_refused(refuse)
+                self._commands.put_nowait(refuse)
+            else:
+                self._put(event)  # not awaited: what is delivered together is journalled together
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the first event of the run; 0 before it."""
+        return 0.0 if self._first_at_s is None else self._now_s() - self._first_at_s
+
+    # --- commands -----------------------------------------------------------------------------------------------------
 
     async def execute(self, other: Callable[[Command], Awaitable[None]]) -> None:
         """Execute commands in order for ever; what is not common to all tiers goes to ``other``."""
@@ -164,11 +153,13 @@ class Tier:
             command = await self._commands.get()
             match command:
                 case Settle(ids):
-                    for identity in ids:
-                        await self._settle(identity)
+                    for inbox in self.inboxes.values():
+                        for identity in ids:
+                            await self._until_done(inbox.settle, identity)
                 case Refuse(identity, reason, detail):
-                    self.count_refused(reason, detail, contribution=identity)
-                    await self._settle(identity, refused=True)
+                    self.log.warning("refused", contribution=identity, reason=reason.value, detail=detail)
+                    for inbox in self.inboxes.values():
+                        await self._until_done(inbox.refuse, identity, self.rejects, reason, detail)
                 case StartTimer(delay_s):
                     self._start_timer(delay_s)
                 case ReportWaiting(n_contributions, min_sites):
@@ -184,105 +175,103 @@ class Tier:
         """Make combinations for ever: ``make`` returns the events that say what came of it."""
         while True:
             combination = await self._combinations.get()
-            events = await make(combination)
+            await self.feed(*await make(combination))
             self._idle.set()
-            for event in events:
-                self.feed(event)
-
-    def count_combined(self, combination: Combination) -> None:
-        """Count what a finished combination took in."""
-        self.accepted += len(combination.parts)
-        self.daemon.metrics.accepted.inc(len(combination.parts))
-        for part in combination.parts:
-            self.daemon.metrics.staleness.observe(part.staleness)
-
-    def count_refused(self, reason: Reason, detail: str, **fields: object) -> None:
-        """Count and log what is refused."""
-        self.refused += 1
-        self.refusals[reason.value] = self.refusals.get(reason.value, 0) + 1
-        self.daemon.metrics.refused.labels(reason=reason.value).inc()
-        self.log.warning("refused", reason=reason.value, detail=detail, **fields)
 
     async def drain(self) -> None:
         """Wait until no combination is under way."""
         await self._idle.wait()
 
-    async def chunks(self, head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks of a contribution, checked; after a restart, wait until it is delivered again.
+    def chunks(self, head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of a contribution, checked; see `Inbox.chunks`."""
+        return self.inboxes[type(head)].chunks(head)
 
-        Raises:
-            RefusedError: a chunk is missing or damaged.
-        """
-        identity = contribution_id(head)
-        async with self._delivery:
-            try:
-                async with asyncio.timeout(REDELIVERY_S):
-                    await self._delivery.wait_for(lambda: identity in self._inboxes)
-            except TimeoutError:
-                raise RefusedError(Reason.CHECKSUM, "it was not delivered again after a restart") from None
-        async with aclosing(self._inboxes[identity].chunks(head)) as chunks:
-            async for data in chunks:
-                yield data
+    async def refuse(self, source: str, subject: str, data: bytes, error: RefusedError) -> None:
+        """Count, log and keep something that is refused and was not delivered through an inbox."""
+        self._count_refused(Refuse(source, error.reason, error.detail))
+        self.log.warning("refused", subject=subject, reason=error.reason.value, detail=error.detail)
+        await self.rejects.add(source, subject, data, error.reason, error.detail)
 
-    async def _settle(self, identity: str, *, refused: bool = False) -> None:
-        inbox = self._inboxes.get(identity)
-        while inbox is not None:
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _put(self, event: Event) -> asyncio.Future[None]:
+        handled = asyncio.get_running_loop().create_future()
+        self._fed.put_nowait((event, handled))
+        return handled
+
+    async def _keep_journal(self) -> None:
+        while True:
+            batch = [await self._fed.get()]
+            while len(batch) < MAX_BATCH and not self._fed.empty():
+                batch.append(self._fed.get_nowait())
+            at_s = self._now_s()
+            await asyncio.to_thread(self._journal.append, [event for event, _ in batch], at_s)
+            for event, handled in batch:
+                for command in self._handle(event, at_s):
+                    self._commands.put_nowait(command)
+                if not handled.done():  # who fed it may have been cancelled
+                    handled.set_result(None)
+            self.daemon.metrics.buffered.set(self._machine.n_buffered)
+
+    def _replay(self) -> int:
+        n_events = 0
+        for entry in self._journal.replay():
+            n_events = entry.sequence
+            self._handle(entry.event, entry.at_s)
+            wall_s, monotonic_s = self._started
+            self._started = (max(wall_s, entry.at_s), monotonic_s)  # time does not go back with a clock that was set
+        self.daemon.metrics.buffered.set(self._machine.n_buffered)
+        return n_events
+
+    def _handle(self, event: Event, at_s: float) -> list[Command]:
+        """Let the machine handle what is journalled, and count what comes of it."""
+        if self._first_at_s is None:
+            self._first_at_s = at_s
+        in_flight = self._machine.in_flight
+        commands = self._machine.handle(event)
+        combination = in_flight if isinstance(event, Combined) else None
+        if combination is not None:
+            self._count_combined(combination)
+        for command in commands:
+            if isinstance(command, Refuse):
+                self._count_refused(command)
+        self._note(Handled(event, at_s - self._first_at_s, commands, combination))
+        return commands
+
+    def _count_combined(self, combination: Combination) -> None:
+        self.accepted += len(combination.parts)
+        self.daemon.metrics.accepted.inc(len(combination.parts))
+        for part in combination.parts:
+            self.daemon.metrics.staleness.observe(part.staleness)
+
+    def _count_refused(self, command: Refuse) -> None:
+        """Count what is refused, once, however often it is delivered."""
+        if command.contribution_id in self._refused_ids:
+            return
+        self._refused_ids[command.contribution_id] = None
+        while len(self._refused_ids) > REMEMBERED:
+            del self._refused_ids[next(iter(self._refused_ids))]
+        reason = command.reason.value
+        self.refused += 1
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+        self.daemon.metrics.refused.labels(reason=reason).inc()
+
+    async def _until_done(self, what: Callable[..., Awaitable[None]], identity: str, *arguments: object) -> None:
+        while True:
             try:
-                await inbox.settle(identity, refused=refused)
+                await what(identity, *arguments)
             except BusError as error:
                 self.log.warning("not_settled", contribution=identity, error=str(error), retry_s=RETRY_S)
                 await asyncio.sleep(RETRY_S)
             else:
-                self._inboxes.pop(identity, None)
                 return
-
-    def _note(self, event: Event) -> None:
-        if isinstance(event, Combined):
-            self.combined.append(event.combination_id)
 
     def _start_timer(self, delay_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.feed_later(delay_s, DeadlineReached())
 
-
-def prefix_of(head: Update | Aggregate) -> str:
-    """Return the subject prefix under which ``head`` and its payload were published."""
-    if isinstance(head, Update):
-        return subjects.update(head.run, head.region, head.site)
-    return subjects.aggregate(head.run, head.region)
-
-
-def _event(delivery: Delivery, inbox: Inbox, run: str) -> ContributionArrived | EvaluationArrived:
-    """Parse a delivery, hold its sender to the subject it may publish on, and keep how to acknowledge it."""
-    tokens = delivery.subject.split(".")
-    kind = tokens[2]
-    event: ContributionArrived | EvaluationArrived
-    if kind == "evaluation":
-        event = EvaluationArrived(evaluation=wire.unpack(delivery.data, Evaluation))
-    elif tokens[-1] == "evaluation":
-        event = EvaluationArrived(evaluation=wire.unpack(delivery.data, EvaluationSum))
-    elif kind == "update":
-        event = ContributionArrived(head=wire.unpack(delivery.data, Update))
-    else:
-        event = ContributionArrived(head=wire.unpack(delivery.data, Aggregate))
-    message = event.head if isinstance(event, ContributionArrived) else event.evaluation
-    if message.run != run:
-        raise RefusedError(Reason.WRONG_RUN, f"run {message.run!r}, this is {run!r}")
-    if delivery.subject != _subject(event):
-        raise RefusedError(Reason.WRONG_SENDER, f"came on {delivery.subject}, says it is from {_subject(event)}")
-    inbox.keep(_identity(event), delivery, event.head if isinstance(event, ContributionArrived) else None)
-    return event
-
-
-def _subject(event: ContributionArrived | EvaluationArrived) -> str:
-    if isinstance(event, ContributionArrived):
-        return subjects.head(prefix_of(event.head))
-    evaluation = event.evaluation
-    if isinstance(evaluation, Evaluation):
-        return subjects.evaluation(evaluation.run, evaluation.region, evaluation.site)
-    return subjects.evaluation_sum(evaluation.run, evaluation.region)
-
-
-def _identity(event: ContributionArrived | EvaluationArrived) -> str:
-    return contribution_id(event.head) if isinstance(event, ContributionArrived) else evaluation_id(event.evaluation)
+    def _now_s(self) -> float:
+        """Return the time of day at the start, and since then as much as has passed, whatever the clock is set to."""
+        wall_s, monotonic_s = self._started
+        return wall_s + time.monotonic() - monotonic_s

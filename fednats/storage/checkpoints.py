@@ -52,7 +52,9 @@ class Checkpoints:
 
     def create(self, version: int) -> tuple[TensorFile, TensorFile]:
         """Make the files for the weights and the optimiser's state of a new version, filled with zeros."""
-        weights = TensorFile.create(_partial(self._weights_file(version)), self._parameters, {"version": str(version)})
+        weights = TensorFile.create(
+            _partial(weights_file(self._directory, version)), self._parameters, {"version": str(version)}
+        )
         shapes = [(name, (len(weights),)) for name in self._state_names]
         return weights, TensorFile.create(_partial(self._state_file(version)), shapes, {"version": str(version)})
 
@@ -64,7 +66,10 @@ class Checkpoints:
 
     def commit(self, checkpoint: Checkpoint, weights: TensorFile, state: TensorFile) -> None:
         """Close the files of a version and make it the newest; durable on return. Removes what is no longer needed."""
-        files = {weights: self._weights_file(checkpoint.version), state: self._state_file(checkpoint.version)}
+        files = {
+            weights: weights_file(self._directory, checkpoint.version),
+            state: self._state_file(checkpoint.version),
+        }
         for file, path in files.items():
             file.sync()
             file.close()
@@ -80,23 +85,12 @@ class Checkpoints:
         self._tidy(checkpoint)
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest version, or None before the first.
-
-        Raises:
-            ConfigError: its record is damaged.
-        """
-        versions = self._versions()
-        if not versions:
-            return None
-        path = self._record(max(versions))
-        try:
-            return Checkpoint.model_validate(msgpack.unpackb(path.read_bytes(), use_list=False))
-        except (OSError, ValueError) as error:  # msgpack's and pydantic's errors are ValueErrors
-            raise ConfigError(f"{path}: cannot be read as a checkpoint ({error}); restore it or remove it") from error
+        """Return the newest version, or None before the first. Raises as `newest_checkpoint`."""
+        return newest_checkpoint(self._directory)
 
     def weights(self, version: int) -> TensorFile:
         """Open the weights of ``version``. Raises ConfigError if they are missing, damaged or another model's."""
-        file = TensorFile.read(self._weights_file(version))
+        file = TensorFile.read(weights_file(self._directory, version))
         n_parameters = sum(math.prod(shape) for _, shape in self._parameters)
         if len(file) != n_parameters:
             file.close()
@@ -123,7 +117,7 @@ class Checkpoints:
 
     def keep_best(self, version: int) -> bool:
         """Keep ``version`` as ``best.safetensors``; False if it is no longer among the newest few."""
-        path = self._weights_file(version)
+        path = weights_file(self._directory, version)
         if not path.exists():
             return False
         partial = self._directory / "best.partial"
@@ -132,9 +126,9 @@ class Checkpoints:
         return True
 
     def _tidy(self, newest: Checkpoint) -> None:
-        old = sorted(self._versions())[:-KEPT_VERSIONS]
+        old = sorted(_versions(self._directory))[:-KEPT_VERSIONS]
         frames = {frame_file(self._directory, frame.payload.payload_id) for frame in newest.frames}
-        unneeded = [file for version in old for file in (self._record(version), self._weights_file(version))]
+        unneeded = [file for version in old for file in (self._record(version), weights_file(self._directory, version))]
         unneeded += [file for file in self._directory.glob("frame-*.chunks") if file not in frames]
         unneeded += [
             file for file in self._directory.glob("optimizer-*.safetensors") if file != self._state_file(newest.version)
@@ -142,14 +136,8 @@ class Checkpoints:
         for file in unneeded:
             file.unlink(missing_ok=True)
 
-    def _versions(self) -> list[int]:
-        return [int(path.stem.removeprefix("version-")) for path in self._directory.glob("version-*.msgpack")]
-
     def _record(self, version: int) -> Path:
         return self._directory / f"version-{version}.msgpack"
-
-    def _weights_file(self, version: int) -> Path:
-        return self._directory / f"version-{version}.safetensors"
 
     def _state_file(self, version: int) -> Path:
         return self._directory / f"optimizer-{version}.safetensors"
@@ -165,10 +153,29 @@ def frame_file(directory: Path, payload_id: str) -> Path:
     return directory / f"frame-{payload_id}.chunks"
 
 
-def newest_weights(directory: Path) -> Path | None:
-    """Return the file of the newest version in ``directory``, for whoever reads a run that ended."""
-    versions = [int(path.stem.removeprefix("version-")) for path in directory.glob("version-*.msgpack")]
-    return directory / f"version-{max(versions)}.safetensors" if versions else None
+def newest_checkpoint(directory: Path) -> Checkpoint | None:
+    """Return the newest version in ``directory``, or None before the first.
+
+    Raises:
+        ConfigError: its record is damaged.
+    """
+    versions = _versions(directory)
+    if not versions:
+        return None
+    path = directory / f"version-{max(versions)}.msgpack"
+    try:
+        return Checkpoint.model_validate(msgpack.unpackb(path.read_bytes(), use_list=False))
+    except (OSError, ValueError) as error:  # msgpack's and pydantic's errors are ValueErrors
+        raise ConfigError(f"{path}: cannot be read as a checkpoint ({error}); restore it or remove it") from error
+
+
+def weights_file(directory: Path, version: int) -> Path:
+    """Return where the weights of ``version`` are."""
+    return directory / f"version-{version}.safetensors"
+
+
+def _versions(directory: Path) -> list[int]:
+    return [int(path.stem.removeprefix("version-")) for path in directory.glob("version-*.msgpack")]
 
 
 def _partial(path: Path) -> Path:

@@ -1,15 +1,23 @@
 """The journal of a machine: every event it was given, in order, in SQLite."""
 
 import sqlite3
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgpack
+from pydantic import ValidationError
 
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, LocalStorageError
 from fednats.protocol.events import EVENTS, Event
 
 BUSY_TIMEOUT_S = 10.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS event
+    (sequence INTEGER PRIMARY KEY, at_s REAL NOT NULL, kind TEXT NOT NULL, body BLOB NOT NULL)
+"""
 
 
 def open_database(path: Path, schema: str) -> sqlite3.Connection:
@@ -31,27 +39,89 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
     return connection
 
 
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """Open an SQLite file that a daemon may be writing to, or had open when it was killed.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", timeout=BUSY_TIMEOUT_S, uri=True)
+    except sqlite3.Error as error:
+        raise ConfigError(f"{path}: cannot be read as a database ({error}); is this the folder of a run?") from error
+
+
+class Entry(NamedTuple):
+    """One event as it was journalled."""
+
+    sequence: int
+    """From 1 on, without gaps."""
+    at_s: float
+    """Seconds since the epoch, by the clock of the daemon."""
+    event: Event
+
+
 class Journal:
     """Append-only; an appended event survives the process."""
 
     def __init__(self, path: Path) -> None:
-        self._connection = open_database(
-            path,
-            "CREATE TABLE IF NOT EXISTS event"
-            " (sequence INTEGER PRIMARY KEY, at TEXT DEFAULT CURRENT_TIMESTAMP, kind TEXT NOT NULL, body BLOB NOT NULL)",
-        )
+        self._path = path
+        self._connection = open_database(path, _SCHEMA)
+        self._using = threading.Lock()
 
-    def append(self, event: Event) -> None:
-        """Write ``event``; durable on return."""
-        body = msgpack.packb(event.model_dump(mode="python"), use_bin_type=True)
-        self._connection.execute("INSERT INTO event (kind, body) VALUES (?, ?)", (event.kind, body))
+    def append(self, events: Sequence[Event], at_s: float) -> None:
+        """Write ``events`` in one transaction; all are durable on return. Called from any thread.
 
-    def replay(self) -> Iterator[Event]:
-        """Yield all events in the order they were appended."""
-        for kind, body in self._connection.execute("SELECT kind, body FROM event ORDER BY sequence"):
-            fields = msgpack.unpackb(body, use_list=False, raw=False)
-            yield EVENTS[kind].model_validate(fields)
+        Raises:
+            LocalStorageError: the disk is full or broken; none of ``events`` is in the journal.
+        """
+        rows = [(at_s, event.kind, msgpack.packb(event.model_dump(), use_bin_type=True)) for event in events]
+        try:
+            with self._using, self._connection:
+                self._connection.execute("BEGIN")
+                self._connection.executemany("INSERT INTO event (at_s, kind, body) VALUES (?, ?, ?)", rows)
+        except sqlite3.Error as error:
+            raise LocalStorageError(
+                f"{self._path}: the journal cannot be written ({error}); make room on its disk or mend it, then start"
+                " again: nothing is lost, what was not written is delivered again"
+            ) from error
+
+    def replay(self) -> Iterator[Entry]:
+        """Yield all entries in the order they were appended.
+
+        Raises:
+            ConfigError: one of them cannot be read.
+        """
+        yield from _entries(self._connection, self._path)
 
     def close(self) -> None:
-        """Close the file."""
-        self._connection.close()
+        """Close the file, once a write under way is over."""
+        with self._using:
+            self._connection.close()
+
+
+def read_journal(path: Path) -> list[Entry]:
+    """Return all entries of the journal of a daemon that may be running.
+
+    Raises:
+        ConfigError: there is no journal, or one of its entries cannot be read.
+    """
+    connection = open_read_only(path)
+    try:
+        return list(_entries(connection, path))
+    finally:
+        connection.close()
+
+
+def _entries(connection: sqlite3.Connection, path: Path) -> Iterator[Entry]:
+    sequence = 0
+    try:
+        for sequence, at_s, kind, body in connection.execute(
+            "SELECT sequence, at_s, kind, body FROM event ORDER BY sequence"
+        ):
+            fields = msgpack.unpackb(body, use_list=False, raw=False)
+            yield Entry(sequence, at_s, EVENTS[kind].model_validate(fields))
+    except (sqlite3.Error, ValueError, KeyError, msgpack.UnpackException, ValidationError) as error:
+        raise ConfigError(
+            f"{path}: event {sequence} cannot be read ({type(error).__name__}: {error}); restore the journal"
+        ) from error

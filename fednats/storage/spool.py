@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from fednats import wire
+from fednats.errors import LocalStorageError
 from fednats.messages import Payload
 
 
@@ -18,7 +19,7 @@ class Spool:
         self._digests: list[bytes] = []
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("w+b")
+        self._file = self._path.open("w+b", buffering=0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -26,8 +27,20 @@ class Spool:
         self._path.unlink()
 
     def append(self, chunk: bytes) -> None:
-        """Add one chunk."""
-        self._file.write(chunk)
+        """Add one chunk.
+
+        Raises:
+            LocalStorageError: the disk is full or broken.
+        """
+        left = memoryview(chunk)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise LocalStorageError(
+                f"{self._path}: a sum cannot be written ({error.strerror}); make room on its disk, then start again:"
+                " nothing is lost, the sum is made again"
+            ) from error
         self._sizes.append(len(chunk))
         self._digests.append(wire.digest(chunk))
 

@@ -17,7 +17,7 @@ from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings
 from fednats.crypto import secret
 from fednats.delta import scheme
 from fednats.errors import FednatsError, InterruptedRunError
-from fednats.storage.checkpoints import checkpoints_folder, newest_weights
+from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
 from fednats.testbed.comparison import Comparison, compare
@@ -190,11 +190,12 @@ def _refuse_used(output: Path) -> None:
 
 def _keep_model(output: Path) -> NDArray[np.float32]:
     """Copy the last version to ``model.safetensors``; return its weights, float32[n]."""
-    newest = newest_weights(checkpoints_folder(output / COORDINATOR))
+    folder = checkpoints_folder(output / COORDINATOR)
+    newest = newest_checkpoint(folder)
     if newest is None:
         raise FednatsError(f"{output}: the coordinator left no model version")
-    shutil.copyfile(newest, output / "model.safetensors")
-    with TensorFile.read(newest) as weights:
+    shutil.copyfile(weights_file(folder, newest.version), output / "model.safetensors")
+    with TensorFile.read(output / "model.safetensors") as weights:
         return weights[0 : len(weights)]
 
 

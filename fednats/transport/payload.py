@@ -8,8 +8,11 @@ from typing import TypeVar
 
 from fednats import subjects
 from fednats.errors import Reason, RefusedError
-from fednats.transport.connection import AwayError, Connection, answer
+from fednats.transport.connection import AwayError, Connection, NobodyError, answer
 from fednats.wire import digest
+
+PAUSE_S = 0.2
+"""Between two attempts to read from a stream that is not there yet."""
 
 T = TypeVar("T")
 
@@ -92,6 +95,9 @@ async def _fetch(connection: Connection, stream: str, subject: str, expected: by
             message = await connection.down.carry(connection.down.chunk_bytes, ask)
         except AwayError:
             await connection.wait_connected()
+            continue
+        except NobodyError:  # the server is back, the stream is not yet
+            await asyncio.sleep(PAUSE_S)
             continue
         if message is None:
             raise RefusedError(Reason.CHECKSUM, f"{subject} is missing in {stream}")

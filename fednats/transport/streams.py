@@ -1,7 +1,7 @@
 """Streams and buckets of a run: who makes which, with which limits.
 
 Each function returns what one service ensures at its start with `Bus.ensure_stream` and `Bus.ensure_bucket`.
-A stream of models drops its oldest when full. All others refuse: the sender keeps what was not taken.
+A stream of models or of rejects drops its oldest when full. All others refuse: the sender keeps what was not taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,14 @@ class Limits:
     max_age_s: int
     duplicate_window_s: int = 3600
     """For so long a message id is remembered; what is sent again within it is stored once."""
+    max_messages: int = -1
+    """-1 is no limit."""
 
 
 MODELS = Limits(max_bytes=8 * GIB, max_age_s=365 * 86400)
 UPDATES = Limits(max_bytes=32 * GIB, max_age_s=7 * 86400)
 AGGREGATES = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400)
+REJECTS = Limits(max_bytes=GIB // 16, max_age_s=30 * 86400, max_messages=10_000)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class StreamSpec:
             "num_replicas": 1,
             "discard": self.discard,
             "max_bytes": self.limits.max_bytes,
+            "max_msgs": self.limits.max_messages,
             "max_age": self.limits.max_age_s * NANOSECONDS,
             "max_msg_size": max_message_bytes,
             "subjects": list(self.subjects),
@@ -116,7 +120,7 @@ class BucketSpec:
 
 
 def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that the coordinator ensures: models with control, and the inbox of ``regions``, those directly below."""
+    """Streams that the coordinator ensures: models with control, the inbox of ``regions`` directly below, rejects."""
     models = StreamSpec(
         name=subjects.models_stream(run, HUB),
         subjects=(f"{subjects.model(run)}.>", subjects.control(run)),
@@ -124,7 +128,7 @@ def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[St
         discard="old",
         pulse=subjects.pulse(run, HUB),
     )
-    return (models, _inbox(run, HUB, regions, leaves=leaves))
+    return (models, _inbox(run, HUB, regions, leaves=leaves), _rejects(run, HUB))
 
 
 def at_uplink(
@@ -158,7 +162,7 @@ def at_uplink(
 
 
 def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that an aggregator ensures in its private account: models for the sites, updates with evaluations."""
+    """Streams that an aggregator ensures in its private account: models for the sites, updates with evaluations, rejects."""
     origin = Origin(
         subjects.models_stream(run, region if leaves else HUB),
         api=permissions.UPLINK_API,
@@ -177,7 +181,7 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
         limits=UPDATES,
         discard="new",
     )
-    return (models, updates)
+    return (models, updates, _rejects(run, region))
 
 
 def buckets(run: str) -> tuple[BucketSpec, ...]:
@@ -195,4 +199,10 @@ def _inbox(run: str, node: str, regions: Sequence[str], *, leaves: bool = True) 
 
     return StreamSpec(
         name=subjects.inbox_stream(run, node), sources=tuple(map(origin, regions)), limits=AGGREGATES, discard="new"
+    )
+
+
+def _rejects(run: str, node: str) -> StreamSpec:
+    return StreamSpec(
+        name=subjects.rejects_stream(run, node), subjects=(subjects.rejects(run, node),), limits=REJECTS, discard="old"
     )

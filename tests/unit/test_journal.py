@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, LocalStorageError
 from fednats.protocol.events import Combined, ContributionArrived, Event
-from fednats.storage.journal import Journal
+from fednats.storage.journal import Journal, read_journal
 from tests.makers import aggregate, announcement, update
 
 
@@ -16,9 +16,43 @@ def test_a_journal_gives_back_its_events(tmp_path: Path) -> None:
         Combined(combination_id="c"),
     ]
     journal = Journal(tmp_path / "journal.sqlite")
-    for event in events:
-        journal.append(event)
-    assert list(Journal(tmp_path / "journal.sqlite").replay()) == events
+    journal.append(events[:3], at_s=1.5)
+    journal.append(events[3:], at_s=2.5)
+    entries = list(Journal(tmp_path / "journal.sqlite").replay())
+    assert [entry.event for entry in entries] == events
+    assert [(entry.sequence, entry.at_s) for entry in entries] == [(1, 1.5), (2, 1.5), (3, 1.5), (4, 2.5)]
+    assert read_journal(tmp_path / "journal.sqlite") == entries  # while the daemon has it open
+
+
+def test_a_journal_on_a_full_disk_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "journal.sqlite"
+    journal = Journal(file)
+    journal._connection.execute("PRAGMA max_page_count = 20")  # SQLite's own way to have no more room
+    n_written = 0
+
+    def fill() -> None:
+        nonlocal n_written
+        while n_written < 10_000:
+            journal.append([ContributionArrived(head=update("a", n_written + k + 1)) for k in range(10)], at_s=0.0)
+            n_written += 10
+
+    with pytest.raises(LocalStorageError, match=r"journal\.sqlite: .*full.*make room"):
+        fill()
+    assert n_written >= 10
+    assert len(list(Journal(file).replay())) == n_written
+
+
+def test_a_journal_with_an_entry_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.append([announcement(), Combined(combination_id="c")], at_s=0.0)
+    journal._connection.execute("UPDATE event SET body = x'c1' WHERE sequence = 2")
+    with pytest.raises(ConfigError, match=r"journal\.sqlite: event 2 cannot be read"):
+        list(journal.replay())
+
+
+def test_there_is_no_journal_to_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.sqlite"):
+        read_journal(tmp_path / "absent.sqlite")
 
 
 def test_a_journal_that_is_no_database_is_named(tmp_path: Path) -> None:

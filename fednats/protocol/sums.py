@@ -1,0 +1,52 @@
+"""What the head of a sum says, worked out from what is in the sum: by the region that makes it, and by who verifies it."""
+
+from collections.abc import Sequence
+
+from fednats.messages import Aggregate, Payload, Update
+from fednats.protocol.events import Combination, Part
+from fednats.protocol.weights import apportion
+
+
+def weigh(combination: Combination, capacity: int) -> tuple[int, ...]:
+    """Return the integer weight of each part; with the weights already in the parts they sum to at most ``capacity``."""
+    masses = [part.mass for part in combination.parts]
+    return apportion(masses, [carried_weight(part) for part in combination.parts], capacity)
+
+
+def carried_weight(part: Part) -> int:
+    """Return the total weight that a part brings: 1 for an update."""
+    return 1 if isinstance(part.head, Update) else part.head.total_weight
+
+
+def head_of(run: str, region: str, combination: Combination, weights: Sequence[int], payload: Payload) -> Aggregate:
+    """Return the head of the sum that ``region`` makes of ``combination`` with these integer weights."""
+    heads = [part.head for part in combination.parts]
+    return Aggregate(
+        run=run,
+        region=region,
+        aggregate_id=combination.combination_id,
+        model_version=combination.version,
+        grid_id=heads[0].grid_id,
+        key_id=heads[0].key_id,
+        total_weight=sum(
+            weight * carried_weight(part) for weight, part in zip(weights, combination.parts, strict=True)
+        ),
+        mass=sum(part.mass for part in combination.parts),
+        n_sites=combination.n_sites,
+        n_updates=sum(1 if isinstance(head, Update) else head.n_updates for head in heads),
+        n_samples=sum(head.n_samples for head in heads),
+        saturated=sum(head.saturated for head in heads),
+        staleness_sum=sum(_staleness_sum(part) for part in combination.parts),
+        staleness_max=max(_staleness_max(part) for part in combination.parts),
+        payload=payload,
+    )
+
+
+def _staleness_sum(part: Part) -> int:
+    if isinstance(part.head, Update):
+        return part.staleness
+    return part.head.staleness_sum + part.staleness * part.head.n_updates
+
+
+def _staleness_max(part: Part) -> int:
+    return part.staleness + (0 if isinstance(part.head, Update) else part.head.staleness_max)

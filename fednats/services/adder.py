@@ -1,0 +1,86 @@
+"""The sum of a combination, chunk by chunk: what the region can make of it without reading it."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, aclosing
+from typing import TYPE_CHECKING
+
+from fednats.errors import Reason, RefusedError
+from fednats.messages import Aggregate, Update
+from fednats.protocol.events import Combination, Part, contribution_id
+from fednats.protocol.sums import carried_weight
+from fednats.services.worker import Worker, WorkerDiedError
+
+if TYPE_CHECKING:
+    from fednats.services.aggregator_worker import AggregatorWorker, Fit
+
+
+class PartRefusedError(RefusedError):
+    """One contribution of a combination turned out bad when it was read."""
+
+    def __init__(self, part: Part, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.part_id = contribution_id(part.head)
+
+
+class Adder:
+    """Adds the parts of one combination, each times its integer weight, in the worker process."""
+
+    def __init__(
+        self,
+        worker: "Worker[AggregatorWorker]",
+        fit: "Fit",
+        combination: Combination,
+        weights: tuple[int, ...],
+        read: Callable[[Update | Aggregate], AsyncGenerator[bytes, None]],
+    ) -> None:
+        self._worker = worker
+        self._fit = fit
+        self._parts = combination.parts
+        self._weights = weights
+        self._read = read
+        self._total_weight = sum(
+            weight * carried_weight(part) for weight, part in zip(weights, self._parts, strict=True)
+        )
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of the sum; one chunk of each part is in memory.
+
+        Raises:
+            PartRefusedError: a part is bad.
+            VanishedError: a part is gone.
+        """
+        async with AsyncExitStack() as stack:
+            readers = [await stack.enter_async_context(aclosing(self._read(part.head))) for part in self._parts]
+            for position in range(len(self._parts[0].head.payload.digests)):
+                chunks = [await self._next(part, reader) for part, reader in zip(self._parts, readers, strict=True)]
+                yield await self._add(position, chunks)
+
+    async def _next(self, part: Part, reader: AsyncGenerator[bytes, None]) -> bytes:
+        try:
+            return await anext(reader)
+        except RefusedError as error:
+            raise PartRefusedError(part, error.reason, error.detail) from error
+
+    async def _add(self, position: int, chunks: list[bytes]) -> bytes:
+        try:
+            return await self._weighted_sum(position, chunks, self._weights, self._total_weight)
+        except RefusedError as error:
+            index = getattr(error, "index", 0)  # RefusedChunkError, whose module loads TenSEAL
+            raise PartRefusedError(self._parts[index], error.reason, error.detail) from error
+        except WorkerDiedError:
+            for part, chunk in zip(self._parts, chunks, strict=True):
+                await self._survive(part, position, chunk)
+            return await self._weighted_sum(position, chunks, self._weights, self._total_weight)
+
+    async def _survive(self, part: Part, position: int, chunk: bytes) -> None:
+        """Refuse the part whose chunk, added alone, ends the worker process."""
+        try:
+            await self._weighted_sum(position, [chunk], (1,), carried_weight(part))
+        except WorkerDiedError as error:
+            raise PartRefusedError(part, Reason.CIPHERTEXT, str(error)) from error
+
+    async def _weighted_sum(
+        self, position: int, chunks: list[bytes], weights: tuple[int, ...], total_weight: int
+    ) -> bytes:
+        summed: bytes = await self._worker.call("weighted_sum", self._fit, position, chunks, weights, total_weight)
+        return summed

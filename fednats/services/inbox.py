@@ -1,0 +1,155 @@
+"""Where contributions and evaluations come from: parsed, held to their sender's subject, read and acknowledged."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fednats import subjects, wire
+from fednats.errors import FednatsError, Reason, RefusedError
+from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
+from fednats.protocol.events import ContributionArrived, EvaluationArrived, contribution_id, evaluation_id
+from fednats.services.persist import newest
+from fednats.services.rejects import Rejects
+from fednats.transport.bus import Bus, Delivery
+
+READ_AHEAD = 2
+"""Chunks of one contribution that are read ahead."""
+
+Arrived = ContributionArrived | EvaluationArrived
+
+
+class VanishedError(FednatsError):
+    """The stream has lost a contribution that was taken in; the node that it came from may send it again."""
+
+    def __init__(self, contribution_id: str, detail: str) -> None:
+        super().__init__(f"{contribution_id}: {detail}")
+        self.contribution_id = contribution_id
+
+
+class Inbox:
+    """One stream that contributions come from, and the connection it is read on."""
+
+    def __init__(self, bus: Bus, stream: str, run: str, log: Any) -> None:
+        self.bus = bus
+        self.stream = stream
+        self._run = run
+        self._log = log
+        self._delivered: dict[str, dict[int, tuple[Delivery, Update | Aggregate | None]]] = {}
+
+    def open(self, delivery: Delivery) -> Arrived:
+        """Parse a delivery and hold its sender to the subject that it may publish on; remember how to settle it.
+
+        Raises:
+            RefusedError: it is not what its subject says; it is to be refused under `unreadable_id`.
+        """
+        try:
+            event = _parse(delivery, self._run)
+        except RefusedError:
+            self._keep(self.unreadable_id(delivery), delivery, None)
+            raise
+        self._keep(_identity(event), delivery, event.head if isinstance(event, ContributionArrived) else None)
+        return event
+
+    def unreadable_id(self, delivery: Delivery) -> str:
+        """Return what a delivery is called that does not say what it is."""
+        return f"{self.stream}.{delivery.stream_sequence}"
+
+    async def settle(self, identity: str) -> None:
+        """Drop the payload of ``identity`` and acknowledge its deliveries; nothing if it was delivered elsewhere."""
+        for delivery, head in self._deliveries(identity):
+            await self._drop(head)
+            await delivery.ack()
+            self._forget(identity, delivery)
+
+    async def refuse(self, identity: str, rejects: Rejects, reason: Reason, detail: str) -> None:
+        """Put the deliveries of ``identity`` among the rejects, drop its payload and terminate them."""
+        for delivery, head in self._deliveries(identity):
+            await rejects.add(self.unreadable_id(delivery), delivery.subject, delivery.data, reason, detail)
+            await self._drop(head)
+            await delivery.term()
+            self._forget(identity, delivery)
+
+    async def chunks(self, head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of a contribution, each checked against its digest; waits while the bus is away.
+
+        They are read by their subjects: it matters not whether the contribution was delivered to this process.
+
+        Raises:
+            RefusedError: a chunk is damaged, or was never sent.
+            VanishedError: the stream was lost after the contribution was taken in.
+        """
+        payload = head.payload
+        reading = self.bus.read_payload(
+            self.stream, prefix_of(head), payload.payload_id, payload.digests, window=READ_AHEAD
+        )
+        try:
+            async with aclosing(reading) as chunks:
+                async for data in chunks:
+                    yield data
+        except RefusedError as error:
+            if await self._vanished(head):
+                self._log.warning("contribution_vanished", contribution=contribution_id(head), detail=error.detail)
+                raise VanishedError(contribution_id(head), error.detail) from error
+            raise
+
+    async def _vanished(self, head: Update | Aggregate) -> bool:
+        """Whether the stream is younger than the contribution: heads stay in it, and come after their chunks."""
+        record = await newest(self.bus, self.stream, subjects.head(prefix_of(head)), self._log)
+        arrived = max(self._delivered.get(contribution_id(head), {}), default=None)
+        return record is None or arrived is None or record.sequence < arrived
+
+    async def _drop(self, head: Update | Aggregate | None) -> None:
+        if head is not None:
+            await self.bus.purge(self.stream, subjects.chunks(prefix_of(head), head.payload.payload_id))
+
+    def _deliveries(self, identity: str) -> list[tuple[Delivery, Update | Aggregate | None]]:
+        return list(self._delivered.get(identity, {}).values())
+
+    def _keep(self, identity: str, delivery: Delivery, head: Update | Aggregate | None) -> None:
+        self._delivered.setdefault(identity, {})[delivery.stream_sequence] = (delivery, head)
+
+    def _forget(self, identity: str, delivery: Delivery) -> None:
+        left = self._delivered[identity]
+        if left[delivery.stream_sequence][0] is delivery:
+            del left[delivery.stream_sequence]
+        if not left:
+            del self._delivered[identity]
+
+
+def prefix_of(head: Update | Aggregate) -> str:
+    """Return the subject prefix under which ``head`` and its payload were published."""
+    if isinstance(head, Update):
+        return subjects.update(head.run, head.region, head.site)
+    return subjects.aggregate(head.run, head.region)
+
+
+def _parse(delivery: Delivery, run: str) -> Arrived:
+    tokens = delivery.subject.split(".")
+    event: Arrived
+    if tokens[2] == "evaluation":
+        event = EvaluationArrived(evaluation=wire.unpack(delivery.data, Evaluation))
+    elif tokens[-1] == "evaluation":
+        event = EvaluationArrived(evaluation=wire.unpack(delivery.data, EvaluationSum))
+    elif tokens[2] == "update":
+        event = ContributionArrived(head=wire.unpack(delivery.data, Update))
+    else:
+        event = ContributionArrived(head=wire.unpack(delivery.data, Aggregate))
+    message = event.head if isinstance(event, ContributionArrived) else event.evaluation
+    if message.run != run:
+        raise RefusedError(Reason.WRONG_RUN, f"run {message.run!r}, this is {run!r}")
+    if delivery.subject != _subject(event):
+        raise RefusedError(Reason.WRONG_SENDER, f"came on {delivery.subject}, says it is from {_subject(event)}")
+    return event
+
+
+def _subject(event: Arrived) -> str:
+    if isinstance(event, ContributionArrived):
+        return subjects.head(prefix_of(event.head))
+    evaluation = event.evaluation
+    if isinstance(evaluation, Evaluation):
+        return subjects.evaluation(evaluation.run, evaluation.region, evaluation.site)
+    return subjects.evaluation_sum(evaluation.run, evaluation.region)
+
+
+def _identity(event: Arrived) -> str:
+    return contribution_id(event.head) if isinstance(event, ContributionArrived) else evaluation_id(event.evaluation)

@@ -1,0 +1,126 @@
+"""The coordinator's voice: model versions and whether the run is open, in the hub's stream, also when that was lost."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from fednats import subjects, wire
+from fednats.config import CoordinatorSettings
+from fednats.errors import BusError
+from fednats.messages import Control, Frame, ModelManifest
+from fednats.services.lifecycle import Daemon
+from fednats.services.off_loop import off_loop
+from fednats.services.persist import newest, persist
+from fednats.storage.checkpoints import checkpoints_folder, frame_file
+from fednats.storage.chunk_file import read_chunks
+from fednats.transport.bus import Bus
+
+if TYPE_CHECKING:
+    from fednats.services.coordinator_worker import Version
+
+
+class ModelPublisher:
+    """Publishes versions, each with the frames that lead to it; doing it again changes nothing."""
+
+    def __init__(self, daemon: Daemon, settings: CoordinatorSettings, bus: Bus) -> None:
+        self._daemon = daemon
+        self._log = daemon.log
+        self._settings = settings
+        self._bus = bus
+        self._stream = subjects.models_stream(settings.run, subjects.HUB)
+        self._prefix = subjects.model(settings.run)
+        self._publishing = asyncio.Lock()
+        self._newest: Version | None = None
+        self._closed: Control | None = None
+        self._frames: set[str] = set()
+        """Payload ids of the frames that are in the stream."""
+        self.sent_bytes = 0
+
+    async def publish(self, version: "Version") -> ModelManifest:
+        """Publish ``version``; returns when everybody can have it."""
+        async with self._publishing:
+            return await self._publish(version)
+
+    async def close(self, control: Control) -> None:
+        """Tell everybody that the run is over."""
+        async with self._publishing:
+            self._closed = control
+            await self._tell_closed(control)
+
+    async def publish_again(self) -> None:
+        """Publish the newest version again whenever the hub had lost its streams, for ever."""
+        async for stream in self._bus.recreated():
+            if stream == self._stream:
+                async with self._publishing:
+                    self._frames.clear()
+                    if self._newest is not None:
+                        await self._publish(self._newest)
+                        self._log.warning("version_published_again", version=self._newest.version)
+                    if self._closed is not None:
+                        await self._tell_closed(self._closed)
+
+    async def _publish(self, version: "Version") -> ModelManifest:
+        self._newest = version
+        n_bytes = 0
+        for frame in version.frames:
+            n_bytes += await self._publish_frame(frame)
+        manifest = self._manifest(version)
+        packed = wire.pack(manifest)
+        identity = f"v{version.version}-{wire.digest(packed).hex()}"
+        await persist(self._log, lambda: self._bus.publish(subjects.head(self._prefix), packed, identity))
+        self.sent_bytes += n_bytes + len(packed)
+        self._daemon.metrics.sent_bytes.inc(n_bytes + len(packed))
+        self._daemon.metrics.version.set(version.version)
+        self._log.info("version_published", version=version.version, bytes=n_bytes, delta_norm=version.delta_norm)
+        await self._forget_frames({frame.payload.payload_id for frame in version.frames})
+        return manifest
+
+    async def _publish_frame(self, frame: Frame) -> int:
+        """Publish the chunks of ``frame`` unless they are in the stream; return the bytes sent."""
+        payload = frame.payload
+        if payload.payload_id in self._frames:
+            return 0
+        last = len(payload.digests) - 1
+        record = await newest(
+            self._bus, self._stream, subjects.chunk(self._prefix, payload.payload_id, last), self._log
+        )
+        sent = 0
+        if record is None or wire.digest(record.data) != payload.digests[last]:
+            file = frame_file(checkpoints_folder(self._settings.state_dir), payload.payload_id)
+            await persist(
+                self._log,
+                lambda: self._bus.publish_payload(self._prefix, payload.payload_id, off_loop(read_chunks(file))),
+            )
+            sent = payload.n_bytes
+        self._frames.add(payload.payload_id)
+        return sent
+
+    async def _forget_frames(self, needed: set[str]) -> None:
+        for payload_id in self._frames - needed:
+            try:
+                await self._bus.purge(self._stream, subjects.chunks(self._prefix, payload_id))
+            except BusError as error:
+                self._log.warning("frame_not_purged", frame=payload_id, error=str(error))
+            else:
+                self._frames.discard(payload_id)
+
+    async def _tell_closed(self, control: Control) -> None:
+        subject = subjects.control(self._settings.run)
+        await persist(self._log, lambda: self._bus.publish(subject, wire.pack(control), f"closed.{control.version}"))
+
+    def _manifest(self, version: "Version") -> ModelManifest:
+        run = self._settings.settings
+        return ModelManifest(
+            run=self._settings.run,
+            version=version.version,
+            task=self._settings.task.path,
+            seed=run.seed,
+            parameters=version.parameters,
+            weights_digest=version.weights_digest,
+            frames=version.frames,
+            grid=version.grids[-1],
+            grid_ids=tuple(grid.grid_id for grid in version.grids),
+            key_id=version.key_id,
+            training=run.training,
+            aggregation=run.aggregation,
+            delta=run.delta,
+        )

@@ -1,0 +1,180 @@
+"""One node's journal as a book: what became of every contribution that the node took in, and of every sum it made."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from fednats.errors import Reason
+from fednats.messages import Aggregate, Update
+from fednats.protocol.admission import Roster
+from fednats.protocol.collector import Collector
+from fednats.protocol.coordinator import Coordinator
+from fednats.protocol.events import (
+    Combination,
+    Combine,
+    Combined,
+    CombineFailed,
+    Command,
+    ContributionArrived,
+    Refuse,
+    Settle,
+    VersionAnnounced,
+    contribution_id,
+)
+from fednats.storage.journal import Entry, read_journal
+from fednats.subjects import HUB
+
+
+class Fate(Enum):
+    """What became of a contribution at the node that took it in."""
+
+    WAITING = "waiting"
+    """In the buffer, or in a sum that is being made."""
+    SUMMED = "in a sum"
+    REFUSED = "refused"
+    LEFT_OVER = "left over"
+    """The run closed before it was in a sum."""
+
+
+@dataclass
+class Taken:
+    """One contribution that a node took in."""
+
+    head: Update | Aggregate
+    at_s: float
+    """When it was first journalled."""
+    fate: Fate = Fate.WAITING
+    reason: Reason | None = None
+    sums: list[str] = field(default_factory=list)
+    """The sums it is in: one, if all is well."""
+
+
+@dataclass
+class Made:
+    """One sum that a node set out to make; at the hub, one version."""
+
+    combination: Combination
+    capacity: int | None
+    is_done: bool = False
+
+
+class Book:
+    """A journal replayed through the machine that wrote it; ``problems`` are what the machine cannot have done."""
+
+    def __init__(self, node: str, file: Path) -> None:
+        self.node = node
+        self.taken: dict[str, Taken] = {}
+        """By id, in the order of arrival."""
+        self.made: dict[str, Made] = {}
+        """By id, in the order of making; without those that failed."""
+        self.failed: set[str] = set()
+        self.problems: list[str] = []
+        self.end_s = 0.0
+        self._name = f"{file.parent.name}/{file.name}"
+        entries = read_journal(file)
+        heads = [entry.event.head for entry in entries if isinstance(entry.event, ContributionArrived)]
+        self.run = heads[0].run if heads else ""
+        nobody = Roster(self.run, node, frozenset(), frozenset())
+        self._machine: Collector | Coordinator = (
+            Coordinator(self.run) if node == HUB else Collector(nobody, lambda event: event.settings.goal)
+        )
+        self._replay(entries)
+
+    @property
+    def roster(self) -> Roster:
+        """Who reports here, as last configured."""
+        return self._collector.roster
+
+    @property
+    def sites(self) -> set[str]:
+        """Sites that report here, or have reported."""
+        return {*self.roster.sites, *(t.head.site for t in self.taken.values() if isinstance(t.head, Update))}
+
+    @property
+    def in_flight(self) -> Combination | None:
+        """The sum that was being made when the journal ends."""
+        return self._machine.in_flight
+
+    @property
+    def n_done(self) -> int:
+        """Sums that were made."""
+        return sum(made.is_done for made in self.made.values())
+
+    def finish(self, identity: str) -> None:
+        """Count a sum as made: it was seen elsewhere, and the node was stopped before it could write that down."""
+        made = self.made[identity]
+        made.is_done = True
+        for part in made.combination.parts:
+            taken = self.taken[contribution_id(part.head)]
+            taken.fate = Fate.SUMMED
+            taken.sums.append(identity)
+
+    def _replay(self, entries: list[Entry]) -> None:
+        expected = 1
+        for entry in entries:
+            if entry.sequence != expected:
+                self.problems.append(f"{self._name}: events {expected} to {entry.sequence - 1} are missing")
+            expected = entry.sequence + 1
+            self.end_s = max(self.end_s, entry.at_s)
+            try:
+                self._post(entry)
+            except (AssertionError, KeyError):  # what the machine raises when it is told what cannot be
+                self.problems.append(
+                    f"{self._name}: event {entry.sequence} ({entry.event.kind}) does not follow from those before it"
+                )
+                return
+
+    def _post(self, entry: Entry) -> None:
+        event, in_flight, before = entry.event, self.in_flight, self._version
+        if isinstance(event, ContributionArrived):
+            self.taken.setdefault(contribution_id(event.head), Taken(event.head, entry.at_s))
+        commands = self._machine.handle(event)
+        if isinstance(event, Combined) and in_flight is not None:
+            self.finish(in_flight.combination_id)
+        elif isinstance(event, CombineFailed) and in_flight is not None:
+            del self.made[in_flight.combination_id]
+            self.failed.add(in_flight.combination_id)
+            for identity in event.vanished:
+                del self.taken[identity]  # as if it had not come; it comes again
+        for command in commands:
+            self._take(command)
+        if self.node == HUB:
+            self._check_versions(entry, before)
+
+    def _take(self, command: Command) -> None:
+        match command:
+            case Combine(combination):
+                self.failed.discard(combination.combination_id)
+                current = self._collector.current
+                self.made[combination.combination_id] = Made(combination, current.capacity if current else None)
+            case Refuse(identity, reason, _) if self._is_waiting(identity):
+                self.taken[identity].fate = Fate.REFUSED
+                self.taken[identity].reason = reason
+            case Settle(ids):
+                for identity in filter(self._is_waiting, ids):
+                    self.taken[identity].fate = Fate.LEFT_OVER
+            case _:
+                pass
+
+    def _is_waiting(self, identity: str) -> bool:
+        return identity in self.taken and self.taken[identity].fate is Fate.WAITING
+
+    @property
+    def _collector(self) -> Collector:
+        return self._machine.collector if isinstance(self._machine, Coordinator) else self._machine
+
+    @property
+    def _version(self) -> int:
+        return -1 if self._collector.current is None else self._collector.current.version
+
+    def _check_versions(self, entry: Entry, before: int) -> None:
+        """At the hub, a version follows the one before, and each sum of sums makes one."""
+        event = entry.event
+        if isinstance(event, VersionAnnounced) and event.version - before not in {0, 1}:
+            self.problems.append(
+                f"{self._name}: event {entry.sequence} announces version {event.version} after {before}"
+            )
+        if isinstance(event, Combined) and self._version != self.n_done:
+            self.problems.append(
+                f"{self._name}: event {entry.sequence}: {self.n_done} versions were made, the newest is {self._version}"
+            )

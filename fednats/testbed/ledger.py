@@ -1,0 +1,293 @@
+"""The exact ledger of a run: every accepted update is in exactly one sum, and every sum in exactly one version.
+
+`verify` replays the journals of the coordinator and of all aggregators, reads the outboxes of the sites and joins them.
+The words, for an update on its way to its region and for a sum on its way to the node above:
+
+- *sent*: a site has the bus's word that the update is stored; a region has journalled that its sum is published.
+- *under way*: sent and not taken in yet. Only the newest may be: what is handed to a daemon that is killed, or over a
+  connection that breaks, is delivered again within seconds, and may be overtaken meanwhile.
+- *lost*: sent, never taken in, and overtaken: the journal of the receiver goes on for `OVERTAKEN_S` after it took in a
+  later one of the same sender.
+- *taken in*: journalled by the receiver, and from then on one of: *waiting*, *in a sum* (at the hub: in a version),
+  *refused* for a reason, *left over* when the run closed.
+- *accepted*: an update that is in a sum which its region made. *Applied*: an update whose sum, through all tiers, is in
+  a version.
+
+A finding means that the books do not agree or that honest work was lost, and makes the exit code 1. Refusals by rule
+do not: too stale, wrong grid, wrong key and the like are decided from a head alone. Nor does garbage: whatever no
+outbox knows was not made by a site's daemon, and is reported as a note, even if it was good enough to be summed. But an
+update that its site made and the bus took whole, and that is refused as damaged, is a finding; so is a sum that the
+node above refused for anything but its age, for honest updates are in it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fednats.errors import ConfigError, Reason
+from fednats.messages import Aggregate, Update
+from fednats.protocol.sums import head_of, weigh
+from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint
+from fednats.subjects import HUB
+from fednats.testbed.book import Book, Fate, Taken
+from fednats.testbed.sent import Sent, read_outbox
+
+OVERTAKEN_S = 30.0
+"""An unacknowledged delivery comes again after 8 s; so long after a later one came, an earlier one is not under way."""
+
+DAMAGED = {Reason.CHECKSUM, Reason.CIPHERTEXT}
+"""Reasons that an honest update is never refused for."""
+
+APPLIED = "applied"
+UNDER_WAY = "under way"
+LOST = "lost"
+SENT = "sent"
+
+
+@dataclass
+class Ledger:
+    """What `verify` found."""
+
+    updates: Counter[str] = field(default_factory=Counter)
+    """Number of updates by what became of them at their region."""
+    sums: Counter[str] = field(default_factory=Counter)
+    """Number of sums by what became of them at the node above their region."""
+    accepted: Counter[str] = field(default_factory=Counter)
+    """Number of accepted updates by what became of the sums they are in; `APPLIED` is where all should be in the end."""
+    n_weighed: int = 0
+    """Heads of sums that were compared with what the region's journal says is in them."""
+    findings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def n_under_way(self) -> int:
+        """Updates and sums that were sent and not yet taken in."""
+        return self.updates[UNDER_WAY] + self.sums[UNDER_WAY]
+
+    @property
+    def line(self) -> str:
+        """The result in one line."""
+        terms = [f"{name} {count}" for name, count in sorted(self.accepted.items(), key=lambda t: t[0] != APPLIED)]
+        result = f"{len(self.findings)} findings" if self.findings else "nothing lost, nothing twice"
+        total = self.accepted.total()
+        return f"accepted {total} = {' + '.join(terms) or 'applied 0'}; {self.n_weighed} sums weighed; {result}"
+
+
+def verify(directory: Path) -> Ledger:
+    """Verify the run whose output folder is ``directory``, while it runs or afterwards.
+
+    Receivers are read before senders: what has been received has been written down by its sender.
+
+    Raises:
+        ConfigError: it is not the output folder of a run.
+    """
+    if not (directory / "coordinator" / "journal.sqlite").exists():
+        raise ConfigError(f"{directory}: holds no coordinator/journal.sqlite; give the output folder of a run")
+    ledger = Ledger()
+    before = _newest_checkpoint(directory)
+    books = {HUB: Book(HUB, directory / "coordinator" / "journal.sqlite")}
+    after = _newest_checkpoint(directory)
+    parents: dict[str, str] = {}
+    for node in (nodes := [HUB]):  # grows while it is walked: from the hub downwards
+        for region in sorted(books[node].roster.regions) if node in books else ():
+            parents[region] = node
+            nodes.append(region)
+            file = directory / f"aggregator-{region}" / "journal.sqlite"
+            if file.exists():
+                books[region] = Book(region, file)
+            else:
+                ledger.findings.append(f"{file} is missing: what region {region} summed cannot be verified")
+    outboxes = {
+        (region, site): read_outbox(directory / f"site-{site}" / "outbox.sqlite")
+        for region, book in books.items()
+        for site in sorted(book.sites)
+    }
+    ledger.findings += [problem for book in books.values() for problem in book.problems]
+    _Audit(ledger, books, parents, outboxes).run(before, after)
+    return ledger
+
+
+class _Audit:
+    """Joins the books of one run."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        books: dict[str, Book],
+        parents: dict[str, str],
+        outboxes: dict[tuple[str, str], list[Sent] | None],
+    ) -> None:
+        self._ledger = ledger
+        self._books = books
+        self._parents = parents
+        self._outboxes = outboxes
+        self._lost: set[str] = set()
+
+    def run(self, before: tuple[int, str] | None, after: tuple[int, str] | None) -> None:
+        self._check_checkpoint(before, after)
+        for region in self._parents:
+            if region in self._books:
+                self._check_sums(self._books[region], self._books[self._parents[region]])
+        for (region, site), outbox in self._outboxes.items():
+            self._check_site(self._books[region], site, outbox)
+        self._count()
+
+    def _find(self, text: str) -> None:
+        self._ledger.findings.append(text)
+
+    # --- the hub ------------------------------------------------------------------------------------------------------
+
+    def _check_checkpoint(self, before: tuple[int, str] | None, after: tuple[int, str] | None) -> None:
+        """Check the newest checkpoint, as it was before and after its journal was read."""
+        hub = self._books[HUB]
+        made = [identity for identity, version in hub.made.items() if version.is_done]
+        if after is None or after[0] < len(made):
+            self._find(f"checkpoint: the journal has {len(made)} versions, the newest on disk is {after and after[0]}")
+        if before is None or before[0] == 0:
+            return
+        version, made_by = before
+        in_flight = hub.in_flight.combination_id if hub.in_flight is not None else None
+        if version == len(made) + 1 and made_by == in_flight:
+            hub.finish(made_by)  # killed between applying and writing that down
+        elif version > len(made) or made[version - 1] != made_by:
+            self._find(f"checkpoint: version {version} was made by {made_by}, which the journal does not say")
+
+    # --- sums ---------------------------------------------------------------------------------------------------------
+
+    def _check_sums(self, book: Book, above: Book) -> None:
+        region = book.node
+        arrived = {identity: taken for identity, taken in above.taken.items() if taken.head.region == region}
+        for identity, taken in arrived.items():
+            if identity in book.made:
+                if not book.made[identity].is_done:  # killed between publishing and writing that down
+                    book.finish(identity)
+                self._compare(book, identity, taken.head)
+            elif taken.fate is not Fate.REFUSED:
+                why = "gave up" if identity in book.failed else "did not make"
+                self._find(f"unknown: {above.node} took in sum {identity}, which {region} {why}")
+            if taken.fate is Fate.REFUSED and taken.reason is not Reason.TOO_STALE and identity in book.made:
+                self._find(f"refused: sum {identity} of {region} by {above.node}: {taken.reason}")
+            self._check_once(f"sum {identity} of {region}", taken)
+        sent = [identity for identity, made in book.made.items() if made.is_done]
+        missing, lost = _missing(sent, above)
+        self._lost |= lost
+        for identity in lost:
+            self._find(f"lost: sum {identity} of {region} was overtaken and never came to {above.node}")
+        self._ledger.sums[SENT] += len(sent)
+        self._ledger.sums[UNDER_WAY] += len(missing - lost)
+        self._ledger.sums[LOST] += len(lost)
+        self._tally(self._ledger.sums, arrived.values())
+
+    def _compare(self, book: Book, identity: str, received: Update | Aggregate) -> None:
+        """Work out again what the head of a sum must say."""
+        made = book.made[identity]
+        if made.capacity is None or not isinstance(received, Aggregate):
+            self._find(f"weights: {identity} of {book.node} is no sum of a region")
+            return
+        weights = weigh(made.combination, made.capacity)
+        expected = head_of(book.run, book.node, made.combination, weights, received.payload)
+        self._ledger.n_weighed += 1
+        different = [
+            f"{name} is {getattr(received, name)}, the region's journal gives {getattr(expected, name)}"
+            for name in type(received).model_fields
+            if getattr(received, name) != getattr(expected, name)
+        ]
+        if different:
+            self._find(f"weights: sum {identity} of {book.node}: {'; '.join(different)}")
+
+    # --- updates ------------------------------------------------------------------------------------------------------
+
+    def _check_site(self, book: Book, site: str, outbox: list[Sent] | None) -> None:
+        arrived = {
+            identity: taken
+            for identity, taken in book.taken.items()
+            if isinstance(taken.head, Update) and taken.head.site == site
+        }
+        self._tally(self._ledger.updates, arrived.values())
+        for identity, taken in arrived.items():
+            self._check_once(f"update {identity} of {site}", taken)
+        if outbox is None:
+            if arrived:
+                self._find(f"site-{site}/outbox.sqlite is missing: the updates of {site} cannot be verified")
+            return
+        self._check_outbox(site, outbox, arrived)
+        sent = [item.head.update_id for item in outbox if item.is_sent or item.head.update_id in arrived]
+        missing, lost = _missing(sent, book)
+        for identity in lost:
+            self._find(f"lost: update {identity} of {site} was overtaken and never came to {book.node}")
+        self._ledger.updates[SENT] += len(sent)
+        self._ledger.updates[UNDER_WAY] += len(missing - lost)
+        self._ledger.updates[LOST] += len(lost)
+
+    def _check_outbox(self, site: str, outbox: list[Sent], arrived: dict[str, Taken]) -> None:
+        own = {item.head.update_id: item for item in outbox}
+        sequences = [item.head.sequence for item in outbox]
+        if sequences != list(range(1, len(sequences) + 1)):
+            self._find(f"outbox: the updates of {site} are numbered {sequences}, not from 1 on")
+        for identity, taken in arrived.items():
+            item = own.get(identity)
+            if item is None:
+                self._ledger.notes.append(
+                    f"update {identity} came in the name of {site}, whose outbox does not know it: {_became(taken)}"
+                )
+            elif item.head != taken.head:
+                self._find(f"altered: update {identity} of {site} is not what its outbox has")
+            elif item.is_dropped and taken.fate is Fate.SUMMED:
+                self._find(
+                    f"twice: update {identity} of {site} was dropped, its changes stay at the site, and is summed"
+                )
+            elif taken.reason in DAMAGED:
+                self._find(f"damaged: update {identity} of {site} was sent whole and refused: {taken.reason}")
+
+    # --- both ---------------------------------------------------------------------------------------------------------
+
+    def _check_once(self, what: str, taken: Taken) -> None:
+        if len(taken.sums) > 1:
+            self._find(f"twice: {what} is in {', '.join(taken.sums)}")
+
+    def _tally(self, counts: Counter[str], all_taken: Iterable[Taken]) -> None:
+        counts.update(_became(taken) for taken in all_taken)
+
+    def _count(self) -> None:
+        """Follow every accepted update upwards."""
+        for book in self._books.values():
+            for taken in book.taken.values():
+                if isinstance(taken.head, Update) and taken.fate is Fate.SUMMED:
+                    self._ledger.accepted[self._end_of(book.node, taken)] += 1
+
+    def _end_of(self, node: str, taken: Taken) -> str:
+        while taken.fate is Fate.SUMMED:
+            if node == HUB:
+                return APPLIED
+            node = self._parents[node]
+            above = self._books[node].taken.get(taken.sums[0])
+            if above is None:
+                return f"{LOST if taken.sums[0] in self._lost else UNDER_WAY} above"
+            taken = above
+        return f"{taken.fate.value} above"
+
+
+def _became(taken: Taken) -> str:
+    return f"refused: {taken.reason}" if taken.fate is Fate.REFUSED else taken.fate.value
+
+
+def _missing(sent: list[str], receiver: Book) -> tuple[set[str], set[str]]:
+    """Return which of ``sent`` (in this order) did not arrive, and which of those are lost."""
+    missing, lost = set(), set()
+    later_s = float("inf")
+    for identity in reversed(sent):
+        taken = receiver.taken.get(identity)
+        if taken is not None:
+            later_s = min(later_s, taken.at_s)
+            continue
+        missing.add(identity)
+        if receiver.end_s - later_s > OVERTAKEN_S:
+            lost.add(identity)
+    return missing, lost
+
+
+def _newest_checkpoint(directory: Path) -> tuple[int, str] | None:
+    """Return the newest version on disk and the id of what it was made by."""
+    newest = newest_checkpoint(checkpoints_folder(directory / "coordinator"))
+    return None if newest is None else (newest.version, newest.made_by)

@@ -1,0 +1,47 @@
+"""What a site's outbox says it has sent."""
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from fednats import wire
+from fednats.errors import ConfigError, RefusedError
+from fednats.messages import Update
+from fednats.storage.journal import open_read_only
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One update that a site made."""
+
+    head: Update
+    is_sent: bool
+    """The bus has acknowledged all of it."""
+    is_dropped: bool
+    """A full outbox gave it up unsent; its changes went back into the site's residual."""
+
+
+def read_outbox(file: Path) -> list[Sent] | None:
+    """Return the updates in the outbox of a site that may be running, in order; None if it has none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if not file.exists():
+        return None
+    connection = open_read_only(file)
+    connection.row_factory = sqlite3.Row
+    try:
+        rows = connection.execute("SELECT * FROM outgoing ORDER BY sequence").fetchall()
+        return [
+            Sent(
+                head=wire.unpack(row["head"], Update),
+                is_sent=row["sent_at"] is not None,
+                is_dropped="dropped_at" in row.keys() and row["dropped_at"] is not None,  # noqa: SIM118 - of a Row
+            )
+            for row in rows
+        ]
+    except (sqlite3.Error, RefusedError) as error:
+        raise ConfigError(f"{file}: cannot be read as an outbox ({error}); restore it") from error
+    finally:
+        connection.close()
