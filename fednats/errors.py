@@ -12,6 +12,7 @@
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
     `-- RefusedError           something that reached us from others and is refused, with its reason
+        `-- RefusedChunkError  one input of a sum
 """
 
 from enum import StrEnum
@@ -84,3 +85,15 @@ class RefusedError(FednatsError):
     def __reduce__(self) -> tuple[type["RefusedError"], tuple[Reason, str]]:
         """Cross a worker process boundary with both fields."""
         return (type(self), (self.reason, self.detail))
+
+
+class RefusedChunkError(RefusedError):
+    """One input of a sum is refused; ``index`` says which. The others are sound as far as they were read."""
+
+    def __init__(self, reason: Reason, detail: str, index: int) -> None:
+        super().__init__(reason, detail)
+        self.index = index
+
+    def __reduce__(self) -> tuple[type["RefusedChunkError"], tuple[Reason, str, int]]:  # type: ignore[override]
+        """Cross a worker process boundary with all fields."""
+        return (type(self), (self.reason, self.detail, self.index))

@@ -12,20 +12,8 @@ from fednats.codec.packing import check_total_weight
 from fednats.config import DeltaSettings
 from fednats.crypto.public import PublicKey, WeightedSum
 from fednats.delta import scheme
-from fednats.errors import Reason, RefusedError
+from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.messages import Chunk
-
-
-class RefusedChunkError(RefusedError):
-    """One input of a sum is refused; ``index`` says which. The others are sound as far as they were read."""
-
-    def __init__(self, reason: Reason, detail: str, index: int) -> None:
-        super().__init__(reason, detail)
-        self.index = index
-
-    def __reduce__(self) -> tuple[type["RefusedChunkError"], tuple[Reason, str, int]]:  # type: ignore[override]
-        """Cross a worker process boundary with all fields."""
-        return (type(self), (self.reason, self.detail, self.index))
 
 
 class Accumulator(Protocol):

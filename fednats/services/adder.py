@@ -4,14 +4,15 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
-from fednats.errors import Reason, RefusedError
+from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.messages import Aggregate, Update
 from fednats.protocol.events import Combination, Part, contribution_id
 from fednats.protocol.sums import carried_weight
+from fednats.services.answers import Fit
 from fednats.services.worker import Worker, WorkerDiedError
 
 if TYPE_CHECKING:
-    from fednats.services.aggregator_worker import AggregatorWorker, Fit
+    from fednats.services.aggregator_worker import AggregatorWorker
 
 
 class PartRefusedError(RefusedError):
@@ -65,7 +66,7 @@ class Adder:
         try:
             return await self._weighted_sum(position, chunks, self._weights, self._total_weight)
         except RefusedError as error:
-            index = getattr(error, "index", 0)  # RefusedChunkError, whose module loads TenSEAL
+            index = error.index if isinstance(error, RefusedChunkError) else 0
             raise PartRefusedError(self._parts[index], error.reason, error.detail) from error
         except WorkerDiedError:
             for part, chunk in zip(self._parts, chunks, strict=True):

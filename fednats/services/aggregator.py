@@ -26,6 +26,7 @@ from fednats.protocol.events import (
 )
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
+from fednats.services.answers import Fit
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import off_loop
@@ -39,7 +40,7 @@ from fednats.transport import streams
 from fednats.transport.bus import Bus
 
 if TYPE_CHECKING:
-    from fednats.services.aggregator_worker import AggregatorWorker, Fit
+    from fednats.services.aggregator_worker import AggregatorWorker
 
 KEPT_AGGREGATES = 16
 """Newest sums kept in the region for the node above to fetch, and all that were made since the newest version came."""

@@ -1,24 +1,12 @@
 """What an aggregator does in its worker process: add ciphertexts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from fednats.config import AggregatorSettings, DeltaSettings
 from fednats.delta.sum import summer
 from fednats.errors import Reason, RefusedError
+from fednats.services.answers import Fit
 from fednats.services.keys import key_id_of, read_key
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What contributions to a run must look like, and how much fits into one sum made here."""
-
-    delta: DeltaSettings
-    n_parameters: int
-    key_id: str
-    n_chunks: int
-    max_total_weight: int
-    capacity: int
 
 
 class AggregatorWorker:

@@ -28,6 +28,7 @@ from fednats.protocol.events import (
     VersionAnnounced,
     WallTimeReached,
 )
+from fednats.services.answers import Version
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
@@ -39,7 +40,7 @@ from fednats.transport import streams
 from fednats.transport.bus import Bus
 
 if TYPE_CHECKING:
-    from fednats.services.coordinator_worker import CoordinatorWorker, Version
+    from fednats.services.coordinator_worker import CoordinatorWorker
 
 
 def make_worker(settings: CoordinatorSettings) -> "CoordinatorWorker":

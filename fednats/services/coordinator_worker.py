@@ -4,7 +4,6 @@ One vector of the model's size, the mean delta, is in memory; weights and optimi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,27 +17,11 @@ from fednats.errors import Reason, RefusedError
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task import make_task
-from fednats.messages import Aggregate, Frame, Grid, ParameterSpec
+from fednats.messages import Aggregate, Grid
+from fednats.services.answers import Version
 from fednats.services.keys import read_key
 from fednats.services.next_version import NextVersion, first_version
 from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
-
-
-@dataclass(frozen=True)
-class Version:
-    """The current model version, as far as the daemon needs it."""
-
-    version: int
-    made_by: str
-    parameters: tuple[ParameterSpec, ...]
-    weights_digest: bytes
-    frames: tuple[Frame, ...]
-    grids: tuple[Grid, ...]
-    key_id: str
-    max_total_weight: int
-    n_update_chunks: int
-    delta_norm: float
-    """L2 norm of the last mean delta; 0 for the first version."""
 
 
 class CoordinatorWorker:

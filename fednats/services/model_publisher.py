@@ -1,21 +1,18 @@
 """The coordinator's voice: model versions and whether the run is open, in the hub's stream, also when that was lost."""
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings
 from fednats.errors import BusError
 from fednats.messages import Control, Frame, ModelManifest
+from fednats.services.answers import Version
 from fednats.services.lifecycle import Daemon
 from fednats.services.off_loop import off_loop
 from fednats.services.persist import newest, persist
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import read_chunks
 from fednats.transport.bus import Bus
-
-if TYPE_CHECKING:
-    from fednats.services.coordinator_worker import Version
 
 
 class ModelPublisher:

@@ -15,11 +15,12 @@ from fednats.codec.layout import Difference, Layout, Vector, blocks
 from fednats.config import SiteSettings
 from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
-from fednats.learning.evaluation import Evaluated, Evaluator
+from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.task import make_task
 from fednats.learning.trainer import Trainer
 from fednats.messages import Frame, ModelManifest, Payload, Update
+from fednats.services.answers import Scored, Trained
 from fednats.services.keys import key_id_of, read_key
 from fednats.storage.local_disk import local_disk
 from fednats.storage.local_model import LocalModel, model_folder
@@ -35,14 +36,6 @@ class Pass:
     seed: int
     n_samples: int
     goes_on: bool
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the daemon may log of a local pass."""
-
-    n_samples: int
-    train_loss: float
 
 
 class SiteWorker:
@@ -92,10 +85,11 @@ class SiteWorker:
         with local_disk(self._settings.state_dir):
             self._weights.advance(manifest, chain)
 
-    def evaluate(self, version: int) -> Evaluated:
+    def evaluate(self, version: int) -> Scored:
         """Evaluate the weights of ``version`` on the test data."""
         with self._weights.weights(version) as weights, task_code("evaluating"):
-            return self._evaluator.evaluate(weights)
+            evaluated = self._evaluator.evaluate(weights)
+        return Scored(evaluated.metrics, evaluated.n_samples)
 
     def train(self, manifest: ModelManifest, goes_on: bool) -> Trained:  # noqa: FBT001 - a worker's call has no names
         """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.

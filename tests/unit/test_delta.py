@@ -12,8 +12,16 @@ from fednats.crypto import secret
 from fednats.delta import scheme
 from fednats.delta.decode import Decoder, decoder
 from fednats.delta.encode import Encoder, encoder
-from fednats.delta.sum import RefusedChunkError, Summer, summer
-from fednats.errors import ConfigError, LocalDataError, OverflowRefusedError, Reason, RefusedError
+from fednats.errors import (
+    ConfigError,
+    LocalDataError,
+    OverflowRefusedError,
+    Reason,
+    RefusedChunkError,
+    RefusedError,
+    Summer,
+    summer,
+)
 from fednats.messages import Chunk, Grid, ParameterSpec
 
 MAX_PAYLOAD_BYTES = 2**20  # of nats-server

@@ -1,0 +1,51 @@
+"""What the workers answer. A daemon unpickles these, so they stand apart from the modules that load torch or TenSEAL."""
+
+from dataclasses import dataclass
+
+from fednats.config import DeltaSettings
+from fednats.messages import Frame, Grid, ParameterSpec
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a site's daemon may log of a local pass."""
+
+    n_samples: int
+    train_loss: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A site's metrics of a version, and how many test cases they are of."""
+
+    metrics: dict[str, float]
+    n_samples: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What contributions to a run must look like, and how much fits into one sum made here."""
+
+    delta: DeltaSettings
+    n_parameters: int
+    key_id: str
+    n_chunks: int
+    max_total_weight: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Version:
+    """The current model version, as far as the daemon needs it."""
+
+    version: int
+    made_by: str
+    parameters: tuple[ParameterSpec, ...]
+    weights_digest: bytes
+    frames: tuple[Frame, ...]
+    grids: tuple[Grid, ...]
+    key_id: str
+    max_total_weight: int
+    n_update_chunks: int
+    delta_norm: float
+    """L2 norm of the last mean delta; 0 for the first version."""
