@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -156,12 +157,17 @@ def crypto(
     """Time and size of the encrypted delta: 1,000,000 parameters, 5 sites, 8 and 4 bits."""
     from fednats.testbed import bench_crypto  # noqa: PLC0415
 
-    rows = bench_crypto.run()
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        typer.echo("  ".join(f"{name}={value}" for name, value in row.items()))
+    _bench(bench_crypto.run, as_json=as_json)
+
+
+@bench.command()
+def loop(
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,  # noqa: FBT002
+) -> None:
+    """How late each daemon's event loop is while five hospitals train and encrypt."""
+    from fednats.testbed import bench_loop  # noqa: PLC0415
+
+    _bench(bench_loop.run, as_json=as_json)
 
 
 @app.command()
@@ -216,5 +222,17 @@ def _slow(text: str) -> tuple[str, float]:
 def _ask_links(output: Path, verb: str, name: str = "") -> None:
     from fednats.testbed import links  # noqa: PLC0415
 
-    for row in asyncio.run(links.ask(output, verb, name)):
-        typer.echo("  ".join(f"{key}={value}" for key, value in row.items()))
+    _print_rows(asyncio.run(links.ask(output, verb, name)), as_json=False)
+
+
+def _bench(measure: Callable[[], Sequence[Mapping[str, object]]], *, as_json: bool) -> None:
+    configure_logging("warning")
+    _print_rows(measure(), as_json=as_json)
+
+
+def _print_rows(rows: Sequence[Mapping[str, object]], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        typer.echo("  ".join(f"{name}={value}" for name, value in row.items()))

@@ -135,7 +135,7 @@ async def bus_servers(
                 link_seed=keys.seed(permissions.user_name("link", region.name)),
             )
             above = servers.leaves[region.parent] if region.parent else hub
-            upstream, link = above.leaf_url, f"region-{region.name}"
+            upstream, link = above.leaf_url, region_link(region.name)
             if link in links:
                 servers.links[link] = wan = await stack.enter_async_context(_wan(link, links[link], upstream))
                 upstream = wan.url
@@ -150,6 +150,11 @@ async def bus_servers(
         yield servers
 
 
+def region_link(region: str) -> str:
+    """Return the name of a region's leaf link."""
+    return f"region-{region}"
+
+
 def link_names(regions: Sequence[RegionPlan], *, leaves: bool) -> dict[str, str]:
     """Return the names of all connections a `Wan` can be on, each with the node that it goes to.
 
@@ -159,7 +164,7 @@ def link_names(regions: Sequence[RegionPlan], *, leaves: bool) -> dict[str, str]
     names = {"coordinator": HUB}
     for region in regions:
         if leaves:
-            names[f"region-{region.name}"] = region.parent or HUB
+            names[region_link(region.name)] = region.parent or HUB
         participants = (
             f"aggregator-{region.name}",
             f"uplink-{region.name}",
@@ -174,7 +179,7 @@ async def _linked(servers: BusServers, region: RegionPlan) -> None:
 
     A mirror that is asked for earlier is tried again 40 s later only.
     """
-    below, wan = servers.leaves[region.name], servers.links.get(f"region-{region.name}")
+    below, wan = servers.leaves[region.name], servers.links.get(region_link(region.name))
     above = servers.node(region.parent or HUB)
     try:
         async with asyncio.timeout(LINK_TIMEOUT_S):

@@ -19,7 +19,7 @@ from fednats.delta import scheme
 from fednats.errors import FednatsError, InterruptedRunError
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
-from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
+from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers, region_link
 from fednats.testbed.comparison import Comparison, compare
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.links import serving_links
@@ -48,6 +48,12 @@ class Running:
     def links(self) -> Mapping[str, Wan]:
         """By name: ``region-NAME`` is its leaf link, ``site-NAME`` its connection, and what was asked for."""
         return self.servers.links
+
+    @property
+    def wan_bytes(self) -> int:
+        """What has crossed the leaf links, both ways."""
+        leaf_links = [self.links[name] for name in map(region_link, self.servers.leaves) if name in self.links]
+        return sum(link.bytes_up + link.bytes_down for link in leaf_links)
 
 
 @asynccontextmanager
@@ -96,13 +102,10 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     async with running(federation, output) as federation_running:
         statuses = await _watch(federation, federation_running, started)
     weights = await asyncio.to_thread(_keep_model, output)
-    wan_bytes = sum(
-        wan.bytes_up + wan.bytes_down for name, wan in federation_running.links.items() if name.startswith("region-")
-    )
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
-    summary = _summarise(federation, statuses, comparison, wan_bytes, time.monotonic() - started)
+    summary = _summarise(federation, statuses, comparison, federation_running.wan_bytes, time.monotonic() - started)
     summary.write(output / "summary.json")
     write_report(summary, output / "report.html")
     return summary

@@ -12,6 +12,7 @@ from fednats.crypto import secret
 from fednats.delta import scheme
 from fednats.delta.decode import Decoder, decoder
 from fednats.delta.encode import Encoder, encoder
+from fednats.delta.sum import Summer, summer
 from fednats.errors import (
     ConfigError,
     LocalDataError,
@@ -19,8 +20,6 @@ from fednats.errors import (
     Reason,
     RefusedChunkError,
     RefusedError,
-    Summer,
-    summer,
 )
 from fednats.messages import Chunk, Grid, ParameterSpec
 
