@@ -21,8 +21,12 @@ _BASE_AGE_S = 5.0
 _BASE_AGE_ANSWERS = 10
 _STANDING_S = 0.1
 _QUEUED_SHARE = 0.2
-_QUEUED_S = 0.05
+_SHORT_S = 0.05
+"""A queue that is no longer is let stand: what a disk or a busy process takes now and then looks the same."""
+_LONG_S = 2.0
+"""A queue that is longer is not let stand, though it be a single chunk."""
 _GROWTH = 1 / 8
+_TICK_S = 1e-6
 
 
 class Window:
@@ -78,14 +82,14 @@ class Window:
         full = not self.fits(n_bytes)
         under_way = self.under_way_bytes
         self.under_way_bytes -= n_bytes
-        self._note(answer_s, now)
+        self._note(max(answer_s, _TICK_S), now)
         base_s, standing_s = min(self._base_s), min(taken_s for _, taken_s in self._recent)
-        queued = under_way * (1 - base_s / standing_s)
-        if queued > max(n_bytes, _QUEUED_SHARE * under_way) and standing_s - base_s > _QUEUED_S:
+        queued, queued_s = under_way * (1 - base_s / standing_s), standing_s - base_s
+        if queued_s > _LONG_S or (queued_s > _SHORT_S and queued > max(n_bytes, _QUEUED_SHARE * under_way)):
             if now - self._shrunk_at > standing_s:
                 self.size_bytes = max(n_bytes, under_way * base_s / standing_s)
                 self._starting, self._shrunk_at = False, now
-        elif full:
+        elif full and standing_s < _LONG_S:
             growth = n_bytes if self._starting else n_bytes * _GROWTH
             self.size_bytes = min(MOST_BYTES, self.size_bytes + growth)
 
@@ -97,5 +101,5 @@ class Window:
         self._base_s[0] = min(self._base_s[0], answer_s)
         self._longest_s[0] = max(self._longest_s[0], answer_s)
         self._recent.append((now, answer_s))
-        while self._recent[0][0] < now - max(_STANDING_S, min(self._base_s)):
+        while self._recent[0][0] < now - max(_STANDING_S, min(self._base_s) / 2):
             self._recent.popleft()
