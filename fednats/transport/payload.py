@@ -29,7 +29,7 @@ async def publish(
             yield _store(connection, subject, chunk, f"{payload_id}.{index}")
             index += 1
 
-    async for _ in _pipelined(calls(), lambda: connection.up.window.size_bytes // chunk_bytes):
+    async for _ in _pipelined(calls(), lambda: connection.up.window.size_bytes / chunk_bytes + 0.5):
         pass
 
 
@@ -44,7 +44,7 @@ async def read(
             yield _fetch(connection, stream, subjects.chunk(prefix, payload_id, index), expected)
 
     def room() -> float:
-        n_chunks = flow.window.size_bytes // flow.chunk_bytes
+        n_chunks = flow.window.size_bytes / flow.chunk_bytes + 0.5  # as `Window.fits` rounds
         return n_chunks if most is None else min(n_chunks, most)
 
     left = len(digests)

@@ -55,7 +55,9 @@ class Upkeep:
             await self._connection.api(f"STREAM.CREATE.{name}", wanted)
             self._connection.log.info("stream_created", stream=name)
             return True
-        if any(value != current.get(key, type(value)()) for key, value in wanted.items()):  # it leaves out what is empty
+        if any(
+            value != current.get(key, type(value)()) for key, value in wanted.items()
+        ):  # it leaves out what is empty
             await self._connection.api(f"STREAM.UPDATE.{name}", {**current, **wanted})
             self._connection.log.info("stream_updated", stream=name)
         return False
