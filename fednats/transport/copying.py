@@ -3,7 +3,7 @@
 JetStream looks after the sources of a stream itself, but slowly: it asks into a link that is down, waits 30 s for the
 answer, and 10 s longer each time before it asks again; that the link stands again cuts this short only sometimes.
 
-Who makes a stream says its *pulse* every few seconds. A link keeps the order, and a source has a heartbeat every second:
+Who makes a stream says its *pulse* every second. A link keeps the order, and a source has a heartbeat every second:
 if a pulse comes over the link and the source was silent for longer, nobody copies, however slow the link is. Then the
 source is taken out of the stream's configuration and put in again. The server goes on at once, from where the copy ends.
 """
@@ -19,7 +19,7 @@ from fednats.errors import BusError
 from fednats.transport.connection import Connection
 from fednats.transport.streams import NANOSECONDS, Origin, StreamSpec
 
-PULSE_INTERVAL_S = 2.0
+PULSE_INTERVAL_S = 1.0
 SILENT_S = 3.0
 PAUSE_S = 1.0
 """Between two looks at a stream, however many pulses come."""

@@ -37,7 +37,7 @@ async def publish(
             index += 1
 
     n_stored = first
-    async for _ in _pipelined(calls(), lambda: connection.up.window.size_bytes // chunk_bytes):
+    async for _ in _pipelined(calls(), lambda: connection.up.window.size_bytes / chunk_bytes + 0.5):
         n_stored += 1
         if stored is not None:
             await stored(n_stored)
@@ -65,7 +65,7 @@ async def read(
             yield _fetch(connection, stream, subjects.chunk(prefix, payload_id, index), expected)
 
     def room() -> float:
-        n_chunks = flow.window.size_bytes // flow.chunk_bytes
+        n_chunks = flow.window.size_bytes / flow.chunk_bytes + 0.5  # as `Window.fits` rounds
         return n_chunks if most is None else min(n_chunks, most)
 
     left = len(digests) - first

@@ -55,9 +55,10 @@ class Upkeep:
             await self._connection.api(f"STREAM.CREATE.{name}", wanted)
             self._connection.log.info("stream_created", stream=name)
             return True
-        merged = {**current, **wanted}
-        if merged != current:
-            await self._connection.api(f"STREAM.UPDATE.{name}", merged)
+        if any(
+            value != current.get(key, type(value)()) for key, value in wanted.items()
+        ):  # it leaves out what is empty
+            await self._connection.api(f"STREAM.UPDATE.{name}", {**current, **wanted})
             self._connection.log.info("stream_updated", stream=name)
         return False
 

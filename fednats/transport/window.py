@@ -21,8 +21,13 @@ _BASE_AGE_S = 5.0
 _BASE_AGE_ANSWERS = 10
 _STANDING_S = 0.1
 _QUEUED_SHARE = 0.2
-_QUEUED_S = 0.05
+_SHORT_S = 0.05
+"""A queue that is no longer is let stand: what a disk or a busy process takes now and then looks the same."""
+_LONG_S = 2.0
+"""A queue that is longer is not let stand, though it be a single chunk."""
 _GROWTH = 1 / 8
+_FAR = 4
+_TICK_S = 1e-6
 
 
 class Window:
@@ -31,8 +36,8 @@ class Window:
     def __init__(self) -> None:
         self.size_bytes: float = FIRST_BYTES
         self.under_way_bytes = 0
-        self._starting = True
-        self._shrunk_at = 0.0
+        self._fell_to_bytes: float = 0
+        self._fell_at = 0.0
         self._recent: deque[tuple[float, float]] = deque()  # (when it came, answer time), of the last base or 0.1 s
         self._base_since = 0.0
         self._base_s = [float("inf"), float("inf")]  # shortest answer time of the present and of the last period
@@ -49,8 +54,8 @@ class Window:
         return max(self._longest_s)
 
     def fits(self, n_bytes: int) -> bool:
-        """Whether so much may be sent now; with nothing under way, anything may."""
-        return self.under_way_bytes == 0 or self.under_way_bytes + n_bytes <= self.size_bytes
+        """Whether so much may be sent now; with nothing under way, anything may, else half of it must fit."""
+        return self.under_way_bytes == 0 or self.under_way_bytes + n_bytes / 2 <= self.size_bytes
 
     def sent(self, n_bytes: int) -> None:
         """Count what was sent."""
@@ -78,15 +83,16 @@ class Window:
         full = not self.fits(n_bytes)
         under_way = self.under_way_bytes
         self.under_way_bytes -= n_bytes
-        self._note(answer_s, now)
+        self._note(max(answer_s, _TICK_S), now)
         base_s, standing_s = min(self._base_s), min(taken_s for _, taken_s in self._recent)
-        queued = under_way * (1 - base_s / standing_s)
-        if queued > max(n_bytes, _QUEUED_SHARE * under_way) and standing_s - base_s > _QUEUED_S:
-            if now - self._shrunk_at > standing_s:
-                self.size_bytes = max(n_bytes, under_way * base_s / standing_s)
-                self._starting, self._shrunk_at = False, now
-        elif full:
-            growth = n_bytes if self._starting else n_bytes * _GROWTH
+        queued, queued_s = under_way * (1 - base_s / standing_s), standing_s - base_s
+        if queued_s > _LONG_S or (queued_s > _SHORT_S and queued > max(n_bytes, _QUEUED_SHARE * under_way)):
+            if now - self._fell_at > standing_s:
+                self.size_bytes = self._fell_to_bytes = max(n_bytes, under_way * base_s / standing_s)
+                self._fell_at = now
+        elif full and standing_s < _LONG_S:
+            # At the start, and when it is four times what it fell to without a queue: twice as much in each round trip.
+            growth = n_bytes * (1 if self.size_bytes >= _FAR * self._fell_to_bytes else _GROWTH)
             self.size_bytes = min(MOST_BYTES, self.size_bytes + growth)
 
     def _note(self, answer_s: float, now: float) -> None:
@@ -97,5 +103,5 @@ class Window:
         self._base_s[0] = min(self._base_s[0], answer_s)
         self._longest_s[0] = max(self._longest_s[0], answer_s)
         self._recent.append((now, answer_s))
-        while self._recent[0][0] < now - max(_STANDING_S, min(self._base_s)):
+        while self._recent[0][0] < now - max(_STANDING_S, min(self._base_s) / 2):
             self._recent.popleft()
