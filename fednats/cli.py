@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from fednats import __version__
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load
-from fednats.errors import FednatsError, InterruptedRunError
+from fednats.errors import ConfigError, FednatsError, InterruptedRunError
 from fednats.services.lifecycle import configure_logging
+
+if TYPE_CHECKING:
+    from fednats.testbed.federation import FederationSettings
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -25,9 +29,19 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+link = typer.Typer(help="See and cut the links of a federation that runs on this machine.", no_args_is_help=True)
+app.add_typer(link, name="link")
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="settings file (TOML)")]
 Output = Annotated[Path, typer.Option(help="folder for everything the run leaves; must not hold a run yet")]
+RunsIn = Annotated[Path, typer.Option("--output", help="the --output of a federation that runs now")]
+LinkName = Annotated[str, typer.Argument(metavar="NAME", help="a region, a site, or a link as `link show` names it")]
+Wan = Annotated[
+    str | None, typer.Option(metavar="KEY=NUMBER,...", help='every leaf link is like this: "delay_ms=150,mbit=20"')
+]
+Slow = Annotated[
+    list[str] | None, typer.Option(metavar="SITE=FACTORx", help="a site's training takes so many times as long")
+]
 
 
 class Cipher(StrEnum):
@@ -54,11 +68,11 @@ def demo(
     mode: Annotated[Mode, typer.Option(help="async: nobody waits; sync: every version waits for all")] = Mode.ASYNC,
     output: Output = Path("output"),
     data: Annotated[Path | None, typer.Option(help="folder or file with the task's real data")] = None,
+    wan: Wan = None,
+    slow: Slow = None,
 ) -> None:
     """Hospitals train one model on this machine: real processes, a real bus, encrypted deltas."""
     from fednats.testbed.federation import demo_federation  # noqa: PLC0415 - torch is not for the daemons' start
-    from fednats.testbed.launch import run_federation  # noqa: PLC0415
-    from fednats.testbed.summary import comparison  # noqa: PLC0415
 
     federation = demo_federation(
         task,
@@ -69,25 +83,20 @@ def demo(
         synchronous=mode is Mode.SYNC,
         data=None if data is None else data.resolve(),
     )
-    configure_logging("warning")
-    summary = asyncio.run(run_federation(federation, output.resolve()))
-    _show(comparison(summary), output)
+    _run(federation, output, wan, slow)
 
 
 @app.command()
 def run(
     federation: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="regions, sites, task, settings")],
     output: Output = Path("output"),
+    wan: Wan = None,
+    slow: Slow = None,
 ) -> None:
     """Run your own federation on this machine, as processes; see docs/federation-file.md."""
     from fednats.testbed.federation import load_federation  # noqa: PLC0415
-    from fednats.testbed.launch import run_federation  # noqa: PLC0415
-    from fednats.testbed.summary import comparison  # noqa: PLC0415
 
-    settings = load_federation(federation)
-    configure_logging("warning")
-    summary = asyncio.run(run_federation(settings, output.resolve()))
-    _show(comparison(summary), output)
+    _run(load_federation(federation), output, wan, slow)
 
 
 @app.command()
@@ -123,6 +132,24 @@ def coordinator(config: ConfigFile) -> None:
     raise typer.Exit(lifecycle.run("coordinator", HUB, settings, lambda daemon: service.coordinator(daemon, settings)))
 
 
+@link.command()
+def show(output: RunsIn = Path("output")) -> None:
+    """Print each link, its settings, whether it is up, and what has crossed it."""
+    _ask_links(output, "show")
+
+
+@link.command()
+def cut(name: LinkName, output: RunsIn = Path("output")) -> None:
+    """Let every packet on a link vanish."""
+    _ask_links(output, "cut", name)
+
+
+@link.command()
+def restore(name: LinkName, output: RunsIn = Path("output")) -> None:
+    """Mend a link; connections that lived through the cut are reset."""
+    _ask_links(output, "restore", name)
+
+
 @bench.command()
 def crypto(
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,  # noqa: FBT002
@@ -130,12 +157,17 @@ def crypto(
     """Time and size of the encrypted delta: 1,000,000 parameters, 5 sites, 8 and 4 bits."""
     from fednats.testbed import bench_crypto  # noqa: PLC0415
 
-    rows = bench_crypto.run()
-    if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        typer.echo("  ".join(f"{name}={value}" for name, value in row.items()))
+    _bench(bench_crypto.run, as_json=as_json)
+
+
+@bench.command()
+def loop(
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,  # noqa: FBT002
+) -> None:
+    """How late each daemon's event loop is while five hospitals train and encrypt."""
+    from fednats.testbed import bench_loop  # noqa: PLC0415
+
+    _bench(bench_loop.run, as_json=as_json)
 
 
 @app.command()
@@ -165,6 +197,42 @@ def main() -> None:
         raise SystemExit(INTERRUPTED if isinstance(error, InterruptedRunError) else 1) from None
 
 
-def _show(table: object, output: Path) -> None:
-    Console().print(table)
+def _run(federation: "FederationSettings", output: Path, wan: str | None, slow: list[str] | None) -> None:
+    from fednats.testbed.launch import run_federation  # noqa: PLC0415
+    from fednats.testbed.summary import comparison  # noqa: PLC0415
+    from fednats.testbed.wan import parse_wan  # noqa: PLC0415
+
+    if wan is not None:
+        federation = federation.with_wan(parse_wan(wan))
+    federation = federation.with_slow(dict(map(_slow, slow or ())))
+    configure_logging("warning")
+    summary = asyncio.run(run_federation(federation, output.resolve()))
+    Console().print(comparison(summary))
     typer.echo(f"{output}/report.html, {output}/summary.json and {output}/model.safetensors are written.")
+
+
+def _slow(text: str) -> tuple[str, float]:
+    site, _, factor = text.rpartition("=")
+    try:
+        return site, float(factor.removesuffix("x"))
+    except ValueError:
+        raise ConfigError(f"--slow {text}: give SITE=FACTOR, such as a=10x") from None
+
+
+def _ask_links(output: Path, verb: str, name: str = "") -> None:
+    from fednats.testbed import links  # noqa: PLC0415
+
+    _print_rows(asyncio.run(links.ask(output, verb, name)), as_json=False)
+
+
+def _bench(measure: Callable[[], Sequence[Mapping[str, object]]], *, as_json: bool) -> None:
+    configure_logging("warning")
+    _print_rows(measure(), as_json=as_json)
+
+
+def _print_rows(rows: Sequence[Mapping[str, object]], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        typer.echo("  ".join(f"{name}={value}" for name, value in row.items()))

@@ -14,6 +14,7 @@ import fednats
 from fednats import subjects
 from fednats.config import DaemonSettings
 from fednats.errors import BusError, ConfigError, FednatsError
+from fednats.services.loop_lag import LoopLag
 from fednats.transport.bus import Bus
 from fednats.web.metrics import Metrics
 from fednats.web.server import serving
@@ -38,6 +39,7 @@ class Daemon:
     buses: list[Bus] = field(default_factory=list)
     """Connections without which the daemon is not ready."""
     status: Callable[[], Mapping[str, Any]] = dict
+    loop_lag: LoopLag = field(default_factory=LoopLag)
 
     @property
     def is_ready(self) -> bool:
@@ -46,7 +48,14 @@ class Daemon:
 
     def describe(self) -> dict[str, Any]:
         """Return what /status and the micro service's ``status`` endpoint show."""
-        return {"role": self.role, "name": self.name, "run": self.run, "ready": self.is_ready, **self.status()}
+        return {
+            "role": self.role,
+            "name": self.name,
+            "run": self.run,
+            "ready": self.is_ready,
+            "loop_lag_ms": self.loop_lag.describe(),
+            **self.status(),
+        }
 
     async def be_seen(self, bus: Bus, domain: str | None = None) -> None:
         """Register as a NATS micro service on ``bus`` and keep the presence key alive in ``domain``."""
@@ -92,9 +101,11 @@ async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stopping.set)
-    async with serving(
-        settings.web, settings.state_dir, daemon.metrics, lambda: daemon.is_ready, daemon.describe
-    ) as port:
+    async with (
+        asyncio.TaskGroup() as group,
+        serving(settings.web, settings.state_dir, daemon.metrics, lambda: daemon.is_ready, daemon.describe) as port,
+    ):
+        lag = group.create_task(daemon.loop_lag.watch(daemon.metrics.loop_lag.observe), name="loop lag")
         daemon.log.info("started", web_port=port)
         work = asyncio.ensure_future(body(daemon))
         stopping = asyncio.ensure_future(daemon.stopping.wait())
@@ -111,6 +122,7 @@ async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon
             await work
         except asyncio.CancelledError:
             daemon.log.warning("work_abandoned")
+        lag.cancel()
         daemon.log.info("stopped")
 
 

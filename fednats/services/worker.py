@@ -19,6 +19,9 @@ from fednats.errors import FednatsError
 
 JobsT = TypeVar("JobsT")
 
+NICENESS = 10
+"""How far a worker stands back: training must not keep the daemons, or the hospital's own work, from a processor."""
+
 _made: list[Any] = []
 _make: list[Callable[[], Any]] = []
 
@@ -76,6 +79,7 @@ class Worker(Generic[JobsT]):
 def _initialise(make: Callable[..., Any], args: tuple[object, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(NICENESS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _make.append(lambda: make(*args))
 

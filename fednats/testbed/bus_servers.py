@@ -1,19 +1,26 @@
 """The servers of a whole federation, with keys for everybody."""
 
+import asyncio
 import os
+import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import nkeys
 
 from fednats import permissions
 from fednats.config import BusSettings
-from fednats.errors import ConfigError
+from fednats.errors import BusError, ConfigError
 from fednats.permissions import Account, Permissions, User
 from fednats.subjects import HUB
 from fednats.testbed.nats_server import NatsServer, write_secret
+from fednats.testbed.wan import Wan, WanSettings
+
+LINK_TIMEOUT_S = 60.0
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -35,22 +42,24 @@ class BusServers:
     hub: NatsServer
     leaves: dict[str, NatsServer] = field(default_factory=dict)
     """By region; empty without leaves."""
+    links: dict[str, Wan] = field(default_factory=dict)
+    """By name: ``region-NAME`` is its leaf link; the others are a participant's connection, see `link_names`."""
 
     def coordinator(self) -> BusSettings:
         """Return what the coordinator connects with."""
-        return self._settings(self.hub, "coordinator", HUB)
+        return self._settings(self.hub, "coordinator", HUB, link="coordinator")
 
     def uplink(self, region: str) -> BusSettings:
         """Return the aggregator's connection to the uplink account (without leaves: the hub's account)."""
-        return self._settings(self.node(region), "uplink", region)
+        return self._settings(self.node(region), "uplink", region, link=f"uplink-{region}")
 
     def aggregator(self, region: str) -> BusSettings:
         """Return the aggregator's connection to its region's private account."""
-        return self._settings(self.node(region), "aggregator", region)
+        return self._settings(self.node(region), "aggregator", region, link=f"aggregator-{region}")
 
     def site(self, region: str, site: str) -> BusSettings:
         """Return what a site connects with."""
-        return self._settings(self.node(region), "site", site)
+        return self._settings(self.node(region), "site", site, link=f"site-{site}")
 
     def observer(self, node: str) -> BusSettings:
         """Return the read-only user of the hub's account (`HUB`) or of a region's private account."""
@@ -60,8 +69,9 @@ class BusServers:
         """Return the server that a region's services connect to."""
         return self.leaves.get(region, self.hub)
 
-    def _settings(self, server: NatsServer, role: str, node: str) -> BusSettings:
-        return BusSettings(url=server.url, nkey_seed_file=self.keys.seed_file(permissions.user_name(role, node)))
+    def _settings(self, server: NatsServer, role: str, node: str, link: str = "") -> BusSettings:
+        url = self.links[link].url if link in self.links else server.url
+        return BusSettings(url=url, nkey_seed_file=self.keys.seed_file(permissions.user_name(role, node)))
 
 
 class Keys:
@@ -90,12 +100,19 @@ class Keys:
 
 @asynccontextmanager
 async def bus_servers(
-    directory: Path, run: str, regions: Sequence[RegionPlan], *, leaves: bool = True
+    directory: Path,
+    run: str,
+    regions: Sequence[RegionPlan],
+    *,
+    leaves: bool = True,
+    links: Mapping[str, WanSettings] | None = None,
 ) -> AsyncIterator[BusServers]:
     """Start the hub and (with ``leaves``) one leaf per region; keys, stores and logs go below ``directory``.
 
+    ``links`` puts a `Wan` on the connections it names, see `link_names`.
+
     Raises:
-        ConfigError: no nats-server binary, or a plan with an unknown or circular parent.
+        ConfigError: no nats-server binary, a plan with an unknown or circular parent, or a link that is none.
         BusError: a server does not come up; the text has the end of its log.
     """
     plan = {region.name: region for region in regions}
@@ -103,6 +120,10 @@ async def bus_servers(
     order = _top_down(plan)
     if not leaves and any(region.parent for region in regions):
         raise ConfigError("regions under regions need leaves")
+    links = links or {}
+    names = link_names(regions, leaves=leaves)
+    if unknown := [name for name in links if name not in names]:
+        raise ConfigError(f"there is no link {unknown[0]!r}; there are {', '.join(names)}")
     async with AsyncExitStack() as stack:
         text = permissions.render(_hub(run, plan, keys, leaves=leaves))
         hub = await stack.enter_async_context(NatsServer(HUB, "hub.conf", text, directory / HUB))
@@ -114,9 +135,67 @@ async def bus_servers(
                 link_seed=keys.seed(permissions.user_name("link", region.name)),
             )
             above = servers.leaves[region.parent] if region.parent else hub
-            server = NatsServer(region.name, "leaf.conf", text, directory / region.name, upstream=above.leaf_url)
+            upstream, link = above.leaf_url, region_link(region.name)
+            if link in links:
+                servers.links[link] = wan = await stack.enter_async_context(_wan(link, links[link], upstream))
+                upstream = wan.url
+            server = NatsServer(region.name, "leaf.conf", text, directory / region.name, upstream=upstream)
             servers.leaves[region.name] = await stack.enter_async_context(server)
+        for region in order if leaves else ():
+            await _linked(servers, region)
+        for link, settings in links.items():
+            if link not in servers.links:
+                target = servers.node(names[link]).url
+                servers.links[link] = await stack.enter_async_context(_wan(link, settings, target))
         yield servers
+
+
+def region_link(region: str) -> str:
+    """Return the name of a region's leaf link."""
+    return f"region-{region}"
+
+
+def link_names(regions: Sequence[RegionPlan], *, leaves: bool) -> dict[str, str]:
+    """Return the names of all connections a `Wan` can be on, each with the node that it goes to.
+
+    ``region-NAME`` is a leaf link. The others are a participant's: ``site-NAME``, ``aggregator-REGION`` (to its private
+    account), ``uplink-REGION``, ``coordinator``.
+    """
+    names = {"coordinator": HUB}
+    for region in regions:
+        if leaves:
+            names[region_link(region.name)] = region.parent or HUB
+        participants = (
+            f"aggregator-{region.name}",
+            f"uplink-{region.name}",
+            *(f"site-{site}" for site in region.sites),
+        )
+        names |= dict.fromkeys(participants, region.name)
+    return names
+
+
+async def _linked(servers: BusServers, region: RegionPlan) -> None:
+    """Wait until a region's leaf link stands and interest has crossed it both ways; not while it is cut.
+
+    A mirror that is asked for earlier is tried again 40 s later only.
+    """
+    below, wan = servers.leaves[region.name], servers.links.get(region_link(region.name))
+    above = servers.node(region.parent or HUB)
+    try:
+        async with asyncio.timeout(LINK_TIMEOUT_S):
+            while wan is None or not wan.is_cut:
+                down, up = await below.interest_over_links(), await above.interest_over_links()
+                if down.get(above.name) and up.get(below.name):
+                    return
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        text = f"the leaf link of {region.name} does not stand after {LINK_TIMEOUT_S:.0f} s; see {below.log_file}"
+        raise BusError(text) from None
+
+
+def _wan(name: str, settings: WanSettings, url: str) -> Wan:
+    target = urlsplit(url)
+    return Wan(settings, target.hostname or "", target.port or 0, name=name, seed=zlib.crc32(name.encode()))
 
 
 def _hub(run: str, plan: Mapping[str, RegionPlan], keys: Keys, *, leaves: bool) -> list[Account]:

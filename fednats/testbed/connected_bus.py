@@ -1,7 +1,7 @@
 """Everybody of a federation connected to its servers, with the streams made as the services make them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from fednats import permissions
 from fednats.config import BusSettings
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
+from fednats.testbed.wan import WanSettings
 from fednats.transport import streams
 from fednats.transport.bus import Bus
 
@@ -33,11 +34,16 @@ class ConnectedBus:
 
 @asynccontextmanager
 async def connected_bus(
-    directory: Path, run: str, plan: Sequence[RegionPlan], *, leaves: bool = True
+    directory: Path,
+    run: str,
+    plan: Sequence[RegionPlan],
+    *,
+    leaves: bool = True,
+    links: Mapping[str, WanSettings] | None = None,
 ) -> AsyncIterator[ConnectedBus]:
     """Start the servers, connect everybody, make all streams and buckets."""
     async with AsyncExitStack() as stack:
-        servers = await stack.enter_async_context(bus_servers(directory, run, plan, leaves=leaves))
+        servers = await stack.enter_async_context(bus_servers(directory, run, plan, leaves=leaves, links=links))
 
         async def connect(settings: BusSettings, role: str, node: str) -> Bus:
             return await stack.enter_async_context(Bus.connect(settings, permissions.user_name(role, node)))

@@ -1,5 +1,6 @@
 """A whole federation in one file: what ``fednats run`` reads and ``fednats demo`` makes up."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from fednats.config import (
 from fednats.errors import ConfigError
 from fednats.learning.task import Task, load_task
 from fednats.subjects import HUB
+from fednats.testbed.wan import WanSettings
 
 
 class RegionSettings(Settings):
     """``[regions.NAME]``."""
 
     parent: Token | None = Field(None, description="region above this one; none: the hub")
+    wan: WanSettings | None = Field(None, description="between its nats-server and the one above; none: a good link")
 
 
 class SiteInFederation(Settings):
@@ -34,6 +37,7 @@ class SiteInFederation(Settings):
     region: Token
     options: dict[str, Any] = Field({}, description="options of the task at this site, over the common ones")
     slow_factor: float = Field(1.0, ge=1, description="local training takes this many times as long")
+    wan: WanSettings | None = Field(None, description="between it and its region's nats-server; none: a good link")
 
 
 class FederationSettings(Settings):
@@ -85,6 +89,13 @@ class FederationSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _leaf_links_exist(self) -> "FederationSettings":
+        placed = [name for name, region in self.regions.items() if region.wan is not None]
+        if placed and not self.leaves:
+            raise ValueError(f"regions.{placed[0]}.wan: it is for the leaf link, and leaves = false makes none")
+        return self
+
     def sites_of(self, region: str) -> tuple[str, ...]:
         """Names of the sites that report to ``region``."""
         return tuple(name for name, site in self.sites.items() if site.region == region)
@@ -123,6 +134,40 @@ class FederationSettings(Settings):
         """Return the task with its options at ``site``; None is the coordinator, which has no data."""
         own = {} if site is None else self.sites[site].options
         return TaskSettings(path=self.task, options={**self.options, **own})
+
+    def links(self) -> dict[str, WanSettings]:
+        """Return the link of each region (with leaves) and of each site, by name; a good one where none is set."""
+        regions = {f"region-{name}": region.wan or WanSettings() for name, region in self.regions.items()}
+        sites = {f"site-{name}": site.wan or WanSettings() for name, site in self.sites.items()}
+        return {**regions, **sites} if self.leaves else sites
+
+    def with_wan(self, wan: WanSettings) -> "FederationSettings":
+        """Return a copy with ``wan`` on every leaf link that has no settings of its own.
+
+        Raises:
+            ConfigError: there are no leaf links.
+        """
+        if not self.leaves:
+            raise ConfigError("--wan is for leaf links, and leaves = false in this federation; give a site a wan table")
+        regions = {name: region.model_copy(update={"wan": region.wan or wan}) for name, region in self.regions.items()}
+        return self.model_copy(update={"regions": regions})
+
+    def with_slow(self, factors: Mapping[str, float]) -> "FederationSettings":
+        """Return a copy in which local training at some sites takes so many times as long.
+
+        Raises:
+            ConfigError: there is no such site, or a factor is below 1.
+        """
+        for name, factor in factors.items():
+            if name not in self.sites:
+                raise ConfigError(f"--slow {name}: there is no such site; there are {', '.join(self.sites)}")
+            if not factor >= 1:
+                raise ConfigError(f"--slow {name}={factor:g}: a site trains at most as fast as it can; give 1 or more")
+        sites = {
+            name: site.model_copy(update={"slow_factor": factors.get(name, site.slow_factor)})
+            for name, site in self.sites.items()
+        }
+        return self.model_copy(update={"sites": sites})
 
     def _n_sites_below(self, region: str) -> int:
         return len(self.sites_of(region)) + sum(self._n_sites_below(child) for child in self.children_of(region))

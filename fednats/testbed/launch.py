@@ -20,14 +20,16 @@ from fednats.errors import FednatsError, InterruptedRunError
 from fednats.learning.flat import parameters_of
 from fednats.learning.task import make_task
 from fednats.storage.checkpoints import Checkpoints, save_tensors
-from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
+from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers, region_link
 from fednats.testbed.comparison import Comparison, compare
 from fednats.testbed.federation import FederationSettings
+from fednats.testbed.links import serving_links
 from fednats.testbed.nats_server import write_secret
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import SiteFigures, Staleness, Summary
+from fednats.testbed.wan import Wan, WanSettings
 
 POLL_S = 0.5
 COORDINATOR = "coordinator"
@@ -43,15 +45,35 @@ class Running:
     daemons: Daemons
     output: Path
 
+    @property
+    def links(self) -> Mapping[str, Wan]:
+        """By name: ``region-NAME`` is its leaf link, ``site-NAME`` its connection, and what was asked for."""
+        return self.servers.links
+
+    @property
+    def wan_bytes(self) -> int:
+        """What has crossed the leaf links, both ways."""
+        leaf_links = [self.links[name] for name in map(region_link, self.servers.leaves) if name in self.links]
+        return sum(link.bytes_up + link.bytes_down for link in leaf_links)
+
 
 @asynccontextmanager
-async def running(federation: FederationSettings, output: Path) -> AsyncIterator[Running]:
-    """Start everything; stop everything on the way out, whatever happened."""
+async def running(
+    federation: FederationSettings, output: Path, links: Mapping[str, WanSettings] | None = None
+) -> AsyncIterator[Running]:
+    """Start everything; stop everything on the way out, whatever happened.
+
+    ``links`` are beyond or instead of the federation's own; their names are `bus_servers.link_names`.
+    """
     plan = [
         RegionPlan(name, sites=federation.sites_of(name), parent=region.parent)
         for name, region in federation.regions.items()
     ]
-    async with bus_servers(output / "bus", federation.name, plan, leaves=federation.leaves) as servers:
+    wans = {**federation.links(), **(links or {})}
+    async with (
+        bus_servers(output / "bus", federation.name, plan, leaves=federation.leaves, links=wans) as servers,
+        serving_links(servers.links, output),
+    ):
         secret_key, public_key = make_keys(federation, output / "keys")
         async with Daemons(_daemons(federation, output, servers, secret_key, public_key)) as daemons:
             yield Running(servers, daemons, output)
@@ -85,7 +107,7 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
-    summary = _summarise(federation, statuses, comparison, time.monotonic() - started)
+    summary = _summarise(federation, statuses, comparison, federation_running.wan_bytes, time.monotonic() - started)
     summary.write(output / "summary.json")
     write_report(summary, output / "report.html")
     return summary
@@ -188,7 +210,9 @@ def _write_model(federation: FederationSettings, output: Path, weights: NDArray[
     save_tensors(output / "model.safetensors", tensors, {"task": federation.task, "run": federation.name})
 
 
-def _summarise(federation: FederationSettings, statuses: Statuses, comparison: Comparison, wall_s: float) -> Summary:
+def _summarise(
+    federation: FederationSettings, statuses: Statuses, comparison: Comparison, wan_bytes: int, wall_s: float
+) -> Summary:
     coordinator = statuses[COORDINATOR]
     sites = {name: statuses[f"site-{name}"] for name in federation.sites}
     aggregators = [statuses[f"aggregator-{name}"] for name in federation.regions]
@@ -220,6 +244,7 @@ def _summarise(federation: FederationSettings, statuses: Statuses, comparison: C
         pooled=comparison.pooled,
         uplink_bytes=uplink,
         downlink_bytes=sum(site["received_bytes"] for site in sites.values()),
+        wan_bytes=wan_bytes,
         uplink_bytes_per_parameter=uplink / max(1, n_sent * coordinator["n_parameters"]),
         staleness=Staleness(
             mean=coordinator["staleness_sum"] / max(1, coordinator["n_updates"]), max=coordinator["staleness_max"]

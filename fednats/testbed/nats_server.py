@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 import structlog
@@ -157,6 +157,11 @@ class NatsServer:
         async with aiohttp.ClientSession() as session, session.get(self.monitor_url + path) as response:
             page: Mapping[str, object] = await response.json(content_type=None)
             return page
+
+    async def interest_over_links(self) -> Mapping[str, int]:
+        """Return how many subscriptions have come over each leaf link that stands, by name of the server beyond it."""
+        leaves: Any = (await self.monitor("/leafz")).get("leafs") or ()
+        return {leaf["name"]: int(leaf["subscriptions"]) for leaf in leaves}
 
     async def _end(self, how: signal.Signals) -> None:
         process, self._process = self._process, None

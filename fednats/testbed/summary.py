@@ -66,6 +66,8 @@ class Summary(_Figures):
     pooled: Metrics
     uplink_bytes: int
     downlink_bytes: int
+    wan_bytes: int
+    """What crossed the regions' leaf links, both ways, from the start of the first process; 0 without leaf links."""
     uplink_bytes_per_parameter: float
     """Per update."""
     staleness: Staleness

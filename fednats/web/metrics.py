@@ -32,6 +32,12 @@ class Metrics:
         self.sent_bytes = Counter("fednats_sent_bytes", "Payload and heads published.", registry=self.registry)
         self.received_bytes = Counter("fednats_received_bytes", "Payload and heads read.", registry=self.registry)
         self.train_seconds = Counter("fednats_train_seconds", "Time spent in local training.", registry=self.registry)
+        self.loop_lag = Histogram(
+            "fednats_loop_lag_seconds",
+            "How late the event loop ran what was due.",
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.2, 0.5, 1, 2, 5),
+            registry=self.registry,
+        )
         self.failures = Counter(
             "fednats_failures", "Jobs that failed and were given up, by kind.", ["kind"], registry=self.registry
         )

@@ -97,6 +97,10 @@ def test_four_real_hospitals_beat_the_mean_hospital_alone(tmp_path: Path) -> Non
         (["demo", "--regions", "4"], "--regions 4"),
         (["demo", "--task", "heart"], "--data"),
         (["demo", "--task", "heart", "--data", "/absent"], "/absent"),
+        (["demo", "--task", "breast-cancer", "--slow", "b=10x"], "no such site; there are hospital-1, hospital-2"),
+        (["demo", "--task", "breast-cancer", "--slow", "hospital-1"], "give SITE=FACTOR"),
+        (["demo", "--task", "breast-cancer", "--wan", "delay=1"], "delay_ms, jitter_ms, mbit"),
+        (["link", "show", "--output", "absent"], "no federation runs there"),
         (["run", "absent.toml"], "absent.toml: no such file"),
         (["site", "--config", "absent.toml"], "absent.toml: no such file"),
         (["verify", "/absent"], "/absent: holds no coordinator/journal.sqlite"),
@@ -111,5 +115,5 @@ def test_wrong_arguments_are_named_in_one_line(arguments: list[str], expected: s
 
 def test_help_names_every_command() -> None:
     text = run(["--help"]).stdout
-    for command in ("demo", "run", "site", "aggregator", "coordinator", "verify", "bench"):
+    for command in ("demo", "run", "link", "site", "aggregator", "coordinator", "verify", "bench"):
         assert command in text

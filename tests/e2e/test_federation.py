@@ -27,6 +27,7 @@ async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_
     assert summary.federated["auc"] > 0.95
     assert summary.federated["accuracy"] > summary.mean_alone["accuracy"] - 0.02
     assert summary.time_to_target_s is not None
+    assert summary.wan_bytes > 2 * 6 * 1000
     assert json.loads((output / "summary.json").read_text())["federated"] == summary.federated
     assert "auc" in (output / "report.html").read_text()
     model = load_file(output / "model.safetensors")

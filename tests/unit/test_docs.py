@@ -23,6 +23,10 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
         ("stop", "max_wall_s"),
         ("stop", "target"),
         ("regions", "north", "parent"),
+        ("wan", "mbit"),
+        ("wan", "cut_at_s"),
+        ("wan", "cut_for_s"),
+        ("wan", "cut_every_s"),
     }
     required = {"name", "task", "regions", "sites"}
     documented["regions"]["europe"] = {}
@@ -30,8 +34,10 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
     documented["delta"]["tiers"] = 2
     federation = parse(documented, FederationSettings, source="docs")
     assert set(FederationSettings.model_fields) == set(documented)
-    for section in ("training", "server", "aggregation", "delta", "stop"):
-        fields = type(getattr(federation, section)).model_fields
+    documented["wan"] = documented["regions"]["north"]["wan"]
+    sections = {name: getattr(federation, name) for name in ("training", "server", "aggregation", "delta", "stop")}
+    for section, settings in {**sections, "wan": federation.regions["north"].wan}.items():
+        fields = type(settings).model_fields
         assert set(fields) == set(documented[section])
         for name, field in fields.items():
             if (section, name) in optional or (section, name) in {("delta", "tiers"), ("aggregation", "staleness")}:

@@ -45,6 +45,7 @@ def a_summary(**changes: Any) -> Summary:
             "pooled": {"auc": 0.91},
             "uplink_bytes": 23_250,
             "downlink_bytes": 20_000,
+            "wan_bytes": 30_000,
             "uplink_bytes_per_parameter": 7.75,
             "staleness": {"mean": 0.5, "max": 4},
             "target_metric": "auc",

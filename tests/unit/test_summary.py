@@ -31,6 +31,7 @@ def figures(**changes: Any) -> dict[str, Any]:
         "pooled": {"accuracy": 0.8, "auc": 0.91},
         "uplink_bytes": 30_000,
         "downlink_bytes": 20_000,
+        "wan_bytes": 30_000,
         "uplink_bytes_per_parameter": 7.5,
         "staleness": {"mean": 0.5, "max": 1},
         "target_metric": "auc",

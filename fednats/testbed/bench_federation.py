@@ -1,0 +1,49 @@
+"""The federation that the benchmarks run: five hospitals in two regions, 279,554 parameters, encrypted."""
+
+import asyncio
+from pathlib import Path
+from typing import NamedTuple
+
+from fednats.config import ServerSettings, TrainingSettings
+from fednats.testbed.federation import FederationSettings, demo_federation
+from fednats.testbed.launch import COORDINATOR, Statuses, running
+
+SEED = 7
+HIDDEN = (512, 512)
+TRAINING = TrainingSettings(local_steps=100, batch_size=16, optimizer="sgd", learning_rate=0.01)
+SERVER = ServerSettings()
+_POLL_S = 0.2
+
+
+class Ended(NamedTuple):
+    """A run that was closed."""
+
+    statuses: Statuses
+    """What every daemon said last."""
+    wan_bytes: int
+    """What crossed the leaf links, both ways."""
+
+
+def federation(*, synchronous: bool, **changes: object) -> FederationSettings:
+    """Return the federation; ``changes`` replace its settings."""
+    made = demo_federation(
+        "breast-cancer", n_sites=5, n_regions=2, seed=SEED, cipher="bfv", synchronous=synchronous, data=None
+    )
+    return made.model_copy(
+        update={"options": {"hidden": list(HIDDEN)}, "training": TRAINING, "server": SERVER, **changes}
+    )
+
+
+async def run(settings: FederationSettings, output: Path) -> Ended:
+    """Run a federation until it is closed, and stop it.
+
+    Raises:
+        FednatsError: a daemon died.
+    """
+    statuses: Statuses = {}
+    async with running(settings, output) as now:
+        while statuses.get(COORDINATOR, {}).get("state") != "closed":
+            now.daemons.check()
+            statuses = {**statuses, **await now.daemons.statuses()}
+            await asyncio.sleep(_POLL_S)
+    return Ended(statuses, now.wan_bytes)

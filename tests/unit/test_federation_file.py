@@ -1,0 +1,64 @@
+"""What a federation file says of links and slow sites."""
+
+from typing import Any
+
+import pytest
+
+from fednats.config import parse
+from fednats.errors import ConfigError
+from fednats.testbed.federation import FederationSettings
+from fednats.testbed.wan import WanSettings
+
+BAD = WanSettings(delay_ms=150, mbit=20)
+
+
+def federation(**changes: Any) -> FederationSettings:
+    raw = {
+        "name": "small",
+        "task": "breast-cancer",
+        "regions": {"north": {"wan": {"delay_ms": 30}}, "south": {}},
+        "sites": {name: {"region": "north" if name in "ab" else "south"} for name in "abcd"},
+    }
+    return parse({**raw, **changes}, FederationSettings, source="test")
+
+
+def test_every_region_and_site_has_a_link_good_unless_it_says_otherwise() -> None:
+    assert federation().links() == {
+        "region-north": WanSettings(delay_ms=30),
+        "region-south": WanSettings(),
+        **{f"site-{name}": WanSettings() for name in "abcd"},
+    }
+
+
+def test_a_common_wan_is_for_the_leaf_links_without_one_of_their_own() -> None:
+    links = federation().with_wan(BAD).links()
+    assert links["region-north"] == WanSettings(delay_ms=30)
+    assert links["region-south"] == BAD
+    assert links["site-a"] == WanSettings()
+
+
+def test_without_leaves_there_are_no_leaf_links() -> None:
+    flat = federation(leaves=False, regions={"north": {}, "south": {}})
+    assert set(flat.links()) == {f"site-{name}" for name in "abcd"}
+    with pytest.raises(ConfigError, match="leaf links"):
+        flat.with_wan(BAD)
+    with pytest.raises(ConfigError, match=r"regions.north.wan: it is for the leaf link"):
+        federation(leaves=False)
+
+
+def test_a_site_s_link_is_its_own() -> None:
+    sites = {name: {"region": "north" if name in "ab" else "south", "wan": {"mbit": 5}} for name in "abcd"}
+    assert federation(sites=sites).links()["site-c"] == WanSettings(mbit=5)
+
+
+def test_slow_sites() -> None:
+    slow = federation().with_slow({"a": 10.0, "d": 2.0})
+    assert {name: site.slow_factor for name, site in slow.sites.items()} == {"a": 10, "b": 1, "c": 1, "d": 2}
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"), [({"e": 2.0}, "no such site; there are a, b, c, d"), ({"a": 0.5}, "1 or more")]
+)
+def test_a_wrong_slow_site_is_named(factors: dict[str, float], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        federation().with_slow(factors)
