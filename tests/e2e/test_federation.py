@@ -56,6 +56,8 @@ async def test_synchronous_rounds_take_one_update_of_every_site(
     )
     async with running(federation, tmp_path / "out") as federation_running:
         statuses = await until(federation_running, closed)
+        ledger = await balanced(tmp_path / "out")
+    assert ledger.accepted == {APPLIED: 4 * 3}
     assert statuses["coordinator"]["n_updates"] == 4 * 3
     assert statuses["coordinator"]["staleness_max"] == 0
 
@@ -69,7 +71,8 @@ async def test_aggregators_stand_under_aggregators(make_federation: MakeFederati
     )
     async with running(federation, tmp_path / "out") as federation_running:
         statuses = await until(federation_running, closed)
-    assert statuses["coordinator"]["n_updates"] >= 12
+        ledger = await balanced(tmp_path / "out")
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] >= 12
     assert statuses["coordinator"]["refusals"] == {}
     metrics = [entry["metrics"]["auc"] for entry in statuses["coordinator"]["history"]]
     assert metrics[-1] > metrics[0]
@@ -82,6 +85,8 @@ async def test_a_federation_without_leaves_is_the_same_federation(
     async with running(federation, tmp_path / "out") as federation_running:
         assert not federation_running.servers.leaves
         statuses = await until(federation_running, closed)
+        ledger = await balanced(tmp_path / "out")
+    assert ledger.accepted == {APPLIED: 6}
     assert statuses["coordinator"]["n_updates"] == 6
 
 

@@ -24,3 +24,15 @@ def test_the_readmes_limits_are_the_streams() -> None:
         assert f"| {spec.limits.max_bytes // streams.GIB} GiB | {spec.limits.max_age_s // 86400} days |" in row
         assert all(f"`{subject}`" in row for subject in spec.subjects)
         assert ("drops the oldest" in row) == (spec.discard == "old")
+
+
+def test_the_readmes_limits_of_rejects_are_the_streams() -> None:
+    for spec in (
+        streams.at_hub("<run>", ["<region>"])[-1],
+        streams.in_region("<run>", "<region>")[-1],
+    ):
+        limits = spec.limits
+        row = next(line for line in README.splitlines() if line.startswith("| `fed_<run>_rejects_<node>`"))
+        assert spec.name.replace("hub", "<node>").replace("<region>", "<node>") in row
+        assert f"| {limits.max_bytes // 2**20} MiB, {limits.max_messages:,} messages |" in row
+        assert f"| {limits.max_age_s // 86400} days | drops the oldest |" in row

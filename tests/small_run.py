@@ -1,0 +1,136 @@
+"""The books of a small run, written by the machines themselves: two regions of two sites each, and the hub."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from fednats.config import AggregationSettings, StalenessSettings
+from fednats.messages import Aggregate, ParameterSpec, Update
+from fednats.protocol.admission import Roster
+from fednats.protocol.collector import Collector
+from fednats.protocol.coordinator import Coordinator
+from fednats.protocol.events import (
+    Combination,
+    Combine,
+    Combined,
+    Command,
+    Configured,
+    ContributionArrived,
+    Event,
+)
+from fednats.protocol.sums import head_of, weigh
+from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder
+from fednats.storage.journal import Journal
+from fednats.storage.outbox import Outbox
+from tests.makers import PAYLOAD, announcement, update
+
+CAPACITY = 500
+SETTINGS = AggregationSettings(goal=2, region_goal=1, staleness=StalenessSettings(max_staleness=5))
+REGIONS = {"north": ("a", "b"), "south": ("c", "d")}
+
+
+class Node:
+    """One daemon's machine and journal; it is fed until no combination is under way, or left in the middle of one."""
+
+    def __init__(self, file: Path, machine: Collector | Coordinator) -> None:
+        self.journal = Journal(file)
+        self.machine = machine
+
+    def feed(self, at_s: float, *events: Event) -> Combination | None:
+        """Journal and handle ``events``; return the combination asked for."""
+        self.journal.append(events, at_s)
+        commands: list[Command] = [command for event in events for command in self.machine.handle(event)]
+        return next((command.combination for command in commands if isinstance(command, Combine)), None)
+
+
+class SmallRun:
+    """Runs rounds of a federation without a bus."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.now_s = 1000.0
+        self.version = 0
+        self.hub = Node(directory / "coordinator" / "journal.sqlite", Coordinator("r"))
+        self.regions = {
+            region: Node(
+                directory / f"aggregator-{region}" / "journal.sqlite",
+                Collector(Roster("r", region, frozenset(), frozenset()), lambda event: event.settings.goal),
+            )
+            for region in REGIONS
+        }
+        self.outboxes = {
+            site: Outbox(directory / f"site-{site}" / "outbox.sqlite") for sites in REGIONS.values() for site in sites
+        }
+        self.hub.feed(self.now_s, Configured(sites=(), regions=tuple(REGIONS)))
+        for region, sites in REGIONS.items():
+            self.regions[region].feed(self.now_s, Configured(sites=sites, regions=()))
+        self.announce(0, made_by="")
+
+    def announce(self, version: int, made_by: str) -> None:
+        """Let the coordinator write a checkpoint and everybody hear of it."""
+        self.checkpoint(version, made_by)
+        self.version = version
+        self.hub.feed(self.now_s, announcement(version, settings=SETTINGS, capacity=None))
+        for region in self.regions.values():
+            region.feed(self.now_s, announcement(version, settings=SETTINGS, capacity=CAPACITY))
+
+    def checkpoint(self, version: int, made_by: str) -> None:
+        folder = checkpoints_folder(self.directory / "coordinator")
+        checkpoints = Checkpoints(folder, [ParameterSpec(name="w", shape=(1,))], ())
+        made = Checkpoint(version=version, made_by=made_by, weights_digest=bytes(16), grids=(), frames=())
+        checkpoints.commit(made, *checkpoints.create(version))
+
+    def send(self, region: str, site: str, *, n_samples: int = 100) -> Update:
+        """Let a site make an update and have it acknowledged by the bus."""
+        outbox = self.outboxes[site]
+        sequence = outbox.next_sequence()
+        head = update(site, sequence, version=self.version, n_samples=n_samples)
+        head = head.model_copy(update={"region": region})
+        outbox.add_update(head, (1.0,), None)
+        outbox.mark_sent(head.update_id)
+        return head
+
+    def sum_up(self, region: str, *heads: Update) -> tuple[Combination, Aggregate]:
+        """Let a region take ``heads`` in, and publish a sum of them that it has not journalled yet."""
+        self.now_s += 1
+        combination = None
+        for head in heads:
+            combination = self.regions[region].feed(self.now_s, ContributionArrived(head=head)) or combination
+        assert combination is not None
+        weights = weigh(combination, CAPACITY)
+        return combination, head_of("r", region, combination, weights, PAYLOAD)
+
+    def apply(self, aggregate: Aggregate) -> None:
+        """Let the coordinator take a sum in and make a version of it."""
+        self.now_s += 1
+        combination = self.hub.feed(self.now_s, ContributionArrived(head=aggregate))
+        assert combination is not None
+        self.announce(self.version + 1, combination.combination_id)
+        self.hub.feed(self.now_s, Combined(combination_id=combination.combination_id))
+
+    def rounds(self, count: int) -> None:
+        """Let every region send a sum ``count`` times, and the coordinator apply each."""
+        for _ in range(count):
+            for region, sites in REGIONS.items():
+                heads = [self.send(region, site, n_samples=100 + 7 * len(site)) for site in sites]
+                combination, aggregate = self.sum_up(region, *heads)
+                self.regions[region].feed(self.now_s, Combined(combination_id=combination.combination_id))
+                self.apply(aggregate)
+
+    # --- tampering ----------------------------------------------------------------------------------------------------
+
+    def tamper(self, node: str, change: Callable[[list[list[Any]]], Sequence[Sequence[Any]]]) -> None:
+        """Rewrite a journal: ``change`` gets rows of at_s, kind, fields and returns those to be kept, renumbered."""
+        connection = (self.hub if node == "hub" else self.regions[node]).journal._connection
+        rows = [
+            [at_s, kind, msgpack.unpackb(body)]
+            for at_s, kind, body in connection.execute("SELECT at_s, kind, body FROM event ORDER BY sequence")
+        ]
+        kept = change(rows)
+        connection.execute("DELETE FROM event")
+        connection.executemany(
+            "INSERT INTO event (at_s, kind, body) VALUES (?, ?, ?)",
+            [(at_s, kind, msgpack.packb(fields)) for at_s, kind, fields in kept],
+        )
