@@ -24,6 +24,7 @@ from fednats.protocol.sums import head_of, weigh
 from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder
 from fednats.storage.journal import Journal
 from fednats.storage.outbox import Outbox
+from fednats.storage.tensor_file import digest_of
 from tests.makers import PAYLOAD, announcement, update
 
 CAPACITY = 500
@@ -79,8 +80,11 @@ class SmallRun:
     def checkpoint(self, version: int, made_by: str) -> None:
         folder = checkpoints_folder(self.directory / "coordinator")
         checkpoints = Checkpoints(folder, [ParameterSpec(name="w", shape=(1,))], ())
-        made = Checkpoint(version=version, made_by=made_by, weights_digest=bytes(16), grids=(), frames=())
-        checkpoints.commit(made, *checkpoints.create(version))
+        weights, state = checkpoints.create(version)
+        digest = digest_of(weights)
+        checkpoints.commit(
+            Checkpoint(version=version, made_by=made_by, weights_digest=digest, grids=(), frames=()), weights, state
+        )
 
     def send(self, region: str, site: str, *, n_samples: int = 100) -> Update:
         """Let a site make an update and have it acknowledged by the bus."""

@@ -1,6 +1,5 @@
 """A site's copy of a model version on disk, and the frames fetched on the way to the next one."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from fednats import wire
 from fednats.codec import frames
 from fednats.codec.layout import Layout, blocks
 from fednats.errors import Reason, RefusedError
-from fednats.messages import DIGEST_BYTES, Chunk, Frame, ModelManifest
+from fednats.messages import Chunk, Frame, ModelManifest
 from fednats.storage.chunk_file import read_chunks
-from fednats.storage.tensor_file import TensorFile
+from fednats.storage.tensor_file import TensorFile, digest_of
 
 
 class LocalModel:
@@ -59,11 +58,14 @@ class LocalModel:
                     _copy(self.weights(held), made)
                 for frame in chain:
                     self._apply(frame, layout, made)
-                _check(manifest, made)
                 made.sync()
+                digest = digest_of(made)
         except RefusedError:
             self._forget()
             raise
+        if digest != manifest.weights_digest:
+            self._forget()
+            raise RefusedError(Reason.CHECKSUM, f"version {manifest.version} differs from its digest")
         self._forget()
         partial.rename(self._file(manifest.version))
 
@@ -109,11 +111,3 @@ def _copy(source: TensorFile, target: TensorFile) -> None:
     with source:
         for block in blocks(len(source)):
             target.write(block.start, source[block])
-
-
-def _check(manifest: ModelManifest, weights: TensorFile) -> None:
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for block in blocks(len(weights)):
-        digest.update(weights[block].tobytes())
-    if digest.digest() != manifest.weights_digest:
-        raise RefusedError(Reason.CHECKSUM, f"version {manifest.version} differs from its digest")

@@ -1,5 +1,6 @@
 """A model on disk as safetensors, read and written part by part, so that it need never be in memory whole."""
 
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fednats.codec.layout import Vector, blocks
 from fednats.errors import ConfigError
+from fednats.messages import DIGEST_BYTES
 
 _VALUE_BYTES = 4
 _LENGTH = struct.Struct("<Q")
@@ -106,6 +109,14 @@ class TensorFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def digest_of(weights: Vector) -> bytes:
+    """Return BLAKE2b-128 of ``weights``, float32 little endian, as manifests announce it."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for block in blocks(len(weights)):
+        digest.update(weights[block].tobytes())
+    return digest.digest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -28,7 +28,8 @@ from pathlib import Path
 from fednats.errors import ConfigError, Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.sums import head_of, weigh
-from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint
+from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
+from fednats.storage.tensor_file import TensorFile, digest_of
 from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate, Taken
 from fednats.testbed.sent import Sent, read_outbox
@@ -104,6 +105,7 @@ def verify(directory: Path) -> Ledger:
         for site in sorted(book.sites)
     }
     ledger.findings += [problem for book in books.values() for problem in book.problems]
+    ledger.findings += _wrong_weights(directory)
     _Audit(ledger, books, parents, outboxes).run(before, after)
     return ledger
 
@@ -291,3 +293,17 @@ def _newest_checkpoint(directory: Path) -> tuple[int, str] | None:
     """Return the newest version on disk and the id of what it was made by."""
     newest = newest_checkpoint(checkpoints_folder(directory / "coordinator"))
     return None if newest is None else (newest.version, newest.made_by)
+
+
+def _wrong_weights(directory: Path) -> list[str]:
+    """Say so if the newest version's weights are not those that were announced, by their digest."""
+    folder = checkpoints_folder(directory / "coordinator")
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return []
+    with TensorFile.read(weights_file(folder, newest.version)) as weights:
+        return (
+            []
+            if digest_of(weights) == newest.weights_digest
+            else [f"checkpoint: the weights of version {newest.version} are not those announced: another digest"]
+        )

@@ -300,5 +300,11 @@ def test_books_that_are_not_there_are_named(run: SmallRun, tmp_path: Path) -> No
 
 def test_a_checkpoint_that_is_older_than_the_journal_is_found(run: SmallRun) -> None:
     for version in (5, 6):
-        (run.directory / "coordinator" / "checkpoints" / f"version-{version}.safetensors").unlink()
+        (run.directory / "coordinator" / "checkpoints" / f"version-{version}.msgpack").unlink()
     assert found(run).findings == ["checkpoint: the journal has 6 versions, the newest on disk is 4"]
+
+
+def test_weights_that_are_not_those_announced_are_found(run: SmallRun) -> None:
+    file = run.directory / "coordinator" / "checkpoints" / "version-6.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert found(run).findings == ["checkpoint: the weights of version 6 are not those announced: another digest"]
