@@ -28,6 +28,7 @@ from fednats.protocol.events import (
 )
 from fednats.protocol.weights import apportion
 from fednats.services.lifecycle import Daemon, until_stopped
+from fednats.services.presence import watch_presence
 from fednats.services.tier import RETRY_S, Inbox, Tier
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
@@ -107,6 +108,9 @@ class AggregatorService:
             stream = subjects.updates_stream(s.run, s.region)
             filters = [subjects.head(subjects.update(s.run, s.region, "*")), subjects.evaluation(s.run, s.region, "*")]
             durable = subjects.durable(s.region, stream)
+            tasks["watch sites"] = watch_presence(
+                self._daemon, self._machine, self._tier.feed, self._region, "site", s.sites
+            )
             tasks["receive updates"] = self._tier.receive(Inbox(self._region, stream), durable, filters)
         if s.regions:
             stream = subjects.inbox_stream(s.run, s.region)
