@@ -29,6 +29,7 @@ from fednats.protocol.events import (
     WallTimeReached,
 )
 from fednats.services.lifecycle import Daemon, until_stopped
+from fednats.services.presence import watch_presence
 from fednats.services.tier import Inbox, Tier
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
@@ -106,6 +107,14 @@ class CoordinatorService:
                 "keep time": self._tier.keep_time(),
                 "combine": self._tier.combine(self._combine),
                 "watch the clock": self._watch_clock(),
+                "watch regions": watch_presence(
+                    self._daemon,
+                    self._machine.collector,
+                    self._tier.feed,
+                    self._bus,
+                    "aggregator",
+                    self._settings.regions,
+                ),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._tier.drain,
@@ -197,7 +206,8 @@ class CoordinatorService:
                 refused = await self._decrypt_one_by_one(identity, heads)
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
-            version = await self._worker.call("apply", identity, heads, [part.mass for part in combination.parts])
+            masses = [part.mass for part in combination.parts]
+            version = await self._worker.call("apply", identity, heads, masses, combination.scale)
         announced = await self._announce(version)
         self._tier.count_combined(combination)
         self._count(combination, heads)

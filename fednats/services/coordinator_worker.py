@@ -110,8 +110,8 @@ class CoordinatorWorker:
             sums[: stop - start] * (steps / np.float32(head.total_weight))
         )
 
-    def apply(self, combination_id: str, heads: Sequence[Aggregate], masses: Sequence[float]) -> Version:
-        """Step the model along the mean of the decrypted deltas, weighted by mass; durable on return."""
+    def apply(self, combination_id: str, heads: Sequence[Aggregate], masses: Sequence[float], scale: float) -> Version:
+        """Step the model along ``scale`` times the mean of the decrypted deltas by mass; durable on return."""
         total = sum(masses)
         mean = np.zeros(self._layout.n_parameters, np.float32)
         for head, mass in zip(heads, masses, strict=True):
@@ -119,7 +119,7 @@ class CoordinatorWorker:
         self._sums.clear()
         if not np.isfinite(mean).all():
             raise RefusedError(Reason.NOT_FINITE, "the mean delta is not finite")
-        self._weights = self._optimizer.step(mean)
+        self._weights = self._optimizer.step(mean * np.float32(scale))
         self._delta_norm = float(np.linalg.norm(mean))
         self._version += 1
         self._made_by = combination_id
