@@ -57,7 +57,11 @@ class StalenessSettings(Settings):
     function: Literal["constant", "polynomial", "hinge"] = "polynomial"
     exponent: float = Field(0.5, ge=0, description="a in (1+t)^-a, or the slope of the hinge")
     hinge_at: int = Field(4, ge=0, description="staleness up to which the hinge keeps weight 1")
-    max_staleness: int = Field(20, ge=0, description="updates older than this many versions are refused")
+    max_staleness: int = Field(
+        1000,
+        ge=0,
+        description="updates older than this many versions are refused; far more than are made while the slowest trains",
+    )
 
 
 class AggregationSettings(Settings):
@@ -73,7 +77,7 @@ class AggregationSettings(Settings):
     min_sites: int = Field(2, ge=1, description="distinct sites in every sum that leaves a region")
     staleness: StalenessSettings = StalenessSettings()
     participation_correction: bool = Field(
-        default=True, description="weigh a site up that contributes less often than the others"
+        default=True, description="let every site count by its samples, however seldom it contributes"
     )
 
     @property

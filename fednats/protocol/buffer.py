@@ -12,12 +12,7 @@ from typing import Literal
 
 from fednats.config import AggregationSettings
 from fednats.protocol import staleness
-
-PARTICIPATION_DECAY = 0.95
-"""How fast past contributions are forgotten, per flush: half of them after 14 flushes."""
-
-PARTICIPATION_LIMIT = 10.0
-"""Largest factor, up or down, of the participation correction."""
+from fednats.protocol.participation import Offer, Participation, Weighed
 
 Goal = int | Literal["all"]
 
@@ -44,33 +39,44 @@ class Flush:
     """Contributions that are summed together, ordered by id, and the mass of each after staleness and participation."""
 
     contributions: tuple[Contribution, ...]
+    version: int
+    """Model version at which it was weighed."""
     masses: tuple[float, ...]
+    scale: float
+    """How much mass that is compared with the usual: the length of the model's step. 1 without the correction."""
     n_sites: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a buffer goes by."""
+
+    settings: AggregationSettings
+    goal: Goal
+    sources: frozenset[str]
+    """Who may contribute: the goal ``all`` waits for them all."""
+    present: frozenset[str]
+    """Who of them is there: a goal of so many contributions is lowered to so many."""
+    capacity: int | None
+    """Largest total weight of one flush (what the fields of an encrypted sum hold); None for no bound."""
 
 
 class Buffer:
     """Collect contributions; give them out when the goal, or at a deadline the minimum of distinct sites, is reached.
 
-    ``sources`` is who is expected; ``capacity`` bounds the total weight of one flush (what the fields of an encrypted
-    sum hold), None for no bound. Contributions on different grids are never given out together: their integers mean
-    different steps.
+    Contributions on different grids are never given out together: their integers mean different steps.
     """
 
-    def __init__(
-        self, settings: AggregationSettings, goal: Goal, sources: Iterable[str], capacity: int | None = None
-    ) -> None:
-        self.configure(settings, goal, sources, capacity)
+    def __init__(self, terms: Terms) -> None:
+        self._participation = Participation()
         self._contributions: dict[str, Contribution] = {}
-        self._participation: dict[str, float] = {}
+        self.configure(terms)
 
-    def configure(
-        self, settings: AggregationSettings, goal: Goal, sources: Iterable[str], capacity: int | None
-    ) -> None:
-        """Go on with other settings; what is here stays."""
-        self.settings = settings
-        self._goal = goal
-        self._sources = frozenset(sources)
-        self._capacity = capacity
+    def configure(self, terms: Terms) -> None:
+        """Go on with other terms; what is here stays."""
+        self._terms = terms
+        self._settings = terms.settings
+        self._participation.expect(terms.present)
 
     def __len__(self) -> int:
         return len(self._contributions)
@@ -87,7 +93,7 @@ class Buffer:
         expired = tuple(
             contribution
             for contribution in self._contributions.values()
-            if staleness.too_stale(version - contribution.version, self.settings.staleness)
+            if staleness.too_stale(version - contribution.version, self._settings.staleness)
         )
         for contribution in expired:
             del self._contributions[contribution.contribution_id]
@@ -101,22 +107,21 @@ class Buffer:
         ready = [
             group
             for group in self._groups()
-            if _distinct_sites(group) >= self.settings.min_sites and (deadline or self._reached(group))
+            if _distinct_sites(group) >= self._settings.min_sites and (deadline or self._reached(group))
         ]
         if not ready:
             return None
         selected = self._within_capacity(max(ready, key=len))
-        if _distinct_sites(selected) < self.settings.min_sites:
+        if _distinct_sites(selected) < self._settings.min_sites:
             return None
         for contribution in selected:
             del self._contributions[contribution.contribution_id]
         selected.sort(key=lambda contribution: contribution.contribution_id)
-        self._count(selected)
-        return Flush(
-            contributions=tuple(selected),
-            masses=tuple(self._mass(contribution, version) for contribution in selected),
-            n_sites=_distinct_sites(selected),
-        )
+        return self._weigh(selected, version)
+
+    def made(self, flush: Flush) -> None:
+        """Count who was in ``flush``, now that it is combined for good."""
+        self._participation.record(self._offers(flush.contributions, flush.version))
 
     def _groups(self) -> list[list[Contribution]]:
         groups: dict[str, list[Contribution]] = {}
@@ -125,9 +130,9 @@ class Buffer:
         return list(groups.values())
 
     def _reached(self, group: list[Contribution]) -> bool:
-        if self._goal == "all":
-            return self._sources <= {contribution.source for contribution in group}
-        return len(group) >= min(self._goal, len(self._sources))
+        if self._terms.goal == "all":
+            return self._terms.sources <= {contribution.source for contribution in group}
+        return len(group) >= min(self._terms.goal, len(self._terms.present))
 
     def _within_capacity(self, group: list[Contribution]) -> list[Contribution]:
         """Keep what fits, every source's first contribution before any source's second."""
@@ -139,24 +144,28 @@ class Buffer:
         selected = []
         total = 0
         for _, _, contribution in sorted(ranked, key=lambda entry: entry[:2]):
-            if self._capacity is None or total + contribution.total_weight <= self._capacity:
+            if self._terms.capacity is None or total + contribution.total_weight <= self._terms.capacity:
                 selected.append(contribution)
                 total += contribution.total_weight
         return selected
 
-    def _count(self, selected: list[Contribution]) -> None:
-        for source in self._participation:
-            self._participation[source] *= PARTICIPATION_DECAY
-        for contribution in selected:
-            self._participation[contribution.source] = self._participation.get(contribution.source, 0.0) + 1.0
+    def _weigh(self, selected: list[Contribution], version: int) -> Flush:
+        offers = self._offers(selected, version)
+        if self._settings.participation_correction:
+            weighed = self._participation.weigh(offers)
+        else:
+            weighed = Weighed(tuple(offer.mass * offer.freshness for offer in offers), scale=1.0)
+        return Flush(tuple(selected), version, weighed.masses, weighed.scale, _distinct_sites(selected))
 
-    def _mass(self, contribution: Contribution, version: int) -> float:
-        mass = contribution.mass * staleness.factor(version - contribution.version, self.settings.staleness)
-        if self.settings.participation_correction:
-            mean = sum(self._participation.values()) / len(self._participation)
-            correction = mean / self._participation[contribution.source]
-            mass *= min(PARTICIPATION_LIMIT, max(1 / PARTICIPATION_LIMIT, correction))
-        return mass
+    def _offers(self, contributions: Iterable[Contribution], version: int) -> list[Offer]:
+        return [
+            Offer(
+                contribution.source,
+                contribution.mass,
+                staleness.factor(version - contribution.version, self._settings.staleness),
+            )
+            for contribution in contributions
+        ]
 
 
 def _distinct_sites(group: list[Contribution]) -> int:

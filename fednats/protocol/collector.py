@@ -16,8 +16,8 @@ from fednats.errors import Reason, RefusedError
 from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
 from fednats.protocol import admission
 from fednats.protocol.admission import Roster
-from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal
-from fednats.protocol.evaluation import EvaluationTally
+from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal, Terms
+from fednats.protocol.evaluation import Closed, EvaluationTally
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -30,6 +30,7 @@ from fednats.protocol.events import (
     EvaluationArrived,
     Event,
     Part,
+    PresenceChanged,
     Refuse,
     ReportWaiting,
     RunClosed,
@@ -65,7 +66,10 @@ class Collector:
         self.state = State.WAITING
         self.current: VersionAnnounced | None = None
         self.in_flight: Combination | None = None
+        self._flush: Flush | None = None
         self._roster = roster
+        self._present: frozenset[str] | None = None
+        self._short = False
         self._goal_of = goal_of
         self._buffer: Buffer | None = None
         self._tally = EvaluationTally(roster.sources)
@@ -83,6 +87,16 @@ class Collector:
         """Who may contribute."""
         return self._roster
 
+    @property
+    def present(self) -> frozenset[str]:
+        """Who is there; everybody on the roster until the machine is told."""
+        return self._roster.sources if self._present is None else self._roster.sources & self._present
+
+    @property
+    def short_of_sites(self) -> bool:
+        """Whether no sum can be made of those who are there."""
+        return self._short
+
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""
         commands: list[Command] = []
@@ -90,6 +104,8 @@ class Collector:
             commands.append(Combine(self.in_flight))
         if self.state is not State.CLOSED and self._buffer:
             commands += self._start_timer()
+        if self._short and self.state is not State.CLOSED:
+            commands += self._report_waiting()
         return commands
 
     @property
@@ -107,11 +123,11 @@ class Collector:
         if self.current is not None and event.version < self.current.version:
             return []
         self.current = event
+        commands = self._expect()
         if self._buffer is None:
-            self._buffer = Buffer(event.settings, self._goal_of(event), self._roster.sources, event.capacity)
+            self._buffer = Buffer(self._terms(event))
             self.state = State.COLLECTING
-        self._buffer.configure(event.settings, self._goal_of(event), self._roster.sources, event.capacity)
-        commands: list[Command] = [
+        commands += [
             self._refuse_expired(contribution, event.version) for contribution in self._buffer.expire(event.version)
         ]
         early, self._early = self._early, {}
@@ -124,11 +140,11 @@ class Collector:
 
     def _configure(self, event: Configured) -> list[Command]:
         self._roster = replace(self._roster, sites=frozenset(event.sites), regions=frozenset(event.regions))
-        self._tally.sources = self._roster.sources
-        if self._buffer is not None and self.current is not None:
-            current = self.current
-            self._buffer.configure(current.settings, self._goal_of(current), self._roster.sources, current.capacity)
-        return self._combine()
+        return self._expect() + self._combine()
+
+    def _see(self, event: PresenceChanged) -> list[Command]:
+        self._present = frozenset(event.present)
+        return self._expect() + self._combine()
 
     def _evaluate_early(self, event: EvaluationArrived) -> list[Command]:
         """Keep what is of a version not announced here yet; a site may be quicker than this node."""
@@ -155,12 +171,7 @@ class Collector:
             return [Settle((evaluation_id(event.evaluation),))]
         if event.evaluation.version > self.current.version:
             return self._evaluate_early(event)
-        commands: list[Command] = []
-        for evaluation, ids in self._tally.add(event.evaluation, self.current.settings.min_sites):
-            if evaluation is not None:
-                commands.append(evaluation)
-            commands.append(Settle(ids))
-        return commands
+        return _give_out(self._tally.add(event.evaluation, self.current.settings.min_sites))
 
     def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:
         if not self._buffer or self.current is None:
@@ -169,7 +180,7 @@ class Collector:
             return self._start_timer()
         commands = self._combine(deadline=True)
         if not commands:
-            commands.append(ReportWaiting(len(self._buffer), self.current.settings.min_sites))
+            commands += self._report_waiting()
         if self._buffer:
             commands += self._start_timer()
         return commands
@@ -179,6 +190,8 @@ class Collector:
         ids = tuple(contribution_id(part.head) for part in combination.parts)
         for identity in ids:
             self._remember(identity)
+        if self._buffer is not None and self._flush is not None:
+            self._buffer.made(self._flush)
         return [Settle(ids), *self._combine()]
 
     def _combine_failed(self, event: CombineFailed) -> list[Command]:
@@ -220,6 +233,29 @@ class Collector:
 
     # --- parts of them ------------------------------------------------------------------------------------------------
 
+    def _expect(self) -> list[Command]:
+        """Go on with those who are there; say so if they are too few, once."""
+        self._tally.expect(self._roster.sources, self.present)
+        if self.current is None:
+            return []
+        settings = self.current.settings
+        if self._buffer is not None:
+            self._buffer.configure(self._terms(self.current))
+        commands = _give_out(self._tally.complete(settings.min_sites))
+        was_short = self._short
+        # each region sends sums of enough sites, or says itself that it cannot
+        self._short = not self.present & self._roster.regions and len(self.present) < settings.min_sites
+        if self._short and not was_short and self.state is not State.CLOSED:
+            commands += self._report_waiting()
+        return commands
+
+    def _terms(self, current: VersionAnnounced) -> Terms:
+        return Terms(current.settings, self._goal_of(current), self._roster.sources, self.present, current.capacity)
+
+    def _report_waiting(self) -> list[Command]:
+        assert self.current is not None  # noqa: S101 - there is a minimum once there is a version
+        return [ReportWaiting(self.n_buffered, len(self.present), self.current.settings.min_sites)]
+
     def _admit(self, head: Update | Aggregate, *, may_be_early: bool = True) -> list[Command]:
         assert self._buffer is not None and self.current is not None  # noqa: PT018, S101 - states with a version only
         identity = contribution_id(head)
@@ -245,6 +281,7 @@ class Collector:
         flush = self._buffer.take(self.current.version, deadline=deadline)
         if flush is None:
             return []
+        self._flush = flush
         self.in_flight = self._combination(flush, self.current.version)
         self.state = State.COMBINING
         return [Combine(self.in_flight)]
@@ -256,7 +293,7 @@ class Collector:
             for identity, contribution, mass in zip(ids, flush.contributions, flush.masses, strict=True)
         )
         digest = hashlib.blake2b("\n".join([self._roster.region or "", *ids]).encode(), digest_size=16)
-        return Combination(digest.hexdigest(), version, parts, flush.n_sites)
+        return Combination(digest.hexdigest(), version, parts, flush.scale, flush.n_sites)
 
     def _take_in_flight(self, combination_id: str) -> Combination:
         combination = self.in_flight
@@ -302,16 +339,19 @@ class Collector:
         (State.WAITING, VersionAnnounced): _announce,
         (State.WAITING, ContributionArrived): _arrive_early,
         (State.WAITING, Configured): _configure,
+        (State.WAITING, PresenceChanged): _see,
         (State.WAITING, EvaluationArrived): _evaluate_early,
         (State.WAITING, DeadlineReached): _ignore,
         (State.WAITING, RunClosed): _close,
         (State.COLLECTING, Configured): _configure,
+        (State.COLLECTING, PresenceChanged): _see,
         (State.COLLECTING, VersionAnnounced): _announce,
         (State.COLLECTING, ContributionArrived): _arrive,
         (State.COLLECTING, EvaluationArrived): _evaluate,
         (State.COLLECTING, DeadlineReached): _reach_deadline,
         (State.COLLECTING, RunClosed): _close,
         (State.COMBINING, Configured): _configure,
+        (State.COMBINING, PresenceChanged): _see,
         (State.COMBINING, VersionAnnounced): _announce,
         (State.COMBINING, ContributionArrived): _arrive,
         (State.COMBINING, EvaluationArrived): _evaluate,
@@ -320,6 +360,7 @@ class Collector:
         (State.COMBINING, CombineFailed): _combine_failed,
         (State.COMBINING, RunClosed): _close,
         (State.CLOSED, Configured): _ignore,
+        (State.CLOSED, PresenceChanged): _see,
         (State.CLOSED, VersionAnnounced): _announce_closed,
         (State.CLOSED, ContributionArrived): _arrive_closed,
         (State.CLOSED, EvaluationArrived): _evaluate,
@@ -328,6 +369,15 @@ class Collector:
         (State.CLOSED, CombineFailed): _combine_failed_closed,
         (State.CLOSED, RunClosed): _ignore,
     }
+
+
+def _give_out(closed: list[Closed]) -> list[Command]:
+    commands: list[Command] = []
+    for evaluation, ids in closed:
+        if evaluation is not None:
+            commands.append(evaluation)
+        commands.append(Settle(ids))
+    return commands
 
 
 def _contribution(head: Update | Aggregate) -> Contribution:

@@ -12,40 +12,55 @@ PATIENCE_VERSIONS = 5
 FORGOTTEN_VERSIONS = 20
 """So far behind, a version's evaluations are given up."""
 
+Closed = tuple[PublishEvaluation | None, tuple[str, ...]]
+"""A version's summed evaluations, None if they are too few to be sent, and the ids that are settled with it."""
+
 
 class EvaluationTally:
     """Collect evaluations by version; give each version out once.
 
-    A version is given out when every source has reported, or when it is `PATIENCE_VERSIONS` behind the newest
-    evaluated one and at least ``min_sites`` sites are in; one that is `FORGOTTEN_VERSIONS` behind is dropped. Each
-    metric is weighted by number of samples.
+    A version is given out when every source has reported; when at least ``min_sites`` sites have, and with them
+    everybody who is present; or when so many have and it is `PATIENCE_VERSIONS` behind the newest evaluated one. One
+    that is `FORGOTTEN_VERSIONS` behind is dropped. Each metric is weighted by number of samples.
     """
 
     def __init__(self, sources: AbstractSet[str]) -> None:
-        self.sources = frozenset(sources)
+        self.expect(sources, sources)
         self._open: dict[int, dict[str, Evaluation | EvaluationSum]] = {}
         self._done_below = 0
         self._done: set[int] = set()
 
-    def add(
-        self, evaluation: Evaluation | EvaluationSum, min_sites: int
-    ) -> list[tuple[PublishEvaluation | None, tuple[str, ...]]]:
-        """Count ``evaluation``; return what is complete with the ids it settles (None: settled without being sent)."""
+    def expect(self, sources: AbstractSet[str], present: AbstractSet[str]) -> None:
+        """Go on with other sources, of whom ``present`` are there."""
+        self._sources = frozenset(sources)
+        self._present = frozenset(present)
+
+    def add(self, evaluation: Evaluation | EvaluationSum, min_sites: int) -> list[Closed]:
+        """Count ``evaluation``; return what that completes."""
         version = evaluation.version
         if version < self._done_below or version in self._done:
             return [(None, (evaluation_id(evaluation),))]
         source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
         self._open.setdefault(version, {})[source] = evaluation
-        results = []
-        newest = max(self._open)
-        for candidate in sorted(self._open):
-            reported = self._open[candidate]
-            late = candidate <= newest - PATIENCE_VERSIONS and _n_sites(reported) >= min_sites
-            if self.sources <= reported.keys() or late or candidate <= newest - FORGOTTEN_VERSIONS:
-                results.append(self._close(candidate, min_sites))
-        return results
+        return self.complete(min_sites)
 
-    def _close(self, version: int, min_sites: int) -> tuple[PublishEvaluation | None, tuple[str, ...]]:
+    def complete(self, min_sites: int) -> list[Closed]:
+        """Return what is complete."""
+        newest = max(self._open, default=0)
+        return [
+            self._close(version, min_sites)
+            for version in sorted(self._open)
+            if self._is_complete(version, newest, min_sites)
+        ]
+
+    def _is_complete(self, version: int, newest: int, min_sites: int) -> bool:
+        reported = self._open[version]
+        if self._sources <= reported.keys() or version <= newest - FORGOTTEN_VERSIONS:
+            return True
+        enough = _n_sites(reported) >= min_sites
+        return enough and (self._present <= reported.keys() or version <= newest - PATIENCE_VERSIONS)
+
+    def _close(self, version: int, min_sites: int) -> Closed:
         reported = self._open.pop(version)
         self._done.add(version)
         while self._done_below in self._done:

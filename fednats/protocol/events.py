@@ -65,6 +65,15 @@ class EvaluationArrived(Event):
     evaluation: Evaluation | EvaluationSum
 
 
+class PresenceChanged(Event):
+    """Other sources than before are there; until this is said, everybody on the roster is taken to be."""
+
+    kind: ClassVar[str] = "presence_changed"
+
+    present: tuple[str, ...]
+    """All that are there now."""
+
+
 class DeadlineReached(Event):
     """The timer that was asked for ran out."""
 
@@ -114,6 +123,7 @@ EVENTS: dict[str, type[Event]] = {
     cls.kind: cls
     for cls in (
         Configured,
+        PresenceChanged,
         VersionAnnounced,
         ContributionArrived,
         EvaluationArrived,
@@ -148,6 +158,8 @@ class Combination:
     version: int
     """Model version at which it was weighed."""
     parts: tuple[Part, ...]
+    scale: float
+    """Length of the model's step that it makes, 1 on average; a region's sum says it by its mass."""
     n_sites: int
 
 
@@ -183,9 +195,11 @@ class StartTimer:
 
 @dataclass(frozen=True, slots=True)
 class ReportWaiting:
-    """A deadline passed with fewer distinct sites than a sum must have; it waits on."""
+    """Fewer distinct sites than a sum must have: at a deadline, or as soon as so few are present. It waits on."""
 
     n_contributions: int
+    n_present: int
+    """Sources that are there."""
     min_sites: int
 
 

@@ -31,6 +31,7 @@ from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import off_loop
 from fednats.services.persist import newest, persist
+from fednats.services.presence import watch_presence
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -119,6 +120,9 @@ class AggregatorService:
         if s.sites:
             filters = [subjects.head(subjects.update(s.run, s.region, "*")), subjects.evaluation(s.run, s.region, "*")]
             durable = subjects.durable(s.region, self._updates.stream)
+            tasks["watch sites"] = watch_presence(
+                self._daemon, self._machine, self._tier.feed, self._region, "site", s.sites
+            )
             tasks["receive updates"] = self._tier.receive(self._updates, durable, filters)
         if s.regions:
             filters = [subjects.head(subjects.aggregate(s.run, "*")), subjects.evaluation_sum(s.run, "*")]

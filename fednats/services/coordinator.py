@@ -32,6 +32,7 @@ from fednats.services.answers import Version
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
+from fednats.services.presence import watch_presence
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -128,6 +129,14 @@ class CoordinatorService:
                 "combine": self._tier.combine(self._combine),
                 "publish again": self._publisher.publish_again(),
                 "watch the clock": self._watch_clock(),
+                "watch regions": watch_presence(
+                    self._daemon,
+                    self._machine.collector,
+                    self._tier.feed,
+                    self._bus,
+                    "aggregator",
+                    self._settings.regions,
+                ),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._tier.drain,
@@ -189,7 +198,7 @@ class CoordinatorService:
                 return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
-            version = await self._worker.call("apply", identity, heads)
+            version = await self._worker.call("apply", identity, heads, combination.scale)
         return [await self._announce(version), Combined(combination_id=identity)]
 
     async def _decrypt_one_by_one(self, heads: list[Aggregate], shares: list[float]) -> Refusals:

@@ -83,8 +83,8 @@ class CoordinatorWorker:
         steps = self._layout.steps(self._grid(head.grid_id).steps, start, stop)
         self._mean[start:stop] += sums[: stop - start] * (steps * np.float32(share / head.total_weight))
 
-    def apply(self, combination_id: str, heads: Sequence[Aggregate]) -> Version:
-        """Step the model along the mean of the decrypted deltas; durable on return.
+    def apply(self, combination_id: str, heads: Sequence[Aggregate], scale: float) -> Version:
+        """Step the model along ``scale`` times the mean of the decrypted deltas; durable on return.
 
         Raises:
             RefusedError: ``not_finite``: nothing was changed.
@@ -93,9 +93,10 @@ class CoordinatorWorker:
         if not np.isfinite(squares):
             raise RefusedError(Reason.NOT_FINITE, "the mean delta is not finite")
         adapted = self._adapted_grids(heads)
+        self._mean *= np.float32(scale)
         made = NextVersion(self._checkpoints, self._current, self._layout, self._chunk_bytes)
         self._current = made.make(self._optimizer, self._mean, combination_id, adapted)
-        self._delta_norm = float(np.sqrt(squares))
+        self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
         return self.current()
 

@@ -20,6 +20,8 @@ from fednats.web.metrics import Metrics
 from fednats.web.server import serving
 
 PRESENCE_RENEWAL_S = 5.0
+WAITING = b"waiting"
+"""Presence of a service that is there, but cannot contribute until others are; else it is the release."""
 
 Log = structlog.stdlib.BoundLogger
 
@@ -40,6 +42,8 @@ class Daemon:
     """Connections without which the daemon is not ready."""
     status: Callable[[], Mapping[str, Any]] = dict
     loop_lag: LoopLag = field(default_factory=LoopLag)
+    waits: Callable[[], bool] = lambda: False
+    """Whether it cannot contribute until others are there."""
 
     @property
     def is_ready(self) -> bool:
@@ -70,7 +74,8 @@ class Daemon:
         bucket, key = subjects.presence_bucket(self.run), subjects.presence_key(self.role, self.name)
         while True:
             try:
-                await bus.put(bucket, key, fednats.__version__.encode(), domain=domain)
+                value = WAITING if self.waits() else fednats.__version__.encode()
+                await bus.put(bucket, key, value, domain=domain)
             except BusError as error:
                 self.log.debug("presence_not_renewed", error=str(error))
             await asyncio.sleep(PRESENCE_RENEWAL_S)

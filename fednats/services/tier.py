@@ -162,9 +162,11 @@ class Tier:
                         await self._until_done(inbox.refuse, identity, self.rejects, reason, detail)
                 case StartTimer(delay_s):
                     self._start_timer(delay_s)
-                case ReportWaiting(n_contributions, min_sites):
+                case ReportWaiting(n_contributions, n_present, min_sites):
                     self.daemon.metrics.waiting.inc()
-                    self.log.warning("waiting_for_sites", n_contributions=n_contributions, min_sites=min_sites)
+                    self.log.warning(
+                        "waiting_for_sites", n_contributions=n_contributions, n_present=n_present, min_sites=min_sites
+                    )
                 case Combine(combination):
                     self._idle.clear()
                     self._combinations.put_nowait(combination)

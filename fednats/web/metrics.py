@@ -18,9 +18,10 @@ class Metrics:
         self.refused = Counter(
             "fednats_refused", "What was received and refused, by reason.", ["reason"], registry=self.registry
         )
+        self.present = Gauge("fednats_present", "Sites and regions below that are there.", registry=self.registry)
         self.waiting = Counter(
-            "fednats_deadline_below_min_sites",
-            "Deadlines that passed with fewer distinct sites than a sum must have.",
+            "fednats_waiting_for_sites",
+            "Times that fewer distinct sites than a sum must have were there, at once or at a deadline.",
             registry=self.registry,
         )
         self.staleness = Histogram(

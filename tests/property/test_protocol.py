@@ -1,4 +1,4 @@
-"""Any order, any duplicates, a crash between any two events: every update is in exactly one sum."""
+"""Any order, any duplicates, who comes and goes, a crash between any two events: every update is in exactly one sum."""
 
 from collections import Counter
 from random import Random
@@ -22,6 +22,7 @@ from fednats.protocol.events import (
     DeadlineReached,
     Event,
     Part,
+    PresenceChanged,
     Refuse,
     Settle,
     contribution_id,
@@ -47,6 +48,7 @@ class Crashes(RuleBasedStateMachine):
         self.refused: dict[str, Reason] = {}
         self.damaged: set[str] = set()
         self.grids = ["g0"]
+        self.present = frozenset(SITES)
         self.start()
         self.feed(announcement(0, settings=SETTINGS))
 
@@ -82,6 +84,11 @@ class Crashes(RuleBasedStateMachine):
         if new_grid or ahead:  # what sites have seen at the coordinator is announced here next
             self.grids.append(f"g{len(self.grids)}")
         self.feed(announcement(self.version, settings=SETTINGS, grids=tuple(self.grids)))
+
+    @rule(present=st.frozensets(st.sampled_from(SITES)))
+    def come_and_go(self, present: frozenset[str]) -> None:
+        self.present = present
+        self.feed(PresenceChanged(present=tuple(sorted(present))))
 
     @rule()
     def reach_deadline(self) -> None:
@@ -157,13 +164,40 @@ class Crashes(RuleBasedStateMachine):
 
     @invariant()
     def what_is_ready_is_summed(self) -> None:
-        """With the goal reached on one grid and nothing under way, a sum has been asked for."""
+        """With the goal, or everybody who is there, on one grid and nothing under way, a sum has been asked for."""
         if self.machine.state is State.COLLECTING:
             buffered = self.machine.buffered()
             by_grid = Counter(head.grid_id for head in buffered)
             for grid, count in by_grid.items():
                 sites = {head.site for head in buffered if isinstance(head, Update) and head.grid_id == grid}
-                assert count < 3 or len(sites) < SETTINGS.min_sites
+                assert count < min(3, len(self.present)) or len(sites) < SETTINGS.min_sites
+
+    @invariant()
+    def who_is_there_is_known(self) -> None:
+        assert self.machine.present == self.present
+        assert self.machine.short_of_sites == (len(self.present) < SETTINGS.min_sites)
+
+    def teardown(self) -> None:
+        """Whatever happened: those who are there go on, if they are enough."""
+        self.finish_all()
+        n_published = len(self.published)
+        for site in sorted(self.present):
+            self.sent[site] += 1
+            self.feed(
+                ContributionArrived(head=update(site, self.sent[site], version=self.version, grid=self.grids[-1]))
+            )
+        self.finish_all()
+        if len(self.present) >= SETTINGS.min_sites:
+            assert len(self.published) > n_published
+        self.nothing_counts_twice()
+        self.every_sum_has_enough_sites()
+
+    def finish_all(self) -> None:
+        while self.commands or self.to_report:
+            if self.to_report:
+                self.report()
+            else:
+                self.execute()
 
 
 TestCrashes = Crashes.TestCase

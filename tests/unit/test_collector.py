@@ -92,7 +92,8 @@ def test_a_deadline_waives_the_goal_but_not_the_distinct_sites() -> None:
     machine = collector()
     machine.handle(announcement(settings=settings))
     assert arrive(machine, update("a")) == [StartTimer(10.0)]
-    assert machine.handle(DeadlineReached()) == [ReportWaiting(1, 2), StartTimer(10.0)]
+    assert machine.handle(DeadlineReached()) == [ReportWaiting(1, 5, 2), StartTimer(10.0)]
+    assert machine.handle(DeadlineReached()) == [ReportWaiting(1, 5, 2), StartTimer(10.0)]  # and so at each one
     arrive(machine, update("b"))
     assert combination(machine.handle(DeadlineReached())).n_sites == 2
 
@@ -107,8 +108,9 @@ def test_updates_on_different_grids_are_not_added() -> None:
 
 def test_stale_updates_weigh_less() -> None:
     machine = collector()
+    settings = AggregationSettings(participation_correction=False)
     for version in range(4):
-        machine.handle(announcement(version))
+        machine.handle(announcement(version, settings=settings))
     made = combination(arrive(machine, update("a", version=0), update("b", version=3)))
     by_site = {part.head.site: part for part in made.parts if isinstance(part.head, Update)}
     assert by_site["a"].mass == pytest.approx(by_site["b"].mass / 2)
@@ -216,12 +218,26 @@ def test_a_bad_part_is_refused_and_the_others_are_kept() -> None:
 def test_a_seldom_site_is_weighed_up() -> None:
     machine = collector()
     machine.handle(announcement())
-    for sequence in range(1, 11):
+    for sequence in range(1, 5):
         made = combination(arrive(machine, update("a", sequence), update("b", sequence)))
         machine.handle(Combined(combination_id=made.combination_id))
-    made = combination(arrive(machine, update("a", 11), update("c", 1)))
+    made = combination(arrive(machine, update("a", 5), update("c", 1)))
     mass = {part.head.site: part.mass for part in made.parts if isinstance(part.head, Update)}
-    assert mass["c"] > 3 * mass["a"]
+    assert mass["c"] == pytest.approx(5 * mass["a"])
+
+
+def test_a_flush_that_failed_is_no_participation() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    failing = combination(arrive(machine, update("a"), update("b")))
+    machine.handle(
+        CombineFailed(combination_id=failing.combination_id, refused={"a-1": (Reason.CIPHERTEXT, "damaged")})
+    )
+    first = combination(arrive(machine, update("c")))
+    machine.handle(Combined(combination_id=first.combination_id))
+    second = combination(arrive(machine, update("a", 2), update("c", 2)))
+    mass = {part.head.site: part.mass for part in second.parts if isinstance(part.head, Update)}
+    assert mass["a"] == pytest.approx(2 * mass["c"])  # it was in every second flush so far
 
 
 def test_a_restarted_machine_asks_again_for_what_was_under_way() -> None:

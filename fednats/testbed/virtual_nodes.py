@@ -1,0 +1,248 @@
+"""The nodes of a federation in virtual time: the daemons' machines, with an event queue for a bus."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from fednats.codec import grid as grids
+from fednats.delta.decode import decoder
+from fednats.delta.encode import encoder
+from fednats.delta.sum import summer
+from fednats.learning.server_optimizer import ServerOptimizer
+from fednats.messages import Aggregate, Grid, Update
+from fednats.protocol import site as protocol
+from fednats.protocol.admission import Roster
+from fednats.protocol.collector import Collector
+from fednats.protocol.coordinator import Coordinator
+from fednats.protocol.events import (
+    Combination,
+    Combine,
+    Combined,
+    Command,
+    Configured,
+    ContributionArrived,
+    DeadlineReached,
+    Event,
+    Refuse,
+    StartTimer,
+)
+from fednats.protocol.weights import apportion
+from fednats.testbed.virtual_world import Version, Weights, World
+
+Send = Callable[[Event], None]
+
+
+class Learner(Protocol):
+    """What a site learns with."""
+
+    @property
+    def n_samples(self) -> int:
+        """Size of its training data."""
+
+    def learn(self, weights: Weights, seed: int) -> Weights:
+        """Return the delta of one local pass, float32[n_parameters]."""
+
+
+class SiteNode:
+    """Trains on the newest version it has, at most once on each, as a site's daemon does."""
+
+    def __init__(self, world: World, name: str, region: str, learner: Learner, train_s: float, send: Send) -> None:
+        self._world = world
+        self._name = name
+        self._region = region
+        self._learner = learner
+        self._train_s = train_s
+        self._send = send
+        self._machine = protocol.Site()
+        self._newest: Version | None = None
+        self._sent = 0
+        self._residual = np.zeros(world.layout.n_parameters, np.float32)
+
+    def see(self, version: Version) -> None:
+        """Take up a new version."""
+        self._newest = version
+        self._start(self._machine.handle(protocol.ModelSeen(version.number)))
+
+    def _start(self, job: protocol.Job | None) -> None:
+        while isinstance(job, protocol.Evaluate):
+            job = self._machine.handle(protocol.Done())
+        if job is not None and self._newest is not None:
+            self._world.clock.after(self._train_s, partial(self._trained, self._newest))
+
+    def _trained(self, base: Version) -> None:
+        world = self._world
+        grid = (self._newest or base).grids[-1]
+        self._sent += 1
+        identity = f"{self._name}-{self._sent}"
+        seed = _seed(world.settings.seed, identity)
+        encode = encoder(world.settings.delta, None)
+        delta = self._learner.learn(base.weights, seed)
+        encoded = encode.encode(delta, self._residual.copy(), world.layout, grid, np.random.default_rng(seed))
+        chunks = []
+        n_saturated = 0
+        for chunk in encoded:
+            self._residual[chunk.start : chunk.stop] = chunk.residual
+            chunks.append(chunk.data)
+            n_saturated += chunk.n_saturated
+        head = Update(
+            run=world.settings.name,
+            region=self._region,
+            site=self._name,
+            update_id=identity,
+            sequence=self._sent,
+            base_version=base.number,
+            grid_id=grid.grid_id,
+            key_id=encode.key_id,
+            n_samples=self._learner.n_samples,
+            saturated=n_saturated,
+            payload=world.keep(identity, chunks),
+        )
+        self._send(ContributionArrived(head=head))
+        self._start(self._machine.handle(protocol.Done()))
+
+
+class RegionNode:
+    """A region's machine, and what its aggregator does for it."""
+
+    def __init__(self, world: World, name: str, sites: frozenset[str], send: Send) -> None:
+        self.combined: list[Combination] = []
+        """All sums it sent."""
+        self._world = world
+        self._name = name
+        self._send = send
+        self._machine = Collector(
+            Roster(world.settings.name, name, sites, frozenset()), lambda event: event.settings.goal
+        )
+        self._n_timers = 0
+
+    def see(self, version: Version) -> None:
+        """Take up a new version."""
+        self.feed(self._world.announcement(version, capacity=self._world.settings.delta.max_total_weight))
+
+    def feed(self, event: Event) -> None:
+        """Handle ``event`` and what follows from it."""
+        for command in self._machine.handle(event):
+            self._execute(command)
+
+    def _execute(self, command: Command) -> None:
+        match command:
+            case Combine(combination):
+                self._world.clock.after(0.0, partial(self._combine, combination))
+            case Refuse():
+                self._world.refuse(command)
+            case StartTimer(delay_s):
+                self._n_timers += 1
+                self._world.clock.after(delay_s, partial(self._reach_deadline, self._n_timers))
+            case _:
+                pass
+
+    def _reach_deadline(self, timer: int) -> None:
+        if timer == self._n_timers:  # one runs at a time
+            self.feed(DeadlineReached())
+
+    def _combine(self, combination: Combination) -> None:
+        world = self._world
+        add = summer(world.settings.delta, None)
+        heads = [part.head for part in combination.parts if isinstance(part.head, Update)]
+        weights = apportion([part.mass for part in combination.parts], [1] * len(heads), add.max_total_weight)
+        payloads = [world.payloads.pop(head.update_id) for head in heads]
+        chunks = []
+        for position, inputs in enumerate(zip(*payloads, strict=True)):
+            n_values = min(add.values_per_chunk, world.layout.n_parameters - position * add.values_per_chunk)
+            chunks.append(add.weighted_sum(inputs, weights, sum(weights), n_values))
+        identity = combination.combination_id
+        head = Aggregate(
+            run=world.settings.name,
+            region=self._name,
+            aggregate_id=identity,
+            model_version=combination.version,
+            grid_id=heads[0].grid_id,
+            key_id=add.key_id,
+            total_weight=sum(weights),
+            mass=sum(part.mass for part in combination.parts),
+            n_sites=combination.n_sites,
+            n_updates=len(heads),
+            n_samples=sum(head.n_samples for head in heads),
+            saturated=sum(head.saturated for head in heads),
+            staleness_sum=sum(part.staleness for part in combination.parts),
+            staleness_max=max(part.staleness for part in combination.parts),
+            payload=world.keep(identity, chunks),
+        )
+        self.combined.append(combination)
+        self._send(ContributionArrived(head=head))
+        self.feed(Combined(combination_id=identity))
+
+
+class CoordinatorNode:
+    """The coordinator's machine, and what its daemon does for it."""
+
+    def __init__(
+        self, world: World, regions: Sequence[str], weights: Weights, spread: Callable[[Version], None]
+    ) -> None:
+        self.combined: list[Combination] = []
+        """What each version after the first was made of."""
+        self._world = world
+        self._regions = tuple(regions)
+        self._spread = spread
+        self._machine = Coordinator(world.settings.name)
+        self._decoder = decoder(world.settings.delta, None)
+        self._optimizer = ServerOptimizer(world.settings.server)
+        self._slots = {name: np.zeros_like(weights) for name in self._optimizer.slots}
+        first = grids.initial(world.layout, weights, self._decoder.qmax)
+        self.versions = [Version(0, 0.0, weights, (first,))]
+
+    def start(self) -> None:
+        """Publish the first version."""
+        self.feed(Configured(sites=(), regions=self._regions, stop=self._world.settings.stop))
+        self._publish(self.versions[0])
+
+    def feed(self, event: Event) -> None:
+        """Handle ``event`` and what follows from it."""
+        for command in self._machine.handle(event):
+            match command:
+                case Combine(combination):
+                    self._world.clock.after(0.0, partial(self._combine, combination))
+                case Refuse():
+                    self._world.refuse(command)
+                case _:
+                    pass
+
+    def _publish(self, version: Version) -> None:
+        self.feed(self._world.announcement(version, capacity=None))
+        self._spread(version)
+
+    def _combine(self, combination: Combination) -> None:
+        layout, current = self._world.layout, self.versions[-1]
+        heads = [part.head for part in combination.parts if isinstance(part.head, Aggregate)]
+        by_id = {grid.grid_id: grid for grid in current.grids}
+        total = sum(part.mass for part in combination.parts)
+        mean = np.zeros(layout.n_parameters, np.float32)
+        for head, part in zip(heads, combination.parts, strict=True):
+            chunks = self._world.payloads.pop(head.aggregate_id)
+            delta = self._decoder.mean(chunks, head.total_weight, layout, by_id[head.grid_id])
+            mean += delta * np.float32(part.mass / total)
+        weights, self._slots = self._optimizer.step(
+            current.weights, self._slots, mean * np.float32(combination.scale), n_steps=current.number
+        )
+        self.combined.append(combination)
+        now_s = self._world.clock.now_s
+        self.versions.append(Version(current.number + 1, now_s, weights, self._adapt(current.grids, heads, mean)))
+        self._publish(self.versions[-1])
+        self.feed(Combined(combination_id=combination.combination_id))
+
+    def _adapt(self, known: tuple[Grid, ...], heads: Sequence[Aggregate], mean: Weights) -> tuple[Grid, ...]:
+        current = known[-1]
+        if any(head.grid_id != current.grid_id for head in heads):
+            return known  # what was clipped on an older grid says nothing of this one
+        n_values = self._world.layout.n_parameters * sum(head.n_updates for head in heads)
+        n_saturated = sum(head.saturated for head in heads)
+        adapted = grids.adapt(current, self._world.layout, mean, n_saturated, n_values, self._decoder.qmax)
+        return known if adapted is current else (*(grid for grid in known if grid.grid_id != adapted.grid_id), adapted)
+
+
+def _seed(seed: int, identity: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{identity}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")

@@ -1,0 +1,82 @@
+"""What the nodes of a federation in virtual time share: the clock, the payloads under way, the announcements."""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fednats.codec.layout import Layout
+from fednats.config import RunSettings
+from fednats.delta.sum import summer
+from fednats.messages import Grid, Payload
+from fednats.protocol.events import Refuse, VersionAnnounced
+
+Weights = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Version:
+    """One published version of the model."""
+
+    number: int
+    at_s: float
+    weights: Weights
+    grids: tuple[Grid, ...]
+
+
+class Clock:
+    """Calls what is due, in order of time and then of asking."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._asked = count()
+
+    def after(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Call ``call`` in ``delay_s`` seconds."""
+        heapq.heappush(self._due, (self.now_s + delay_s, next(self._asked), call))
+
+    def run(self, until_s: float) -> None:
+        """Go on until ``until_s``, or until nothing is due."""
+        while self._due and self._due[0][0] <= until_s:
+            self.now_s, _, call = heapq.heappop(self._due)
+            call()
+
+
+class World:
+    """What all nodes share."""
+
+    def __init__(self, settings: RunSettings, layout: Layout) -> None:
+        self.clock = Clock()
+        self.settings = settings
+        self.layout = layout
+        self.payloads: dict[str, list[bytes]] = {}
+        """Chunks of the contributions under way."""
+        self.refused: list[Refuse] = []
+
+    def keep(self, identity: str, chunks: list[bytes]) -> Payload:
+        """Keep the chunks of a contribution until they are added to others."""
+        self.payloads[identity] = chunks
+        n_bytes = sum(len(chunk) for chunk in chunks)
+        return Payload(payload_id=identity, n_bytes=n_bytes, digests=(b"",) * len(chunks))
+
+    def refuse(self, refusal: Refuse) -> None:
+        """Drop a contribution."""
+        self.refused.append(refusal)
+        self.payloads.pop(refusal.contribution_id, None)
+
+    def announcement(self, version: Version, capacity: int | None) -> VersionAnnounced:
+        """Return what a collector is told of ``version``."""
+        add = summer(self.settings.delta, None)
+        return VersionAnnounced(
+            version=version.number,
+            grid_ids=tuple(grid.grid_id for grid in version.grids),
+            key_id=add.key_id,
+            n_chunks=-(-self.layout.n_parameters // add.values_per_chunk),
+            capacity=capacity,
+            max_total_weight=add.max_total_weight,
+            settings=self.settings.aggregation,
+        )
