@@ -91,6 +91,8 @@ class AggregatorService:
             await self._region.ensure_stream(spec)
         for bucket in streams.buckets(s.run):
             await self._region.ensure_bucket(bucket)
+        if s.regions:
+            await self._uplink.ensure_bucket(streams.presence(s.run))
         n_events = self._tier.restore()
         self._log.info("restored", n_events=n_events)
         if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
@@ -102,7 +104,7 @@ class AggregatorService:
             "keep time": self._tier.keep_time(),
             "combine": self._tier.combine(self._combine),
             "be seen by the region": self._daemon.be_seen(self._region),
-            "be seen by the hub": self._daemon.be_seen(self._uplink, domain=subjects.HUB),
+            "be seen from above": self._daemon.be_seen(self._uplink, subjects.HUB, *([s.parent] if s.parent else [])),
         }
         if s.sites:
             stream = subjects.updates_stream(s.run, s.region)
@@ -116,6 +118,9 @@ class AggregatorService:
             stream = subjects.inbox_stream(s.run, s.region)
             filters = [subjects.head(subjects.aggregate(s.run, "*")), subjects.evaluation_sum(s.run, "*")]
             durable = subjects.durable(s.region, stream)
+            tasks["watch regions"] = watch_presence(
+                self._daemon, self._machine, self._tier.feed, self._uplink, "aggregator", s.regions
+            )
             tasks["receive aggregates"] = self._tier.receive(Inbox(self._uplink, stream), durable, filters)
         await until_stopped(self._daemon, tasks, self._tier.drain)
         self._journal.close()
