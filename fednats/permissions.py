@@ -127,10 +127,14 @@ def aggregator(run: str, region: str) -> Permissions:
     )
 
 
-def uplink(run: str, region: str) -> Permissions:
-    """An aggregator in the uplink account (without leaves the hub's): sends aggregates, reads those from below."""
+def uplink(run: str, region: str, *, above_regions: bool = False) -> Permissions:
+    """An aggregator in the uplink account (without leaves the hub's): sends aggregates, reads those from below.
+
+    One that is ``above_regions`` keeps their presence there.
+    """
     aggregates, models = subjects.aggregates_stream(run, region), subjects.models_stream(run, region)
     below = subjects.inbox_stream(run, region)
+    bucket = subjects.presence_bucket(run)
     return Permissions(
         publish=(
             f"{subjects.aggregate(run, region)}.>",
@@ -141,14 +145,16 @@ def uplink(run: str, region: str) -> Permissions:
             *_read(models),
             *_make(below),
             *_consume(below),
+            *((*_make(f"KV_{bucket}"), *_read(f"KV_{bucket}")) if above_regions else ()),
             _presence(run, "aggregator", region),
-            f"$JS.{HUB}.API.{_presence(run, 'aggregator', region)}",
+            f"$JS.*.API.{_presence(run, 'aggregator', region)}",
             subjects.event(run, "aggregator", region),
             subjects.pulse(run, region),
         ),
         subscribe=(
             f"{inbox(user_name('uplink', region))}.>",
             subjects.pulse(run, "*"),
+            *((f"$KV.{bucket}.>",) if above_regions else ()),
             *_SERVICE,
             subjects.status(run, "aggregator", region),
         ),
@@ -219,7 +225,12 @@ def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permi
             "$JSC.R.*",
             "$JS.S.*",
             "_INBOX.>",
-            *(f"$JS.{HUB}.API.{_presence(run, 'aggregator', node)}" for node in nodes),
+            f"$JS.{parent}.API.{_presence(run, 'aggregator', region)}",
+            *(
+                f"$JS.{HUB}.API.{_presence(run, 'aggregator', node)}"
+                for node in nodes
+                if (parent, node) != (HUB, region)
+            ),
             *(subjects.event(run, "aggregator", node) for node in nodes),
             subjects.pulse(run, region),
         ),
@@ -380,7 +391,7 @@ def table() -> str:
     rows = {
         f"`{user_name('site', name)}`": ("region, private", site(run, region, name)),
         f"`{user_name('aggregator', region)}`": ("region, private", aggregator(run, region)),
-        f"`{user_name('uplink', region)}`": ("region, uplink", uplink(run, region)),
+        f"`{user_name('uplink', region)}`": ("region, uplink", uplink(run, region, above_regions=True)),
         f"`{user_name('link', region)}`": ("parent's, leaf link only", link(run, region, parent)),
         f"`{user_name('coordinator', HUB)}`": ("hub", coordinator(run)),
         f"`{user_name('observer', 'NODE')}`": ("hub; region, private", observer(run, "NODE")),

@@ -105,6 +105,8 @@ class AggregatorService:
             await self._region.ensure_stream(spec)
         for bucket in streams.buckets(s.run):
             await self._region.ensure_bucket(bucket)
+        if s.regions:
+            await self._uplink.ensure_bucket(streams.presence(s.run))
         n_events = await self._tier.restore()
         self._log.info("restored", n_events=n_events)
         if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
@@ -115,7 +117,7 @@ class AggregatorService:
             "execute": self._tier.execute(self._execute),
             "combine": self._tier.combine(self._combine),
             "be seen by the region": self._daemon.be_seen(self._region),
-            "be seen by the hub": self._daemon.be_seen(self._uplink, domain=subjects.HUB),
+            "be seen from above": self._daemon.be_seen(self._uplink, subjects.HUB, *([s.parent] if s.parent else [])),
         }
         if s.sites:
             filters = [subjects.head(subjects.update(s.run, s.region, "*")), subjects.evaluation(s.run, s.region, "*")]
@@ -127,6 +129,9 @@ class AggregatorService:
         if s.regions:
             filters = [subjects.head(subjects.aggregate(s.run, "*")), subjects.evaluation_sum(s.run, "*")]
             durable = subjects.durable(s.region, self._aggregates.stream)
+            tasks["watch regions"] = watch_presence(
+                self._daemon, self._machine, self._tier.feed, self._uplink, "aggregator", s.regions
+            )
             tasks["receive aggregates"] = self._tier.receive(self._aggregates, durable, filters)
         await until_stopped(self._daemon, tasks, self._tier.drain)
 

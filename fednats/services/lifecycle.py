@@ -61,8 +61,8 @@ class Daemon:
             **self.status(),
         }
 
-    async def be_seen(self, bus: Bus, domain: str | None = None) -> None:
-        """Register as a NATS micro service on ``bus`` and keep the presence key alive in ``domain``."""
+    async def be_seen(self, bus: Bus, *domains: str) -> None:
+        """Register as a NATS micro service on ``bus`` and keep the presence key alive, there or in other ``domains``."""
         await bus.serve(
             f"fednats-{self.role}",
             fednats.__version__,
@@ -73,11 +73,12 @@ class Daemon:
         )
         bucket, key = subjects.presence_bucket(self.run), subjects.presence_key(self.role, self.name)
         while True:
-            try:
-                value = WAITING if self.waits() else fednats.__version__.encode()
-                await bus.put(bucket, key, value, domain=domain)
-            except BusError as error:
-                self.log.debug("presence_not_renewed", error=str(error))
+            value = WAITING if self.waits() else fednats.__version__.encode()
+            for domain in domains or (None,):
+                try:
+                    await bus.put(bucket, key, value, domain=domain)
+                except BusError as error:
+                    self.log.debug("presence_not_renewed", domain=domain, error=str(error))
             await asyncio.sleep(PRESENCE_RENEWAL_S)
 
 

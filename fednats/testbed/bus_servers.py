@@ -214,7 +214,8 @@ def _hub(run: str, plan: Mapping[str, RegionPlan], keys: Keys, *, leaves: bool) 
 
 
 def _leaf(run: str, region: RegionPlan, plan: Mapping[str, RegionPlan], keys: Keys) -> list[Account]:
-    uplink = keys.user("uplink", region.name, permissions.uplink(run, region.name))
+    above_regions = any(other.parent == region.name for other in plan.values())
+    uplink = keys.user("uplink", region.name, permissions.uplink(run, region.name, above_regions=above_regions))
     return [
         permissions.uplink_account(run, region.name, [uplink, *_links(run, region.name, plan, keys)]),
         permissions.private_account(run, region.name, _private_users(run, region, keys)),

@@ -56,8 +56,9 @@ async def connected_bus(
             name = region.name
             connected.uplinks[name] = uplink = await connect(servers.uplink(name), "uplink", name)
             connected.aggregators[name] = private = await connect(servers.aggregator(name), "aggregator", name)
-            above = streams.at_uplink(run, name, region.parent, _children(plan, name), leaves=leaves)
-            await _ensure(uplink, above, ())
+            children = _children(plan, name)
+            above = streams.at_uplink(run, name, region.parent, children, leaves=leaves)
+            await _ensure(uplink, above, (streams.presence(run),) if children else ())
             await _ensure(private, streams.in_region(run, name, leaves=leaves), streams.buckets(run))
             for site in region.sites:
                 connected.sites[site] = await connect(servers.site(name, site), "site", site)

@@ -104,9 +104,11 @@ class DaemonProcess:
             return await self.kill()
 
     async def kill(self) -> int:
-        """SIGKILL and wait."""
+        """SIGKILL and wait; who is killed on purpose is not missed by `check`."""
         self.send(signal.SIGKILL)
-        return await self.wait()
+        code = await self.wait()
+        self._process = None
+        return code
 
 
 class Daemons:

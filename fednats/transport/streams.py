@@ -186,10 +186,12 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
 
 def buckets(run: str) -> tuple[BucketSpec, ...]:
     """Presence and state; the coordinator ensures them at the hub, an aggregator in its private account."""
-    return (
-        BucketSpec(subjects.presence_bucket(run), ttl_s=PRESENCE_TTL_S),
-        BucketSpec(subjects.state_bucket(run)),
-    )
+    return (presence(run), BucketSpec(subjects.state_bucket(run)))
+
+
+def presence(run: str) -> BucketSpec:
+    """Presence alone; an aggregator above regions ensures it in its uplink account too."""
+    return BucketSpec(subjects.presence_bucket(run), ttl_s=PRESENCE_TTL_S)
 
 
 def _inbox(run: str, node: str, regions: Sequence[str], *, leaves: bool = True) -> StreamSpec:

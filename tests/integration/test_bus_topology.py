@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fednats import subjects
+from fednats.errors import BusError
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import RegionPlan
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
@@ -101,6 +102,19 @@ async def test_three_tiers_pass_models_down_and_aggregates_up_one_tier(tmp_path:
     async with connected_bus(tmp_path, RUN, THREE_TIERS) as bus:
         await assert_both_ways(bus, 1)
         await assert_presence_at_the_hub(bus)
+
+
+async def test_a_region_is_seen_by_the_one_above_it(tmp_path: Path) -> None:
+    bucket, key = subjects.presence_bucket(RUN), subjects.presence_key("aggregator", "north")
+    async with connected_bus(tmp_path, RUN, THREE_TIERS) as bus:
+
+        async def seen() -> bool:
+            await bus.uplinks["north"].put(bucket, key, b"here", domain="europe")
+            return await bus.uplinks["europe"].entries(bucket) == {key: b"here"}
+
+        await until(seen)
+        with pytest.raises(BusError):
+            await bus.uplinks["north"].put(bucket, subjects.presence_key("aggregator", "europe"), b"x", domain="europe")
 
 
 async def test_a_region_that_was_away_catches_up_both_ways(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Hospitals and regions that come and go: the others go on, and no sum is ever of fewer sites than it must be."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from fednats.testbed.connected_bus import until as happens
+from fednats.testbed.launch import Running, running
+from fednats.testbed.processes import DaemonProcess
+from fednats.web.server import PORT_FILE
+from tests.e2e.conftest import MakeFederation
+from tests.e2e.until import Statuses, reached, until
+
+ENDLESS = {"max_versions": 100_000}
+
+PATIENCE_S = 60.0
+"""For a daemon to start, or for its presence to run out."""
+
+
+async def further(federation: Running, n_versions: int) -> Statuses:
+    """Wait until ``n_versions`` more versions are made than there are now."""
+    now = await until(federation, reached(0))
+    return await until(federation, reached(now["coordinator"]["version"] + n_versions))
+
+
+async def metric(daemon: DaemonProcess, name: str) -> float:
+    port = (daemon.state_dir / PORT_FILE).read_text(encoding="ascii")
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    (value,) = (line.split()[1] for line in lines if line.split()[0] in {name, f"{name}_total"})
+    return float(value)
+
+
+async def becomes(daemon: DaemonProcess, name: str, value: float) -> None:
+    """Wait until a figure of ``daemon`` has this value."""
+
+    async def has_value() -> bool:
+        return await metric(daemon, name) == value
+
+    await happens(has_value, PATIENCE_S)
+
+
+async def is_present(daemon: DaemonProcess, count: int) -> None:
+    """Wait until ``daemon`` sees so many of its sources."""
+    await becomes(daemon, "fednats_present", count)
+
+
+def log_of(daemon: DaemonProcess, event: str) -> list[Mapping[str, Any]]:
+    lines = (json.loads(line) for line in daemon.log_file.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+def changes_of(daemon: DaemonProcess, source: str) -> list[str]:
+    """Return what the daemon said of the coming and going of one of its sources."""
+    joined = log_of(daemon, "source_joined"), log_of(daemon, "source_left")
+    lines = sorted((line for kind in joined for line in kind), key=lambda line: line["timestamp"])
+    return [line["event"] for line in lines if line["source"] == source]
+
+
+def sizes_of_sums(federation: Running, region: str) -> list[int]:
+    """Return the number of distinct sites in each sum that the region sent, in order."""
+    return [line["n_sites"] for line in log_of(federation.daemons[f"aggregator-{region}"], "aggregate_sent")]
+
+
+async def test_two_of_three_go_on_while_the_third_is_late_or_down(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    federation = make_federation({"north": ["a", "b", "c"]}, aggregation={"goal": 3}, stop=ENDLESS)
+    async with running(federation, output) as federation_running:
+        aggregator, late = (federation_running.daemons[name] for name in ("aggregator-north", "site-c"))
+        await late.kill()  # before it could say that it is there
+        await further(federation_running, 3)
+        before = len(sizes_of_sums(federation_running, "north"))
+        await late.start()
+        await is_present(aggregator, 3)
+        await further(federation_running, 3)
+        joined = len(sizes_of_sums(federation_running, "north"))
+        await late.kill()
+        await is_present(aggregator, 2)  # nobody has told the region but the key that was not renewed
+        away = len(sizes_of_sums(federation_running, "north"))
+        await further(federation_running, 3)
+        alone = len(sizes_of_sums(federation_running, "north"))
+        await late.start()
+        await is_present(aggregator, 3)
+        await further(federation_running, 3)
+        sizes = sizes_of_sums(federation_running, "north")
+    assert set(sizes[:before]) == {2}
+    assert 3 in sizes[before:joined]
+    assert set(sizes[away + 1 : alone]) == {2}
+    assert 3 in sizes[alone:]
+    assert min(sizes) == 2
+    assert changes_of(aggregator, "c") == ["source_joined", "source_left", "source_joined"]
+
+
+async def test_a_region_under_a_region_is_not_waited_for_while_it_is_down(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    federation = make_federation(
+        {"europe": [], "north": ["a", "b"], "south": ["c", "d"]},
+        regions={"europe": {}, "north": {"parent": "europe"}, "south": {"parent": "europe"}},
+        delta={"tiers": 2},
+        stop=ENDLESS,
+    )
+    async with running(federation, tmp_path / "out") as federation_running:
+        europe, south = (federation_running.daemons[f"aggregator-{name}"] for name in ("europe", "south"))
+        await until(federation_running, reached(1))
+        await is_present(europe, 2)
+        await south.kill()
+        await is_present(europe, 1)
+        await further(federation_running, 3)  # of sums of north alone
+        assert set(sizes_of_sums(federation_running, "europe")[-2:]) == {2}
+        await south.start()
+        await is_present(europe, 2)
+        await further(federation_running, 2)
+        assert 4 in sizes_of_sums(federation_running, "europe")[-2:]
+
+
+async def test_one_region_goes_on_while_the_other_lacks_a_site_or_is_down(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    federation = make_federation(
+        {"north": ["a", "b"], "south": ["c", "d"]}, aggregation={"region_goal": 2}, stop=ENDLESS
+    )
+    async with running(federation, output) as federation_running:
+        daemons = federation_running.daemons
+        coordinator, south = daemons["coordinator"], daemons["aggregator-south"]
+        await until(federation_running, reached(0))
+        await is_present(coordinator, 2)
+        await further(federation_running, 2)
+
+        waited = await metric(south, "fednats_waiting_for_sites")
+        await daemons["site-d"].kill()
+        await is_present(south, 1)
+        await becomes(south, "fednats_waiting_for_sites", waited + 1)
+        waiting = log_of(south, "waiting_for_sites")[-1]
+        assert (waiting["n_present"], waiting["min_sites"]) == (1, 2)
+        await is_present(coordinator, 1)  # south says itself that it can send nothing
+        sums = len(sizes_of_sums(federation_running, "south"))
+        await further(federation_running, 3)
+        assert len(sizes_of_sums(federation_running, "south")) == sums
+        await daemons["site-d"].start()
+        await is_present(coordinator, 2)
+        await further(federation_running, 2)
+        assert len(sizes_of_sums(federation_running, "south")) > sums
+
+        await south.kill()
+        await federation_running.servers.leaves["south"].kill()
+        await is_present(coordinator, 1)
+        await further(federation_running, 3)
+        sums = len(sizes_of_sums(federation_running, "south"))
+        await federation_running.servers.leaves["south"].start()
+        await south.start()
+        await is_present(coordinator, 2)
+        await further(federation_running, 2)
+        assert len(sizes_of_sums(federation_running, "south")) > sums
+        assert {*sizes_of_sums(federation_running, "north"), *sizes_of_sums(federation_running, "south")} == {2}
+    assert changes_of(coordinator, "south")[-4:] == ["source_left", "source_joined"] * 2
