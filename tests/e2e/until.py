@@ -12,11 +12,11 @@ LIMIT_S = 120.0
 _POLL_S = 0.1
 
 
-async def until(running: Running, holds: Callable[[Statuses], bool]) -> Statuses:
-    """Return the first statuses for which ``holds``; fail after `LIMIT_S` or when a daemon has died."""
+async def until(running: Running, holds: Callable[[Statuses], bool], limit_s: float = LIMIT_S) -> Statuses:
+    """Return the first statuses for which ``holds``; fail after ``limit_s`` or when a daemon has died."""
     statuses: dict[str, Mapping[str, Any]] = {}
     try:
-        async with asyncio.timeout(LIMIT_S):
+        async with asyncio.timeout(limit_s):
             while True:
                 running.daemons.check()
                 statuses |= await running.daemons.statuses()
@@ -24,7 +24,7 @@ async def until(running: Running, holds: Callable[[Statuses], bool]) -> Statuses
                     return statuses
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
-        raise AssertionError(f"did not happen within {LIMIT_S} s: {statuses}") from None
+        raise AssertionError(f"did not happen within {limit_s} s: {statuses}") from None
 
 
 def closed(statuses: Statuses) -> bool:
