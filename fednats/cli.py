@@ -170,6 +170,16 @@ def loop(
     _bench(bench_loop.run, as_json=as_json)
 
 
+@bench.command()
+def wan(
+    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list of rows")] = False,  # noqa: FBT002
+) -> None:
+    """Time to a target, synchronous and asynchronous: on a good net, a bad one, and with a slow hospital."""
+    from fednats.testbed import bench_wan  # noqa: PLC0415
+
+    _bench(bench_wan.run, as_json=as_json)
+
+
 @app.command()
 def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="output folder of a run")]) -> None:
     """Replay the journals of a run: every accepted update is in one applied sum, or exit code 1; docs/reliability.md."""

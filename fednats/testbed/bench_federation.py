@@ -2,26 +2,17 @@
 
 import asyncio
 from pathlib import Path
-from typing import NamedTuple
 
 from fednats.config import ServerSettings, TrainingSettings
 from fednats.testbed.federation import FederationSettings, demo_federation
-from fednats.testbed.launch import COORDINATOR, Statuses, running
+from fednats.testbed.launch import COORDINATOR, running
+from fednats.testbed.summary import RunFigures, Statuses, run_figures
 
 SEED = 7
 HIDDEN = (512, 512)
-TRAINING = TrainingSettings(local_steps=100, batch_size=16, optimizer="sgd", learning_rate=0.01)
+TRAINING = TrainingSettings(local_steps=500, batch_size=16, optimizer="sgd", learning_rate=0.0006, momentum=0.9)
 SERVER = ServerSettings()
 _POLL_S = 0.2
-
-
-class Ended(NamedTuple):
-    """A run that was closed."""
-
-    statuses: Statuses
-    """What every daemon said last."""
-    wan_bytes: int
-    """What crossed the leaf links, both ways."""
 
 
 def federation(*, synchronous: bool, **changes: object) -> FederationSettings:
@@ -34,8 +25,8 @@ def federation(*, synchronous: bool, **changes: object) -> FederationSettings:
     )
 
 
-async def run(settings: FederationSettings, output: Path) -> Ended:
-    """Run a federation until it is closed, and stop it.
+async def run(settings: FederationSettings, output: Path) -> tuple[Statuses, RunFigures]:
+    """Run a federation until it is closed, and stop it; return what its daemons said last, and what that comes to.
 
     Raises:
         FednatsError: a daemon died.
@@ -46,4 +37,4 @@ async def run(settings: FederationSettings, output: Path) -> Ended:
             now.daemons.check()
             statuses = {**statuses, **await now.daemons.statuses()}
             await asyncio.sleep(_POLL_S)
-    return Ended(statuses, now.wan_bytes)
+    return statuses, run_figures(settings, statuses, now.wan_bytes)

@@ -14,9 +14,9 @@ def run(n_versions: int = N_VERSIONS) -> list[dict[str, str | float]]:
     """Run a federation for ``n_versions``; return a row per daemon, of the lags in its whole life, start included."""
     settings = bench_federation.federation(synchronous=False, stop=StopSettings(max_versions=n_versions))
     with tempfile.TemporaryDirectory(prefix="fednats-bench-") as folder:
-        ended = asyncio.run(bench_federation.run(settings, Path(folder)))
+        statuses, _ = asyncio.run(bench_federation.run(settings, Path(folder)))
     rows: list[dict[str, str | float]] = []
-    for name, status in ended.statuses.items():
+    for name, status in statuses.items():
         lag = status["loop_lag_ms"]
         rows.append({"daemon": name, "p50_ms": lag["p50"], "p99_ms": lag["p99"], "max_ms": lag["max"], "n": lag["n"]})
     return rows

@@ -20,20 +20,18 @@ from fednats.errors import FednatsError, InterruptedRunError
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers, region_link
-from fednats.testbed.comparison import Comparison, compare
+from fednats.testbed.comparison import compare
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.links import serving_links
 from fednats.testbed.nats_server import write_secret
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
-from fednats.testbed.summary import SiteFigures, Staleness, Summary
+from fednats.testbed.summary import Statuses, Summary, run_figures, summarise
 from fednats.testbed.wan import Wan, WanSettings
 
 POLL_S = 0.5
 COORDINATOR = "coordinator"
-
-Statuses = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass
@@ -105,7 +103,8 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
-    summary = _summarise(federation, statuses, comparison, federation_running.wan_bytes, time.monotonic() - started)
+    figures = run_figures(federation, statuses, federation_running.wan_bytes)
+    summary = summarise(figures, comparison, time.monotonic() - started)
     summary.write(output / "summary.json")
     write_report(summary, output / "report.html")
     return summary
@@ -200,60 +199,3 @@ def _keep_model(output: Path) -> NDArray[np.float32]:
     shutil.copyfile(weights_file(folder, newest.version), output / "model.safetensors")
     with TensorFile.read(output / "model.safetensors") as weights:
         return weights[0 : len(weights)]
-
-
-def _summarise(
-    federation: FederationSettings, statuses: Statuses, comparison: Comparison, wan_bytes: int, wall_s: float
-) -> Summary:
-    coordinator = statuses[COORDINATOR]
-    sites = {name: statuses[f"site-{name}"] for name in federation.sites}
-    aggregators = [statuses[f"aggregator-{name}"] for name in federation.regions]
-    n_sent = sum(site["updates"] for site in sites.values())
-    uplink = sum(site["sent_bytes"] for site in sites.values())
-    history = list(coordinator["history"])
-    reached = coordinator["reached_target_at"]
-    run_s = history[-1]["evaluated_s"] if history else 0.0
-    refusals: dict[str, int] = {}
-    for tier in (coordinator, *aggregators):
-        for reason, count in tier["refusals"].items():
-            refusals[reason] = refusals.get(reason, 0) + count
-    return Summary(
-        task=federation.task,
-        seed=federation.seed,
-        sites=list(federation.sites),
-        regions=list(federation.regions),
-        cipher=federation.delta.cipher,
-        value_bits=federation.delta.value_bits,
-        mode="sync" if federation.aggregation.synchronous else "async",
-        n_parameters=coordinator["n_parameters"],
-        wall_s=round(wall_s, 2),
-        versions=coordinator["version"],
-        updates_accepted=coordinator["n_updates"],
-        updates_rejected=sum(refusals.values()),
-        refusals=refusals,
-        federated=comparison.federated,
-        local={**comparison.mean_alone, "per_site": dict(comparison.alone)},
-        pooled=comparison.pooled,
-        uplink_bytes=uplink,
-        downlink_bytes=sum(site["received_bytes"] for site in sites.values()),
-        wan_bytes=wan_bytes,
-        uplink_bytes_per_parameter=uplink / max(1, n_sent * coordinator["n_parameters"]),
-        staleness=Staleness(
-            mean=coordinator["staleness_sum"] / max(1, coordinator["n_updates"]), max=coordinator["staleness_max"]
-        ),
-        target_metric=federation.stop.target_metric,
-        target=federation.stop.target,
-        time_to_target_s=next((entry["published_s"] for entry in history if entry["version"] == reached), None),
-        history=history,
-        site_figures={
-            name: SiteFigures(
-                region=site["region"],
-                updates=site["updates"],
-                sent_bytes=site["sent_bytes"],
-                received_bytes=site["received_bytes"],
-                train_s=site["train_s"],
-                idle_share=max(0.0, 1.0 - site["train_s"] / run_s) if run_s else 0.0,
-            )
-            for name, site in sites.items()
-        },
-    )

@@ -1,5 +1,6 @@
 """What a federation came to: the figures of ``summary.json``, and the table that compares them."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -8,8 +9,14 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from rich.table import Table
 from rich.text import Text
 
+from fednats.testbed.comparison import Comparison
+from fednats.testbed.federation import FederationSettings
+
 Metrics = dict[str, float]
 """Figures by name, as the task's ``metrics`` names them; higher is better."""
+
+Statuses = Mapping[str, Mapping[str, Any]]
+"""What each daemon serves on /status, by name: ``coordinator``, ``aggregator-REGION``, ``site-NAME``."""
 
 
 class _Figures(BaseModel):
@@ -37,11 +44,10 @@ class SiteFigures(_Figures):
     """Share of the run in which it did not train."""
 
 
-class Summary(_Figures):
-    """What ``fednats demo`` and ``fednats run`` write as ``summary.json``.
+class RunFigures(_Figures):
+    """What is known of a run from what its daemons say at the end.
 
-    ``federated``, ``local`` and ``pooled`` are measured on everybody's test cases; ``history`` is as the coordinator
-    reports it, a mean over hospitals of figures on their own test cases.
+    ``history`` is as the coordinator reports it, a mean over hospitals of figures on their own test cases.
     """
 
     task: str
@@ -52,18 +58,12 @@ class Summary(_Figures):
     value_bits: int
     mode: Literal["async", "sync"]
     n_parameters: int
-    wall_s: float
-    """From the start of the first process to the end of the comparison."""
     versions: int
     """Number of the last version; the initial model is version 0."""
     updates_accepted: int
     updates_rejected: int
     refusals: dict[str, int]
     """Count by `fednats.errors.Reason`."""
-    federated: Metrics
-    local: dict[str, float | dict[str, Metrics]]
-    """Mean of each metric over the hospitals alone, and under ``per_site`` each hospital's."""
-    pooled: Metrics
     uplink_bytes: int
     downlink_bytes: int
     wan_bytes: int
@@ -78,6 +78,20 @@ class Summary(_Figures):
     history: list[dict[str, Any]]
     """Per evaluated version: version, published_s, evaluated_s, n_sites, n_samples, metrics."""
     site_figures: dict[str, SiteFigures]
+
+
+class Summary(RunFigures):
+    """What ``fednats demo`` and ``fednats run`` write as ``summary.json``.
+
+    ``federated``, ``local`` and ``pooled`` are measured on everybody's test cases.
+    """
+
+    wall_s: float
+    """From the start of the first process to the end of the comparison."""
+    federated: Metrics
+    local: dict[str, float | dict[str, Metrics]]
+    """Mean of each metric over the hospitals alone, and under ``per_site`` each hospital's."""
+    pooled: Metrics
 
     @field_validator("local")
     @classmethod
@@ -107,6 +121,68 @@ class Summary(_Figures):
     def write(self, path: Path) -> None:
         """Write it as JSON."""
         path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def run_figures(federation: FederationSettings, statuses: Statuses, wan_bytes: int) -> RunFigures:
+    """Put together what all daemons said last (``statuses``) and what crossed the leaf links."""
+    coordinator = statuses["coordinator"]
+    sites = {name: statuses[f"site-{name}"] for name in federation.sites}
+    aggregators = [statuses[f"aggregator-{name}"] for name in federation.regions]
+    n_sent = sum(site["updates"] for site in sites.values())
+    uplink = sum(site["sent_bytes"] for site in sites.values())
+    history = list(coordinator["history"])
+    reached = coordinator["reached_target_at"]
+    run_s = history[-1]["evaluated_s"] if history else 0.0
+    refusals: Counter[str] = Counter()
+    for tier in (coordinator, *aggregators):
+        refusals.update(tier["refusals"])
+    return RunFigures(
+        task=federation.task,
+        seed=federation.seed,
+        sites=list(federation.sites),
+        regions=list(federation.regions),
+        cipher=federation.delta.cipher,
+        value_bits=federation.delta.value_bits,
+        mode="sync" if federation.aggregation.synchronous else "async",
+        n_parameters=coordinator["n_parameters"],
+        versions=coordinator["version"],
+        updates_accepted=coordinator["n_updates"],
+        updates_rejected=refusals.total(),
+        refusals=dict(refusals),
+        uplink_bytes=uplink,
+        downlink_bytes=sum(site["received_bytes"] for site in sites.values()),
+        wan_bytes=wan_bytes,
+        uplink_bytes_per_parameter=uplink / max(1, n_sent * coordinator["n_parameters"]),
+        staleness=Staleness(
+            mean=coordinator["staleness_sum"] / max(1, coordinator["n_updates"]), max=coordinator["staleness_max"]
+        ),
+        target_metric=federation.stop.target_metric,
+        target=federation.stop.target,
+        time_to_target_s=next((entry["published_s"] for entry in history if entry["version"] == reached), None),
+        history=history,
+        site_figures={
+            name: SiteFigures(
+                region=site["region"],
+                updates=site["updates"],
+                sent_bytes=site["sent_bytes"],
+                received_bytes=site["received_bytes"],
+                train_s=site["train_s"],
+                idle_share=max(0.0, 1.0 - site["train_s"] / run_s) if run_s else 0.0,
+            )
+            for name, site in sites.items()
+        },
+    )
+
+
+def summarise(figures: RunFigures, measured: Comparison, wall_s: float) -> Summary:
+    """Add what the model is worth."""
+    return Summary(
+        **dict(figures),
+        wall_s=round(wall_s, 2),
+        federated=measured.federated,
+        local={**measured.mean_alone, "per_site": dict(measured.alone)},
+        pooled=measured.pooled,
+    )
 
 
 class Row(NamedTuple):

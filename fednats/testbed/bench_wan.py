@@ -1,0 +1,75 @@
+"""What waiting costs: synchronous and asynchronous training to the same target, over links that get worse."""
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fednats.config import StopSettings
+from fednats.testbed import bench_federation
+from fednats.testbed.federation import FederationSettings
+from fednats.testbed.wan import WanSettings
+
+TARGET_METRIC = "auc"
+TARGET = 0.997
+MAX_VERSIONS = 200
+SLOW_SITE = "hospital-2"
+SLOW_FACTOR = 10.0
+BAD_LINK = WanSettings(delay_ms=150, mbit=20)
+
+
+class Scenario(NamedTuple):
+    """What is bad in it."""
+
+    name: str
+    wan: WanSettings | None
+    slow: dict[str, float]
+
+
+SCENARIOS = (
+    Scenario("a-lan", None, {}),
+    Scenario("b-wan", BAD_LINK, {}),
+    Scenario("c-wan-slow-site", BAD_LINK, {SLOW_SITE: SLOW_FACTOR}),
+)
+
+
+def run(target: float = TARGET) -> list[dict[str, Any]]:
+    """Run every scenario in both modes until the federation's AUC is at ``target``; return a row for each.
+
+    Task, seed and local work are the same in all; only when a version is made differs between the modes. Times are from
+    the coordinator's start to the publication of the first version at the target.
+    """
+    return [
+        measure(scenario, synchronous=synchronous, target=target)
+        for scenario in SCENARIOS
+        for synchronous in (True, False)
+    ]
+
+
+def measure(scenario: Scenario, *, synchronous: bool, target: float) -> dict[str, Any]:
+    """Run one scenario in one mode."""
+    stop = StopSettings(max_versions=MAX_VERSIONS, target_metric=TARGET_METRIC, target=target, stop_at_target=True)
+    settings = placed(scenario, bench_federation.federation(synchronous=synchronous, stop=stop))
+    with tempfile.TemporaryDirectory(prefix="fednats-bench-") as folder:
+        _, figures = asyncio.run(bench_federation.run(settings, Path(folder)))
+    return {
+        "scenario": scenario.name,
+        "mode": figures.mode,
+        "target": target,
+        "reached": figures.time_to_target_s is not None,
+        "time_to_target_s": figures.time_to_target_s,
+        "versions": figures.versions,
+        "updates": figures.updates_accepted,
+        "uplink_bytes": figures.uplink_bytes,
+        "downlink_bytes": figures.downlink_bytes,
+        "wan_bytes": figures.wan_bytes,
+        "staleness_mean": round(figures.staleness.mean, 2),
+        "staleness_max": figures.staleness.max,
+        "idle_share": {name: round(site.idle_share, 3) for name, site in figures.site_figures.items()},
+    }
+
+
+def placed(scenario: Scenario, federation: FederationSettings) -> FederationSettings:
+    """Return ``federation`` with the scenario's links and slow sites."""
+    slowed = federation.with_slow(scenario.slow)
+    return slowed if scenario.wan is None else slowed.with_wan(scenario.wan)
