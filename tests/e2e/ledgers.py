@@ -2,8 +2,16 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
+from fednats import subjects
+from fednats.permissions import user_name
+from fednats.subjects import HUB
+from fednats.testbed.book import Book
+from fednats.testbed.connected_bus import until as happens
+from fednats.testbed.launch import Running
 from fednats.testbed.ledger import Ledger, verify
+from fednats.transport.bus import Bus
 
 LIMIT_S = 60.0
 _POLL_S = 0.5
@@ -19,3 +27,24 @@ async def balanced(output: Path) -> Ledger:
         raise AssertionError(f"still under way after {LIMIT_S} s: {ledger}") from None
     assert ledger.findings == []
     return ledger
+
+
+async def figures(running: Running, node: str) -> dict[str, Any]:
+    """Return the figures of the consumer that a region takes updates from, or the hub aggregates, as operators see them."""
+    run = running.servers.run
+    stream = subjects.inbox_stream(run, HUB) if node == HUB else subjects.updates_stream(run, node)
+    async with Bus.connect(running.servers.observer(node), user_name("observer", node)) as bus:
+        return await bus._connection.api(f"CONSUMER.INFO.{stream}.{subjects.durable(node, stream)}")
+
+
+async def all_settled(running: Running, node: str) -> None:
+    """Wait until the bus has nothing left to deliver to ``node`` but evaluations that wait for those of other sites."""
+    folder = "coordinator" if node == HUB else f"aggregator-{node}"
+
+    async def settled() -> bool:
+        info = await figures(running, node)
+        book = await asyncio.to_thread(Book, node, running.output / folder / "journal.sqlite")
+        waiting = sum(len(reported) for reported in book._collector._tally._open.values())
+        return bool(info["num_pending"] == info["num_redelivered"] == 0 and info["num_ack_pending"] == waiting)
+
+    await happens(settled)

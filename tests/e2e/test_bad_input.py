@@ -1,15 +1,26 @@
 """Bad input of every kind into a running federation: refused with its reason, counted, and the others go on."""
 
+import asyncio
+import base64
+import re
 import struct
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from fednats import subjects, wire
-from fednats.messages import Chunk, Evaluation, Message, ModelManifest, Payload, Update
+from fednats.config import BusSettings
+from fednats.messages import Chunk, Evaluation, Message, ModelManifest, Payload, Reject, Update
 from fednats.permissions import user_name
+from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import running
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import OWN_TASK, MakeFederation
+from tests.e2e.ledgers import all_settled, balanced
 from tests.e2e.until import Statuses, closed, reached, until
+
+BUS_README = Path(__file__).parents[2] / "bus" / "README.md"
 
 TASK = f"""
 import importlib.util
@@ -34,20 +45,39 @@ class Troubled(own_task.MyTask):
 
 async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFederation, tmp_path: Path) -> None:
     (tmp_path / "troubled.py").write_text(TASK)
-    federation = make_federation({"north": ["a", "b", "nan", "other"]}, stop={"max_versions": 40})
+    federation = make_federation({"north": ["a", "b", "nan", "other"]}, stop={"max_versions": 60})
     sites = dict(federation.sites)
     for name, trouble in (("nan", "not a number"), ("other", "another model")):
         options = {**sites[name].options, "trouble": trouble}
         sites[name] = sites[name].model_copy(update={"options": options})
     federation = federation.model_copy(update={"task": f"{tmp_path / 'troubled.py'}:Troubled", "sites": sites})
     async with running(federation, tmp_path / "out") as federation_running:
-        await until(federation_running, reached(1))
         settings = federation_running.servers.site("north", "nan")
         async with Bus.connect(settings, user_name("site", "nan")) as bus:
-            await send_bad_updates(bus, await manifest(bus))
-        await until(federation_running, refused_at_least_once)
-        statuses = await until(federation_running, closed)
-    assert statuses["coordinator"]["version"] == 40
+            sent = await send_bad_updates(bus, await steady(bus))
+        statuses = await until(federation_running, refused(EXPECTED))
+        observer = federation_running.servers.observer("north")
+        async with Bus.connect(observer, user_name("observer", "north")) as bus:
+            kept = await rejects(bus, len(sent))
+            assert {reject.data: (reject.reason, reject.sender, reject.subject) for reject in kept} == {
+                data: (reason, "nan", HEAD) for data, reason in sent.items()
+            }
+            assert await as_the_document_says(observer, "malformed", tmp_path) in {str(reject) for reject in kept}
+            # what is asked for after the refusals is done after them: then none of it is on its way to be refused
+            await until(federation_running, reached(statuses["coordinator"]["version"] + 2))
+            aggregator = federation_running.daemons["aggregator-north"]
+            await aggregator.kill()
+            await aggregator.start()
+            await until(federation_running, reached(statuses["coordinator"]["version"] + 5))
+            again = (await until(federation_running, refused(JOURNALLED)))["aggregator-north"]["refusals"]
+            assert again.keys() & (EXPECTED - JOURNALLED) == set(), "what was refused came again"
+            statuses = await until(federation_running, closed)
+            ledger = await balanced(tmp_path / "out")
+            assert len(await rejects(bus, len(sent))) == len(sent)
+            await all_settled(federation_running, "north")
+    assert len(ledger.notes) == len(JOURNALLED)
+    assert all("in the name of nan" in note for note in ledger.notes)
+    assert statuses["coordinator"]["version"] == 60
     assert statuses["coordinator"]["refusals"] == {}
     assert {"a", "b"} == {name.removeprefix("site-") for name, s in statuses.items() if s.get("updates")}
     assert "wrong_shape" in (tmp_path / "out" / "site-other" / "daemon.log").read_text()
@@ -56,31 +86,73 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
     assert "not finite" in log or "loss is nan" in log
 
 
-EXPECTED = {
-    "malformed",
-    "oversized",
-    "wrong_run",
-    "wrong_sender",
-    "wrong_grid",
-    "wrong_key",
-    "wrong_shape",
-    "checksum",
-    "ciphertext",
-}
+JOURNALLED = {"wrong_grid", "wrong_key", "wrong_shape", "checksum", "ciphertext"}
+"""Reasons to refuse what could be read."""
+
+EXPECTED = {"malformed", "oversized", "wrong_run", "wrong_sender"} | JOURNALLED
+
+HEAD = subjects.head(subjects.update("small", "north", "nan"))
 
 
-def refused_at_least_once(statuses: Statuses) -> bool:
-    refusals = statuses.get("aggregator-north", {}).get("refusals", {})
-    return set(refusals) >= EXPECTED
+def refused(reasons: set[str]) -> Callable[[Statuses], bool]:
+    return lambda statuses: set(statuses.get("aggregator-north", {}).get("refusals", {})) >= reasons
 
 
-async def manifest(bus: Bus) -> ModelManifest:
-    record = await bus.last(subjects.models_stream("small", "north"), subjects.head(subjects.model("small")))
-    assert record is not None
-    return wire.unpack(record.data, ModelManifest)
+async def rejects(bus: Bus, count: int) -> list[Reject]:
+    """Read all that the region refused, once there are so many, as its operator may."""
+    stream = subjects.rejects_stream("small", "north")
+
+    async def all_there() -> bool:
+        return bool((await bus._connection.api(f"STREAM.INFO.{stream}"))["state"]["messages"] >= count)
+
+    await happens(all_there)
+    last = (await bus._connection.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
+    found = []
+    for sequence in range(1, last + 1):
+        answer = await bus._connection.api(f"STREAM.MSG.GET.{stream}", {"seq": sequence})
+        reject = wire.unpack(base64.b64decode(answer["message"]["data"]), Reject)
+        assert answer["message"]["subject"] == subjects.reject("small", "north", reject.sender, reject.reason)
+        found.append(reject)
+    return found
 
 
-async def send_bad_updates(bus: Bus, current: ModelManifest) -> None:
+async def as_the_document_says(observer: BusSettings, reason: str, folder: Path) -> str:
+    """Run the example of bus/README.md that reads the newest reject of a kind; return what it prints."""
+    (code,) = re.findall(r"```python\n(.*?)```", BUS_README.read_text(encoding="utf-8"), re.DOTALL)
+    for documented, actual in (
+        ('"nats://127.0.0.1:4222"', repr(observer.url)),
+        ('"observer.north.nk"', repr(str(observer.nkey_seed_file))),
+        ('"RUN"', '"small"'),
+        ('"SITE"', '"nan"'),
+        ('"malformed"', repr(reason)),
+    ):
+        assert documented in code
+        code = code.replace(documented, actual)
+    (folder / "example.py").write_text(code)
+    process = await asyncio.create_subprocess_exec(sys.executable, folder / "example.py", stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    return output.decode().splitlines()[-1]
+
+
+async def steady(bus: Bus) -> ModelManifest:
+    """Return the manifest of a version whose grid was that of the three before: the first versions find it.
+
+    An update on a grid that is left waits for others on it, and is not looked into.
+    """
+    grids: dict[int, str] = {}
+    stream, head = subjects.models_stream("small", "north"), subjects.head(subjects.model("small"))
+    async with asyncio.timeout(120):
+        async for record in bus.follow(stream, [head]):
+            manifest = wire.unpack(record.data, ModelManifest)
+            grids[manifest.version] = manifest.grid.grid_id
+            recent = {version: grid for version, grid in grids.items() if version >= manifest.version - 3}
+            if manifest.version - min(recent) == 3 and set(recent.values()) == {manifest.grid.grid_id}:
+                return manifest
+    raise AssertionError("it follows for ever")
+
+
+async def send_bad_updates(bus: Bus, current: ModelManifest) -> dict[bytes, str]:
+    """Send one of each kind; return the messages, each with the reason that it must be refused for."""
     prefix = subjects.update("small", "north", "nan")
     chunk = wire.pack(Chunk(parts=(b"no ciphertext",)))
 
@@ -100,24 +172,29 @@ async def send_bad_updates(bus: Bus, current: ModelManifest) -> None:
         }
         return Update.model_validate({**fields, **changes})
 
-    async def announce(identity: str, message: Message | bytes) -> None:
+    sent: dict[bytes, str] = {}
+
+    async def announce(identity: str, reason: str, message: Message | bytes) -> None:
         data = message if isinstance(message, bytes) else wire.pack(message)
         await bus.publish(subjects.head(prefix), data, identity)
+        sent[data] = reason
 
-    await announce("garbage", b"garbage")
-    await announce("truncated", wire.pack(head("truncated"))[:-3])
-    await announce("kind", Evaluation(run="small", region="north", site="nan", version=0, n_samples=1, metrics={}))
-    await announce("oversized", struct.pack(">2sBBI", b"FN", wire.SCHEMA_VERSION, 1, 2**31))
-    await announce("odd-id", wire.pack(head("odd").model_copy(update={"update_id": "a b"})))
-    await announce("huge", wire.pack(head("huge").model_copy(update={"n_samples": 2**63})))
-    await announce("run", head("run", run="other"))
-    await announce("sender", head("sender", site="a"))
-    await announce("grid", head("grid", grid_id="unheard", base_version=0))
-    await announce("key", head("key", key_id="other"))
-    await announce("shape", head("shape", payload=Payload(payload_id="shape", n_bytes=0, digests=())))
-    await announce("absent", head("absent"))  # its chunk is never sent
+    evaluation = Evaluation(run="small", region="north", site="nan", version=0, n_samples=1, metrics={})
+    await announce("garbage", "malformed", b"garbage")
+    await announce("truncated", "malformed", wire.pack(head("truncated"))[:-3])
+    await announce("kind", "malformed", evaluation)
+    await announce("oversized", "oversized", struct.pack(">2sBBI", b"FN", wire.SCHEMA_VERSION, 1, 2**31))
+    await announce("odd-id", "malformed", head("odd").model_copy(update={"update_id": "a b"}))
+    await announce("huge", "malformed", head("huge").model_copy(update={"n_samples": 2**63}))
+    await announce("run", "wrong_run", head("run", run="other"))
+    await announce("sender", "wrong_sender", head("sender", site="a"))
+    await announce("grid", "wrong_grid", head("grid", grid_id="unheard", base_version=0))
+    await announce("key", "wrong_key", head("key", key_id="other"))
+    await announce("shape", "wrong_shape", head("shape", payload=Payload(payload_id="shape", n_bytes=0, digests=())))
+    await announce("absent", "checksum", head("absent"))  # its chunk is never sent
     await bus.publish_payload(prefix, "noise", [chunk])
-    await announce("noise", head("noise"))
+    await announce("noise", "ciphertext", head("noise"))
+    return sent
 
 
 async def test_a_daemon_that_cannot_start_says_why(make_federation: MakeFederation, tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""An aggregator that is killed, or whose disk is full, at the worst moment: every update still counts exactly once."""
+
+import asyncio
+import resource
+import sqlite3
+from pathlib import Path
+
+from fednats import subjects, wire
+from fednats.errors import BusError
+from fednats.messages import Aggregate, Update
+from fednats.permissions import user_name
+from fednats.protocol.events import Combined, ContributionArrived
+from fednats.storage.journal import read_journal
+from fednats.subjects import HUB
+from fednats.testbed.book import Book, Fate
+from fednats.testbed.connected_bus import until as happens
+from fednats.testbed.launch import Running, running
+from fednats.testbed.ledger import APPLIED
+from fednats.testbed.sent import read_outbox
+from fednats.testbed.wan import WanSettings
+from fednats.transport.bus import Bus, Record
+from tests.e2e.conftest import MakeFederation
+from tests.e2e.ledgers import all_settled, balanced, figures
+from tests.e2e.until import closed, reached, until
+
+RUN = "small"
+NORTH = "aggregator-north"
+SLOW = WanSettings(delay_ms=400)
+"""An answer takes as long: enough to see what was asked for, and to kill who waits for the answer."""
+
+
+def summed(output: Path) -> list[str]:
+    """Ids of the sums that the region has journalled as published."""
+    entries = read_journal(output / NORTH / "journal.sqlite")
+    return [entry.event.combination_id for entry in entries if isinstance(entry.event, Combined)]
+
+
+async def test_killed_with_half_a_buffer(make_federation: MakeFederation, tmp_path: Path) -> None:
+    federation = make_federation({"north": ["a", "b", "c"]}, aggregation={"goal": "all"}, stop={"max_versions": 4})
+    output = tmp_path / "out"
+
+    def waiting() -> set[str]:
+        book = Book("north", output / NORTH / "journal.sqlite")
+        heads = [taken.head for taken in book.taken.values() if taken.fate is Fate.WAITING]
+        return {head.site for head in heads if isinstance(head, Update)}
+
+    async def half_a_buffer() -> bool:
+        return await asyncio.to_thread(waiting) == {"a", "b"}
+
+    async with running(federation, output) as federation_running:
+        await until(federation_running, reached(1))
+        await federation_running.daemons["site-c"].kill()
+        await happens(half_a_buffer, patience_s=60)
+        await federation_running.daemons[NORTH].kill()
+        assert waiting() == {"a", "b"}
+        await federation_running.daemons[NORTH].start()
+        await federation_running.daemons["site-c"].start()
+        statuses = await until(federation_running, closed)
+        ledger = await balanced(output)
+        await all_settled(federation_running, "north")
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] == 4 * 3
+    assert statuses[NORTH]["accepted"] == 4 * 3, "it counts on from before it was killed"
+
+
+async def test_killed_between_publishing_a_sum_and_hearing_that_it_is_stored(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 3})
+    output = tmp_path / "out"
+    async with running(federation, output, links={"uplink-north": SLOW}) as federation_running:
+        servers = federation_running.servers
+        direct = servers.uplink("north").model_copy(update={"url": servers.node("north").url})
+        async with Bus.connect(direct, user_name("uplink", "north")) as bus:
+            published = await first_sum(bus)
+        await federation_running.daemons[NORTH].kill()
+        assert published not in summed(output)
+        await federation_running.daemons[NORTH].start()
+        await until(federation_running, closed)
+        ledger = await balanced(output)
+    assert summed(output).count(published) == 1
+    assert ledger.accepted[APPLIED] == 3 * 2
+    log = (output / NORTH / "daemon.log").read_text()
+    assert f'"aggregate_id": "{published}"' not in log, "it was there already, and is made again"
+
+
+async def first_sum(bus: Bus) -> str:
+    """Return the id of the first sum, as soon as the region's server has it."""
+    stream, head = subjects.aggregates_stream(RUN, "north"), subjects.head(subjects.aggregate(RUN, "north"))
+
+    async def look() -> Record | None:
+        try:
+            return await bus.last(stream, head)
+        except BusError:  # the aggregator has not made the stream yet
+            return None
+
+    record = await happens(look, patience_s=120)
+    assert record is not None
+    return wire.unpack(record.data, Aggregate).aggregate_id
+
+
+async def test_killed_between_publishing_a_sum_and_acknowledging_its_updates(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 3})
+    output = tmp_path / "out"
+    async with running(federation, output, links={NORTH: SLOW}) as federation_running:
+
+        async def first_sum_is_journalled() -> bool:
+            journal = output / NORTH / "journal.sqlite"
+            return journal.exists() and bool(await asyncio.to_thread(summed, output))
+
+        await happens(first_sum_is_journalled, patience_s=120)
+        await federation_running.daemons[NORTH].kill()
+        assert (await figures(federation_running, "north"))["num_ack_pending"] >= 2
+        assert len(summed(output)) == 1
+        await federation_running.daemons[NORTH].start()
+        await until(federation_running, closed)
+        ledger = await balanced(output)
+        await all_settled(federation_running, "north")
+    assert ledger.accepted[APPLIED] == 3 * 2
+
+
+async def test_everything_delivered_again_counts_once(make_federation: MakeFederation, tmp_path: Path) -> None:
+    federation = make_federation({"north": ["a", "b"], "south": ["c", "d"]}, stop={"max_versions": 12})
+    output = tmp_path / "out"
+    async with running(federation, output) as federation_running:
+        for version in (2, 5, 8):
+            await until(federation_running, reached(version))
+            assert await send_all_again(federation_running, f"again-{version}") >= version
+        statuses = await until(federation_running, closed)
+        await send_all_again(federation_running, "after the end")
+        ledger = await balanced(output)
+        for node in ("north", "south", HUB):
+            await all_settled(federation_running, node)
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] >= 2 * 12
+    assert ledger.notes == []
+
+
+async def send_all_again(federation_running: Running, mark: str) -> int:
+    """Publish every head of every site and region once more, with other message ids; return their number."""
+    servers, output = federation_running.servers, federation_running.output
+    count = 0
+    for region, plan in servers.plan.items():
+        for site in plan.sites:
+            async with Bus.connect(servers.site(region, site), user_name("site", site)) as bus:
+                outbox = await asyncio.to_thread(read_outbox, output / f"site-{site}" / "outbox.sqlite")
+                for item in outbox or ():
+                    if item.is_sent:
+                        subject = subjects.head(subjects.update(RUN, region, site))
+                        await bus.publish(subject, wire.pack(item.head), f"{item.head.update_id}.{mark}")
+                        count += 1
+        async with Bus.connect(servers.uplink(region), user_name("uplink", region)) as bus:
+            for entry in await asyncio.to_thread(read_journal, output / "coordinator" / "journal.sqlite"):
+                event = entry.event
+                if isinstance(event, ContributionArrived) and event.head.region == region:
+                    subject = subjects.head(subjects.aggregate(RUN, region))
+                    await bus.publish(subject, wire.pack(event.head), f"{entry.sequence}.{mark}")
+                    count += 1
+    return count
+
+
+async def test_a_full_disk_stops_the_aggregator_and_room_lets_it_go_on(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    """The kernel refuses to let any file of the daemon grow beyond what the journal has, as a full disk would."""
+    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 8})
+    output = tmp_path / "out"
+    async with running(federation, output) as federation_running:
+        await until(federation_running, reached(3))
+        daemon = federation_running.daemons[NORTH]
+        room = (output / NORTH / "journal.sqlite-wal").stat().st_size
+        assert room > daemon.log_file.stat().st_size
+        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (room, room))
+        assert await daemon.wait() == 1
+        last = daemon.log_file.read_text().splitlines()[-1]
+        assert '"kind": "LocalStorageError"' in last
+        assert "make room on its disk" in last
+        assert str(output / NORTH) in last
+        assert sqlite3.connect(output / NORTH / "journal.sqlite").execute("PRAGMA quick_check").fetchone() == ("ok",)
+        await daemon.start()
+        statuses = await until(federation_running, closed)
+        ledger = await balanced(output)
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] == 8 * 2
