@@ -49,7 +49,8 @@ async def is_present(daemon: DaemonProcess, count: int) -> None:
 
 
 def log_of(daemon: DaemonProcess, event: str) -> list[Mapping[str, Any]]:
-    lines = (json.loads(line) for line in daemon.log_file.read_text(encoding="utf-8").splitlines())
+    text = daemon.log_file.read_text(encoding="utf-8")
+    lines = (json.loads(line) for line in text.splitlines() if line.startswith("{"))  # Python's own warnings are text
     return [line for line in lines if line["event"] == event]
 
 

@@ -1,6 +1,6 @@
 """Questions to whole federations in virtual time: is the slow hospital heard, does every update count once?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,15 @@ ROUNDS = 10
 """Passes of the slow hospital: as many as synchronous rounds fit in the time."""
 
 TRAINING = TrainingSettings(local_steps=5, batch_size=32, learning_rate=1.0, momentum=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is so small that threads only wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 class Digits(Task):
