@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from fednats.errors import Reason, RefusedError
 from fednats.messages import ParameterSpec
 
-BLOCK_VALUES = 2**20
-"""Values that are worked on at once (4 MiB): a model of any size takes this much memory, not a multiple of its own."""
+BLOCK_VALUES = 2**18
+"""Values that are worked on at once (1 MiB): a model of any size takes this much memory, not a multiple of its own."""
 
 
 class Vector(Protocol):

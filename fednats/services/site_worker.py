@@ -1,5 +1,6 @@
 """What a site does in its worker process: load data, train, evaluate, encode into the outbox."""
 
+import ctypes
 import hashlib
 import traceback
 import uuid
@@ -118,6 +119,7 @@ class SiteWorker:
             if done.goes_on:
                 self._note_local(done.version)
         self._pass = None
+        return_free_memory()
         return update
 
     def _encode(self, done: "Pass", delta: Vector, newest: ModelManifest) -> Update:
@@ -167,6 +169,13 @@ class SiteWorker:
             for block in blocks(len(self._model)):
                 file.write(block.start, self._model[block])
         partial.rename(self._local)
+
+
+def return_free_memory() -> None:
+    """Return what encoding has freed to the system before training needs its own; only glibc keeps it and can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -48,6 +48,11 @@ class DaemonProcess:
             raise FednatsError(f"{self.role} {self.name} is not started")
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended, by itself or by a signal."""
+        return self._process is not None and self._process.returncode is not None
+
     async def start(self) -> None:
         """Write the settings file and start the process, in a session of its own."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
@@ -117,6 +122,11 @@ class Daemons:
     def __init__(self, daemons: list[DaemonProcess]) -> None:
         self._daemons = {daemon.name: daemon for daemon in daemons}
         self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all daemons."""
+        return tuple(self._daemons)
 
     def __getitem__(self, name: str) -> DaemonProcess:
         return self._daemons[name]
