@@ -35,7 +35,7 @@ def _users_of(folder: Path) -> list[str]:
     users = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            files = [os.readlink(file) for file in (process / "fd").iterdir()]
+            files = [str(file.readlink()) for file in (process / "fd").iterdir()]
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue  # it has ended, or is not ours
