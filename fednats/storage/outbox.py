@@ -9,6 +9,7 @@ is dropped and what it said goes back into the residual, in the same transaction
 content is in exactly one update at any time. One whose sending has begun is never dropped, it may be at the bus already.
 """
 
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class Outbox:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._connection = open_database(path, _SCHEMA)
+        self._connection.execute("PRAGMA secure_delete = OFF")  # else removing a chunk takes as much room as it frees
 
     # --- the worker's side --------------------------------------------------------------------------------------------
 
@@ -87,12 +89,14 @@ class Outbox:
             connection.execute("DELETE FROM residual WHERE sequence <> ?", (newest,))
             connection.execute("UPDATE outgoing SET claimed = 0 WHERE claimed = 1")
             (n_waiting,) = connection.execute(f"SELECT COUNT(*) FROM outgoing WHERE {_WAITING}").fetchone()  # noqa: S608 - as above
-            if n_waiting < max_waiting:
-                return None
-            row = connection.execute(
-                f"UPDATE outgoing SET claimed = 1 WHERE sequence = (SELECT MIN(sequence) FROM outgoing"  # noqa: S608 - as above
-                f" WHERE {_WAITING} AND offered_at IS NULL) RETURNING update_id, steps"
-            ).fetchone()
+            row = None
+            if n_waiting >= max_waiting:
+                row = connection.execute(
+                    f"UPDATE outgoing SET claimed = 1 WHERE sequence = (SELECT MIN(sequence) FROM outgoing"  # noqa: S608 - as above
+                    f" WHERE {_WAITING} AND offered_at IS NULL) RETURNING update_id, steps"
+                ).fetchone()
+        with self._writing() as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted is room for the chunks to come
         return None if row is None else Dropped(row[0], tuple(msgpack.unpackb(row[1])))
 
     def residual(self, layout: Layout, dropped: Dropped | None) -> "Residual":
@@ -100,9 +104,14 @@ class Outbox:
         return Residual(self, self._newest(), layout, dropped)
 
     def add_chunk(self, key: ChunkKey, data: bytes, values: NDArray[np.int8], residual: NDArray[np.float32]) -> None:
-        """Store one chunk of an update: what is sent, what it says (int8[n]) and the residual it leaves (float32[n])."""
+        """Store one chunk of an update: what is sent, what it says (int8[n]) and the residual it leaves (float32[n]).
+
+        Raises:
+            LocalStorageError: the disk is full, or would be with this chunk; nothing of it was written.
+        """
         quantised = zstandard.compress(values.tobytes(), level=1)
         left = residual.astype("<f4", copy=False).tobytes()
+        self._leave_room(len(data) + len(quantised) + len(left))
         with self._transaction() as connection:
             connection.execute(
                 "INSERT INTO chunk VALUES (?, ?, ?, ?, ?)", (key.update_id, key.position, key.start, data, quantised)
@@ -223,14 +232,20 @@ class Outbox:
         row: tuple[int, ...] = self._connection.execute(query).fetchone()
         return row
 
+    def _leave_room(self, n_bytes: int) -> None:
+        """Refuse to fill the disk with half an update: what is in the log must fit into the file, or it stays for ever."""
+        log = self._path.with_name(f"{self._path.name}-wal").stat().st_size
+        free = shutil.disk_usage(self._path.parent).free
+        if free < log + 2 * n_bytes:
+            raise LocalStorageError(
+                f"{self._path}: {free} bytes are free, the next chunk of an update needs {log + 2 * n_bytes}; nothing was"
+                " written. Make room on its disk"
+            )
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Write all or nothing; durable at the end.
-
-        Raises:
-            LocalStorageError: the disk is full or broken; nothing of it was written.
-        """
-        try:
+        """Write all or nothing; durable at the end. Raises as `_writing`."""
+        with self._writing():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
@@ -239,6 +254,16 @@ class Outbox:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """Name the file and the remedy.
+
+        Raises:
+            LocalStorageError: the disk is full or broken; nothing of it was written.
+        """
+        try:
+            yield self._connection
         except sqlite3.OperationalError as error:
             raise LocalStorageError(f"{self._path}: {error}; nothing was written. Make room on its disk") from error
 

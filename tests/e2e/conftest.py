@@ -1,6 +1,8 @@
 """Small federations over the task in ``sites/own_task.py``, on the patients that scikit-learn ships."""
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,32 @@ from fednats.testbed.federation import FederationSettings
 OWN_TASK = Path(__file__).parents[2] / "sites" / "own_task.py"
 
 MakeFederation = Callable[..., FederationSettings]
+
+ENDING_S = 10.0
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running(tmp_path: Path) -> Iterator[None]:
+    """Assert that whatever a test started has ended with it, also what it killed the parent of."""
+    yield
+    deadline = time.monotonic() + ENDING_S
+    while left := _users_of(tmp_path):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.05)
+
+
+def _users_of(folder: Path) -> list[str]:
+    """Command lines of other processes that have a file below ``folder`` open, as all daemons and servers have."""
+    users = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            files = [str(file.readlink()) for file in (process / "fd").iterdir()]
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it has ended, or is not ours
+        if int(process.name) != os.getpid() and any(file.startswith(f"{folder}/") for file in files):
+            users.append(command)
+    return users
 
 
 @pytest.fixture

@@ -1,0 +1,74 @@
+"""What tests of faults share: a task of any size, and files of daemons as they are at one moment."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fednats.protocol.events import Event
+from fednats.storage.journal import open_read_only, read_journal
+from fednats.testbed.launch import Running
+from tests.e2e.conftest import OWN_TASK
+from tests.e2e.until import LIMIT_S, Statuses
+
+T = TypeVar("T")
+
+PARAMETERS_PER_UNIT = 33
+_POLL_S = 0.01
+
+_TASK = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("own_task", {str(OWN_TASK)!r})
+own_task = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(own_task)
+from torch import nn
+
+class Wide(own_task.MyTask):
+    def __init__(self, csv="", n_units=16):
+        super().__init__(csv)
+        self.n_units = n_units
+
+    def model(self):
+        return nn.Sequential(nn.Linear(30, self.n_units), nn.ReLU(), nn.Linear(self.n_units, 2))
+"""
+
+
+def wide(folder: Path, n_parameters: int) -> dict[str, Any]:
+    """Settings of a federation whose model has about ``n_parameters``."""
+    (folder / "wide.py").write_text(_TASK)
+    return {"task": f"{folder / 'wide.py'}:Wide", "options": {"n_units": n_parameters // PARAMETERS_PER_UNIT}}
+
+
+def in_state(name: str, state: str) -> Callable[[Statuses], bool]:
+    """Whether the daemon ``name`` says that it is in ``state``."""
+    return lambda statuses: statuses.get(name, {}).get("state") == state
+
+
+async def found(running: Running, look: Callable[[], T | None]) -> T:
+    """Return what ``look`` finds in files, as soon as it finds something; fail when a daemon has died meanwhile."""
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                running.daemons.check()
+                if (something := look()) is not None:
+                    return something
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        raise AssertionError(f"nothing found within {LIMIT_S} s") from None
+
+
+def outbox(running: Running, site: str, query: str) -> list[tuple[Any, ...]]:
+    """Ask the outbox of a site, which may be running."""
+    connection = open_read_only(running.output / f"site-{site}" / "outbox.sqlite")
+    try:
+        return connection.execute(query).fetchall()
+    except sqlite3.OperationalError:  # it is being made
+        return []
+    finally:
+        connection.close()
+
+
+def events(running: Running, daemon: str) -> list[Event]:
+    """Return what a tier's daemon has journalled so far."""
+    return [entry.event for entry in read_journal(running.output / daemon / "journal.sqlite")]

@@ -1,0 +1,50 @@
+"""An outbox on a disk of its own that is too small for an update."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fednats.errors import LocalStorageError
+from fednats.storage.outbox import ChunkKey, Outbox
+from tests.makers import update
+
+DISK_BYTES = 8 * 2**20
+N_VALUES = 40_000
+"""Of a chunk; with their residual it takes 400 kB."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "fednats-test", str(tmp_path)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"this test fills a small disk and must be root to mount one: {done.stderr}"
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def store(outbox: Outbox, n_chunks: int) -> None:
+    sequence, dropped = outbox.next_sequence(), outbox.begin(max_waiting=4)
+    rng = np.random.default_rng(sequence)
+    for position in range(n_chunks):
+        key = ChunkKey(f"a-{sequence}", sequence, position, position * N_VALUES)
+        values = rng.integers(-127, 127, N_VALUES, np.int8)
+        outbox.add_chunk(key, rng.bytes(200_000), values, np.zeros(N_VALUES, np.float32))
+    outbox.add_update(update("a", sequence), (0.5,), dropped)
+
+
+def test_an_update_that_does_not_fit_takes_no_room_from_one_that_does(disk: Path) -> None:
+    outbox = Outbox(disk / "outbox.sqlite")
+    store(outbox, 2)
+    outbox.mark_sent("a-1")
+    for _ in range(3):
+        with pytest.raises(LocalStorageError, match="Make room"):
+            store(outbox, 30)
+    for sequence in range(2, 8):
+        store(outbox, 2)
+        assert len(list(outbox.chunks(f"a-{sequence}"))) == 2
+        outbox.mark_sent(f"a-{sequence}")
+    assert outbox.counts() == {"waiting": 0, "sent": 7, "dropped": 0}
+    outbox.close()
