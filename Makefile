@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+SEED ?= 1
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -30,8 +31,11 @@ check: install  ## format, lint, types, import rules, doctests, unit and propert
 test-long: install  ## the long forms as well
 	$(BIN)/pytest -m ''
 
+soak: install  ## every fault at random for five minutes; SEED=3 is another sequence
+	SEED=$(SEED) $(BIN)/pytest tests/e2e/test_soak.py -m long -s
+
 format: install  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: help install demo test check test-long format
+.PHONY: help install demo test check test-long soak format
