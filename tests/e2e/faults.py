@@ -59,16 +59,22 @@ async def found(running: Running, look: Callable[[], T | None]) -> T:
 
 
 def outbox(running: Running, site: str, query: str) -> list[tuple[Any, ...]]:
-    """Ask the outbox of a site, which may be running."""
-    connection = open_read_only(running.output / f"site-{site}" / "outbox.sqlite")
+    """Ask the outbox of a site, which may be running, or about to make it."""
+    file = running.output / f"site-{site}" / "outbox.sqlite"
+    if not file.exists():
+        return []
+    connection = open_read_only(file)
     try:
         return connection.execute(query).fetchall()
-    except sqlite3.OperationalError:  # it is being made
-        return []
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return []
+        raise
     finally:
         connection.close()
 
 
 def events(running: Running, daemon: str) -> list[Event]:
     """Return what a tier's daemon has journalled so far."""
-    return [entry.event for entry in read_journal(running.output / daemon / "journal.sqlite")]
+    file = running.output / daemon / "journal.sqlite"
+    return [entry.event for entry in read_journal(file)] if file.exists() else []

