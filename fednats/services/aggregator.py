@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from collections import deque
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
 from fednats.services.inbox import Inbox, VanishedError
+from fednats.services.kept_sums import KeptSums
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import off_loop
 from fednats.services.persist import newest, persist
@@ -42,9 +42,6 @@ from fednats.transport.bus import Bus
 
 if TYPE_CHECKING:
     from fednats.services.aggregator_worker import AggregatorWorker
-
-KEPT_AGGREGATES = 16
-"""Newest sums kept in the region for the node above to fetch, and all that were made since the newest version came."""
 
 
 def make_worker(settings: AggregatorSettings) -> "AggregatorWorker":
@@ -84,8 +81,7 @@ class AggregatorService:
         self._updates = Inbox(region, subjects.updates_stream(run, here), run, daemon.log)
         self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, daemon.log)
         self._tier.inboxes = {Update: self._updates, Aggregate: self._aggregates}
-        self._made: deque[Combination] = deque()
-        """Sums that the region's stream still has, the oldest first."""
+        self._kept = KeptSums()
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._sent_bytes = 0
         daemon.status = self._status
@@ -108,6 +104,8 @@ class AggregatorService:
         if s.regions:
             await self._uplink.ensure_bucket(streams.presence(s.run))
         n_events = await self._tier.restore()
+        while self._unneeded() is not None:
+            self._kept.drop_oldest()  # it was dropped before the restart
         self._log.info("restored", n_events=n_events)
         if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
             await self._tier.feed(Configured(sites=s.sites, regions=s.regions))
@@ -267,23 +265,18 @@ class AggregatorService:
 
     def _note(self, handled: Handled) -> None:
         if handled.combination is not None:
-            self._made.append(handled.combination)
-            while len(self._made) > 2 * KEPT_AGGREGATES and self._is_old(self._made[0]):
-                self._made.popleft()  # dropped before a restart
+            self._kept.add(handled.combination.combination_id, handled.combination.version)
 
-    def _is_old(self, combination: Combination) -> bool:
-        return self._machine.current is not None and combination.version < self._machine.current.version
+    def _unneeded(self) -> str | None:
+        return None if self._machine.current is None else self._kept.oldest_unneeded(self._machine.current.version)
 
     async def _forget_old(self, prefix: str) -> None:
-        """Drop the payloads of sums beyond the newest few, but none that was made since the newest version came.
-
-        The node above may not have fetched those yet: the link that brings the versions takes the sums.
-        """
+        """Drop the payloads of sums that need not be kept."""
         stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
-        while len(self._made) >= KEPT_AGGREGATES and self._is_old(self._made[0]):
+        while (unneeded := self._unneeded()) is not None:
             try:
-                await self._uplink.purge(stream, subjects.chunks(prefix, self._made[0].combination_id))
+                await self._uplink.purge(stream, subjects.chunks(prefix, unneeded))
             except BusError as error:
                 self._log.warning("not_purged", error=str(error))
                 return
-            self._made.popleft()
+            self._kept.drop_oldest()

@@ -132,6 +132,22 @@ class Crashes(RuleBasedStateMachine):
         self.damaged.add(bad)
         self.feed(CombineFailed(combination_id=made.combination_id, refused={bad: (Reason.CIPHERTEXT, "damaged")}))
 
+    @precondition(
+        lambda self: (
+            self.commands
+            and isinstance(self.commands[0], Combine)
+            and self.commands[0].combination.combination_id not in self.published
+        )
+    )
+    @rule()
+    def lose_the_store(self) -> None:
+        """The chunks of a contribution are gone; what was not acknowledged is delivered again."""
+        command = self.commands.pop(0)
+        assert isinstance(command, Combine)
+        made = command.combination
+        gone = contribution_id(made.parts[0].head)
+        self.feed(CombineFailed(combination_id=made.combination_id, refused={}, vanished=(gone,)))
+
     @rule()
     def crash(self) -> None:
         self.start()

@@ -66,3 +66,10 @@ def test_the_readme_s_task_is_the_shipped_example() -> None:
 def test_the_example_settings_of_a_site_are_valid() -> None:
     raw = tomllib.loads((ROOT / "sites" / "site.toml").read_text())
     assert parse(raw, SiteSettings, source="site.toml").task.path == "own_task.py:MyTask"
+
+
+def test_the_tests_that_the_table_of_faults_names_are_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text()))
+    written = "".join(file.read_text() for file in (ROOT / "tests" / "e2e").glob("test_*.py"))
+    assert {name for name in named if f"def {name}(" not in written} == set()
+    assert len(named) > 20
