@@ -3,26 +3,28 @@
 JetStream looks after the sources of a stream itself, but slowly: it asks into a link that is down, waits 30 s for the
 answer, and 10 s longer each time before it asks again; that the link stands again cuts this short only sometimes.
 
-Who makes a stream says its *pulse* every second. A link keeps the order, and a source has a heartbeat every second:
+Who makes a stream says its *pulse* four times a second. A link keeps the order, and a source has a heartbeat every second:
 if a pulse comes over the link and the source was silent for longer, nobody copies, however slow the link is. Then the
 source is taken out of the stream's configuration and put in again. The server goes on at once, from where the copy ends.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from fednats.errors import BusError
 from fednats.transport.connection import Connection
 from fednats.transport.streams import NANOSECONDS, Origin, StreamSpec
 
-PULSE_INTERVAL_S = 1.0
-SILENT_S = 3.0
-PAUSE_S = 1.0
+PULSE_INTERVAL_S = 0.25
+SILENT_S = 2.0
+PAUSE_S = 0.5
 """Between two looks at a stream, however many pulses come."""
+PATIENCE_S = 4.0
+"""From setting a source up to doing so again; twice as long each time, while the link stands and the source is silent."""
 
 
 class Copying:
@@ -31,52 +33,80 @@ class Copying:
     def __init__(self, connection: Connection, spec: StreamSpec) -> None:
         self._connection = connection
         self._spec = spec
-        self._heard: set[Origin] = set()
-        self._silences = dict.fromkeys(spec.sources, 0)
+        self._heard = asyncio.Event()
+        self._sources = [Source(origin, self._heard) for origin in spec.sources]
 
     async def run(self) -> None:
         """Look after them for ever; raises BusError when the connection is closed for good."""
-        near = {origin for origin in self._spec.sources if origin.pulse is None}
-        subscriptions = [await self._listen(origin, origin.pulse) for origin in self._spec.sources if origin.pulse]
+        subscriptions = [
+            await self._connection.subscribe(source.origin.pulse, source.hear)
+            for source in self._sources
+            if source.origin.pulse is not None
+        ]
         try:
-            await self._look_again(near)
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._heard.wait(), PAUSE_S)
+                self._heard.clear()
+                await self._connection.wait_connected()
+                if heard := [source for source in self._sources if source.was_heard()]:
+                    await self._look(heard)
+                    await asyncio.sleep(PAUSE_S)
         finally:
             for subscription in subscriptions:
                 await self._connection.unsubscribe(subscription)
 
-    async def _look_again(self, near: set[Origin]) -> None:
-        while True:
-            await asyncio.sleep(PAUSE_S)
-            await self._connection.wait_connected()
-            heard, self._heard = self._heard | near, set()
-            if heard:
-                try:
-                    await self._look(heard)
-                except BusError as error:
-                    self._connection.log.debug("copying_not_seen", stream=self._spec.name, error=str(error))
-
-    async def _listen(self, origin: Origin, pulse: str) -> Subscription:
-        async def note(_message: Msg) -> None:
-            self._heard.add(origin)
-
-        return await self._connection.subscribe(pulse, note)
-
-    async def _look(self, heard: set[Origin]) -> None:
-        """Set up sources that are silent although their side is heard: at the second look, then ever more seldom."""
-        info = await self._connection.api(f"STREAM.INFO.{self._spec.name}")
-        for origin in heard:
-            if _active(info.get("sources") or (), origin):
-                self._silences[origin] = 0
-                continue
-            self._silences[origin] += 1
-            if self._silences[origin] & (self._silences[origin] - 1) == 0 and self._silences[origin] > 1:
-                await self._set_up(origin, info["config"])
+    async def _look(self, heard: Sequence["Source"]) -> None:
+        name = self._spec.name
+        try:
+            info = await self._connection.api(f"STREAM.INFO.{name}")
+            for source in heard:
+                if source.to_be_set_up(info.get("sources") or ()):
+                    self._connection.log.info("copying_set_up", stream=name, origin=source.origin.stream)
+                    await self._set_up(source.origin, info["config"])
+        except BusError as error:
+            self._connection.log.debug("copying_not_seen", stream=name, error=str(error))
 
     async def _set_up(self, origin: Origin, config: Mapping[str, Any]) -> None:
-        self._connection.log.info("copying_set_up", stream=self._spec.name, origin=origin.stream)
         without = [other.config() for other in self._spec.sources if other != origin]
         for sources in (without, [each.config() for each in self._spec.sources]):
             await self._connection.api(f"STREAM.UPDATE.{self._spec.name}", {**config, "sources": sources})
+
+
+class Source:
+    """One origin: when its side was heard, and when the copying from it was set up."""
+
+    def __init__(self, origin: Origin, any_heard: asyncio.Event) -> None:
+        self.origin = origin
+        self._any_heard = any_heard
+        self._heard = False
+        self._heard_at = 0.0
+        self._set_up_at = 0.0
+        self._patience_s = 0.0
+
+    async def hear(self, _message: Msg) -> None:
+        """Note a pulse; the first one after a silence says that the link is a new one."""
+        now = asyncio.get_running_loop().time()
+        if now - self._heard_at > SILENT_S:
+            self._patience_s = 0.0
+        self._heard, self._heard_at = True, now
+        self._any_heard.set()
+
+    def was_heard(self) -> bool:
+        """Whether its side was heard since this was asked last; one on the same server always is."""
+        heard, self._heard = self._heard, False
+        return heard or self.origin.pulse is None
+
+    def to_be_set_up(self, states: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether nobody copies and it is time to do something about that; ``states`` is the server's view."""
+        now = asyncio.get_running_loop().time()
+        if _active(states, self.origin):
+            self._patience_s = 0.0
+            return False
+        if now - self._set_up_at < self._patience_s:
+            return False
+        self._set_up_at, self._patience_s = now, max(PATIENCE_S, 2 * self._patience_s)
+        return True
 
 
 def _active(states: Sequence[Mapping[str, Any]], origin: Origin) -> bool:
