@@ -27,13 +27,16 @@ class DaemonDiedError(FednatsError):
 
 
 class DaemonProcess:
-    """One ``fednats ROLE --config FILE``; its settings, log and state are in one folder."""
+    """One ``fednats ROLE --config FILE``; its settings, log and state are in one folder.
+
+    ``settings`` may be changed; they are written at each start.
+    """
 
     def __init__(self, role: str, name: str, settings: DaemonSettings) -> None:
         self.role = role
         self.name = name
         self.state_dir = settings.state_dir
-        self._settings = settings
+        self.settings = settings
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -58,7 +61,7 @@ class DaemonProcess:
         self.state_dir.mkdir(parents=True, exist_ok=True)
         (self.state_dir / PORT_FILE).unlink(missing_ok=True)
         config = self.state_dir / f"{self.role}.toml"
-        settings = self._settings.model_dump(mode="json", exclude_none=True)
+        settings = self.settings.model_dump(mode="json", exclude_none=True)
         config.write_text(tomli_w.dumps(settings), encoding="utf-8")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FEDNATS_")}
         with self.log_file.open("ab") as log:

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fednats.testbed.launch import Running
+from fednats.config import CoordinatorSettings
+from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint
+from fednats.testbed.launch import COORDINATOR, Running
 
 Statuses = Mapping[str, Mapping[str, Any]]
 
@@ -35,3 +37,17 @@ def closed(statuses: Statuses) -> bool:
 def reached(version: int) -> Callable[[Statuses], bool]:
     """Whether the coordinator is at ``version`` or beyond."""
     return lambda statuses: int(statuses.get("coordinator", {}).get("version", -1)) >= version
+
+
+async def end_after(running: Running, n_versions: int) -> Statuses:
+    """End the run so many versions from now, as its operator does: the coordinator is told so and started again."""
+    daemon = running.daemons[COORDINATOR]
+    await daemon.stop()
+    settings = daemon.settings
+    assert isinstance(settings, CoordinatorSettings)
+    newest = newest_checkpoint(checkpoints_folder(settings.state_dir))
+    assert newest is not None
+    stop = settings.settings.stop.model_copy(update={"max_versions": newest.version + n_versions})
+    daemon.settings = settings.model_copy(update={"settings": settings.settings.model_copy(update={"stop": stop})})
+    await daemon.start()
+    return await until(running, closed)
