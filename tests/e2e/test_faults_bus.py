@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from fednats.messages import Aggregate
+from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import Running, running
 from fednats.testbed.ledger import APPLIED, Ledger
 from fednats.testbed.nats_server import NatsServer
-from fednats.subjects import HUB
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import LIMIT_S, end_after, reached, until
@@ -46,7 +47,10 @@ async def takes_part(federation_running: Running, region: str) -> None:
     def is_in() -> bool:
         book = Book(HUB, federation_running.output / "coordinator" / "journal.sqlite")
         return any(
-            taken.fate is Fate.SUMMED and taken.head.region == region and taken.head.model_version >= version
+            taken.fate is Fate.SUMMED
+            and isinstance(taken.head, Aggregate)
+            and taken.head.region == region
+            and taken.head.model_version >= version
             for taken in book.taken.values()
         )
 
