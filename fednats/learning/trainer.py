@@ -48,6 +48,13 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, TrainingSettings], optim.Optimizer
 }
 
 
+def load_optimizers() -> None:
+    """Make one step of nothing: torch loads a large part of itself at the first, seconds that are no training."""
+    nothing = nn.Parameter(torch.zeros(1))
+    nothing.grad = torch.zeros(1)
+    optim.SGD([nothing], 0.0).step()
+
+
 class Trainer:
     """Holds a site's task and training data between passes; a pass depends on nothing that ran before it.
 

@@ -19,7 +19,7 @@ from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, T
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.task import make_task
-from fednats.learning.trainer import Trainer
+from fednats.learning.trainer import Trainer, load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
 from fednats.services.answers import Scored, Trained
 from fednats.services.keys import key_id_of, read_key
@@ -60,6 +60,7 @@ class SiteWorker:
 
     def prepare(self) -> int:
         """Load everything; return the number of training cases."""
+        load_optimizers()
         return self._trainer.n_samples
 
     def check(self, manifest: ModelManifest) -> None:

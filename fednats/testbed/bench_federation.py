@@ -10,7 +10,7 @@ from fednats.testbed.summary import RunFigures, Statuses, run_figures
 
 SEED = 7
 HIDDEN = (512, 512)
-TRAINING = TrainingSettings(local_steps=500, batch_size=16, optimizer="sgd", learning_rate=0.0006, momentum=0.9)
+TRAINING = TrainingSettings(local_steps=100, batch_size=16, optimizer="sgd", learning_rate=0.001, momentum=0.9)
 SERVER = ServerSettings()
 _POLL_S = 0.2
 

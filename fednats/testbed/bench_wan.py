@@ -11,10 +11,19 @@ from fednats.testbed.federation import FederationSettings
 from fednats.testbed.wan import WanSettings
 
 TARGET_METRIC = "auc"
-TARGET = 0.997
-MAX_VERSIONS = 200
+TARGET = 0.994
+"""Synchronous training needs nine rounds to it, whatever the links."""
+
+MAX_VERSIONS = 1000
+MAX_WALL_S = 300.0
+PACE = 10.0
+"""A local pass takes so many times its processing time, asleep for the most part: a hospital has a machine of its own,
+and here all share one, so that five passes at once would measure the number of processors."""
+
 SLOW_SITE = "hospital-2"
 SLOW_FACTOR = 10.0
+"""Against the other sites."""
+
 BAD_LINK = WanSettings(delay_ms=150, mbit=20)
 
 
@@ -23,13 +32,13 @@ class Scenario(NamedTuple):
 
     name: str
     wan: WanSettings | None
-    slow: dict[str, float]
+    slow_site: str | None
 
 
 SCENARIOS = (
-    Scenario("a-lan", None, {}),
-    Scenario("b-wan", BAD_LINK, {}),
-    Scenario("c-wan-slow-site", BAD_LINK, {SLOW_SITE: SLOW_FACTOR}),
+    Scenario("a-lan", None, None),
+    Scenario("b-wan", BAD_LINK, None),
+    Scenario("c-wan-slow-site", BAD_LINK, SLOW_SITE),
 )
 
 
@@ -48,7 +57,13 @@ def run(target: float = TARGET) -> list[dict[str, Any]]:
 
 def measure(scenario: Scenario, *, synchronous: bool, target: float) -> dict[str, Any]:
     """Run one scenario in one mode."""
-    stop = StopSettings(max_versions=MAX_VERSIONS, target_metric=TARGET_METRIC, target=target, stop_at_target=True)
+    stop = StopSettings(
+        max_versions=MAX_VERSIONS,
+        max_wall_s=MAX_WALL_S,
+        target_metric=TARGET_METRIC,
+        target=target,
+        stop_at_target=True,
+    )
     settings = placed(scenario, bench_federation.federation(synchronous=synchronous, stop=stop))
     with tempfile.TemporaryDirectory(prefix="fednats-bench-") as folder:
         _, figures = asyncio.run(bench_federation.run(settings, Path(folder)))
@@ -71,5 +86,6 @@ def measure(scenario: Scenario, *, synchronous: bool, target: float) -> dict[str
 
 def placed(scenario: Scenario, federation: FederationSettings) -> FederationSettings:
     """Return ``federation`` with the scenario's links and slow sites."""
-    slowed = federation.with_slow(scenario.slow)
+    paces = {site: PACE * (SLOW_FACTOR if site == scenario.slow_site else 1) for site in federation.sites}
+    slowed = federation.with_slow(paces)
     return slowed if scenario.wan is None else slowed.with_wan(scenario.wan)

@@ -1,5 +1,7 @@
 """What a daemon serves over HTTP."""
 
+import asyncio
+import time
 from pathlib import Path
 
 import aiohttp
@@ -7,6 +9,7 @@ import pytest
 
 from fednats.config import WebSettings
 from fednats.errors import ConfigError
+from fednats.services.loop_lag import INTERVAL_S, LoopLag
 from fednats.web.metrics import Metrics
 from fednats.web.server import serving
 
@@ -37,3 +40,17 @@ async def test_a_taken_port_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=str(port)):
             async with serving(WebSettings(port=port), tmp_path, Metrics(), never, dict):
                 pass
+
+
+async def test_a_loop_that_stood_still_shows_in_every_waking_it_missed() -> None:
+    lag, observed = LoopLag(), list[float]()
+    watching = asyncio.create_task(lag.watch(observed.append))
+    await asyncio.sleep(3 * INTERVAL_S)
+    time.sleep(10 * INTERVAL_S)  # noqa: ASYNC251 - to stand still is the point
+    await asyncio.sleep(2 * INTERVAL_S)
+    watching.cancel()
+    long = [seconds for seconds in observed if seconds >= 4 * INTERVAL_S]
+    assert len(long) >= 5
+    assert max(long) >= 8 * INTERVAL_S
+    assert lag.describe()["n"] == len(observed)
+    assert lag.describe()["max"] == round(max(observed) * 1000, 2)

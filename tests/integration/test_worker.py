@@ -25,6 +25,9 @@ class Jobs:
     def pid(self) -> int:
         return os.getpid()
 
+    def niceness(self) -> int:
+        return os.nice(0)
+
     def refuse(self) -> None:
         raise RefusedError(Reason.CIPHERTEXT, "damaged")
 
@@ -41,6 +44,11 @@ async def test_state_stays_between_calls_in_another_process() -> None:
         assert await worker.call("add", 2) == 7
         assert await worker.call("add", 2) == 9
         assert await worker.call("pid") != os.getpid()
+
+
+async def test_a_worker_stands_back_for_its_daemon() -> None:
+    async with Worker(make_jobs, 5) as worker:
+        assert await worker.call("niceness") == min(19, os.nice(0) + 10)
 
 
 async def test_errors_keep_their_fields_on_the_way_back() -> None:
