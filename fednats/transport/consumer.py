@@ -91,7 +91,6 @@ class Consumer:
         self._stream = stream
         self._durable = durable
         self._filters = list(filters)
-        self._created: str | None = None
         self._ready: asyncio.Queue[Delivery | None] = asyncio.Queue()
         self._left = 0
         self._inbox = connection.client.new_inbox()
@@ -159,13 +158,9 @@ class Consumer:
             "replay_policy": "instant",
             "filter_subjects": self._filters,
         }
-        made = await self.connection.api(
+        await self.connection.api(
             f"CONSUMER.CREATE.{self._stream}.{self._durable}", {"stream_name": self._stream, "config": config}
         )
-        if made["created"] != self._created:
-            # Another consumer than before: what was handed out of the old one is not known to this one.
-            self._created = made["created"]
-            self.unsettled.clear()
 
     async def _on_message(self, message: Msg) -> None:
         self._heard = asyncio.get_running_loop().time()

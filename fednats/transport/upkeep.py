@@ -1,6 +1,7 @@
 """What a bus made and answers for: its streams and buckets are there, also on a server that lost them, and are copied."""
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from types import TracebackType
 from typing import Self
@@ -52,7 +53,8 @@ class Upkeep:
         try:
             current = (await self._connection.api(f"STREAM.INFO.{name}"))["config"]
         except NoStreamError:
-            await self._connection.api(f"STREAM.CREATE.{name}", wanted)
+            # Sequence numbers above all that a stream of this name ever had: who remembers those is not misled.
+            await self._connection.api(f"STREAM.CREATE.{name}", {**wanted, "first_seq": time.time_ns() // 1000})
             self._connection.log.info("stream_created", stream=name)
             return True
         if any(

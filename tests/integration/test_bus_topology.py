@@ -46,12 +46,12 @@ async def publish_aggregate(bus: Bus, region: str, number: int) -> None:
     await bus.publish(subjects.head(prefix), payload_id.encode(), message_id=payload_id)
 
 
-async def assert_aggregates_arrive(bus: Bus, node: str, expected: set[str], patience_s: float = 30) -> None:
+async def assert_aggregates_arrive(bus: Bus, node: str, expected: set[str]) -> None:
     stream = subjects.inbox_stream(RUN, node)
     heads = [subjects.head(subjects.aggregate(RUN, "*"))]
     arrived: set[str] = set()
     deliveries = bus.consume(stream, subjects.durable(node, stream), heads)
-    async with asyncio.timeout(patience_s), aclosing(deliveries):
+    async with asyncio.timeout(30), aclosing(deliveries):
         async for delivery in deliveries:
             name = delivery.data.decode()
             if name not in expected:  # a killed server forgot that it was acked, as a service would know
@@ -129,9 +129,7 @@ async def test_a_region_that_was_away_catches_up_both_ways(tmp_path: Path) -> No
         await assert_aggregates_arrive(bus.coordinator, HUB, {"north-2"})
 
 
-@pytest.mark.long
 async def test_a_hub_that_was_away_catches_up_and_takes_nothing_twice(tmp_path: Path) -> None:
-    """Long: a hub that starts asks the regions before they are linked again, and asks once more after 40 s."""
     async with connected_bus(tmp_path, RUN, (RegionPlan("north", ("a",)),)) as bus:
         await assert_both_ways(bus, 1)
         inbox = subjects.inbox_stream(RUN, HUB)
@@ -139,7 +137,7 @@ async def test_a_hub_that_was_away_catches_up_and_takes_nothing_twice(tmp_path: 
         await bus.servers.hub.kill()
         await publish_aggregate(bus.uplinks["north"], "north", 2)
         await bus.servers.hub.start()
-        await assert_aggregates_arrive(bus.coordinator, HUB, {"north-2"}, patience_s=90)
+        await assert_aggregates_arrive(bus.coordinator, HUB, {"north-2"})
         assert await bus.coordinator.last(inbox, subjects.chunk(subjects.aggregate(RUN, "north"), "north-1", 0)) is None
 
 

@@ -1,0 +1,147 @@
+"""Links that are cut, that vanish without a word, and that come and go: noticed soon, and gone on with in seconds."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from fednats import subjects
+from fednats.subjects import HUB
+from fednats.testbed.bus_servers import RegionPlan
+from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
+from fednats.testbed.wan import Wan, WanSettings
+from fednats.transport import connection
+from fednats.transport.bus import Bus
+from fednats.wire import digest
+
+RUN = "run"
+PLAN = (RegionPlan("north", ("a",)),)
+MODEL, MODELS = subjects.model(RUN), subjects.models_stream(RUN, "north")
+AGGREGATE, INBOX = subjects.aggregate(RUN, "north"), subjects.inbox_stream(RUN, HUB)
+UPDATE, UPDATES = subjects.update(RUN, "north", "a"), subjects.updates_stream(RUN, "north")
+CHUNKS = [os.urandom(2**16) for _ in range(8)]
+DIGESTS = [digest(chunk) for chunk in CHUNKS]
+
+
+async def sent(bus: Bus, prefix: str, payload_id: str) -> None:
+    await bus.publish_payload(prefix, payload_id, CHUNKS)
+    await bus.publish(subjects.head(prefix), payload_id.encode(), message_id=payload_id)
+
+
+async def arrives(bus: Bus, stream: str, prefix: str, payload_id: str, within_s: float) -> None:
+    async with asyncio.timeout(within_s), aclosing(bus.follow(stream, [subjects.head(prefix)])) as heads:
+        async for head in heads:
+            if head.data == payload_id.encode():
+                break
+        assert [chunk async for chunk in bus.read_payload(stream, prefix, payload_id, DIGESTS)] == CHUNKS
+
+
+async def both_ways(bus: ConnectedBus, payload_id: str, within_s: float) -> None:
+    """A model published now arrives at the site, and an aggregate at the hub, within so long."""
+    await sent(bus.coordinator, MODEL, payload_id)
+    await sent(bus.uplinks["north"], AGGREGATE, payload_id)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(arrives(bus.sites["a"], MODELS, MODEL, payload_id, within_s))
+        group.create_task(arrives(bus.coordinator, INBOX, AGGREGATE, payload_id, within_s))
+
+
+@pytest.mark.parametrize(
+    "cut_s", [4, *(pytest.param(seconds, marks=pytest.mark.long) for seconds in (20, 60))], ids=lambda s: f"{s}s"
+)
+async def test_a_leaf_link_that_was_cut_goes_on_within_seconds(tmp_path: Path, cut_s: float) -> None:
+    wan = WanSettings(delay_ms=50, mbit=50)
+    async with connected_bus(tmp_path, RUN, PLAN, links={"region-north": wan}) as bus:
+        await both_ways(bus, "before", 10)
+        link = bus.servers.links["region-north"]
+        link.cut()
+        await sent(bus.coordinator, MODEL, "meanwhile")
+        await sent(bus.uplinks["north"], AGGREGATE, "meanwhile")
+        await asyncio.sleep(cut_s)
+        link.restore()
+        await both_ways(bus, "after", 10)
+
+
+async def test_a_leaf_link_that_comes_and_goes_every_two_seconds_makes_progress(tmp_path: Path) -> None:
+    wan = WanSettings(delay_ms=20, mbit=50)
+    async with connected_bus(tmp_path, RUN, PLAN, links={"region-north": wan}) as bus:
+        await both_ways(bus, "before", 10)
+        flapping = asyncio.create_task(come_and_go(bus.servers.links["region-north"]))
+        for number in range(3):
+            await both_ways(bus, f"v{number}", 60)
+        flapping.cancel()
+
+
+async def come_and_go(link: Wan) -> None:
+    while True:
+        link.cut()
+        await asyncio.sleep(2)
+        link.restore()
+        await asyncio.sleep(2)
+
+
+@pytest.mark.long
+async def test_both_servers_notice_a_leaf_link_that_vanished_without_a_word(tmp_path: Path) -> None:
+    async with connected_bus(tmp_path, RUN, PLAN, links={"region-north": WanSettings()}) as bus:
+        bus.servers.links["region-north"].cut()
+
+        async def noticed() -> bool:
+            servers = (bus.servers.hub, bus.servers.leaves["north"])
+            return not any([(await server.monitor("/leafz"))["leafnodes"] for server in servers])
+
+        await until(noticed, patience_s=55)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "PING_INTERVAL_S", 0.2)
+    monkeypatch.setattr(connection, "DEAD_AFTER_S", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_connection_that_vanished_without_a_word_is_noticed_while_sending_and_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    """What is unsent when the link dies would hold back an orderly close for a quarter of an hour."""
+    chunks = [os.urandom(2**18) for _ in range(40)]
+    wan = WanSettings(delay_ms=20, mbit=40)
+    async with connected_bus(tmp_path, RUN, PLAN, leaves=False, links={"site-a": wan}) as bus:
+        link, site = bus.servers.links["site-a"], bus.sites["a"]
+        some_sent = asyncio.Event()
+
+        async def drawn() -> AsyncIterator[bytes]:
+            for index, chunk in enumerate(chunks):
+                if index == 20:
+                    some_sent.set()
+                yield chunk
+
+        async with asyncio.timeout(30):
+            sending = asyncio.create_task(site.publish_payload(UPDATE, "u1", drawn()))
+            await some_sent.wait()
+            link.cut()
+            await site.wait_away()
+            assert not site.connected
+            link.restore()
+            await site.wait_connected()
+            await sending
+            digests = [digest(chunk) for chunk in chunks]
+            reading = bus.aggregators["north"].read_payload(UPDATES, UPDATE, "u1", digests)
+            assert [chunk async for chunk in reading] == chunks
+        assert link.bytes_up < 2 * sum(map(len, chunks))
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_who_waits_is_told_of_a_connection_that_breaks_for_a_moment(tmp_path: Path) -> None:
+    async with connected_bus(tmp_path, RUN, PLAN, leaves=False, links={"site-a": WanSettings()}) as bus:
+        link, site = bus.servers.links["site-a"], bus.sites["a"]
+        waiting = asyncio.create_task(site.wait_away())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        link.cut()
+        link.restore()
+        async with asyncio.timeout(10):
+            await waiting
+            await site.wait_connected()
+        await site.publish(subjects.head(UPDATE), b"on it goes", message_id="on")
