@@ -30,8 +30,12 @@ check: install  ## format, lint, types, import rules, doctests, unit and propert
 test-long: install  ## the long forms as well
 	$(BIN)/pytest -m ''
 
+SEED ?= 1
+soak: install  ## five minutes of faults at random; SEED=3 draws others
+	SOAK_SEED=$(SEED) $(BIN)/pytest -m long tests/e2e/test_soak.py
+
 format: install  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: help install demo test check test-long format
+.PHONY: help install demo test check test-long soak format

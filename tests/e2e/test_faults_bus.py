@@ -5,31 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from fednats.testbed.book import Book, Fate
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import Running, running
 from fednats.testbed.ledger import APPLIED, Ledger
 from fednats.testbed.nats_server import NatsServer
-from fednats.subjects import HUB
+from fednats.testbed.wan import WanSettings
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
-from tests.e2e.until import LIMIT_S, end_after, reached, until
+from tests.e2e.until import end_after, reached, takes_part, until, version_now
 
-PACE = 20.0
-"""Training takes so many times as long as it could: half a second or so, and a version about as long."""
+FAR = WanSettings(delay_ms=100)
+"""Between each site and its region: paces the run, so that nobody has to train for long."""
+MANY = 12
+"""Versions after which a stream that is made anew is shorter than what others have copied of the lost one."""
 
 
 @pytest.fixture
 def federation(make_federation: MakeFederation) -> FederationSettings:
     """Two regions of two sites, in a run that goes on until it is ended."""
-    regions = {"north": ["a", "b"], "south": ["c", "d"]}
-    made = make_federation(regions, stop={"max_versions": 10_000})
-    return made.with_slow(dict.fromkeys(made.sites, PACE))
-
-
-def version_now(federation_running: Running) -> int:
-    """Return the newest version that the coordinator has journalled."""
-    return Book(HUB, federation_running.output / "coordinator" / "journal.sqlite")._version
+    made = make_federation({"north": ["a", "b"], "south": ["c", "d"]}, stop={"max_versions": 10_000})
+    sites = {name: site.model_copy(update={"wan": FAR}) for name, site in made.sites.items()}
+    return made.model_copy(update={"sites": sites})
 
 
 async def version_grows(federation_running: Running, n_versions: int = 2) -> int:
@@ -37,27 +33,6 @@ async def version_grows(federation_running: Running, n_versions: int = 2) -> int
     version = await asyncio.to_thread(version_now, federation_running)
     statuses = await until(federation_running, reached(version + n_versions))
     return int(statuses["coordinator"]["version"])
-
-
-async def takes_part(federation_running: Running, region: str) -> None:
-    """Wait until a sum that ``region`` makes from now on, on a version from now on, is in the model."""
-    version = await asyncio.to_thread(version_now, federation_running)
-
-    def is_in() -> bool:
-        book = Book(HUB, federation_running.output / "coordinator" / "journal.sqlite")
-        return any(
-            taken.fate is Fate.SUMMED and taken.head.region == region and taken.head.model_version >= version
-            for taken in book.taken.values()
-        )
-
-    try:
-        async with asyncio.timeout(LIMIT_S):
-            while not await asyncio.to_thread(is_in):
-                federation_running.daemons.check()
-                await asyncio.sleep(0.2)
-    except TimeoutError:
-        statuses = await federation_running.daemons.statuses()
-        raise AssertionError(f"{region} is not in the model {LIMIT_S} s later: {statuses}") from None
 
 
 async def ends_well(federation_running: Running) -> Ledger:
@@ -128,7 +103,7 @@ async def test_a_leaf_link_flaps_every_two_seconds(federation: FederationSetting
 
 async def test_the_hub_loses_its_store(federation: FederationSettings, tmp_path: Path) -> None:
     async with running(federation, tmp_path / "out") as federation_running:
-        await until(federation_running, reached(3))
+        await until(federation_running, reached(MANY))
         hub = federation_running.servers.hub
         await hub.kill()
         await hub.wipe()
@@ -144,7 +119,7 @@ async def test_the_hub_loses_its_store(federation: FederationSettings, tmp_path:
 async def test_a_leaf_server_loses_its_store(federation: FederationSettings, tmp_path: Path) -> None:
     """While its link is cut and its sites have nothing to send, all that it holds is elsewhere as well."""
     async with running(federation, tmp_path / "out") as federation_running:
-        await until(federation_running, reached(3))
+        await until(federation_running, reached(MANY))
         leaf = federation_running.servers.leaves["north"]
         await leaf.kill()
         await leaf.wipe()
