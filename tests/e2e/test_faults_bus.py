@@ -1,18 +1,21 @@
 """Servers that are killed or lose their disk, and links that are cut: the others go on, and nothing is lost or counted twice."""
 
 import asyncio
+import signal
 from pathlib import Path
 
 import pytest
 
+from fednats.testbed.book import Book, Fate
+from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED, Ledger
+from fednats.testbed.ledger import APPLIED, OVERTAKEN_S, Ledger, verify
 from fednats.testbed.nats_server import NatsServer
 from fednats.testbed.wan import WanSettings
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
-from tests.e2e.until import end_after, reached, takes_part, until, version_now
+from tests.e2e.until import LIMIT_S, end_after, reached, takes_part, until, version_now
 
 FAR = WanSettings(delay_ms=100)
 """Between each site and its region: paces the run, so that nobody has to train for long."""
@@ -22,8 +25,12 @@ MANY = 12
 
 @pytest.fixture
 def federation(make_federation: MakeFederation) -> FederationSettings:
-    """Two regions of two sites, in a run that goes on until it is ended."""
-    made = make_federation({"north": ["a", "b"], "south": ["c", "d"]}, stop={"max_versions": 10_000})
+    """Two regions of two sites, in a run that goes on until it is ended and takes what comes late."""
+    made = make_federation(
+        {"north": ["a", "b"], "south": ["c", "d"]},
+        aggregation={"staleness": {"max_staleness": 1000}},
+        stop={"max_versions": 10_000},
+    )
     sites = {name: site.model_copy(update={"wan": FAR}) for name, site in made.sites.items()}
     return made.model_copy(update={"sites": sites})
 
@@ -43,10 +50,10 @@ async def ends_well(federation_running: Running) -> Ledger:
     return ledger
 
 
-async def killed_for(server: NatsServer, seconds: float) -> None:
-    """SIGKILL, and start again after a while."""
+async def wiped(server: NatsServer) -> None:
+    """SIGKILL, lose the disk, and start again."""
     await server.kill()
-    await asyncio.sleep(seconds)
+    await server.wipe()
     await server.start()
 
 
@@ -65,7 +72,9 @@ async def test_a_leaf_server_is_killed(federation: FederationSettings, tmp_path:
 async def test_the_hub_is_killed(federation: FederationSettings, tmp_path: Path) -> None:
     async with running(federation, tmp_path / "out") as federation_running:
         await until(federation_running, reached(3))
-        await killed_for(federation_running.servers.hub, 5)
+        await federation_running.servers.hub.kill()
+        await asyncio.sleep(5)
+        await federation_running.servers.hub.start()
         for region in federation.regions:
             await takes_part(federation_running, region)
         await ends_well(federation_running)
@@ -104,10 +113,7 @@ async def test_a_leaf_link_flaps_every_two_seconds(federation: FederationSetting
 async def test_the_hub_loses_its_store(federation: FederationSettings, tmp_path: Path) -> None:
     async with running(federation, tmp_path / "out") as federation_running:
         await until(federation_running, reached(MANY))
-        hub = federation_running.servers.hub
-        await hub.kill()
-        await hub.wipe()
-        await hub.start()
+        await wiped(federation_running.servers.hub)
         for region in federation.regions:
             await takes_part(federation_running, region)
         await ends_well(federation_running)
@@ -116,14 +122,61 @@ async def test_the_hub_loses_its_store(federation: FederationSettings, tmp_path:
     assert '"event": "version_published_again"' in log
 
 
+def waiting(output: Path, region: str) -> list[str]:
+    """Return the ids of the updates that ``region`` has taken in and not summed."""
+    book = Book(region, output / f"aggregator-{region}" / "journal.sqlite")
+    return [identity for identity, taken in book.taken.items() if taken.fate is Fate.WAITING]
+
+
+async def hold_still(federation_running: Running, region: str) -> None:
+    """Stop the sites of ``region`` in a moment in which its server has nothing that is not elsewhere as well."""
+    sites = [federation_running.daemons[f"site-{site}"] for site in federation_running.servers.plan[region].sites]
+
+    def nothing_there() -> bool:
+        return not waiting(federation_running.output, region) and not verify(federation_running.output).n_under_way
+
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            for site in sites:
+                site.send(signal.SIGSTOP)
+            await asyncio.sleep(1)
+            if await asyncio.to_thread(nothing_there):
+                return
+            for site in sites:
+                site.send(signal.SIGCONT)
+            await asyncio.sleep(0.3)
+
+
 async def test_a_leaf_server_loses_its_store(federation: FederationSettings, tmp_path: Path) -> None:
-    """While its link is cut and its sites have nothing to send, all that it holds is elsewhere as well."""
     async with running(federation, tmp_path / "out") as federation_running:
         await until(federation_running, reached(MANY))
-        leaf = federation_running.servers.leaves["north"]
-        await leaf.kill()
-        await leaf.wipe()
-        await leaf.start()
+        await hold_still(federation_running, "north")
+        await wiped(federation_running.servers.leaves["north"])
+        for site in federation_running.servers.plan["north"].sites:
+            federation_running.daemons[f"site-{site}"].send(signal.SIGCONT)
         for region in federation.regions:
             await takes_part(federation_running, region)
         await ends_well(federation_running)
+
+
+async def test_what_a_lost_store_alone_had_is_named_as_lost(federation: FederationSettings, tmp_path: Path) -> None:
+    """A site keeps an update until its region's server has it; the one that waits there for another is on one disk."""
+    output = tmp_path / "out"
+    async with running(federation, output) as federation_running:
+        await until(federation_running, reached(3))
+        await federation_running.daemons["site-b"].stop()
+        await happens(lambda: asyncio.to_thread(waiting, output, "north"), LIMIT_S)
+        await federation_running.daemons["site-a"].stop()
+        only_there = await asyncio.to_thread(waiting, output, "north")
+        await wiped(federation_running.servers.leaves["north"])
+        for site in "ab":
+            await federation_running.daemons[f"site-{site}"].start()
+        for region in federation.regions:
+            await takes_part(federation_running, region)
+        await asyncio.sleep(OVERTAKEN_S)
+        await takes_part(federation_running, "north")
+        statuses = await end_after(federation_running, 3)
+        ledger = await asyncio.to_thread(verify, output)
+    assert {finding.split()[2] for finding in ledger.findings} == set(only_there)
+    assert all(finding.startswith("lost: update ") for finding in ledger.findings)
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"]
