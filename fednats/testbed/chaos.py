@@ -1,121 +1,179 @@
-"""Faults at random over a running federation, the same ones in the same order for the same seed."""
+"""Faults at random over a federation that runs: what is killed, cut and sent twice, when and for how long, by a seed."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from random import Random
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 
 import structlog
 
+from fednats.errors import BusError
+from fednats.testbed.again import send_region_again, send_site_again
 from fednats.testbed.launch import Running
-from fednats.testbed.nats_server import NatsServer
-from fednats.testbed.processes import DaemonProcess
-from fednats.testbed.wan import Wan
 
-N_AT_ONCE = 2
-"""Faults that go on at the same time, each of something else."""
+SHORTEST_S, LONGEST_S = 1.0, 15.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 4.0
+FLAP_S = 2.0
+SETTLE_S = 2 * FLAP_S
+"""From the end of one fault to the next at the same target; flapping may take so much longer."""
 
-CALM_S = 1.5
-"""Mean pause between two faults of one kind of trouble."""
-
-LONGEST_S = 6.0
-"""So long something stays down or cut at most."""
-
-FLAPS = 4
-FLAP_S = 0.5
-
-Fault = Callable[[Random], Awaitable[None]]
+_WATCH_S = 0.25
 
 log = structlog.get_logger()
 
 
-class Chaos:
-    """Kills daemons and servers (SIGKILL) and cuts links. What a daemon's supervisor does, it does too: start it again.
+class Kind(StrEnum):
+    """What is done to a target."""
 
-    ``done`` says what was done, to whom, in order.
+    KILL = "kill"
+    """A daemon: SIGKILL; started again after a while."""
+    KILL_SERVER = "kill-server"
+    """The nats-server of a node: SIGKILL; started again, with its store, after a while."""
+    CUT = "cut"
+    """A link: all packets vanish; restored after a while."""
+    FLAP = "flap"
+    """A link: cut and restored every 2 s."""
+    REPEAT_SITE = "repeat-site"
+    """What a site has sent of late comes again, with other message ids."""
+    REPEAT_REGION = "repeat-region"
+    """The newest sum of a region comes again, with another message id."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault; ``at_s`` counts from the first moment."""
+
+    at_s: float
+    kind: Kind
+    target: str
+    for_s: float
+
+    def __str__(self) -> str:
+        """Return a line of a list of faults."""
+        return f"{self.at_s:6.1f} s  {self.kind} {self.target} for {self.for_s:.1f} s"
+
+
+def plan(targets: Mapping[Kind, list[str]], seed: int, duration_s: float) -> Iterator[Fault]:
+    """Draw faults that begin and end within ``duration_s``: several at a time, but one at a target.
+
+    >>> for fault in plan({Kind.CUT: ["region-north"], Kind.KILL: ["coordinator"]}, seed=1, duration_s=12):
+    ...     print(fault)
+       1.0 s  cut region-north for 2.7 s
+       4.1 s  kill coordinator for 7.9 s
+       8.1 s  cut region-north for 3.9 s
+    """
+    drawn = random.Random(seed)  # no secrets
+    free_at_s = dict.fromkeys((target for of_kind in targets.values() for target in of_kind), 0.0)
+    at_s = 0.0
+    while (at_s := at_s + drawn.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)) < duration_s - SHORTEST_S:
+        kind = drawn.choice(list(targets))
+        target = drawn.choice(targets[kind])
+        for_s = min(drawn.uniform(SHORTEST_S, LONGEST_S), duration_s - at_s)
+        if free_at_s[target] <= at_s:
+            free_at_s[target] = at_s + for_s + SETTLE_S
+            yield Fault(round(at_s, 1), kind, target, round(for_s, 1))
+
+
+class Chaos:
+    """The faults of one seed over one running federation.
+
+    A daemon that is started while it cannot reach the bus ends by itself, and is started again, as a service manager
+    would do. One that ends for any other reason ends all with `DaemonDiedError`.
     """
 
     def __init__(self, running: Running, seed: int) -> None:
-        self.done: list[str] = []
+        self.begun: list[Fault] = []
+        """What has been done so far: to be shown when something goes wrong."""
         self._running = running
         self._seed = seed
-        self._faults: dict[str, Fault] = {}
-        for name in running.daemons.names:
-            self._faults[f"kill {name}"] = self._killing(name, running.daemons[name])
-        for server in (running.servers.hub, *running.servers.leaves.values()):
-            self._faults[f"kill server {server.name}"] = self._killing(server.name, server)
-        for name, link in running.links.items():
-            self._faults[f"cut {name}"] = self._cutting(link)
-            self._faults[f"flap {name}"] = self._flapping(link)
-        self._busy: set[str] = set()
+        self._servers = {server.name: server for server in (running.servers.hub, *running.servers.leaves.values())}
+        self._starting = asyncio.Lock()
+        """Nothing is started twice."""
+        self._down: set[str] = set()
 
     async def run(self, duration_s: float) -> None:
-        """Make trouble for so long; everything is whole again on return."""
+        """Do what is planned; returns when all is restored and every daemon is ready."""
         loop = asyncio.get_running_loop()
-        ends_at = loop.time() + duration_s
-        supervising = asyncio.create_task(self._supervise(), name="supervise")
+        started = loop.time()
+        async with asyncio.TaskGroup() as all_of_it:
+            managing = all_of_it.create_task(self._manage(), name="service manager")
+            async with asyncio.TaskGroup() as faults:
+                for fault in plan(self._targets(), self._seed, duration_s):
+                    await asyncio.sleep(max(0.0, started + fault.at_s - loop.time()))
+                    log.info("fault", kind=fault.kind.value, target=fault.target, for_s=fault.for_s)
+                    self.begun.append(fault)
+                    faults.create_task(self._do(fault), name=str(fault))
+            await self._all_ready()
+            managing.cancel()
+
+    def _targets(self) -> dict[Kind, list[str]]:
+        regions, links = self._running.servers.plan, list(self._running.links)
+        return {
+            Kind.KILL: [daemon.name for daemon in self._running.daemons],
+            Kind.KILL_SERVER: list(self._servers),
+            Kind.CUT: links,
+            Kind.FLAP: links,
+            Kind.REPEAT_SITE: [site for region in regions.values() for site in region.sites],
+            Kind.REPEAT_REGION: list(regions),
+        }
+
+    async def _do(self, fault: Fault) -> None:
+        match fault.kind:
+            case Kind.KILL:
+                await self._kill(fault)
+            case Kind.KILL_SERVER:
+                await self._servers[fault.target].kill()
+                await asyncio.sleep(fault.for_s)
+                await self._servers[fault.target].start()
+            case Kind.CUT:
+                await self._cut(fault.target, fault.for_s)
+            case Kind.FLAP:
+                for _ in range(max(1, round(fault.for_s / (2 * FLAP_S)))):
+                    await self._cut(fault.target, FLAP_S)
+                    await asyncio.sleep(FLAP_S)
+            case Kind.REPEAT_SITE | Kind.REPEAT_REGION:
+                await self._repeat(fault)
+
+    async def _kill(self, fault: Fault) -> None:
+        daemon = self._running.daemons[fault.target]
+        async with self._starting:
+            self._down.add(fault.target)
+            await daemon.kill()
+        await asyncio.sleep(fault.for_s)
+        async with self._starting:
+            await daemon.start()
+            self._down.discard(fault.target)
+
+    async def _cut(self, link: str, for_s: float) -> None:
+        self._running.links[link].cut()
+        await asyncio.sleep(for_s)
+        self._running.links[link].restore()
+
+    async def _repeat(self, fault: Fault) -> None:
+        send_again = send_site_again if fault.kind is Kind.REPEAT_SITE else send_region_again
         try:
-            async with asyncio.TaskGroup() as group:
-                for number in range(N_AT_ONCE):
-                    group.create_task(
-                        self._trouble(Random(f"{self._seed}/{number}"), ends_at), name=f"trouble {number}"
-                    )
-        finally:
-            supervising.cancel()
-            await asyncio.gather(supervising, return_exceptions=True)
-        await self._start_ended()
+            async with asyncio.timeout(fault.for_s):
+                await send_again(self._running, fault.target, f"again-{fault.at_s}")
+        except (BusError, TimeoutError) as error:  # another fault has its server or its link
+            log.info("not_repeated", target=fault.target, error=str(error))
 
-    async def _trouble(self, random: Random, ends_at: float) -> None:
-        loop = asyncio.get_running_loop()
+    async def _manage(self) -> None:
+        """Start again what cannot reach the bus, for ever."""
         while True:
-            await asyncio.sleep(random.expovariate(1 / CALM_S))
-            name = random.choice(sorted(self._faults))
-            target = name.rpartition(" ")[2]
-            if loop.time() + LONGEST_S > ends_at:
-                return
-            if target in self._busy:
-                continue
-            self._busy.add(target)
-            self.done.append(name)
-            log.info("fault", fault=name)
-            await self._faults[name](random)
-            self._busy.discard(target)
+            await asyncio.sleep(_WATCH_S)
+            async with self._starting:
+                for daemon in self._running.daemons:
+                    if daemon.name in self._down or not daemon.ended:
+                        continue
+                    if f'"kind": "{BusError.__name__}"' not in daemon.log_tail():
+                        daemon.check()
+                    log.info("started_again", daemon=daemon.name)
+                    await daemon.start()
 
-    def _killing(self, name: str, victim: DaemonProcess | NatsServer) -> Fault:
-        async def kill(random: Random) -> None:
-            await victim.kill()
-            await asyncio.sleep(random.uniform(0, LONGEST_S / 2))
-            await victim.start()
-            log.debug("started_again", name=name)
-
-        return kill
-
-    def _cutting(self, link: Wan) -> Fault:
-        async def cut(random: Random) -> None:
-            link.cut()
-            await asyncio.sleep(random.uniform(0, LONGEST_S))
-            link.restore()
-
-        return cut
-
-    def _flapping(self, link: Wan) -> Fault:
-        async def flap(_random: Random) -> None:
-            for _ in range(FLAPS):
-                link.cut()
-                await asyncio.sleep(FLAP_S)
-                link.restore()
-                await asyncio.sleep(FLAP_S)
-
-        return flap
-
-    async def _supervise(self) -> None:
-        while True:
-            await asyncio.sleep(1.0)
-            await self._start_ended()
-
-    async def _start_ended(self) -> None:
-        """Start daemons again that ended by themselves, as one whose bus is down when it starts does."""
-        for name in self._running.daemons.names:
-            daemon = self._running.daemons[name]
-            if name not in self._busy and daemon.ended:
-                self.done.append(f"{name} ended by itself")
-                await daemon.start()
+    async def _all_ready(self) -> None:
+        names = {daemon.name for daemon in self._running.daemons}
+        ready: set[str] = set()
+        while ready != names:
+            await asyncio.sleep(_WATCH_S)
+            ready = {name for name, status in (await self._running.daemons.statuses()).items() if status["ready"]}

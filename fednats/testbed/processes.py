@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,11 +51,6 @@ class DaemonProcess:
             raise FednatsError(f"{self.role} {self.name} is not started")
         return self._process.pid
 
-    @property
-    def ended(self) -> bool:
-        """Whether the process has ended, by itself or by a signal."""
-        return self._process is not None and self._process.returncode is not None
-
     async def start(self) -> None:
         """Write the settings file and start the process, in a session of its own."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
@@ -85,13 +80,22 @@ class DaemonProcess:
         except (OSError, ValueError, aiohttp.ClientError, TimeoutError):
             return None
 
+    @property
+    def ended(self) -> bool:
+        """Whether it was started and has ended."""
+        return self._process is not None and self._process.returncode is not None
+
     def check(self) -> None:
         """Raise DaemonDiedError if the process has ended."""
         if self._process is not None and self._process.returncode is not None:
             raise DaemonDiedError(
                 f"{self.role} {self.name} ended with exit code {self._process.returncode}; {self.log_file} ends with:\n"
-                + "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+                + self.log_tail(_LOG_TAIL_LINES)
             )
+
+    def log_tail(self, n_lines: int = 1) -> str:
+        """Return the last lines of the log."""
+        return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-n_lines:])
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if the process lives."""
@@ -126,13 +130,11 @@ class Daemons:
         self._daemons = {daemon.name: daemon for daemon in daemons}
         self._session: aiohttp.ClientSession | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of all daemons."""
-        return tuple(self._daemons)
-
     def __getitem__(self, name: str) -> DaemonProcess:
         return self._daemons[name]
+
+    def __iter__(self) -> Iterator[DaemonProcess]:
+        return iter(self._daemons.values())
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))

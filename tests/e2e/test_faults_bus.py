@@ -1,36 +1,38 @@
 """Servers that are killed or lose their disk, and links that are cut: the others go on, and nothing is lost or counted twice."""
 
 import asyncio
+import signal
 from pathlib import Path
 
 import pytest
 
-from fednats.messages import Aggregate
-from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate
+from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED, Ledger
+from fednats.testbed.ledger import APPLIED, OVERTAKEN_S, Ledger, verify
 from fednats.testbed.nats_server import NatsServer
+from fednats.testbed.wan import WanSettings
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
-from tests.e2e.until import LIMIT_S, end_after, reached, until
+from tests.e2e.until import LIMIT_S, end_after, reached, takes_part, until, version_now
 
-PACE = 20.0
-"""Training takes so many times as long as it could: half a second or so, and a version about as long."""
+FAR = WanSettings(delay_ms=100)
+"""Between each site and its region: paces the run, so that nobody has to train for long."""
+MANY = 12
+"""Versions after which a stream that is made anew is shorter than what others have copied of the lost one."""
 
 
 @pytest.fixture
 def federation(make_federation: MakeFederation) -> FederationSettings:
-    """Two regions of two sites, in a run that goes on until it is ended."""
-    regions = {"north": ["a", "b"], "south": ["c", "d"]}
-    made = make_federation(regions, stop={"max_versions": 10_000})
-    return made.with_slow(dict.fromkeys(made.sites, PACE))
-
-
-def version_now(federation_running: Running) -> int:
-    """Return the newest version that the coordinator has journalled."""
-    return Book(HUB, federation_running.output / "coordinator" / "journal.sqlite")._version
+    """Two regions of two sites, in a run that goes on until it is ended and takes what comes late."""
+    made = make_federation(
+        {"north": ["a", "b"], "south": ["c", "d"]},
+        aggregation={"staleness": {"max_staleness": 1000}},
+        stop={"max_versions": 10_000},
+    )
+    sites = {name: site.model_copy(update={"wan": FAR}) for name, site in made.sites.items()}
+    return made.model_copy(update={"sites": sites})
 
 
 async def version_grows(federation_running: Running, n_versions: int = 2) -> int:
@@ -38,30 +40,6 @@ async def version_grows(federation_running: Running, n_versions: int = 2) -> int
     version = await asyncio.to_thread(version_now, federation_running)
     statuses = await until(federation_running, reached(version + n_versions))
     return int(statuses["coordinator"]["version"])
-
-
-async def takes_part(federation_running: Running, region: str) -> None:
-    """Wait until a sum that ``region`` makes from now on, on a version from now on, is in the model."""
-    version = await asyncio.to_thread(version_now, federation_running)
-
-    def is_in() -> bool:
-        book = Book(HUB, federation_running.output / "coordinator" / "journal.sqlite")
-        return any(
-            taken.fate is Fate.SUMMED
-            and isinstance(taken.head, Aggregate)
-            and taken.head.region == region
-            and taken.head.model_version >= version
-            for taken in book.taken.values()
-        )
-
-    try:
-        async with asyncio.timeout(LIMIT_S):
-            while not await asyncio.to_thread(is_in):
-                federation_running.daemons.check()
-                await asyncio.sleep(0.2)
-    except TimeoutError:
-        statuses = await federation_running.daemons.statuses()
-        raise AssertionError(f"{region} is not in the model {LIMIT_S} s later: {statuses}") from None
 
 
 async def ends_well(federation_running: Running) -> Ledger:
@@ -72,10 +50,10 @@ async def ends_well(federation_running: Running) -> Ledger:
     return ledger
 
 
-async def killed_for(server: NatsServer, seconds: float) -> None:
-    """SIGKILL, and start again after a while."""
+async def wiped(server: NatsServer) -> None:
+    """SIGKILL, lose the disk, and start again."""
     await server.kill()
-    await asyncio.sleep(seconds)
+    await server.wipe()
     await server.start()
 
 
@@ -94,7 +72,9 @@ async def test_a_leaf_server_is_killed(federation: FederationSettings, tmp_path:
 async def test_the_hub_is_killed(federation: FederationSettings, tmp_path: Path) -> None:
     async with running(federation, tmp_path / "out") as federation_running:
         await until(federation_running, reached(3))
-        await killed_for(federation_running.servers.hub, 5)
+        await federation_running.servers.hub.kill()
+        await asyncio.sleep(5)
+        await federation_running.servers.hub.start()
         for region in federation.regions:
             await takes_part(federation_running, region)
         await ends_well(federation_running)
@@ -132,11 +112,8 @@ async def test_a_leaf_link_flaps_every_two_seconds(federation: FederationSetting
 
 async def test_the_hub_loses_its_store(federation: FederationSettings, tmp_path: Path) -> None:
     async with running(federation, tmp_path / "out") as federation_running:
-        await until(federation_running, reached(3))
-        hub = federation_running.servers.hub
-        await hub.kill()
-        await hub.wipe()
-        await hub.start()
+        await until(federation_running, reached(MANY))
+        await wiped(federation_running.servers.hub)
         for region in federation.regions:
             await takes_part(federation_running, region)
         await ends_well(federation_running)
@@ -145,14 +122,61 @@ async def test_the_hub_loses_its_store(federation: FederationSettings, tmp_path:
     assert '"event": "version_published_again"' in log
 
 
+def waiting(output: Path, region: str) -> list[str]:
+    """Return the ids of the updates that ``region`` has taken in and not summed."""
+    book = Book(region, output / f"aggregator-{region}" / "journal.sqlite")
+    return [identity for identity, taken in book.taken.items() if taken.fate is Fate.WAITING]
+
+
+async def hold_still(federation_running: Running, region: str) -> None:
+    """Stop the sites of ``region`` in a moment in which its server has nothing that is not elsewhere as well."""
+    sites = [federation_running.daemons[f"site-{site}"] for site in federation_running.servers.plan[region].sites]
+
+    def nothing_there() -> bool:
+        return not waiting(federation_running.output, region) and not verify(federation_running.output).n_under_way
+
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            for site in sites:
+                site.send(signal.SIGSTOP)
+            await asyncio.sleep(1)
+            if await asyncio.to_thread(nothing_there):
+                return
+            for site in sites:
+                site.send(signal.SIGCONT)
+            await asyncio.sleep(0.3)
+
+
 async def test_a_leaf_server_loses_its_store(federation: FederationSettings, tmp_path: Path) -> None:
-    """While its link is cut and its sites have nothing to send, all that it holds is elsewhere as well."""
     async with running(federation, tmp_path / "out") as federation_running:
-        await until(federation_running, reached(3))
-        leaf = federation_running.servers.leaves["north"]
-        await leaf.kill()
-        await leaf.wipe()
-        await leaf.start()
+        await until(federation_running, reached(MANY))
+        await hold_still(federation_running, "north")
+        await wiped(federation_running.servers.leaves["north"])
+        for site in federation_running.servers.plan["north"].sites:
+            federation_running.daemons[f"site-{site}"].send(signal.SIGCONT)
         for region in federation.regions:
             await takes_part(federation_running, region)
         await ends_well(federation_running)
+
+
+async def test_what_a_lost_store_alone_had_is_named_as_lost(federation: FederationSettings, tmp_path: Path) -> None:
+    """A site keeps an update until its region's server has it; the one that waits there for another is on one disk."""
+    output = tmp_path / "out"
+    async with running(federation, output) as federation_running:
+        await until(federation_running, reached(3))
+        await federation_running.daemons["site-b"].stop()
+        await happens(lambda: asyncio.to_thread(waiting, output, "north"), LIMIT_S)
+        await federation_running.daemons["site-a"].stop()
+        only_there = await asyncio.to_thread(waiting, output, "north")
+        await wiped(federation_running.servers.leaves["north"])
+        for site in "ab":
+            await federation_running.daemons[f"site-{site}"].start()
+        for region in federation.regions:
+            await takes_part(federation_running, region)
+        await asyncio.sleep(OVERTAKEN_S)
+        await takes_part(federation_running, "north")
+        statuses = await end_after(federation_running, 3)
+        ledger = await asyncio.to_thread(verify, output)
+    assert {finding.split()[2] for finding in ledger.findings} == set(only_there)
+    assert all(finding.startswith("lost: update ") for finding in ledger.findings)
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"]

@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fednats.config import CoordinatorSettings
+from fednats.messages import Aggregate
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint
+from fednats.subjects import HUB
+from fednats.testbed.book import Book, Fate
 from fednats.testbed.launch import COORDINATOR, Running
 
 Statuses = Mapping[str, Mapping[str, Any]]
@@ -51,3 +54,30 @@ async def end_after(running: Running, n_versions: int) -> Statuses:
     daemon.settings = settings.model_copy(update={"settings": settings.settings.model_copy(update={"stop": stop})})
     await daemon.start()
     return await until(running, closed)
+
+
+def version_now(federation_running: Running) -> int:
+    """Return the newest version that the coordinator has journalled."""
+    return Book(HUB, federation_running.output / "coordinator" / "journal.sqlite")._version
+
+
+async def takes_part(federation_running: Running, region: str) -> None:
+    """Wait until a sum that ``region`` makes from now on, on a version from now on, is in the model."""
+    version = await asyncio.to_thread(version_now, federation_running)
+
+    def is_in() -> bool:
+        book = Book(HUB, federation_running.output / "coordinator" / "journal.sqlite")
+        return any(
+            isinstance(taken.head, Aggregate) and taken.head.region == region and taken.head.model_version >= version
+            for taken in book.taken.values()
+            if taken.fate is Fate.SUMMED
+        )
+
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while not await asyncio.to_thread(is_in):
+                federation_running.daemons.check()
+                await asyncio.sleep(0.2)
+    except TimeoutError:
+        statuses = await federation_running.daemons.statuses()
+        raise AssertionError(f"{region} is not in the model {LIMIT_S} s later: {statuses}") from None
