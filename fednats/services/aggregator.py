@@ -35,8 +35,9 @@ from fednats.services.presence import watch_presence
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
+from fednats.storage.chunk_file import ChunkFile, read_chunks
 from fednats.storage.journal import Journal
-from fednats.storage.spool import Spool
+from fednats.storage.local_disk import local_disk
 from fednats.transport import streams
 from fednats.transport.bus import Bus
 
@@ -223,18 +224,21 @@ class AggregatorService:
             return [Combined(combination_id=identity)]
         fit = await self._fit  # after a restart, once the models are seen again
         weights = weigh(combination, fit.capacity)
-        with Spool(self._settings.state_dir / "sum.spool", identity) as spool:
-            try:
+        file = self._settings.state_dir / "sum.chunks"
+        file.unlink(missing_ok=True)
+        try:
+            with local_disk(self._settings.state_dir), ChunkFile(file) as made:
                 adder = Adder(self._worker, fit, combination, weights, self._tier.chunks)
                 async with aclosing(adder.chunks()) as chunks:
                     async for data in chunks:
-                        await asyncio.to_thread(spool.append, data)
-            except PartRefusedError as error:
-                return [CombineFailed(combination_id=identity, refused={error.part_id: (error.reason, error.detail)})]
-            except VanishedError as error:
-                return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
-            await persist(self._log, lambda: self._uplink.publish_payload(prefix, identity, off_loop(spool.chunks())))
-            head = head_of(self._settings.run, self._settings.region, combination, weights, spool.payload)
+                        await asyncio.to_thread(made.append, data)
+        except PartRefusedError as error:
+            return [CombineFailed(combination_id=identity, refused={error.part_id: (error.reason, error.detail)})]
+        except VanishedError as error:
+            return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
+        await persist(self._log, lambda: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file))))
+        file.unlink()
+        head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
         packed = wire.pack(head)
         await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), packed, identity))
         n_bytes = head.payload.n_bytes + len(packed)

@@ -22,6 +22,7 @@ from fednats.services.answers import Version
 from fednats.services.keys import read_key
 from fednats.services.next_version import NextVersion, first_version
 from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
+from fednats.storage.local_disk import local_disk
 
 
 class CoordinatorWorker:
@@ -32,6 +33,7 @@ class CoordinatorWorker:
         run = settings.settings
         self._decoder = decoder(run.delta, read_key(settings.secret_key_file, "secret_key_file"))
         self._chunk_bytes = run.delta.chunk_bytes
+        self._state_dir = settings.state_dir
         self._max_staleness = run.aggregation.staleness.max_staleness
         self._optimizer = ServerOptimizer(run.server)
         model = initial_model(make_task(settings.task.path, settings.task.options), run.seed)
@@ -88,14 +90,16 @@ class CoordinatorWorker:
 
         Raises:
             RefusedError: ``not_finite``: nothing was changed.
+            LocalStorageError: the disk is full; the version is not made, and can be made again.
         """
         squares = sum(_squares(self._mean[block]) for block in blocks(self._mean.size))
         if not np.isfinite(squares):
             raise RefusedError(Reason.NOT_FINITE, "the mean delta is not finite")
         adapted = self._adapted_grids(heads)
         self._mean *= np.float32(scale)
-        made = NextVersion(self._checkpoints, self._current, self._layout, self._chunk_bytes)
-        self._current = made.make(self._optimizer, self._mean, combination_id, adapted)
+        making = NextVersion(self._checkpoints, self._current, self._layout, self._chunk_bytes)
+        with local_disk(self._state_dir):
+            self._current = making.make(self._optimizer, self._mean, combination_id, adapted)
         self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
         return self.current()
