@@ -116,7 +116,7 @@ class SiteService:
         if self._bus.connected:
             try:
                 await self._send_pending()
-            except BusError as error:
+            except (BusError, LocalStorageError) as error:
                 self._log.warning("update_not_sent", error=str(error))  # it is in the outbox for the next start
 
     # --- models -------------------------------------------------------------------------------------------------------
