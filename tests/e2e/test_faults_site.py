@@ -95,7 +95,7 @@ async def test_a_site_killed_between_bus_and_ack_is_known_again(
 
         def taken_and_not_acked() -> str | None:
             unsent = {identity for (identity,) in outbox(now, "a", UNSENT)}
-            return next(iter(unsent & taken(now, "north")), None)
+            return next(iter(unsent & taken(now, "north")), None) if unsent else None
 
         update_id = await found(now, taken_and_not_acked)
         await now.daemons["site-a"].kill()
@@ -134,7 +134,7 @@ async def test_a_site_trains_on_without_its_link_and_catches_up(
 
 
 async def test_sending_goes_on_where_a_killed_site_was(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = large_and_plain(make_federation, tmp_path)
+    federation = large_and_plain(make_federation, tmp_path, 4_000_000)
     async with running(federation, tmp_path / "out", {"site-a": WanSettings(mbit=24)}) as now:
         link = now.links["site-a"]
         [(head,)] = await found(now, lambda: outbox(now, "a", "SELECT head FROM outgoing") or None)
@@ -151,11 +151,12 @@ async def test_sending_goes_on_where_a_killed_site_was(make_federation: MakeFede
 
 
 async def test_fetching_goes_on_where_a_killed_site_was(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = large_and_plain(make_federation, tmp_path)
+    n_parameters = 2_000_000
+    federation = large_and_plain(make_federation, tmp_path, n_parameters)
     async with running(federation, tmp_path / "out", {"site-a": WanSettings(mbit=24)}) as now:
         link = now.links["site-a"]
         folder = model_folder(now.output / "site-a")
-        n_bytes = 4 * N_LARGE
+        n_bytes = 4 * n_parameters
 
         def half_fetched() -> bool | None:
             return sum(file.stat().st_size for file in folder.glob("frame-*")) > n_bytes / 2 or None
@@ -164,7 +165,7 @@ async def test_fetching_goes_on_where_a_killed_site_was(make_federation: MakeFed
         await now.daemons["site-a"].kill()
         await now.daemons["site-a"].start()
         await until(now, in_state("site-a", "training"))
-        assert link.bytes_down < 1.3 * n_bytes
+        assert link.bytes_down < 1.4 * n_bytes
         await until(now, closed)
         ledger = await balanced(tmp_path / "out")
     assert ledger.accepted == {APPLIED: 2}
@@ -174,8 +175,8 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
     federation = make_federation(
         {"north": ["a", "b", "c"]},
         **wide(tmp_path, 100_000),
-        training={"local_steps": 200, "batch_size": 16, "learning_rate": 0.01},
-        stop={"max_versions": 25},
+        training={"local_steps": 100, "batch_size": 16, "learning_rate": 0.01},
+        stop={"max_versions": 18},
     )
     state_dir = tmp_path / "out" / "site-a"
     with small_disk(state_dir, n_bytes=16 * 2**20):
@@ -194,13 +195,13 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
             before = await until(now, lambda statuses: "site-a" in statuses)
             after = await until(now, lambda s: outbox_of(s, "a")["sent"] > outbox_of(before, "a")["sent"])
             await until(now, closed)
-            assert after["coordinator"]["version"] < 25
+            assert after["coordinator"]["version"] < 18
             ledger = await balanced(tmp_path / "out")
             orphans = (
                 "SELECT 1 FROM chunk WHERE update_id NOT IN (SELECT update_id FROM outgoing WHERE sent_at IS NULL)"
             )
             assert outbox(now, "a", orphans) == []
-        assert ledger.accepted[APPLIED] >= 2 * 25
+        assert ledger.accepted[APPLIED] >= 2 * 18
     versions = [failure["version"] for failure in failures]
     assert len(versions) == len(set(versions))  # once for every version: it does not spin
     assert any("outbox.sqlite" in failure["error"] for failure in failures)
@@ -233,13 +234,15 @@ async def test_clocks_that_are_a_day_off_change_nothing(
 
 # --- what they share ----------------------------------------------------------------------------------------------
 
-N_LARGE = 120_000 * 33 + 2
 
-
-def large_and_plain(make_federation: MakeFederation, folder: Path) -> Any:
+def large_and_plain(make_federation: MakeFederation, folder: Path, n_parameters: int) -> Any:
     """One version of a model that a slow link takes seconds for, in many small chunks."""
     return make_federation(
-        PAIR, **wide(folder, N_LARGE), delta={"cipher": "none", "chunk_bytes": 16 * 1024}, stop={"max_versions": 1}
+        PAIR,
+        **wide(folder, n_parameters),
+        training={"local_steps": 2, "batch_size": 16, "learning_rate": 0.01},
+        delta={"cipher": "none", "chunk_bytes": 16 * 1024},
+        stop={"max_versions": 1},
     )
 
 
