@@ -1,4 +1,4 @@
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from fednats.testbed.chaos import SETTLE_S, Kind, plan
 
@@ -23,7 +23,7 @@ def test_five_minutes_have_every_kind_of_fault_and_several_at_a_time() -> None:
     for seed in range(5):
         faults = list(plan(TARGETS, seed, DURATION_S))
         assert {fault.kind for fault in faults} == set(Kind)
-        assert any(later.at_s < fault.at_s + fault.for_s for fault, later in zip(faults, faults[1:], strict=False))
+        assert any(later.at_s < fault.at_s + fault.for_s for fault, later in pairwise(faults))
 
 
 def test_a_target_has_one_fault_at_a_time_and_all_end_in_time() -> None:
@@ -31,6 +31,6 @@ def test_a_target_has_one_fault_at_a_time_and_all_end_in_time() -> None:
         by_target = sorted(plan(TARGETS, seed, DURATION_S), key=lambda fault: (fault.target, fault.at_s))
         for _target, group in groupby(by_target, key=lambda fault: fault.target):
             faults = list(group)
-            for fault, later in zip(faults, faults[1:], strict=False):
+            for fault, later in pairwise(faults):
                 assert later.at_s >= fault.at_s + fault.for_s + SETTLE_S - 0.2  # both are rounded
             assert all(fault.for_s > 0 and fault.at_s + fault.for_s <= DURATION_S + 0.1 for fault in faults)
