@@ -64,14 +64,15 @@ def plan(targets: Mapping[Kind, list[str]], seed: int, duration_s: float) -> Ite
        8.1 s  cut region-north for 3.9 s
     """
     drawn = random.Random(seed)  # no secrets
-    free_at_s = dict.fromkeys((target for of_kind in targets.values() for target in of_kind), 0.0)
+    free_at_s: dict[tuple[bool, str], float] = {}
     at_s = 0.0
     while (at_s := at_s + drawn.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)) < duration_s - SHORTEST_S:
         kind = drawn.choice(list(targets))
         target = drawn.choice(targets[kind])
         for_s = min(drawn.uniform(SHORTEST_S, LONGEST_S), duration_s - at_s)
-        if free_at_s[target] <= at_s:
-            free_at_s[target] = at_s + for_s + SETTLE_S
+        thing = (kind in {Kind.CUT, Kind.FLAP}, target)  # a site and its link have the same name
+        if free_at_s.get(thing, 0.0) <= at_s:
+            free_at_s[thing] = at_s + for_s + SETTLE_S
             yield Fault(round(at_s, 1), kind, target, round(for_s, 1))
 
 
