@@ -106,9 +106,9 @@ async def rejects(bus: Bus, count: int) -> list[Reject]:
         return bool((await bus._connection.api(f"STREAM.INFO.{stream}"))["state"]["messages"] >= count)
 
     await happens(all_there)
-    last = (await bus._connection.api(f"STREAM.INFO.{stream}"))["state"]["last_seq"]
+    state = (await bus._connection.api(f"STREAM.INFO.{stream}"))["state"]
     found = []
-    for sequence in range(1, last + 1):
+    for sequence in range(state["first_seq"], state["last_seq"] + 1):
         answer = await bus._connection.api(f"STREAM.MSG.GET.{stream}", {"seq": sequence})
         reject = wire.unpack(base64.b64decode(answer["message"]["data"]), Reject)
         assert answer["message"]["subject"] == subjects.reject("small", "north", reject.sender, reject.reason)
