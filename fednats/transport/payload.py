@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from fednats import subjects
 from fednats.errors import Reason, RefusedError
-from fednats.transport.connection import AwayError, Connection, answer
+from fednats.transport.answer import AwayError, answer
+from fednats.transport.connection import Connection
 from fednats.wire import digest
 
 T = TypeVar("T")
