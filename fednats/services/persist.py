@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fednats.errors import BusError, BusFullError
+from fednats.transport.answer import NobodyError
 from fednats.transport.bus import Bus, Record
-from fednats.transport.connection import NobodyError
 
 RETRY_S = 2.0
 """Pause after the bus refused something, before it is offered or asked again."""

@@ -23,7 +23,8 @@ from nats.micro.request import Request
 from fednats import subjects as names
 from fednats.config import BusSettings
 from fednats.transport import payload
-from fednats.transport.connection import AwayError, Connection, NobodyError, NoStreamError, answer, connection
+from fednats.transport.answer import AwayError, NobodyError, NoStreamError, answer
+from fednats.transport.connection import Connection, connection
 from fednats.transport.consumer import Consumer, Delivery
 from fednats.transport.streams import BucketSpec, StreamSpec
 from fednats.transport.upkeep import Upkeep

@@ -17,7 +17,8 @@ from nats.aio.subscription import Subscription
 
 from fednats import permissions
 from fednats.config import BusSettings
-from fednats.errors import BusError, BusFullError, ConfigError
+from fednats.errors import BusError, ConfigError
+from fednats.transport.answer import AwayError, NobodyError, answer
 from fednats.transport.flow import Flow
 
 CONNECT_TIMEOUT_S = 10.0
@@ -31,24 +32,10 @@ DEAD_AFTER_S = 20.0
 CLOSE_TIMEOUT_S = 5.0
 
 _NEVER_S = 10**9
+_BLINK_S = 0.02
 _NO_MESSAGE = "404"
-_NO_STREAM = 10059
-_FULL = {10023, 10028, 10047}
-_STORE_FAILED = 10077
 
 log = structlog.get_logger()
-
-
-class AwayError(BusError):
-    """The bus did not answer: it is away or slow. Trying again is right."""
-
-
-class NobodyError(BusError):
-    """Nobody takes the subject: no stream, no service, or a domain that is not linked just now."""
-
-
-class NoStreamError(BusError):
-    """The stream does not exist."""
 
 
 class Connection:
@@ -81,6 +68,10 @@ class Connection:
         """Wait until it stands; raises BusError if it was closed for good."""
         await self._up.wait()
         self._check()
+        while not self.connected:  # nats-py knows that it broke, and says so only when the socket is closed
+            await asyncio.sleep(_BLINK_S)
+            await self._up.wait()
+            self._check()
 
     async def wait_away(self) -> None:
         """Wait until it breaks, or return at once while it is broken; raises BusError if it was closed for good."""
@@ -291,21 +282,6 @@ async def connection(settings: BusSettings, name: str) -> AsyncIterator[Connecti
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await opened.close()
-
-
-def answer(data: bytes, what: str) -> dict[str, Any]:
-    """Return JetStream's JSON answer; raises BusFullError, NoStreamError or BusError if it says so."""
-    try:
-        body = json.loads(data)
-    except ValueError:
-        raise BusError(f"{what}: not an answer of JetStream") from None
-    error = body.get("error") if isinstance(body, dict) else {"description": "not an object"}
-    if not error:
-        return dict(body)
-    code, text = error.get("err_code"), f"{what}: {error.get('description')} ({error.get('err_code')})"
-    if code in _FULL or (code == _STORE_FAILED and "maximum" in text):
-        raise BusFullError(text)
-    raise NoStreamError(text) if code == _NO_STREAM else BusError(text)
 
 
 async def _settle(asking: asyncio.Task[Msg], broken: asyncio.Future[None]) -> None:

@@ -17,7 +17,8 @@ from nats.aio.msg import Msg
 from nats.errors import NotJSMessageError
 
 from fednats.errors import BusError
-from fednats.transport.connection import AwayError, Connection
+from fednats.transport.answer import AwayError
+from fednats.transport.connection import Connection
 
 ACK_WAIT_S = 8.0
 IN_WORK_INTERVAL_S = 2.5

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from fednats import subjects
 from fednats.errors import Reason, RefusedError
-from fednats.transport.connection import AwayError, Connection, NobodyError, answer
+from fednats.transport.answer import AwayError, NobodyError, answer
+from fednats.transport.connection import Connection
 from fednats.wire import digest
 
 PAUSE_S = 0.2

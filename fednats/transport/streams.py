@@ -47,10 +47,11 @@ class Origin:
     """What is heard from there while the link stands; none: it is on the same server."""
 
     def config(self) -> Mapping[str, Any]:
-        """Return it as the server's JSON."""
-        if self.api is None:
-            return {"name": self.stream}
-        return {"name": self.stream, "external": {"api": self.api, "deliver": self.deliver}}
+        """Return it as the server's JSON: all of it, where the server alone might start at the newest of other origins."""
+        config: dict[str, Any] = {"name": self.stream, "opt_start_seq": 1}
+        if self.api is not None:
+            config["external"] = {"api": self.api, "deliver": self.deliver}
+        return config
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from types import TracebackType
 from typing import Self
 
 from fednats.errors import BusError
-from fednats.transport.connection import AwayError, Connection, NoStreamError
+from fednats.transport.answer import AwayError, NoStreamError
+from fednats.transport.connection import Connection
 from fednats.transport.copying import PULSE_INTERVAL_S, Copying
 from fednats.transport.streams import BucketSpec, StreamSpec
 

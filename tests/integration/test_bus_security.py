@@ -262,6 +262,16 @@ async def test_a_rogue_leaf_with_the_links_key_reaches_no_other_regions_streams(
             return isinstance(answer, dict) and "created" in answer
 
         await until(linked)
+        await thief.listen("$JS.S.*", "$JS.M.*", "fed_deliver.>", f"{permissions.deliver('north')}.S.*")
+        head = subjects.head(subjects.aggregate(RUN, "north"))
+        await bus.uplinks["north"].publish(head, b"sum of north", message_id="rogue listens")
+
+        async def copied() -> bool:
+            record = await bus.coordinator.last(subjects.inbox_stream(RUN, HUB), head)
+            return record is not None and record.data == b"sum of north"
+
+        await until(copied)
+        assert b"sum of north" not in thief.heard
         await assert_nothing_got(thief, bus, "rogue")
         targets = ((AGGREGATES, "$JS.north.API"), (models, "$JS.hub.API"))
         requests = [request for stream, api in targets for request in asked_of(api, stream, reads=False)]

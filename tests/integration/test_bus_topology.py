@@ -2,15 +2,18 @@
 
 import asyncio
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fednats import subjects
 from fednats.errors import BusError
+from fednats.permissions import user_name
 from fednats.subjects import HUB
-from fednats.testbed.bus_servers import RegionPlan
+from fednats.testbed.bus_servers import RegionPlan, bus_servers
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
+from fednats.transport import streams
 from fednats.transport.bus import Bus
 from fednats.wire import digest
 
@@ -156,3 +159,30 @@ async def test_the_leaf_link_shows_in_the_monitoring_and_interest_crosses_it(tmp
             return b'"buffered": 3' in await bus.observer.ask(status)
 
         await until(answered)
+
+
+async def test_a_region_that_joins_late_has_all_its_aggregates_copied(tmp_path: Path) -> None:
+    """JetStream would start from the time of the newest message that others have sent meanwhile."""
+    plan = (RegionPlan("north"), RegionPlan("south"))
+    async with (
+        bus_servers(tmp_path, RUN, plan, leaves=False) as servers,
+        Bus.connect(servers.coordinator(), user_name("coordinator", HUB)) as coordinator,
+        Bus.connect(servers.uplink("north"), user_name("uplink", "north")) as north,
+        Bus.connect(servers.uplink("south"), user_name("uplink", "south")) as south,
+    ):
+        for spec in streams.at_hub(RUN, ["north"], leaves=False):
+            await coordinator.ensure_stream(spec)
+        inbox = subjects.inbox_stream(RUN, HUB)
+
+        async def arrived(number: int) -> bool:
+            record = await coordinator.last(inbox, subjects.head(subjects.aggregate(RUN, "north")))
+            return record is not None and record.data == f"north-{number}".encode()
+
+        await south.ensure_stream(streams.at_uplink(RUN, "south", leaves=False)[0])
+        await publish_aggregate(south, "south", 1)
+        await north.ensure_stream(streams.at_uplink(RUN, "north", leaves=False)[0])
+        for number in (1, 2):
+            await publish_aggregate(north, "north", number)
+            await until(partial(arrived, number))
+        await coordinator.ensure_stream(streams.at_hub(RUN, ["north", "south"], leaves=False)[1])
+        await assert_aggregates_arrive(coordinator, HUB, {"north-1", "north-2", "south-1"})

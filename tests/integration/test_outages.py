@@ -3,7 +3,6 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -32,11 +31,12 @@ async def sent(bus: Bus, prefix: str, payload_id: str) -> None:
 
 
 async def arrives(bus: Bus, stream: str, prefix: str, payload_id: str, within_s: float) -> None:
-    async with asyncio.timeout(within_s), aclosing(bus.follow(stream, [subjects.head(prefix)])) as heads:
-        async for head in heads:
-            if head.data == payload_id.encode():
-                break
-        assert [chunk async for chunk in bus.read_payload(stream, prefix, payload_id, DIGESTS)] == CHUNKS
+    async def there() -> bool:
+        head = await bus.last(stream, subjects.head(prefix))
+        return head is not None and head.data == payload_id.encode()
+
+    await until(there, within_s)
+    assert [chunk async for chunk in bus.read_payload(stream, prefix, payload_id, DIGESTS)] == CHUNKS
 
 
 async def both_ways(bus: ConnectedBus, payload_id: str, within_s: float) -> None:
@@ -61,16 +61,22 @@ async def test_a_leaf_link_that_was_cut_goes_on_within_seconds(tmp_path: Path, c
         await sent(bus.uplinks["north"], AGGREGATE, "meanwhile")
         await asyncio.sleep(cut_s)
         link.restore()
-        await both_ways(bus, "after", 10)
+        await both_ways(bus, "after", 6)
 
 
 async def test_a_leaf_link_that_comes_and_goes_every_two_seconds_makes_progress(tmp_path: Path) -> None:
     wan = WanSettings(delay_ms=20, mbit=50)
     async with connected_bus(tmp_path, RUN, PLAN, links={"region-north": wan}) as bus:
         await both_ways(bus, "before", 10)
-        flapping = asyncio.create_task(come_and_go(bus.servers.links["region-north"]))
+        link = bus.servers.links["region-north"]
+
+        async def is_cut() -> bool:
+            return link.is_cut
+
+        flapping = asyncio.create_task(come_and_go(link))
         for number in range(3):
-            await both_ways(bus, f"v{number}", 60)
+            await until(is_cut)
+            await both_ways(bus, f"v{number}", 30)
         flapping.cancel()
 
 

@@ -104,6 +104,24 @@ async def test_what_is_sent_twice_is_stored_once(bus: ConnectedBus) -> None:
     assert await stored(bus.aggregators["north"], UPDATES) == len(chunks) + 1
 
 
+async def test_chunks_stored_twice_after_a_long_outage_read_as_one_and_are_purged_together(bus: ConnectedBus) -> None:
+    """A message id is remembered for an hour; what is sent again later is stored again."""
+    updates, private = streams.in_region(RUN, "north", leaves=False)[1], bus.aggregators["north"]
+    forgetful = dataclasses.replace(updates, limits=dataclasses.replace(updates.limits, duplicate_window_s=1))
+    await private.ensure_stream(forgetful)
+    chunks = [bytes([index]) * 1000 for index in range(10)]
+
+    async def stored_again() -> bool:
+        await bus.sites["a"].publish_payload(PREFIX, "u1", chunks)
+        return await stored(private, UPDATES) >= 2 * len(chunks)
+
+    await until(stored_again)
+    digests = [digest(chunk) for chunk in chunks]
+    assert [chunk async for chunk in private.read_payload(UPDATES, PREFIX, "u1", digests)] == chunks
+    await private.purge(UPDATES, subjects.chunks(PREFIX, "u1"))
+    assert await stored(private, UPDATES) == 0
+
+
 async def test_a_wrong_or_missing_chunk_is_refused(bus: ConnectedBus) -> None:
     await bus.sites["a"].publish_payload(PREFIX, "u1", [b"one", b"two"])
     right = [digest(b"one"), digest(b"two")]

@@ -1,0 +1,37 @@
+"""What a server answers, and how it says that something is not there, full, or away."""
+
+import json
+from typing import Any
+
+from fednats.errors import BusError, BusFullError
+
+_NO_STREAM = 10059
+_FULL = {10023, 10028, 10047}
+_STORE_FAILED = 10077
+
+
+class AwayError(BusError):
+    """The bus did not answer: it is away or slow. Trying again is right."""
+
+
+class NobodyError(BusError):
+    """Nobody takes the subject: no stream, no service, or a domain that is not linked just now."""
+
+
+class NoStreamError(BusError):
+    """The stream does not exist."""
+
+
+def answer(data: bytes, what: str) -> dict[str, Any]:
+    """Return JetStream's JSON answer; raises BusFullError, NoStreamError or BusError if it says so."""
+    try:
+        body = json.loads(data)
+    except ValueError:
+        raise BusError(f"{what}: not an answer of JetStream") from None
+    error = body.get("error") if isinstance(body, dict) else {"description": "not an object"}
+    if not error:
+        return dict(body)
+    code, text = error.get("err_code"), f"{what}: {error.get('description')} ({error.get('err_code')})"
+    if code in _FULL or (code == _STORE_FAILED and "maximum" in text):
+        raise BusFullError(text)
+    raise NoStreamError(text) if code == _NO_STREAM else BusError(text)
