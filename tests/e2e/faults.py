@@ -1,6 +1,7 @@
 """What tests of faults share: a task of any size, and files of daemons as they are at one moment."""
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -78,3 +79,16 @@ def events(running: Running, daemon: str) -> list[Event]:
     """Return what a tier's daemon has journalled so far."""
     file = running.output / daemon / "journal.sqlite"
     return [entry.event for entry in read_journal(file)] if file.exists() else []
+
+
+def outbox_of(statuses: Statuses, site: str) -> dict[str, int]:
+    """Return how many updates wait at a site, were sent and were dropped."""
+    counts: dict[str, int] = statuses.get(f"site-{site}", {}).get("outbox", {})
+    return counts
+
+
+def logged(running: Running, site: str, event: str) -> list[dict[str, Any]]:
+    """Return what a site has logged under the name ``event``."""
+    text = running.daemons[f"site-{site}"].log_file.read_text(encoding="utf-8")
+    lines = (line for line in text.splitlines() if f'"event": "{event}"' in line)
+    return [json.loads(line) for line in lines]

@@ -1,15 +1,7 @@
-"""Sites that are killed, cut off, out of disk or out of time: nothing is lost, nothing counts twice."""
+"""Sites that are killed or cut off: nothing is lost, nothing counts twice."""
 
-import json
-import os
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import aiohttp
-import pytest
 
 from fednats import wire
 from fednats.messages import Update
@@ -18,11 +10,10 @@ from fednats.storage.local_model import model_folder
 from fednats.testbed.launch import Running, running
 from fednats.testbed.ledger import APPLIED
 from fednats.testbed.wan import WanSettings
-from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
-from tests.e2e.faults import events, found, in_state, outbox, wide
+from tests.e2e.faults import events, found, in_state, logged, outbox, outbox_of, wide
 from tests.e2e.ledgers import balanced
-from tests.e2e.until import Statuses, closed, reached, until
+from tests.e2e.until import closed, reached, until
 
 PAIR = {"north": ["a", "b"]}
 """A sum has updates of two sites in it: without the one, the other gets no further."""
@@ -128,7 +119,7 @@ async def test_a_site_trains_on_without_its_link_and_catches_up(
         statuses = await until(now, lambda statuses: outbox_of(statuses, "a").get("waiting") == 0)
         ledger = await balanced(tmp_path / "out")
     assert version < 8
-    assert '"training_on_without_the_bus"' in log_of(now, "a")
+    assert logged(now, "a", "training_on_without_the_bus")
     assert ledger.updates["refused: Reason.TOO_STALE"] == 0
     assert set(ledger.accepted) <= {APPLIED, "left over above"}
 
@@ -171,67 +162,6 @@ async def test_fetching_goes_on_where_a_killed_site_was(make_federation: MakeFed
     assert ledger.accepted == {APPLIED: 2}
 
 
-async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = make_federation(
-        {"north": ["a", "b", "c"]},
-        **wide(tmp_path, 100_000),
-        training={"local_steps": 100, "batch_size": 16, "learning_rate": 0.01},
-        stop={"max_versions": 18},
-    )
-    state_dir = tmp_path / "out" / "site-a"
-    with small_disk(state_dir, n_bytes=16 * 2**20):
-        (state_dir / "daemon.log").symlink_to(tmp_path / "site-a.log")  # a log is not kept on the disk of the state
-        async with running(federation, tmp_path / "out") as now:
-            await until(now, lambda statuses: outbox_of(statuses, "a").get("sent", 0) >= 1)
-            ballast = state_dir / "ballast"
-            fill(ballast, but_for=600 * 1024)  # room for a model and one chunk of an update
-            await found(now, lambda: job_failures(now, "a")[1:] or None)
-            fill(ballast, but_for=0)
-            n_failures = len(job_failures(now, "a"))
-            await found(now, lambda: job_failures(now, "a")[n_failures + 1 :] or None)
-            assert await answers(state_dir, "readyz") == 200
-            failures = job_failures(now, "a")
-            ballast.unlink()
-            before = await until(now, lambda statuses: "site-a" in statuses)
-            after = await until(now, lambda s: outbox_of(s, "a")["sent"] > outbox_of(before, "a")["sent"])
-            await until(now, closed)
-            assert after["coordinator"]["version"] < 18
-            ledger = await balanced(tmp_path / "out")
-            orphans = (
-                "SELECT 1 FROM chunk WHERE update_id NOT IN (SELECT update_id FROM outgoing WHERE sent_at IS NULL)"
-            )
-            assert outbox(now, "a", orphans) == []
-        assert ledger.accepted[APPLIED] >= 2 * 18
-    versions = [failure["version"] for failure in failures]
-    assert len(versions) == len(set(versions))  # once for every version: it does not spin
-    assert any("outbox.sqlite" in failure["error"] for failure in failures)
-    assert all("Make room on its disk" in failure["error"].replace("make", "Make") for failure in failures)
-
-
-async def test_clocks_that_are_a_day_off_change_nothing(
-    make_federation: MakeFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = faketime()
-    federation = make_federation({"north": ["a", "b", "c"]}, stop={"max_versions": 12})
-    async with running(federation, tmp_path / "out") as now:
-        await until(now, reached(1))
-        for site, offset in (("a", "+1d"), ("b", "-1d")):
-            await now.daemons[f"site-{site}"].kill()
-            with monkeypatch.context() as patched:
-                patched.setenv("LD_PRELOAD", str(library))
-                patched.setenv("FAKETIME", offset)
-                patched.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
-                await now.daemons[f"site-{site}"].start()
-        await until(now, closed)
-        ledger = await balanced(tmp_path / "out")
-        newest = "SELECT julianday(sent_at) FROM outgoing WHERE sent_at IS NOT NULL ORDER BY sequence DESC LIMIT 1"
-        days = {site: outbox(now, site, newest)[0][0] for site in "abc"}
-    assert days["a"] - days["c"] == pytest.approx(1, abs=0.1)
-    assert days["b"] - days["c"] == pytest.approx(-1, abs=0.1)
-    assert ledger.accepted[APPLIED] >= 2 * 12
-    assert not [fate for fate in ledger.updates if fate.startswith("refused")]
-
-
 # --- what they share ----------------------------------------------------------------------------------------------
 
 
@@ -246,24 +176,6 @@ def large_and_plain(make_federation: MakeFederation, folder: Path, n_parameters:
     )
 
 
-def outbox_of(statuses: Statuses, site: str) -> dict[str, int]:
-    counts: dict[str, int] = statuses.get(f"site-{site}", {}).get("outbox", {})
-    return counts
-
-
-def log_of(now: Running, site: str) -> str:
-    return now.daemons[f"site-{site}"].log_file.read_text(encoding="utf-8")
-
-
-def logged(now: Running, site: str, event: str) -> list[dict[str, Any]]:
-    lines = (line for line in log_of(now, site).splitlines() if f'"event": "{event}"' in line)
-    return [json.loads(line) for line in lines]
-
-
-def job_failures(now: Running, site: str) -> list[dict[str, Any]]:
-    return logged(now, site, "job_failed")
-
-
 def sent(now: Running, site: str) -> list[str]:
     return [line["update_id"] for line in logged(now, site, "update_sent")]
 
@@ -271,35 +183,3 @@ def sent(now: Running, site: str) -> list[str]:
 def taken(now: Running, region: str) -> set[str]:
     arrived = [event for event in events(now, f"aggregator-{region}") if isinstance(event, ContributionArrived)]
     return {event.head.update_id for event in arrived if isinstance(event.head, Update)}
-
-
-async def answers(state_dir: Path, page: str) -> int:
-    port = int((state_dir / PORT_FILE).read_text(encoding="ascii"))
-    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/{page}") as response:
-        return response.status
-
-
-@contextmanager
-def small_disk(folder: Path, n_bytes: int) -> Iterator[None]:
-    """Mount a file system of ``n_bytes`` at ``folder``."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "fednats-test", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"this test fills a small disk and must be root to mount one: {done.stderr}"
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(ballast: Path, *, but_for: int) -> None:
-    """Leave only so many bytes of the disk free."""
-    free = os.statvfs(ballast.parent)
-    with ballast.open("ab") as file:
-        os.posix_fallocate(file.fileno(), 0, file.tell() + free.f_bavail * free.f_frsize - but_for)
-
-
-def faketime() -> Path:
-    found_at = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
-    assert found_at is not None, "this test sets the clock of a process: install Debian's package faketime"
-    return found_at
