@@ -10,7 +10,8 @@ arXiv:2306.03401), and its staleness factor is taken relative to what is usual f
 
 A flush of quick sources then has less mass than one that a seldom source is in; to divide each by its own mass would
 take the correction out again. So the model's step is the longer the more mass a flush has (`Weighed.scale`), and to stay
-stable (a seldom source's update would be applied several times over) the longest of late is 1: the quick are held back.
+stable (a seldom source's update would be applied several times over) the longest of late is `LONGEST_STEP`: the quick are
+held back.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,9 @@ LIMIT = 10.0
 
 DECAY = 0.95
 """How fast a source's past is forgotten, per flush that it is in: half of it after 14."""
+
+LONGEST_STEP = 1.5
+"""The model's longest step of late, in steps of a usual flush; a flush of more mass shortens all others instead."""
 
 PEAK_DECAY = 0.999
 """How fast the largest mass of late is forgotten, per flush: half of it after 700, longer than the slowest stays away."""
@@ -44,7 +48,7 @@ class Weighed:
     masses: tuple[float, ...]
     """In the order of the offers."""
     scale: float
-    """Their sum over the largest of late: the length of the model's step, at most 1."""
+    """The length of the model's step: their sum over a usual flush's, and over what keeps the longest of late bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,7 @@ class Participation:
     def weigh(self, offers: Sequence[Offer]) -> Weighed:
         """Return the masses and the scale of the next flush. It counts only once it is recorded."""
         masses, relative = self._masses(offers)
-        return Weighed(masses, relative / max(self._peak, relative))
+        return Weighed(masses, relative / max(1.0, self._peak / LONGEST_STEP, relative / LONGEST_STEP))
 
     def record(self, offers: Sequence[Offer]) -> None:
         """Count a flush."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from fednats.protocol.participation import LIMIT, Offer, Participation
+from fednats.protocol.participation import LIMIT, LONGEST_STEP, Offer, Participation
 
 
 def offer(source: str, mass: float = 100.0, freshness: float = 1.0) -> Offer:
@@ -63,16 +63,16 @@ def test_several_contributions_in_one_flush_are_together_one() -> None:
     assert added["many"] == pytest.approx(added["one"])
 
 
-def test_no_step_is_longer_than_one_and_the_quick_are_held_back() -> None:
+def test_no_step_is_longer_than_the_bound_and_the_quick_are_held_back() -> None:
     participation = expecting("quick", "slow")
     scales = []
     for n in range(1, 101):
         offers = [offer("quick"), *([offer("slow")] if n % 5 == 0 else [])]
         scales.append(participation.weigh(offers).scale)
         participation.record(offers)
-    assert max(scales) == 1.0
+    assert max(scales) == LONGEST_STEP
     assert scales[3] == pytest.approx(1.0)  # nobody knows of the slow one yet
-    assert scales[-2] == pytest.approx(1 / 6, rel=0.05)  # one share of the six that a flush with both has
+    assert scales[-2] == pytest.approx(LONGEST_STEP / 6, rel=0.05)  # one share of the six of a flush with both
 
 
 def test_an_update_older_than_usual_weighs_less_one_that_is_always_old_does_not() -> None:
