@@ -23,8 +23,8 @@ from fednats.transport.flow import Flow
 
 CONNECT_TIMEOUT_S = 10.0
 ATTEMPT_TIMEOUT_S = 5
-ANSWER_TIMEOUT_S = 5.0
-"""Wait for the answer to something small, on top of what the chunks under way take."""
+ANSWER_TIMEOUT_S = 10.0
+"""Wait for the answer to something small, on top of what chunks took of late."""
 RECONNECT_WAIT_S = 0.25
 PING_INTERVAL_S = 5.0
 DEAD_AFTER_S = 20.0
@@ -88,8 +88,8 @@ class Connection:
         """Ask and wait for the answer.
 
         Raises:
-            AwayError: no connection, it broke while waiting, or no answer within ``timeout_s`` (none: 5 s and what the
-                chunks under way take).
+            AwayError: no connection, it broke while waiting, or no answer within ``timeout_s`` (none: 10 s and what
+                chunks took of late).
             NobodyError: nobody listens on ``subject``.
             BusError: not permitted, too large, or the connection is closed.
         """

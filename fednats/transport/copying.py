@@ -20,7 +20,7 @@ from fednats.transport.connection import Connection
 from fednats.transport.streams import NANOSECONDS, Origin, StreamSpec
 
 PULSE_INTERVAL_S = 0.25
-SILENT_S = 2.0
+SILENT_S = 3.0
 PAUSE_S = 0.5
 """Between two looks at a stream, however many pulses come."""
 PATIENCE_S = 4.0
@@ -80,9 +80,8 @@ class Source:
         self.origin = origin
         self._any_heard = any_heard
         self._heard = False
-        self._heard_at = 0.0
-        self._set_up_at = 0.0
-        self._patience_s = 0.0
+        self._heard_at = self._set_up_at = asyncio.get_running_loop().time()  # the server has begun to do so itself
+        self._patience_s = PATIENCE_S
 
     async def hear(self, _message: Msg) -> None:
         """Note a pulse; the first one after a silence says that the link is a new one."""
