@@ -177,7 +177,7 @@ def link_names(regions: Sequence[RegionPlan], *, leaves: bool) -> dict[str, str]
 async def _linked(servers: BusServers, region: RegionPlan) -> None:
     """Wait until a region's leaf link stands and interest has crossed it both ways; not while it is cut.
 
-    A mirror that is asked for earlier is tried again 40 s later only.
+    JetStream tries a copy that is asked for earlier again after 40 s only.
     """
     below, wan = servers.leaves[region.name], servers.links.get(region_link(region.name))
     above = servers.node(region.parent or HUB)
