@@ -179,4 +179,4 @@ def _versions(directory: Path) -> list[int]:
 
 
 def _partial(path: Path) -> Path:
-    return path.with_suffix(".partial" + path.suffix)
+    return path.with_name(f"partial-{path.name}")

@@ -108,7 +108,8 @@ def read_journal(path: Path) -> list[Entry]:
     """
     connection = open_read_only(path)
     try:
-        return list(_entries(connection, path))
+        made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'event'").fetchone()
+        return list(_entries(connection, path)) if made else []  # its daemon is just making it
     finally:
         connection.close()
 

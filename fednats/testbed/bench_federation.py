@@ -37,4 +37,5 @@ async def run(settings: FederationSettings, output: Path) -> tuple[Statuses, Run
             now.daemons.check()
             statuses = {**statuses, **await now.daemons.statuses()}
             await asyncio.sleep(_POLL_S)
-    return statuses, run_figures(settings, statuses, now.wan_bytes)
+    ordered = {daemon.name: statuses[daemon.name] for daemon in now.daemons}
+    return ordered, run_figures(settings, ordered, now.wan_bytes)

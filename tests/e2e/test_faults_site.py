@@ -126,7 +126,7 @@ async def test_a_site_trains_on_without_its_link_and_catches_up(
 
 async def test_sending_goes_on_where_a_killed_site_was(make_federation: MakeFederation, tmp_path: Path) -> None:
     federation = large_and_plain(make_federation, tmp_path, 4_000_000)
-    async with running(federation, tmp_path / "out", {"site-a": WanSettings(mbit=24)}) as now:
+    async with running(federation, tmp_path / "out", {"site-a": WanSettings(mbit=8)}) as now:
         link = now.links["site-a"]
         [(head,)] = await found(now, lambda: outbox(now, "a", "SELECT head FROM outgoing") or None)
         before = link.bytes_up

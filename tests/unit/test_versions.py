@@ -142,6 +142,7 @@ def test_a_coordinator_that_is_killed_while_it_makes_a_version_makes_it_again(or
     checkpoint = origin.step()
     weights, state = origin.checkpoints.create(2)  # killed before it is committed
     weights.write(0, np.ones(5, np.float32))
+    (origin.directory / "partial-version-2.msgpack").write_bytes(b"cut sho")
     restarted = Checkpoints(origin.directory, PARAMETERS, origin.optimizer.slots)
     assert restarted.newest() == checkpoint
     assert state.path.exists()
