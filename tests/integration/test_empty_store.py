@@ -64,7 +64,7 @@ async def made_anew(bus: Bus, names: set[str]) -> None:
     left = set(names)
     async with asyncio.timeout(30), aclosing(bus.recreated()) as recreated:
         async for name in recreated:
-            left.remove(name)
+            left.discard(name)
             if not left:
                 break
 
