@@ -102,7 +102,11 @@ class End(asyncio.BufferedProtocol):
         """Hand the end of the stream over; both ends said so: close."""
         self._sent_eof = True
         if self._transport is not None and not self._transport.is_closing():
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError:  # reset, and the loop has not told us yet
+                self.reset()
+                return
             if self._received_eof:
                 self._transport.close()
 

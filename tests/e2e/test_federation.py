@@ -57,7 +57,7 @@ async def test_synchronous_rounds_take_one_update_of_every_site(
     async with running(federation, tmp_path / "out") as federation_running:
         statuses = await until(federation_running, closed)
         ledger = await balanced(tmp_path / "out")
-    assert ledger.accepted == {APPLIED: 4 * 3}
+    assert ledger.accepted[APPLIED] == 4 * 3
     assert statuses["coordinator"]["n_updates"] == 4 * 3
     assert statuses["coordinator"]["staleness_max"] == 0
 
@@ -86,7 +86,7 @@ async def test_a_federation_without_leaves_is_the_same_federation(
         assert not federation_running.servers.leaves
         statuses = await until(federation_running, closed)
         ledger = await balanced(tmp_path / "out")
-    assert ledger.accepted == {APPLIED: 6}
+    assert ledger.accepted[APPLIED] == 6
     assert statuses["coordinator"]["n_updates"] == 6
 
 

@@ -1,6 +1,8 @@
 """A link that is slow, narrow, or cut, over real sockets."""
 
 import asyncio
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -298,6 +300,26 @@ async def test_a_target_that_is_down_resets_and_one_that_is_back_is_reached() ->
                 assert await ask(connection, b"hello") == b"hello"
         async with connected(wan) as connection:
             assert await ask(connection, b"hello") == b"hello"
+
+
+async def test_a_target_that_resets_just_before_the_end_of_a_stream_arrives_stalls_nobody_else() -> None:
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as target:
+        target.settimeout(0)
+        port = target.getsockname()[1]
+        async with asyncio.timeout(LIMIT_S), Wan(parse_wan("delay_ms=100"), "127.0.0.1", port) as wan:
+            async with connected(wan) as (_, ending):
+                first, _ = await loop.sock_accept(target)
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing is a reset
+                ending.write_eof()
+                await until(lambda: bool(wan._up._under_way))
+                loop.call_at(wan._up._under_way[0].arrives - 0.001, first.close)
+                time.sleep(0.15)  # noqa: ASYNC251 -- both are due now, and the loop does one right after the other
+            async with connected(wan) as (_, writer):
+                other, _ = await loop.sock_accept(target)
+                with other:
+                    writer.write(b"hello")
+                    assert await loop.sock_recv(other, 5) == b"hello"
 
 
 async def test_leaving_closes_every_connection() -> None:
