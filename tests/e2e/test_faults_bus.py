@@ -159,6 +159,7 @@ async def test_a_leaf_server_loses_its_store(federation: FederationSettings, tmp
         await ends_well(federation_running)
 
 
+@pytest.mark.long
 async def test_what_a_lost_store_alone_had_is_named_as_lost(federation: FederationSettings, tmp_path: Path) -> None:
     """A site keeps an update until its region's server has it; the one that waits there for another is on one disk."""
     output = tmp_path / "out"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fednats import wire
+from fednats.config import DeltaSettings
 from fednats.messages import Update
 from fednats.protocol.events import ContributionArrived
 from fednats.storage.local_model import model_folder
@@ -125,7 +126,8 @@ async def test_a_site_trains_on_without_its_link_and_catches_up(
 
 
 async def test_sending_goes_on_where_a_killed_site_was(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = large_and_plain(make_federation, tmp_path, 4_000_000)
+    federation = large_and_plain(make_federation, tmp_path, 1_300_000)
+    federation = federation.model_copy(update={"delta": DeltaSettings(chunk_bytes=64 * 1024)})  # a ciphertext a chunk
     async with running(federation, tmp_path / "out", {"site-a": WanSettings(mbit=8)}) as now:
         link = now.links["site-a"]
         [(head,)] = await found(now, lambda: outbox(now, "a", "SELECT head FROM outgoing") or None)
