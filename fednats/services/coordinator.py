@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
@@ -90,7 +89,6 @@ class CoordinatorService:
         )
         self._inbox = Inbox(bus, subjects.inbox_stream(settings.run, subjects.HUB), settings.run, daemon.log)
         self._tier.inboxes = {Aggregate: self._inbox}
-        self._opened = time.monotonic()
         self._history: list[dict[str, Any]] = []
         self._published_s: dict[int, float] = {}
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
