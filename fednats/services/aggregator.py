@@ -29,13 +29,13 @@ from fednats.services.answers import Fit
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.off_loop import off_loop
+from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import newest, persist
 from fednats.services.presence import watch_presence
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
-from fednats.storage.chunk_file import ChunkFile, read_chunks
+from fednats.storage.chunk_file import read_chunks
 from fednats.storage.journal import Journal
 from fednats.storage.local_disk import local_disk
 from fednats.transport import streams
@@ -225,11 +225,11 @@ class AggregatorService:
         fit = await self._fit  # after a restart, once the models are seen again
         weights = weigh(combination, fit.capacity)
         file = self._settings.state_dir / "sum.chunks"
-        file.unlink(missing_ok=True)
+        await asyncio.to_thread(file.unlink, missing_ok=True)
+        adder = Adder(self._worker, fit, combination, weights, self._tier.chunks)
         try:
-            with local_disk(self._settings.state_dir), ChunkFile(file) as made:
-                adder = Adder(self._worker, fit, combination, weights, self._tier.chunks)
-                async with aclosing(adder.chunks()) as chunks:
+            with local_disk(self._settings.state_dir):
+                async with chunk_file(file) as made, aclosing(adder.chunks()) as chunks:
                     async for data in chunks:
                         await asyncio.to_thread(made.append, data)
         except PartRefusedError as error:
@@ -237,7 +237,7 @@ class AggregatorService:
         except VanishedError as error:
             return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
         await persist(self._log, lambda: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file))))
-        file.unlink()
+        await asyncio.to_thread(file.unlink)
         head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
         packed = wire.pack(head)
         await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), packed, identity))

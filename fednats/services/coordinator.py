@@ -125,7 +125,7 @@ class CoordinatorService:
                 "receive aggregates": self._tier.receive(self._inbox, durable, filters),
                 "execute": self._tier.execute(self._execute),
                 "combine": self._tier.combine(self._combine),
-                "publish again": self._publisher.publish_again(),
+                "publish again": self._publisher.publish_again(lambda: self._worker.call("current")),
                 "watch the clock": self._watch_clock(),
                 "watch regions": watch_presence(
                     self._daemon,

@@ -1,6 +1,7 @@
 """The coordinator's voice: model versions and whether the run is open, in the hub's stream, also when that was lost."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings
@@ -26,13 +27,12 @@ class ModelPublisher:
         self._stream = subjects.models_stream(settings.run, subjects.HUB)
         self._prefix = subjects.model(settings.run)
         self._publishing = asyncio.Lock()
-        self._newest: Version | None = None
         self._closed: Control | None = None
         self._frames: set[str] = set()
         """Payload ids of the frames that are in the stream."""
         self.sent_bytes = 0
 
-    async def publish(self, version: "Version") -> ModelManifest:
+    async def publish(self, version: Version) -> ModelManifest:
         """Publish ``version``; returns when everybody can have it."""
         async with self._publishing:
             return await self._publish(version)
@@ -43,20 +43,22 @@ class ModelPublisher:
             self._closed = control
             await self._tell_closed(control)
 
-    async def publish_again(self) -> None:
-        """Publish the newest version again whenever the hub had lost its streams, for ever."""
+    async def publish_again(self, current: Callable[[], Awaitable[Version]]) -> None:
+        """Publish the ``current`` version again whenever the hub had lost its streams, for ever.
+
+        It is asked for here: the next one may just have been made, and with it frames of the last one removed.
+        """
         async for stream in self._bus.recreated():
             if stream == self._stream:
                 async with self._publishing:
                     self._frames.clear()
-                    if self._newest is not None:
-                        await self._publish(self._newest)
-                        self._log.warning("version_published_again", version=self._newest.version)
+                    version = await current()
+                    await self._publish(version)
+                    self._log.warning("version_published_again", version=version.version)
                     if self._closed is not None:
                         await self._tell_closed(self._closed)
 
-    async def _publish(self, version: "Version") -> ModelManifest:
-        self._newest = version
+    async def _publish(self, version: Version) -> ModelManifest:
         n_bytes = 0
         for frame in version.frames:
             n_bytes += await self._publish_frame(frame)
@@ -104,7 +106,7 @@ class ModelPublisher:
         subject = subjects.control(self._settings.run)
         await persist(self._log, lambda: self._bus.publish(subject, wire.pack(control), f"closed.{control.version}"))
 
-    def _manifest(self, version: "Version") -> ModelManifest:
+    def _manifest(self, version: Version) -> ModelManifest:
         run = self._settings.settings
         return ModelManifest(
             run=self._settings.run,

@@ -17,8 +17,8 @@ from fednats.storage.tensor_file import TensorFile
 KEYFRAME_AFTER = 2.0
 """A keyframe is due when the differences since the last one come to so many times its bytes."""
 
-KEPT_DIFFERENCES = 16
-"""Newest differences kept for those who missed some versions; with more of them behind, the keyframe serves."""
+LONGEST_CHAIN = 16
+"""Differences after which a keyframe is due whatever they weigh; twice as many are kept for who missed some versions."""
 
 
 class NextVersion:
@@ -113,11 +113,11 @@ def _keyframe_is_due(kept: Sequence[Frame]) -> bool:
     newest = max(index for index, frame in enumerate(kept) if frame.is_keyframe)
     since = kept[newest + 1 :]
     n_bytes = sum(frame.payload.n_bytes for frame in since)
-    return n_bytes > KEYFRAME_AFTER * kept[newest].payload.n_bytes or len(since) >= KEPT_DIFFERENCES
+    return n_bytes > KEYFRAME_AFTER * kept[newest].payload.n_bytes or len(since) >= LONGEST_CHAIN
 
 
 def _still_of_use(kept: Sequence[Frame]) -> tuple[Frame, ...]:
     """Keep the newest differences and the two newest keyframes: one may be half fetched when the next comes."""
     keyframes = [frame for frame in kept if frame.is_keyframe][-2:]
-    differences = [frame for frame in kept if not frame.is_keyframe][-2 * KEPT_DIFFERENCES :]
+    differences = [frame for frame in kept if not frame.is_keyframe][-2 * LONGEST_CHAIN :]
     return tuple(frame for frame in kept if frame in keyframes or frame in differences)

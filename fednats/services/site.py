@@ -14,10 +14,10 @@ from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.protocol import site as protocol
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.off_loop import off_loop
+from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import RETRY_S
 from fednats.services.worker import Worker, WorkerDiedError
-from fednats.storage.chunk_file import ChunkFile, keep_sound
+from fednats.storage.chunk_file import keep_sound
 from fednats.storage.local_disk import local_disk
 from fednats.storage.local_model import LocalModel, model_folder
 from fednats.storage.outbox import Outbox, outbox_file
@@ -169,8 +169,8 @@ class SiteService:
         first = await asyncio.to_thread(keep_sound, path, payload.digests)
         prefix = subjects.model(self._settings.run)
         reading = self._bus.read_payload(self._models, prefix, payload.payload_id, payload.digests, first=first)
-        with local_disk(self._settings.state_dir), ChunkFile(path) as file:
-            async with aclosing(reading) as chunks:
+        with local_disk(self._settings.state_dir):
+            async with chunk_file(path) as file, aclosing(reading) as chunks:
                 async for data in chunks:
                     await asyncio.to_thread(file.append, data)
                     self._daemon.metrics.received_bytes.inc(len(data))

@@ -14,7 +14,7 @@ from fednats.config import AggregationSettings, DeltaSettings, ServerSettings, T
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
-from fednats.services.next_version import KEPT_DIFFERENCES, NextVersion, first_version
+from fednats.services.next_version import LONGEST_CHAIN, NextVersion, first_version
 from fednats.storage.checkpoints import KEPT_VERSIONS, Checkpoint, Checkpoints, frame_file
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
@@ -132,7 +132,7 @@ def test_frames_of_no_use_any_more_go(origin: Origin) -> None:
     kept = {frame_file(origin.directory, frame.payload.payload_id).name for frame in newest.frames}
     assert {file.name for file in origin.directory.glob("frame-*")} == kept
     assert sum(frame.is_keyframe for frame in newest.frames) == 2
-    assert len(newest.frames) <= 2 * KEPT_DIFFERENCES + 2
+    assert len(newest.frames) <= 2 * LONGEST_CHAIN + 2
     names = {file.name for file in origin.directory.iterdir()}
     assert len([name for name in names if name.startswith("version-")]) == 2 * KEPT_VERSIONS
     assert [name for name in names if name.startswith("optimizer-")] == ["optimizer-60.safetensors"]
