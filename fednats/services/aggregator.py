@@ -30,7 +30,7 @@ from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
-from fednats.services.persist import newest, persist
+from fednats.services.persist import ask, persist
 from fednats.services.presence import watch_presence
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
@@ -259,7 +259,7 @@ class AggregatorService:
 
     async def _is_published(self, prefix: str, identity: str) -> bool:
         stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
-        record = await newest(self._uplink, stream, subjects.head(prefix), self._log)
+        record = await ask(self._log, lambda: self._uplink.last(stream, subjects.head(prefix)))
         try:
             return record is not None and wire.unpack(record.data, Aggregate).aggregate_id == identity
         except RefusedError:

@@ -8,7 +8,7 @@ from fednats import subjects, wire
 from fednats.errors import FednatsError, Reason, RefusedError
 from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
 from fednats.protocol.events import ContributionArrived, EvaluationArrived, contribution_id, evaluation_id
-from fednats.services.persist import newest
+from fednats.services.persist import ask
 from fednats.services.rejects import Rejects
 from fednats.transport.bus import Bus, Delivery
 
@@ -93,10 +93,9 @@ class Inbox:
             raise
 
     async def _vanished(self, head: Update | Aggregate) -> bool:
-        """Whether the stream is younger than the contribution: heads stay in it, and come after their chunks."""
-        record = await newest(self.bus, self.stream, subjects.head(prefix_of(head)), self._log)
+        """Whether the stream was made anew after the contribution came, or does not deliver it to this process (yet)."""
         arrived = max(self._delivered.get(contribution_id(head), {}), default=None)
-        return record is None or arrived is None or record.sequence < arrived
+        return arrived is None or arrived < await ask(self._log, lambda: self.bus.first_sequence(self.stream))
 
     async def _drop(self, head: Update | Aggregate | None) -> None:
         if head is not None:

@@ -10,7 +10,7 @@ from fednats.messages import Control, Frame, ModelManifest
 from fednats.services.answers import Version
 from fednats.services.lifecycle import Daemon
 from fednats.services.off_loop import off_loop
-from fednats.services.persist import newest, persist
+from fednats.services.persist import ask, persist
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import read_chunks
 from fednats.transport.bus import Bus
@@ -79,9 +79,8 @@ class ModelPublisher:
         if payload.payload_id in self._frames:
             return 0
         last = len(payload.digests) - 1
-        record = await newest(
-            self._bus, self._stream, subjects.chunk(self._prefix, payload.payload_id, last), self._log
-        )
+        subject = subjects.chunk(self._prefix, payload.payload_id, last)
+        record = await ask(self._log, lambda: self._bus.last(self._stream, subject))
         sent = 0
         if record is None or wire.digest(record.data) != payload.digests[last]:
             file = frame_file(checkpoints_folder(self._settings.state_dir), payload.payload_id)

@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fednats.errors import BusError, BusFullError
 from fednats.transport.answer import NobodyError
-from fednats.transport.bus import Bus, Record
+
+Answer = TypeVar("Answer")
 
 RETRY_S = 2.0
 """Pause after the bus refused something, before it is offered or asked again."""
@@ -24,11 +25,11 @@ async def persist(log: Any, publish: Callable[[], Awaitable[object]]) -> None:
             return
 
 
-async def newest(bus: Bus, stream: str, subject: str, log: Any) -> Record | None:
-    """Return the newest message of ``subject``, or None; waits while the bus or the stream is away."""
+async def ask(log: Any, question: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Return the bus's answer; ask again while the bus or the stream is away."""
     while True:
         try:
-            return await bus.last(stream, subject)
+            return await question()
         except BusError as error:
-            log.warning("bus_waits", stream=stream, error=str(error), retry_s=RETRY_S)
+            log.warning("bus_waits", error=str(error), retry_s=RETRY_S)
             await asyncio.sleep(RETRY_S)

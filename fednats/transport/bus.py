@@ -208,6 +208,15 @@ class Bus:
             return None
         return Record(subject, message.data, int((message.headers or {}).get("Nats-Sequence", 0)))
 
+    async def first_sequence(self, stream: str) -> int:
+        """Return the number that ``stream`` began with; those of a lost stream of its name are below it.
+
+        Raises:
+            BusError: the stream or the bus is away.
+        """
+        info = await self._connection.api(f"STREAM.INFO.{stream}")
+        return int(info["config"].get("first_seq", 1))
+
     async def follow(self, stream: str, subjects: Sequence[str]) -> AsyncGenerator[Record, None]:
         """Yield the newest message of each of ``subjects`` (no wildcards), and again whenever there is a newer one.
 
