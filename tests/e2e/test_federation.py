@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fednats.testbed import nats_server
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
+from fednats.testbed.nats_server import config_file
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import closed, reached, until
@@ -117,3 +120,34 @@ async def test_killed_daemons_come_back_and_nothing_counts_twice(
     )
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert verified.stdout.splitlines()[-1] == ledger.line
+
+
+async def test_everything_is_cut_to_what_the_servers_take_in_one_message(
+    make_federation: MakeFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models, updates and sums: the coordinator reads from the hub's server how large a message may be."""
+
+    def small(name: str) -> Path:
+        file = tmp_path / name
+        text, n_limits = re.subn("max_payload: 1MB", "max_payload: 100KB", config_file(name).read_text())
+        assert n_limits == 1
+        file.write_text(text)
+        return file
+
+    monkeypatch.setattr(nats_server, "config_file", small)
+    federation = make_federation(
+        {"north": ["a", "b"]}, task="breast-cancer", options={"hidden": [200, 200]}, stop={"max_versions": 3}
+    )
+    federation = federation.model_copy(
+        update={
+            "sites": {
+                name: site.model_copy(update={"options": {"number": number, "n_hospitals": 2}})
+                for number, (name, site) in enumerate(federation.sites.items())
+            }
+        }
+    )
+    async with running(federation, tmp_path / "out") as federation_running:
+        statuses = await until(federation_running, closed)
+        ledger = await balanced(tmp_path / "out")
+    assert federation.delta.chunk_bytes > 100_000, "they were lowered"
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] >= 2 * 3
