@@ -47,7 +47,11 @@ class ServerSettings(Settings):
     """The optimiser that the coordinator applies to the pseudo-gradient (Reddi et al. 2021, arXiv:2003.00295)."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = Field(1.0, gt=0)
+    learning_rate: float = Field(
+        1.0,
+        gt=0,
+        description="1 with synchronous rounds is FedAvg; deltas that are a few versions old want less: 0.3 to 0.5",
+    )
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
 
 

@@ -10,8 +10,8 @@ from fednats.testbed.summary import RunFigures, Statuses, run_figures
 
 SEED = 7
 HIDDEN = (512, 512)
-TRAINING = TrainingSettings(local_steps=100, batch_size=16, optimizer="sgd", learning_rate=0.001, momentum=0.9)
-SERVER = ServerSettings()
+TRAINING = TrainingSettings(local_steps=100, batch_size=16, optimizer="sgd", learning_rate=0.002, momentum=0.9)
+SERVER = ServerSettings(learning_rate=0.5)
 _POLL_S = 0.2
 
 

@@ -11,8 +11,8 @@ from fednats.testbed.federation import FederationSettings
 from fednats.testbed.wan import WanSettings
 
 TARGET_METRIC = "auc"
-TARGET = 0.994
-"""Synchronous training needs nine rounds to it, whatever the links."""
+TARGET = 0.995
+"""Synchronous training needs a dozen rounds to it, whatever the links."""
 
 MAX_VERSIONS = 1000
 MAX_WALL_S = 300.0
