@@ -16,9 +16,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import nats.micro
+import nats.errors
 from nats.aio.msg import Msg
 from nats.micro.request import Request
+from nats.micro.service import Service, ServiceConfig
 
 from fednats import subjects as names
 from fednats.config import BusSettings
@@ -300,9 +301,12 @@ class Bus:
         async def respond(request: Request) -> None:
             await request.respond(json.dumps(status(), default=str).encode())
 
-        service = await nats.micro.add_service(
-            self._connection.client, name=name, version=version, description=description, metadata=dict(metadata)
-        )
+        config = ServiceConfig(name=name, version=version, description=description, metadata=dict(metadata))
+        service = Service(self._connection.client, config)
+        try:
+            await service.start()
+        except nats.errors.FlushTimeoutError:  # the link broke meanwhile: what it subscribed to is renewed
+            self._connection.log.debug("service_not_confirmed", name=name)
         await service.add_endpoint(name="status", subject=subject, handler=respond)
 
     # --- inside

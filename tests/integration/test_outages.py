@@ -1,6 +1,7 @@
 """Links that are cut, that vanish without a word, and that come and go: noticed soon, and gone on with in seconds."""
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fednats import subjects
+from fednats.errors import BusError
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import RegionPlan
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
@@ -151,3 +153,22 @@ async def test_who_waits_is_told_of_a_connection_that_breaks_for_a_moment(tmp_pa
             await waiting
             await site.wait_connected()
         await site.publish(subjects.head(UPDATE), b"on it goes", message_id="on")
+
+
+@pytest.mark.long
+async def test_a_service_begun_over_a_dead_link_is_there_once_the_link_is(tmp_path: Path) -> None:
+    status = subjects.status(RUN, "site", "a")
+    async with connected_bus(tmp_path, RUN, PLAN, links={"site-a": WanSettings()}) as bus:
+        link = bus.servers.links["site-a"]
+        link.cut()
+        await bus.sites["a"].serve("site", "1.2.3", "trains", {"run": RUN}, status, lambda: {"version": 7})
+        link.restore()
+        async with Bus.connect(bus.servers.observer("north"), "observer.north") as observer:
+
+            async def answers() -> bool:
+                try:
+                    return bool(json.loads(await observer.ask(status)) == {"version": 7})
+                except BusError:
+                    return False
+
+            await until(answers)
