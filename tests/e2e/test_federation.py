@@ -107,8 +107,11 @@ async def test_killed_daemons_come_back_and_nothing_counts_twice(
         ledger = await balanced(tmp_path / "out")
     assert statuses["coordinator"]["version"] == 12
     assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] >= 24
-    for figure in ("accepted", "n_updates", "staleness_sum"):
+    for figure in ("accepted", "n_updates"):
         assert statuses["coordinator"][figure] > before["coordinator"][figure] > 0
+    assert (
+        statuses["coordinator"]["staleness_sum"] >= before["coordinator"]["staleness_sum"]
+    )  # it may be fresh from then on
     shown = before["coordinator"]["history"]
     assert statuses["coordinator"]["history"][: len(shown)] == shown != []
     verified = await asyncio.to_thread(
