@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -157,10 +158,13 @@ class Connection:
 
     async def open(self, settings: BusSettings) -> None:
         """Connect; raises what `Bus.connect` says."""
+        context = _tls(settings)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self.client.connect(
                     settings.url,
+                    tls=context,
+                    tls_handshake_first=True,  # else nats-py would go on in the clear if whoever answers wants no TLS
                     name=self._name,
                     inbox_prefix=permissions.inbox(self._name),
                     nkeys_seed_str=None if settings.nkey_seed_file is None else _seed(settings.nkey_seed_file),
@@ -288,6 +292,16 @@ async def _settle(asking: asyncio.Task[Msg], broken: asyncio.Future[None]) -> No
     asking.cancel()
     broken.cancel()
     await asyncio.gather(asking, broken, return_exceptions=True)
+
+
+def _tls(settings: BusSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+    except OSError as error:  # of which ssl.SSLError is one
+        text = f"{settings.ca_file}: no certificate of an authority ({error.strerror or error}); give the kit's ca.pem"
+        raise ConfigError(text) from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
 
 
 def _seed(path: Path) -> str:
