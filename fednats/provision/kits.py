@@ -63,7 +63,7 @@ def rotate(out: Path) -> list[Path]:
         ConfigError: nothing was provisioned there, or the run is not encrypted.
     """
     kits, files = Kits(out), Files()
-    plan = _provisioned(kits)
+    plan = provisioned(kits)
     registry = Registry.read(kits.authority / "registry.toml", plan.name)
     if registry is None or plan.run.delta.cipher == "none":
         raise ConfigError(f"{out}: there is no key to rotate; cipher is {plan.run.delta.cipher!r}")
@@ -206,7 +206,12 @@ def _model_key(kits: Kits, files: Files) -> bytes:
     return kept.read_bytes()
 
 
-def _provisioned(kits: Kits) -> Plan:
+def provisioned(kits: Kits) -> Plan:
+    """Return the plan that was provisioned last.
+
+    Raises:
+        ConfigError: nothing was provisioned there.
+    """
     path = kits.authority / "plan.json"
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")), Plan, source=str(path))
