@@ -54,12 +54,12 @@ class Registry(Settings):
         Raises:
             ConfigError: the name has another key, or the key is another's or was revoked.
         """
-        if self.keys.get(name, key) != key:
-            raise ConfigError(f"{name} has the key {self.keys[name]} already; --revoke it before it gets another")
         if holder := next((other for other, theirs in self.keys.items() if theirs == key and other != name), None):
             raise ConfigError(f"{name}={key}: that is the key of {holder}; each needs its own")
         if holder := next((other for other, theirs in self.revoked.items() if key in theirs), None):
             raise ConfigError(f"{name}={key}: that key of {holder} was revoked; make a new one with `fednats keys new`")
+        if self.keys.get(name, key) != key:
+            raise ConfigError(f"{name} has the key {self.keys[name]} already; --revoke it before it gets another")
         return self.model_copy(update={"keys": {**self.keys, name: key}})
 
     def without(self, name: str) -> "Registry":
