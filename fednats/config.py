@@ -204,6 +204,7 @@ class SiteSettings(DaemonSettings):
     region: Token
     bus: BusSettings
     public_key_file: File | None = Field(None, description="HE public context; needed unless the run is unencrypted")
+    older_public_key_file: File | None = Field(None, description="the one of the epoch before, while it is announced")
     task: TaskSettings
     max_outbox: int = Field(
         4, ge=1, description="updates kept unsent; of more, the oldest goes back into the error feedback"
@@ -223,6 +224,7 @@ class AggregatorSettings(DaemonSettings):
     bus: BusSettings = Field(description="the region's private account: sites and updates")
     uplink: BusSettings = Field(description="the account of the leaf link: models and aggregates")
     public_key_file: File | None = None
+    older_public_key_file: File | None = Field(None, description="the one of the epoch before, while it is announced")
     leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")
 
 
@@ -232,6 +234,7 @@ class CoordinatorSettings(DaemonSettings):
     regions: tuple[Token, ...] = Field(min_length=1, description="regions directly below the hub")
     bus: BusSettings
     secret_key_file: File | None = None
+    older_secret_key_file: File | None = Field(None, description="of the epoch before: what is under way in it counts")
     leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")
     task: TaskSettings
     settings: RunSettings

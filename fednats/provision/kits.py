@@ -170,7 +170,7 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
 
     common(kits.coordinator)
     files.private(kits.coordinator / MODEL_KEY_FILE, model_key)
-    services.write_coordinator(plan, kits, keys, _secret_keys(plan, registry, kits), files)
+    services.write_coordinator(plan, kits, keys, _secret_keys(plan, registry), files)
     files.public(kits.server(HUB) / CA_FILE, authority.pem)
     servers.write_hub(plan, kits, keys, authority, files)
     for region in plan.regions:
@@ -191,12 +191,21 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
 def _public_keys(plan: Plan, registry: Registry, kits: Kits, kit: Path, files: Files) -> Mapping[str, Path]:
     if plan.run.delta.cipher == "none":
         return {}
-    return {"public_key_file": encryption.hand_out(registry.epoch, kits, kit, files)}
+    epochs = _epochs(registry)
+    settings = ("public_key_file", "older_public_key_file")
+    return {setting: encryption.hand_out(n, kits, kit, files) for setting, n in zip(settings, epochs, strict=False)}
 
 
-def _secret_keys(plan: Plan, registry: Registry, kits: Kits) -> Mapping[str, Path]:
-    del kits
-    return {} if plan.run.delta.cipher == "none" else {"secret_key_file": Path(encryption.secret_file(registry.epoch))}
+def _secret_keys(plan: Plan, registry: Registry) -> Mapping[str, Path]:
+    if plan.run.delta.cipher == "none":
+        return {}
+    settings = ("secret_key_file", "older_secret_key_file")
+    return {setting: Path(encryption.secret_file(n)) for setting, n in zip(settings, _epochs(registry), strict=False)}
+
+
+def _epochs(registry: Registry) -> tuple[int, ...]:
+    """Return the epochs whose keys are in use, the newest first."""
+    return tuple(n for n in (registry.epoch, registry.epoch - 1) if n > 0)
 
 
 def _model_key(kits: Kits, files: Files) -> bytes:

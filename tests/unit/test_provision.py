@@ -291,6 +291,35 @@ def test_servers_are_where_the_federation_file_says() -> None:
     assert made.upstream("south") == "tls://nats.example.org:7422"
 
 
+def test_a_rotation_makes_a_pair_and_keeps_the_one_before(tmp_path: Path) -> None:
+    provision(plan(cipher="bfv"), tmp_path)
+    before = contents(tmp_path)
+    rotate(tmp_path)
+    assert signers(tmp_path)["epoch"] == 2
+    assert {name: before[name] for name in before if ".secret" in name or ".public" in name}.items() <= contents(
+        tmp_path
+    ).items()
+    kits = Kits(tmp_path)
+    secret = (kits.coordinator / "epoch-2.secret").read_bytes()
+    assert holders(tmp_path, secret[:4096]) == {"coordinator"}
+    coordinator = load(kits.coordinator / "coordinator.toml", CoordinatorSettings, {})
+    assert coordinator.secret_key_file == kits.coordinator / "epoch-2.secret"
+    assert coordinator.older_secret_key_file == kits.coordinator / "epoch-1.secret"
+    for kit, name, cls in (
+        (kits.site("a"), "site", SiteSettings),
+        (kits.region("north"), "aggregator", AggregatorSettings),
+    ):
+        settings: Any = load(kit / f"{name}.toml", cls, {})
+        assert (settings.public_key_file, settings.older_public_key_file) == (
+            kit / "epoch-2.public",
+            kit / "epoch-1.public",
+        )
+    rotate(tmp_path)
+    coordinator = load(kits.coordinator / "coordinator.toml", CoordinatorSettings, {})
+    assert coordinator.older_secret_key_file == kits.coordinator / "epoch-2.secret"
+    assert provision(plan(cipher="bfv"), tmp_path) == []
+
+
 def test_rotation_needs_an_encrypted_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run `fednats provision` first"):
         rotate(tmp_path)
