@@ -91,5 +91,5 @@ def _task(task: TaskSettings, kit: Path, files: Files) -> TaskSettings:
 
 
 def _write(path: Path, settings: DaemonSettings, files: Files) -> None:
-    raw = settings.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    raw = settings.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     files.public(path, tomli_w.dumps(raw).encode())
