@@ -1,7 +1,8 @@
 """TOML and environment in, frozen and validated settings out.
 
 Every field has a unit in its name and a default where one is sensible. An unknown key is an error that names it.
-A daemon's file may be overridden by environment variables: ``FEDNATS_BUS__URL`` sets ``[bus] url``.
+A daemon's file may be overridden by environment variables: ``FEDNATS_BUS__URL`` sets ``[bus] url``. Relative paths, from
+either, begin in the folder of the file.
 """
 
 import os
