@@ -39,7 +39,6 @@ Output = Annotated[Path, typer.Option(help="folder for everything the run leaves
 RunsIn = Annotated[Path, typer.Option("--output", help="the --output of a federation that runs now")]
 LinkName = Annotated[str, typer.Argument(metavar="NAME", help="a region, a site, or a link as `link show` names it")]
 Kits = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder of the kits")]
-Names = Annotated[list[str] | None, typer.Option(metavar="NAME")]
 Wan = Annotated[
     str | None, typer.Option(metavar="KEY=NUMBER,...", help='every leaf link is like this: "delay_ms=150,mbit=20"')
 ]
@@ -140,10 +139,13 @@ def coordinator(config: ConfigFile) -> None:
 def provision(
     federation: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="regions, sites, task, settings")],
     out: Kits = Path("kits"),
-    add_site: Annotated[Names, typer.Option(help="a site that is new in the file, or gets a new key")] = None,
-    add_region: Annotated[Names, typer.Option(help="likewise a region")] = None,
+    add_site: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="a site that is new in the file, or gets a new key")
+    ] = None,
+    add_region: Annotated[list[str] | None, typer.Option(metavar="NAME", help="likewise a region")] = None,
     revoke: Annotated[
-        Names, typer.Option(help="site.NAME, or aggregator.NAME for a region: refused from now on")
+        list[str] | None,
+        typer.Option(metavar="USER", help="site.NAME, or aggregator.NAME for a region: refused from now on"),
     ] = None,
     public_key: Annotated[
         list[str] | None, typer.Option(metavar="NAME=U...", help="a key whose seed its owner keeps: site.a=U...")

@@ -35,7 +35,7 @@ def write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
     for region in plan.regions:
         text = _AGGREGATOR
         if plan.leaves:
-            text += _SERVER.format(config="leaf.conf", monitor=plan.server(region.name).monitor_url)
+            text += "\n" + _SERVER.format(config="leaf.conf", monitor=plan.server(region.name).monitor_url)
         users = plan.users_of_region(region.name)
         _write(kits.region(region.name), f"The region {region.name} of {run}", users, kits, files, text)
         for site in region.sites:
@@ -86,7 +86,7 @@ from any folder; what it remembers goes to `state/` here. It needs the hub's ser
 
 ## Check
 
-The log says `bus_connected`, then `started`; `curl http://127.0.0.1:PORT/readyz`, with the number in `state/web.port`, says
+The log says `started`, then `bus_connected`; `curl http://127.0.0.1:PORT/readyz`, with the number in `state/web.port`, says
 200. `epoch-*.secret` and the regions' ciphertexts together would open single hospitals' updates: never give it to a region.
 """
 
@@ -123,7 +123,7 @@ What it remembers goes to `state/` here. It connects outwards only, to the addre
 
 ## Check
 
-The log says `bus_connected`, then `started`. What it sends is encrypted for the coordinator; nothing here can decrypt it.
+The log says `started`, then `bus_connected`. What it sends is encrypted for the coordinator; nothing here can decrypt it.
 """
 
 _AUTHORITY = """# Who provisioned {run}

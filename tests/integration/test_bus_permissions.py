@@ -4,6 +4,8 @@ The federation's subjects, streams and requests are enumerated; what the matrix 
 does not give to a user is sent and listened to with plain nats-py and its key, and has to be denied by the server.
 """
 
+import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -225,7 +227,9 @@ async def attacker(member: Member) -> AsyncIterator[tuple[Client, Denials]]:
     try:
         yield client, denials
     finally:
-        await client.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await client.close()
 
 
 async def settled(client: Client) -> None:

@@ -141,7 +141,9 @@ async def prober(settings: BusSettings, name: str) -> AsyncIterator[Prober]:
         )
         yield Prober(client)
     finally:
-        await client.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await client.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["leaves", "no-leaves"])
