@@ -31,11 +31,14 @@ bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 link = typer.Typer(help="See and cut the links of a federation that runs on this machine.", no_args_is_help=True)
 app.add_typer(link, name="link")
+keys = typer.Typer(help="Make keys, and new ones for an encrypted run.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="settings file (TOML)")]
 Output = Annotated[Path, typer.Option(help="folder for everything the run leaves; must not hold a run yet")]
 RunsIn = Annotated[Path, typer.Option("--output", help="the --output of a federation that runs now")]
 LinkName = Annotated[str, typer.Argument(metavar="NAME", help="a region, a site, or a link as `link show` names it")]
+Kits = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder of the kits")]
 Wan = Annotated[
     str | None, typer.Option(metavar="KEY=NUMBER,...", help='every leaf link is like this: "delay_ms=150,mbit=20"')
 ]
@@ -132,6 +135,59 @@ def coordinator(config: ConfigFile) -> None:
     raise typer.Exit(lifecycle.run("coordinator", HUB, settings, lambda daemon: service.coordinator(daemon, settings)))
 
 
+@app.command()
+def provision(
+    federation: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="regions, sites, task, settings")],
+    out: Kits = Path("kits"),
+    add_site: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="a site that is new in the file, or gets a new key")
+    ] = None,
+    add_region: Annotated[list[str] | None, typer.Option(metavar="NAME", help="likewise a region")] = None,
+    revoke: Annotated[
+        list[str] | None,
+        typer.Option(metavar="USER", help="site.NAME, or aggregator.NAME for a region: refused from now on"),
+    ] = None,
+    public_key: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=U...", help="a key whose seed its owner keeps: site.a=U...")
+    ] = None,
+) -> None:
+    """Make a folder for each participant with only what it may hold; see docs/provisioning.md."""
+    from fednats.provision import kits  # noqa: PLC0415
+    from fednats.testbed.federation import load_federation  # noqa: PLC0415
+
+    changed = kits.provision(
+        load_federation(federation).plan(),
+        out.absolute(),
+        add_sites=add_site or (),
+        add_regions=add_region or (),
+        revoke=revoke or (),
+        public_keys=dict(map(_public_key, public_key or ())),
+    )
+    _print_changed(changed, out)
+
+
+@keys.command()
+def new(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME...", help="users: site.a, or aggregator.north link.north")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the seeds")] = Path(),
+) -> None:
+    """Make keys where they are used; hand in only what is printed: `fednats provision --public-key NAME=U...`."""
+    from fednats.provision.new_key import new_key  # noqa: PLC0415
+
+    for name in names:
+        typer.echo(f"{name}={new_key(name, out)}")
+
+
+@keys.command()
+def rotate(out: Kits = Path("kits")) -> None:
+    """Begin a new epoch of homomorphic encryption; what is under way in the old one still counts."""
+    from fednats.provision import kits  # noqa: PLC0415
+
+    _print_changed(kits.rotate(out.absolute()), out)
+
+
 @link.command()
 def show(output: RunsIn = Path("output")) -> None:
     """Print each link, its settings, whether it is up, and what has crossed it."""
@@ -219,6 +275,20 @@ def _run(federation: "FederationSettings", output: Path, wan: str | None, slow: 
     summary = asyncio.run(run_federation(federation, output.resolve()))
     Console().print(comparison(summary))
     typer.echo(f"{output}/report.html, {output}/summary.json and {output}/model.safetensors are written.")
+
+
+def _public_key(text: str) -> tuple[str, str]:
+    name, equals, key = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--public-key {text}: give NAME=U..., as `fednats keys new NAME` prints it")
+    return name, key
+
+
+def _print_changed(changed: Sequence[Path], out: Path) -> None:
+    for path in changed:
+        typer.echo(path.relative_to(out.absolute()))
+    folders = sorted({path.relative_to(out.absolute()).parts[0] for path in changed} - {"authority"})
+    typer.echo(f"hand out from {out}: {', '.join(folders)}" if folders else "nothing changed")
 
 
 def _slow(text: str) -> tuple[str, float]:

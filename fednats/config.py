@@ -1,7 +1,8 @@
 """TOML and environment in, frozen and validated settings out.
 
 Every field has a unit in its name and a default where one is sensible. An unknown key is an error that names it.
-A daemon's file may be overridden by environment variables: ``FEDNATS_BUS__URL`` sets ``[bus] url``.
+A daemon's file may be overridden by environment variables: ``FEDNATS_BUS__URL`` sets ``[bus] url``. Relative paths, from
+either, begin in the folder of the file.
 """
 
 import os
@@ -10,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from fednats.errors import ConfigError
 
@@ -18,6 +28,23 @@ ENVIRONMENT_PREFIX = "FEDNATS_"
 
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 """A name that becomes one token of a NATS subject."""
+
+
+FOLDER = "folder"
+"""Key of the validation context: the folder that relative paths in a settings file begin in, which is the file's own."""
+
+
+def _placed(path: Path, info: ValidationInfo) -> Path:
+    return path if info.context is None else info.context[FOLDER] / path
+
+
+def _placed_task(path: str, info: ValidationInfo) -> str:
+    file, colon, name = path.rpartition(":")
+    return f"{_placed(Path(file), info)}:{name}" if colon else path
+
+
+File = Annotated[Path, AfterValidator(_placed)]
+"""A path; a relative one in a settings file begins where that file is."""
 
 
 class Settings(BaseModel):
@@ -139,8 +166,9 @@ class RunSettings(Settings):
 class BusSettings(Settings):
     """One connection to one account of a nats-server."""
 
-    url: str = Field(pattern=r"^(nats|tls)://", description="nats://host:port")
-    nkey_seed_file: Path | None = Field(None, description="file with the nkey seed of the service's bus user")
+    url: str = Field(pattern=r"^tls://", description="tls://host:port")
+    ca_file: File | None = Field(None, description="authority that vouches for the server; none: those of the system")
+    nkey_seed_file: File | None = Field(None, description="file with the nkey seed of the service's bus user")
     domain: Token | None = Field(None, description="JetStream domain; none is the one of the server connected to")
 
 
@@ -154,7 +182,9 @@ class WebSettings(Settings):
 class TaskSettings(Settings):
     """Which task class, and what its constructor is given."""
 
-    path: str = Field(description="name of a shipped task, or path/to/file.py:ClassName")
+    path: Annotated[str, AfterValidator(_placed_task)] = Field(
+        description="name of a shipped task, or path/to/file.py:ClassName"
+    )
     options: dict[str, Any] = {}
 
 
@@ -162,7 +192,7 @@ class DaemonSettings(Settings):
     """What every daemon is told."""
 
     run: Token
-    state_dir: Path
+    state_dir: File
     web: WebSettings = WebSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_s: float = Field(20.0, gt=0, description="time that SIGTERM leaves for work under way")
@@ -174,7 +204,8 @@ class SiteSettings(DaemonSettings):
     site: Token
     region: Token
     bus: BusSettings
-    public_key_file: Path | None = Field(None, description="HE public context; needed unless the run is unencrypted")
+    public_key_file: File | None = Field(None, description="HE public context; needed unless the run is unencrypted")
+    older_public_key_file: File | None = Field(None, description="the one of the epoch before, while it is announced")
     task: TaskSettings
     max_outbox: int = Field(
         4, ge=1, description="updates kept unsent; of more, the oldest goes back into the error feedback"
@@ -193,7 +224,8 @@ class AggregatorSettings(DaemonSettings):
     min_sites: int = Field(2, ge=1, description="this region's own word: runs that ask for sums of fewer are refused")
     bus: BusSettings = Field(description="the region's private account: sites and updates")
     uplink: BusSettings = Field(description="the account of the leaf link: models and aggregates")
-    public_key_file: Path | None = None
+    public_key_file: File | None = None
+    older_public_key_file: File | None = Field(None, description="the one of the epoch before, while it is announced")
     leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")
 
 
@@ -202,7 +234,8 @@ class CoordinatorSettings(DaemonSettings):
 
     regions: tuple[Token, ...] = Field(min_length=1, description="regions directly below the hub")
     bus: BusSettings
-    secret_key_file: Path | None = None
+    secret_key_file: File | None = None
+    older_secret_key_file: File | None = Field(None, description="of the epoch before: what is under way in it counts")
     leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")
     task: TaskSettings
     settings: RunSettings
@@ -223,13 +256,16 @@ def load(path: Path, cls: type[SettingsT], environment: Mapping[str, str] | None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML ({error})") from error
     _overlay(raw, os.environ if environment is None else environment)
-    return parse(raw, cls, source=str(path))
+    return parse(raw, cls, source=str(path), folder=path.absolute().parent)
 
 
-def parse(raw: Mapping[str, Any], cls: type[SettingsT], *, source: str) -> SettingsT:
-    """Validate ``raw`` as ``cls``; every problem is named with its key in one `ConfigError`."""
+def parse(raw: Mapping[str, Any], cls: type[SettingsT], *, source: str, folder: Path | None = None) -> SettingsT:
+    """Validate ``raw`` as ``cls``; every problem is named with its key in one `ConfigError`.
+
+    Relative paths begin in ``folder``; without, they stay relative.
+    """
     try:
-        return cls.model_validate(raw)
+        return cls.model_validate(raw, context=None if folder is None else {FOLDER: folder})
     except ValidationError as error:
         problems = [_describe(problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(problems)) from error

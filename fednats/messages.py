@@ -96,6 +96,9 @@ class ModelManifest(Message):
     grid: Grid
     grid_ids: tuple[Token, ...] = Field(description="grids on which contributions are still taken, this one included")
     key_id: Token
+    older_key_ids: tuple[Token, ...] = Field(
+        (), description="of epochs before, for which contributions are still taken"
+    )
     training: TrainingSettings
     aggregation: AggregationSettings
     delta: DeltaSettings

@@ -344,14 +344,11 @@ def _imports(account: str, models: str, region: str) -> tuple[Mapping[str, objec
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 
-def render(accounts: Iterable[Account], *, region: str = "", link_seed: str = "") -> str:
-    """Return ``accounts.conf`` of one server; a leaf's has its ``link_seed`` (keep the file at mode 0600)."""
+def render(accounts: Iterable[Account], *, region: str = "") -> str:
+    """Return ``accounts.conf`` of one server; a leaf's also says what is denied to those above its ``region``."""
     named = {account.name: _account(account) for account in accounts}
     text = f"accounts: {json.dumps(named, indent=2)}\n"
-    if link_seed:
-        denied = json.dumps(denied_from_above(region), indent=2)
-        text = f"link_seed: {json.dumps(link_seed)}\ndeny_imports: {denied}\n{text}"
-    return text
+    return f"deny_imports: {json.dumps(denied_from_above(region), indent=2)}\n{text}" if region else text
 
 
 def denied_from_above(region: str) -> list[str]:

@@ -45,7 +45,7 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -
         raise RefusedError(Reason.WRONG_RUN, f"run {head.run!r}, this is {roster.run!r}")
     if not _known(head, roster):
         raise RefusedError(Reason.WRONG_SENDER, f"{source(head)!r} does not report here")
-    if head.key_id != current.key_id:
+    if head.key_id not in {current.key_id, *current.older_key_ids}:
         raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {head.key_id}, the run uses {current.key_id}")
     if staleness.too_stale(current.version - version(head), current.settings.staleness):
         limit = current.settings.staleness.max_staleness

@@ -32,6 +32,8 @@ class Contribution:
     """Number of samples, or for an aggregate the mass that the region computed."""
     total_weight: int = 1
     """Sum of the integer weights already in it."""
+    key_id: str = ""
+    """Key that it is encrypted for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ class Terms:
 class Buffer:
     """Collect contributions; give them out when the goal, or at a deadline the minimum of distinct sites, is reached.
 
-    Contributions on different grids are never given out together: their integers mean different steps.
+    Contributions on different grids are never given out together: their integers mean different steps. Nor are those for
+    different keys: their ciphertexts cannot be added.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -124,9 +127,9 @@ class Buffer:
         self._participation.record(self._offers(flush.contributions, flush.version))
 
     def _groups(self) -> list[list[Contribution]]:
-        groups: dict[str, list[Contribution]] = {}
+        groups: dict[tuple[str, str], list[Contribution]] = {}
         for contribution in self._contributions.values():
-            groups.setdefault(contribution.grid_id, []).append(contribution)
+            groups.setdefault((contribution.grid_id, contribution.key_id), []).append(contribution)
         return list(groups.values())
 
     def _reached(self, group: list[Contribution]) -> bool:

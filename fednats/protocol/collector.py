@@ -382,7 +382,15 @@ def _give_out(closed: list[Closed]) -> list[Command]:
 
 def _contribution(head: Update | Aggregate) -> Contribution:
     if isinstance(head, Update):
-        return Contribution(head.update_id, head.site, 1, head.base_version, head.grid_id, float(head.n_samples))
+        return Contribution(
+            head.update_id,
+            head.site,
+            1,
+            head.base_version,
+            head.grid_id,
+            float(head.n_samples),
+            key_id=head.key_id,
+        )
     return Contribution(
         head.aggregate_id,
         head.region,
@@ -391,4 +399,5 @@ def _contribution(head: Update | Aggregate) -> Contribution:
         head.grid_id,
         head.mass,
         head.total_weight,
+        head.key_id,
     )

@@ -29,6 +29,8 @@ class VersionAnnounced(Event):
     grid_ids: tuple[str, ...]
     """Grids on which contributions are still taken."""
     key_id: str
+    older_key_ids: tuple[str, ...] = ()
+    """Of epochs before, for which contributions are still taken."""
     n_chunks: int
     """Chunks that the payload of every contribution has."""
     capacity: int | None

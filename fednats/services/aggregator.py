@@ -174,7 +174,7 @@ class AggregatorService:
                 f" {self._settings.min_sites}",
             )
         try:
-            fit = await self._worker.call("fit", manifest.delta, n_parameters)
+            fit = await self._worker.call("fit", manifest.delta, n_parameters, manifest.key_id)
         except WorkerDiedError as error:
             self._log.error("model_not_checked", version=manifest.version, error=str(error))
             return
@@ -190,6 +190,7 @@ class AggregatorService:
                 version=manifest.version,
                 grid_ids=manifest.grid_ids,
                 key_id=manifest.key_id,
+                older_key_ids=manifest.older_key_ids,
                 n_chunks=fit.n_chunks,
                 capacity=fit.capacity,
                 max_total_weight=fit.max_total_weight,

@@ -6,22 +6,26 @@ from fednats.config import AggregatorSettings, DeltaSettings
 from fednats.delta.sum import summer
 from fednats.errors import Reason, RefusedError
 from fednats.services.answers import Fit
-from fednats.services.keys import key_id_of, read_key
+from fednats.services.keys import held, key_id_of, read_keys
 
 
 class AggregatorWorker:
-    """Holds the public key."""
+    """Holds the public keys."""
 
     def __init__(self, settings: AggregatorSettings) -> None:
         self._depth = settings.depth
-        self._public_key = read_key(settings.public_key_file, "public_key_file")
+        self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
 
-    def fit(self, delta: DeltaSettings, n_parameters: int) -> Fit:
-        """Return what contributions to a run over a model of ``n_parameters`` must look like."""
-        if self._public_key is not None and delta.cipher == "none":
+    def fit(self, delta: DeltaSettings, n_parameters: int, announced: str) -> Fit:
+        """Return what contributions to a run over a model of ``n_parameters`` must look like.
+
+        ``announced`` is the id of the key that sites encrypt for.
+        """
+        public_key = held(self._keys, announced)
+        if public_key is not None and delta.cipher == "none":
             raise RefusedError(Reason.POLICY, "the run is not encrypted, but this region has a public_key_file")
-        key_id = key_id_of(lambda: summer(delta, self._public_key).key_id)
-        add = summer(delta, self._public_key)
+        key_id = key_id_of(lambda: summer(delta, public_key).key_id)
+        add = summer(delta, public_key)
         levels = max(1, delta.tiers - self._depth + 1)
         return Fit(
             delta=delta,
@@ -35,7 +39,10 @@ class AggregatorWorker:
     def weighted_sum(
         self, fit: Fit, position: int, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int
     ) -> bytes:
-        """Add the chunk at ``position`` of several contributions, each times its integer weight."""
-        add = summer(fit.delta, self._public_key)
+        """Add the chunk at ``position`` of several contributions, each times its integer weight.
+
+        All are for one key, whichever: adding needs its parameters only, and those are the same in all epochs.
+        """
+        add = summer(fit.delta, held(self._keys, fit.key_id))
         n_values = min(add.values_per_chunk, fit.n_parameters - position * add.values_per_chunk)
         return add.weighted_sum(chunks, weights, total_weight, n_values)

@@ -45,6 +45,8 @@ class Version:
     frames: tuple[Frame, ...]
     grids: tuple[Grid, ...]
     key_id: str
+    older_key_ids: tuple[str, ...]
+    """Keys for which sums are still taken."""
     max_total_weight: int
     n_update_chunks: int
     delta_norm: float

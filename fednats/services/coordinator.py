@@ -174,6 +174,7 @@ class CoordinatorService:
             version=version.version,
             grid_ids=manifest.grid_ids,
             key_id=version.key_id,
+            older_key_ids=version.older_key_ids,
             n_chunks=version.n_update_chunks,
             capacity=None,
             max_total_weight=version.max_total_weight,
@@ -185,6 +186,8 @@ class CoordinatorService:
         identity = combination.combination_id
         heads = [part.head for part in combination.parts if isinstance(part.head, Aggregate)]
         version: Version = await self._worker.call("current")
+        if older := sum(head.key_id != version.key_id for head in heads):
+            self._log.info("older_key_in_use", n_sums=older)  # it has not drained yet
         if version.made_by != identity:  # else it was applied before a restart, and only the publishing is left
             total = sum(part.mass for part in combination.parts)
             shares = [part.mass / total for part in combination.parts]

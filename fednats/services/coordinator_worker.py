@@ -19,19 +19,21 @@ from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task import make_task
 from fednats.messages import Aggregate, Grid
 from fednats.services.answers import Version
-from fednats.services.keys import read_key
+from fednats.services.keys import read_keys
 from fednats.services.next_version import NextVersion, first_version
 from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
 from fednats.storage.local_disk import local_disk
 
 
 class CoordinatorWorker:
-    """Holds the secret key, and the mean delta of the combination under way."""
+    """Holds the secret keys, and the mean delta of the combination under way."""
 
     def __init__(self, settings: CoordinatorSettings) -> None:
         torch.set_num_threads(1)
         run = settings.settings
-        self._decoder = decoder(run.delta, read_key(settings.secret_key_file, "secret_key_file"))
+        keys = read_keys(settings.secret_key_file, settings.older_secret_key_file, "secret_key_file")
+        self._decoder, *older = (decoder(run.delta, key) for key in keys or (None,))
+        self._decoders = {held.key_id: held for held in (self._decoder, *older)}
         self._chunk_bytes = run.delta.chunk_bytes
         self._state_dir = settings.state_dir
         self._max_staleness = run.aggregation.staleness.max_staleness
@@ -62,6 +64,7 @@ class CoordinatorWorker:
             frames=self._current.frames,
             grids=self._current.grids,
             key_id=self._decoder.key_id,
+            older_key_ids=tuple(key_id for key_id in self._decoders if key_id != self._decoder.key_id),
             max_total_weight=self._decoder.max_total_weight,
             n_update_chunks=-(-self._layout.n_parameters // self._decoder.values_per_chunk),
             delta_norm=self._delta_norm,
@@ -77,9 +80,11 @@ class CoordinatorWorker:
         Raises:
             RefusedError: it cannot be decrypted, or does not hold what such a chunk must.
         """
+        if head.key_id not in self._decoders:
+            raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {head.key_id}, which is no longer held")
         start = position * self._decoder.values_per_chunk
         stop = min(start + self._decoder.values_per_chunk, self._layout.n_parameters)
-        sums = self._decoder.decode_chunk(data, head.total_weight)
+        sums = self._decoders[head.key_id].decode_chunk(data, head.total_weight)
         if sums.size < stop - start or sums[stop - start :].any():
             raise RefusedError(Reason.WRONG_SHAPE, f"chunk {position} is not of {stop - start} values")
         steps = self._layout.steps(self._grid(head.grid_id).steps, start, stop)

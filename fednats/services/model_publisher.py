@@ -118,6 +118,7 @@ class ModelPublisher:
             grid=version.grids[-1],
             grid_ids=tuple(grid.grid_id for grid in version.grids),
             key_id=version.key_id,
+            older_key_ids=version.older_key_ids,
             training=run.training,
             aggregation=run.aggregation,
             delta=run.delta,

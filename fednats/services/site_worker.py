@@ -22,7 +22,7 @@ from fednats.learning.task import make_task
 from fednats.learning.trainer import Trainer, load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
 from fednats.services.answers import Scored, Trained
-from fednats.services.keys import key_id_of, read_key
+from fednats.services.keys import held, key_id_of, read_keys
 from fednats.storage.local_disk import local_disk
 from fednats.storage.local_model import LocalModel, model_folder
 from fednats.storage.outbox import ChunkKey, Outbox, outbox_file
@@ -45,7 +45,7 @@ class SiteWorker:
     def __init__(self, settings: SiteSettings) -> None:
         torch.set_num_threads(1)
         self._settings = settings
-        self._public_key = read_key(settings.public_key_file, "public_key_file")
+        self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
         with task_code("loading the task"):
             task = make_task(settings.task.path, settings.task.options)
             model = initial_model(task, seed=0)
@@ -72,9 +72,10 @@ class SiteWorker:
         if manifest.parameters != self._layout.parameters:
             detail = _difference(manifest, {spec.name: spec.shape for spec in self._layout.parameters})
             raise RefusedError(Reason.WRONG_SHAPE, f"the announced model is not this site's: {detail}")
-        if self._public_key is not None and manifest.delta.cipher == "none":
+        public_key = held(self._keys, manifest.key_id)
+        if public_key is not None and manifest.delta.cipher == "none":
             raise RefusedError(Reason.POLICY, "the run is not encrypted, but this site has a public_key_file")
-        key_id = key_id_of(lambda: encoder(manifest.delta, self._public_key).key_id)
+        key_id = key_id_of(lambda: encoder(manifest.delta, public_key).key_id)
         if manifest.key_id != key_id:
             raise RefusedError(Reason.WRONG_KEY, f"announced for key {manifest.key_id}, public_key_file holds {key_id}")
         if len(manifest.grid.steps) != len(manifest.parameters):
@@ -124,7 +125,7 @@ class SiteWorker:
         return update
 
     def _encode(self, done: "Pass", delta: Vector, newest: ModelManifest) -> Update:
-        encode = encoder(newest.delta, self._public_key)
+        encode = encoder(newest.delta, held(self._keys, newest.key_id))
         sequence, dropped = self._outbox.next_sequence(), self._outbox.begin(self._settings.max_outbox)
         update_id = uuid.uuid4().hex
         rng = np.random.default_rng(done.seed)

@@ -1,101 +1,104 @@
-"""The servers of a whole federation, with keys for everybody."""
+"""The servers of a whole federation, from the kits that are handed out in the field."""
 
 import asyncio
-import os
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import urlsplit
-
-import nkeys
 
 from fednats import permissions
-from fednats.config import BusSettings
+from fednats.config import (
+    AggregatorSettings,
+    BusSettings,
+    CoordinatorSettings,
+    DeltaSettings,
+    RunSettings,
+    SiteSettings,
+    TaskSettings,
+    load,
+    parse,
+)
 from fednats.errors import BusError, ConfigError
-from fednats.permissions import Account, Permissions, User
+from fednats.provision.authority import CA_FILE
+from fednats.provision.kits import provision
+from fednats.provision.plan import Kits, LeafAddress, Plan, RegionPlan, ServerAddress
 from fednats.subjects import HUB
-from fednats.testbed.nats_server import NatsServer, write_secret
+from fednats.testbed.nats_server import NatsServer, Ports
 from fednats.testbed.wan import Wan, WanSettings
 
 LINK_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 
 
-@dataclass(frozen=True)
-class RegionPlan:
-    """One region of a federation; ``parent`` is the region above it, none the hub."""
-
-    name: str
-    sites: tuple[str, ...] = ()
-    parent: str | None = None
-
-
 @dataclass
 class BusServers:
-    """The running servers of a federation, and the settings each participant connects with."""
+    """The running servers of a federation, and the settings each participant connects with: those of its kit.
+
+    Where a link is on the way, it is what they connect to.
+    """
 
     run: str
     plan: Mapping[str, RegionPlan]
-    keys: "Keys"
+    kits: Kits
     hub: NatsServer
     leaves: dict[str, NatsServer] = field(default_factory=dict)
     """By region; empty without leaves."""
     links: dict[str, Wan] = field(default_factory=dict)
     """By name: ``region-NAME`` is its leaf link; the others are a participant's connection, see `link_names`."""
 
+    def coordinator_settings(self) -> CoordinatorSettings:
+        """Return the settings in the coordinator's kit."""
+        settings = load(self.kits.coordinator / "coordinator.toml", CoordinatorSettings, {})
+        return settings.model_copy(update={"bus": self._linked(settings.bus, "coordinator")})
+
+    def aggregator_settings(self, region: str) -> AggregatorSettings:
+        """Return the settings in a region's kit."""
+        settings = load(self.kits.region(region) / "aggregator.toml", AggregatorSettings, {})
+        bus, uplink = settings.bus, settings.uplink
+        linked = {"bus": self._linked(bus, f"aggregator-{region}"), "uplink": self._linked(uplink, f"uplink-{region}")}
+        return settings.model_copy(update=linked)
+
+    def site_settings(self, site: str) -> SiteSettings:
+        """Return the settings in a hospital's kit."""
+        settings = load(self.kits.site(site) / "site.toml", SiteSettings, {})
+        return settings.model_copy(update={"bus": self._linked(settings.bus, f"site-{site}")})
+
     def coordinator(self) -> BusSettings:
         """Return what the coordinator connects with."""
-        return self._settings(self.hub, "coordinator", HUB, link="coordinator")
+        return self.coordinator_settings().bus
 
     def uplink(self, region: str) -> BusSettings:
         """Return the aggregator's connection to the uplink account (without leaves: the hub's account)."""
-        return self._settings(self.node(region), "uplink", region, link=f"uplink-{region}")
+        return self.aggregator_settings(region).uplink
 
     def aggregator(self, region: str) -> BusSettings:
         """Return the aggregator's connection to its region's private account."""
-        return self._settings(self.node(region), "aggregator", region, link=f"aggregator-{region}")
+        return self.aggregator_settings(region).bus
 
     def site(self, region: str, site: str) -> BusSettings:
-        """Return what a site connects with."""
-        return self._settings(self.node(region), "site", site, link=f"site-{site}")
+        """Return what a site of ``region`` connects with."""
+        settings = self.site_settings(site)
+        if settings.region != region:
+            raise ConfigError(f"site {site} is in {settings.region}, not in {region}")
+        return settings.bus
 
     def observer(self, node: str) -> BusSettings:
         """Return the read-only user of the hub's account (`HUB`) or of a region's private account."""
-        return self._settings(self.hub if node == HUB else self.node(node), "observer", node)
+        return self.user("observer", node)
+
+    def user(self, role: str, node: str) -> BusSettings:
+        """Return what somebody with the seed of any user would connect with, at the server of its kit."""
+        server = self.hub if node == HUB else self.node(node)
+        seed = self.kits.seed_file(permissions.user_name(role, node))
+        return BusSettings(url=server.url, ca_file=self.kits.server(HUB) / CA_FILE, nkey_seed_file=seed)
 
     def node(self, region: str) -> NatsServer:
         """Return the server that a region's services connect to."""
         return self.leaves.get(region, self.hub)
 
-    def _settings(self, server: NatsServer, role: str, node: str, link: str = "") -> BusSettings:
-        url = self.links[link].url if link in self.links else server.url
-        return BusSettings(url=url, nkey_seed_file=self.keys.seed_file(permissions.user_name(role, node)))
-
-
-class Keys:
-    """Seed files of bus users, made when first asked for; each at mode 0600."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def seed_file(self, name: str) -> Path:
-        """Return the seed file of the user ``name``."""
-        path = self._directory / f"{name}.nk"
-        if not path.exists():
-            write_secret(path, nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
-        return path
-
-    def seed(self, name: str) -> str:
-        """Return the seed of the user ``name``."""
-        return self.seed_file(name).read_text(encoding="utf-8")
-
-    def user(self, role: str, node: str, allowed: Permissions) -> User:
-        """Return the user with its public key."""
-        name = permissions.user_name(role, node)
-        public_key = nkeys.from_seed(bytearray(self.seed(name), "ascii")).public_key.decode()
-        return User(name, public_key, allowed, leaf=role == "link")
+    def _linked(self, bus: BusSettings, link: str) -> BusSettings:
+        return bus.model_copy(update={"url": self.links[link].url}) if link in self.links else bus
 
 
 @asynccontextmanager
@@ -107,46 +110,53 @@ async def bus_servers(
     leaves: bool = True,
     links: Mapping[str, WanSettings] | None = None,
 ) -> AsyncIterator[BusServers]:
-    """Start the hub and (with ``leaves``) one leaf per region; keys, stores and logs go below ``directory``.
+    """Start the servers of a federation that does not encrypt, with its kits below ``directory``; see `serving`."""
+    plan = {
+        "run": RunSettings(name=run, delta=DeltaSettings(cipher="none")),
+        "regions": tuple(regions),
+        "leaves": leaves,
+        "task": TaskSettings(path="breast-cancer"),
+    }
+    async with serving(parse(plan, Plan, source="plan"), directory / "kits", links) as servers:
+        yield servers
 
-    ``links`` puts a `Wan` on the connections it names, see `link_names`.
+
+@asynccontextmanager
+async def serving(
+    plan: Plan, folder: Path, links: Mapping[str, WanSettings] | None = None
+) -> AsyncIterator[BusServers]:
+    """Provision ``plan`` on this machine, start the hub and (with leaves) one leaf per region.
+
+    ``folder`` gets the kits; servers run in theirs. ``links`` puts a `Wan` on the connections it names, see `link_names`.
 
     Raises:
-        ConfigError: no nats-server binary, a plan with an unknown or circular parent, or a link that is none.
+        ConfigError: no nats-server binary, or a link that is none.
         BusError: a server does not come up; the text has the end of its log.
     """
-    plan = {region.name: region for region in regions}
-    keys = Keys(directory / "keys")
-    order = _top_down(plan)
-    if not leaves and any(region.parent for region in regions):
-        raise ConfigError("regions under regions need leaves")
     links = links or {}
-    names = link_names(regions, leaves=leaves)
+    names = link_names(plan.regions, leaves=plan.leaves)
     if unknown := [name for name in links if name not in names]:
         raise ConfigError(f"there is no link {unknown[0]!r}; there are {', '.join(names)}")
     async with AsyncExitStack() as stack:
-        text = permissions.render(_hub(run, plan, keys, leaves=leaves))
-        hub = await stack.enter_async_context(NatsServer(HUB, "hub.conf", text, directory / HUB))
-        servers = BusServers(run, plan, keys, hub)
-        for region in order if leaves else ():
-            text = permissions.render(
-                _leaf(run, region, plan, keys),
-                region=region.name,
-                link_seed=keys.seed(permissions.user_name("link", region.name)),
-            )
-            above = servers.leaves[region.parent] if region.parent else hub
-            upstream, link = above.leaf_url, region_link(region.name)
-            if link in links:
-                servers.links[link] = wan = await stack.enter_async_context(_wan(link, links[link], upstream))
-                upstream = wan.url
-            server = NatsServer(region.name, "leaf.conf", text, directory / region.name, upstream=upstream)
+        nodes = (HUB, *(region.name for region in plan.regions)) if plan.leaves else (HUB,)
+        ports = {node: Ports(3) for node in nodes}
+        for reserved in ports.values():
+            stack.callback(reserved.release)
+        plan = _on_ports(plan, ports)
+        wans = {name: _wan(name, settings, plan, names[name]) for name, settings in links.items()}
+        for wan in wans.values():
+            await stack.enter_async_context(wan)
+        plan = _through(plan, wans)
+        kits = Kits(folder)
+        await asyncio.to_thread(provision, plan, folder)
+        hub = await stack.enter_async_context(NatsServer(plan.server(HUB), kits.server(HUB), ports[HUB]))
+        servers = BusServers(plan.name, {region.name: region for region in plan.regions}, kits, hub, links=wans)
+        order = plan.top_down() if plan.leaves else ()
+        for region in order:
+            server = NatsServer(plan.server(region.name), kits.server(region.name), ports[region.name])
             servers.leaves[region.name] = await stack.enter_async_context(server)
-        for region in order if leaves else ():
+        for region in order:
             await _linked(servers, region)
-        for link, settings in links.items():
-            if link not in servers.links:
-                target = servers.node(names[link]).url
-                servers.links[link] = await stack.enter_async_context(_wan(link, settings, target))
         yield servers
 
 
@@ -193,62 +203,31 @@ async def _linked(servers: BusServers, region: RegionPlan) -> None:
         raise BusError(text) from None
 
 
-def _wan(name: str, settings: WanSettings, url: str) -> Wan:
-    target = urlsplit(url)
-    return Wan(settings, target.hostname or "", target.port or 0, name=name, seed=zlib.crc32(name.encode()))
+def _wan(name: str, settings: WanSettings, plan: Plan, node: str) -> Wan:
+    server = plan.server(node)
+    port = server.leaf_port if name.startswith(region_link("")) else server.port
+    return Wan(settings, server.host, port, name=name, seed=zlib.crc32(name.encode()))
 
 
-def _hub(run: str, plan: Mapping[str, RegionPlan], keys: Keys, *, leaves: bool) -> list[Account]:
-    users = [
-        keys.user("coordinator", HUB, permissions.coordinator(run)),
-        keys.user("observer", HUB, permissions.observer(run, HUB)),
-    ]
-    if leaves:
-        return [permissions.hub_account(run, [*users, *_links(run, None, plan, keys)])]
-    users += [keys.user("uplink", name, permissions.uplink(run, name)) for name in plan]
-    private = [
-        permissions.private_account(run, region.name, _private_users(run, region, keys), leaves=False)
-        for region in plan.values()
-    ]
-    return [permissions.hub_account(run, users, private), *private]
+def _on_ports(plan: Plan, ports: Mapping[str, Ports]) -> Plan:
+    """Return the plan with every server on this machine, on free ports."""
+
+    def address(node: str) -> dict[str, int]:
+        return dict(zip(("port", "leaf_port", "monitor_port"), ports[node].numbers, strict=True))
+
+    regions = plan.regions
+    if plan.leaves:
+        regions = tuple(replace(region, bus=LeafAddress(**address(region.name))) for region in regions)
+    return plan.model_copy(update={"bus": ServerAddress(**address(HUB)), "regions": regions})
 
 
-def _leaf(run: str, region: RegionPlan, plan: Mapping[str, RegionPlan], keys: Keys) -> list[Account]:
-    above_regions = any(other.parent == region.name for other in plan.values())
-    uplink = keys.user("uplink", region.name, permissions.uplink(run, region.name, above_regions=above_regions))
-    return [
-        permissions.uplink_account(run, region.name, [uplink, *_links(run, region.name, plan, keys)]),
-        permissions.private_account(run, region.name, _private_users(run, region, keys)),
-    ]
+def _through(plan: Plan, wans: Mapping[str, Wan]) -> Plan:
+    """Return the plan with leaf links that lead through the proxies on them."""
 
+    def upstream(region: RegionPlan) -> RegionPlan:
+        wan = wans.get(region_link(region.name))
+        if wan is None:
+            return region
+        return replace(region, bus=region.bus.model_copy(update={"upstream": wan.url}))
 
-def _private_users(run: str, region: RegionPlan, keys: Keys) -> list[User]:
-    return [
-        keys.user("aggregator", region.name, permissions.aggregator(run, region.name)),
-        keys.user("observer", region.name, permissions.observer(run, region.name)),
-        *(keys.user("site", site, permissions.site(run, region.name, site)) for site in region.sites),
-    ]
-
-
-def _links(run: str, node: str | None, plan: Mapping[str, RegionPlan], keys: Keys) -> list[User]:
-    return [
-        keys.user("link", child, permissions.link(run, child, node or HUB, _below(child, plan)))
-        for child, region in plan.items()
-        if region.parent == node
-    ]
-
-
-def _below(name: str, plan: Mapping[str, RegionPlan]) -> list[str]:
-    children = [child for child, region in plan.items() if region.parent == name]
-    return [*children, *(node for child in children for node in _below(child, plan))]
-
-
-def _top_down(plan: Mapping[str, RegionPlan]) -> list[RegionPlan]:
-    order: list[RegionPlan] = []
-    while len(order) < len(plan):
-        placed = {None, *(region.name for region in order)}
-        ready = [region for name, region in plan.items() if name not in placed and region.parent in placed]
-        if not ready:
-            raise ConfigError(f"a region's parent is unknown or circular among {sorted(plan)}")
-        order += ready
-    return order
+    return plan.model_copy(update={"regions": tuple(map(upstream, plan.regions))})

@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from fednats import permissions
 from fednats.config import BusSettings
+from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers
+from fednats.testbed.bus_servers import BusServers, bus_servers
 from fednats.testbed.wan import WanSettings
 from fednats.transport import streams
 from fednats.transport.bus import Bus

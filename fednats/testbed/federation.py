@@ -20,6 +20,7 @@ from fednats.config import (
 )
 from fednats.errors import ConfigError
 from fednats.learning.task import Task, load_task
+from fednats.provision.plan import LeafAddress, Plan, RegionPlan, ServerAddress
 from fednats.subjects import HUB
 from fednats.testbed.wan import WanSettings
 
@@ -28,6 +29,7 @@ class RegionSettings(Settings):
     """``[regions.NAME]``."""
 
     parent: Token | None = Field(None, description="region above this one; none: the hub")
+    bus: LeafAddress = LeafAddress()
     wan: WanSettings | None = Field(None, description="between its nats-server and the one above; none: a good link")
 
 
@@ -55,6 +57,7 @@ class FederationSettings(Settings):
     regions: dict[Token, RegionSettings] = Field(min_length=1)
     sites: dict[Token, SiteInFederation] = Field(min_length=1)
     leaves: bool = Field(default=True, description="a nats-server per region; without, all connect to the hub")
+    bus: ServerAddress = Field(ServerAddress(), description="the hub's server, for provisioning")
 
     @model_validator(mode="after")
     def _regions_exist(self) -> "FederationSettings":
@@ -128,6 +131,20 @@ class FederationSettings(Settings):
             aggregation=self.aggregation,
             delta=self.delta,
             stop=self.stop,
+        )
+
+    def plan(self) -> Plan:
+        """Return what kits are made from."""
+        return Plan(
+            run=self.run_settings(),
+            regions=tuple(
+                RegionPlan(name, self.sites_of(name), region.parent, region.bus)
+                for name, region in self.regions.items()
+            ),
+            leaves=self.leaves,
+            bus=self.bus,
+            task=self.task_of(None),
+            site_tasks={name: self.task_of(name) for name in self.sites},
         )
 
     def task_of(self, site: str | None) -> TaskSettings:

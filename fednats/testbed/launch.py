@@ -13,17 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings
-from fednats.crypto import secret
-from fednats.delta import scheme
+from fednats.config import DaemonSettings
 from fednats.errors import FednatsError, InterruptedRunError
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
-from fednats.testbed.bus_servers import BusServers, RegionPlan, bus_servers, region_link
+from fednats.testbed.bus_servers import BusServers, region_link, serving
 from fednats.testbed.comparison import compare
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.links import serving_links
-from fednats.testbed.nats_server import write_secret
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
@@ -32,6 +29,7 @@ from fednats.testbed.wan import Wan, WanSettings
 
 POLL_S = 0.5
 COORDINATOR = "coordinator"
+KITS = "kits"
 
 
 @dataclass
@@ -62,31 +60,13 @@ async def running(
 
     ``links`` are beyond or instead of the federation's own; their names are `bus_servers.link_names`.
     """
-    plan = [
-        RegionPlan(name, sites=federation.sites_of(name), parent=region.parent)
-        for name, region in federation.regions.items()
-    ]
     wans = {**federation.links(), **(links or {})}
     async with (
-        bus_servers(output / "bus", federation.name, plan, leaves=federation.leaves, links=wans) as servers,
+        serving(federation.plan(), output / KITS, wans) as servers,
         serving_links(servers.links, output),
+        Daemons(_daemons(federation, output, servers)) as daemons,
     ):
-        secret_key, public_key = make_keys(federation, output / "keys")
-        async with Daemons(_daemons(federation, output, servers, secret_key, public_key)) as daemons:
-            yield Running(servers, daemons, output)
-
-
-def make_keys(federation: FederationSettings, directory: Path) -> tuple[Path | None, Path | None]:
-    """Make the run's HE key pair, unless it is there already or not needed; return the two files."""
-    if federation.delta.cipher == "none":
-        return None, None
-    directory.mkdir(parents=True, exist_ok=True)
-    secret_file, public_file = directory / "coordinator.secret", directory / "participants.public"
-    if not (secret_file.exists() and public_file.exists()):
-        secret_key, public_key = secret.generate(scheme.bfv(federation.delta).parameters)
-        write_secret(secret_file, secret_key)
-        public_file.write_bytes(public_key)
-    return secret_file, public_file
+        yield Running(servers, daemons, output)
 
 
 async def run_federation(federation: FederationSettings, output: Path) -> Summary:
@@ -135,53 +115,19 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
     return statuses
 
 
-def _daemons(
-    federation: FederationSettings,
-    output: Path,
-    servers: BusServers,
-    secret_key: Path | None,
-    public_key: Path | None,
-) -> list[DaemonProcess]:
-    run = federation.name
-    coordinator = CoordinatorSettings(
-        run=run,
-        state_dir=output / COORDINATOR,
-        regions=federation.children_of(None),
-        leaves=federation.leaves,
-        bus=servers.coordinator(),
-        secret_key_file=secret_key,
-        task=federation.task_of(None),
-        settings=federation.run_settings(),
-    )
-    daemons = [DaemonProcess("coordinator", COORDINATOR, coordinator)]
-    for region, settings in federation.regions.items():
-        aggregator = AggregatorSettings(
-            run=run,
-            state_dir=output / f"aggregator-{region}",
-            region=region,
-            parent=settings.parent,
-            depth=federation.depth(region),
-            min_sites=federation.aggregation.min_sites,
-            leaves=federation.leaves,
-            sites=federation.sites_of(region),
-            regions=federation.children_of(region),
-            bus=servers.aggregator(region),
-            uplink=servers.uplink(region),
-            public_key_file=public_key,
-        )
-        daemons.append(DaemonProcess("aggregator", f"aggregator-{region}", aggregator))
+def _daemons(federation: FederationSettings, output: Path, servers: BusServers) -> list[DaemonProcess]:
+    """Return everybody's daemon with the settings of its kit; state is beside the kits, a task's code where it is."""
+
+    def daemon(role: str, name: str, settings: DaemonSettings, **changes: object) -> DaemonProcess:
+        return DaemonProcess(role, name, settings.model_copy(update={"state_dir": output / name, **changes}))
+
+    daemons = [daemon("coordinator", COORDINATOR, servers.coordinator_settings(), task=federation.task_of(None))]
+    daemons += [
+        daemon("aggregator", f"aggregator-{name}", servers.aggregator_settings(name)) for name in federation.regions
+    ]
     for name, site in federation.sites.items():
-        site_settings = SiteSettings(
-            run=run,
-            state_dir=output / f"site-{name}",
-            site=name,
-            region=site.region,
-            bus=servers.site(site.region, name),
-            public_key_file=public_key,
-            task=federation.task_of(name),
-            slow_factor=site.slow_factor,
-        )
-        daemons.append(DaemonProcess("site", f"site-{name}", site_settings))
+        own = {"task": federation.task_of(name), "slow_factor": site.slow_factor}
+        daemons.append(daemon("site", f"site-{name}", servers.site_settings(name), **own))
     return daemons
 
 

@@ -1,8 +1,7 @@
-"""Real nats-servers on this machine, with the shipped configuration: for tests and federations on one machine."""
+"""Real nats-servers on this machine, from kits: for tests and federations on one machine."""
 
 import asyncio
 import ctypes
-import os
 import shutil
 import signal
 import socket
@@ -15,13 +14,12 @@ from typing import Any, Self
 import aiohttp
 import structlog
 
-import fednats
 from fednats.errors import BusError, ConfigError
+from fednats.provision.plan import Server
+from fednats.subjects import HUB
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
-MAX_STORE = "1TB"
-"""Sum of the streams' limits that a server admits; a bookkeeping figure, no space is taken."""
 
 _PR_SET_PDEATHSIG = 1
 _LOG_TAIL_BYTES = 2000
@@ -42,58 +40,50 @@ def binary() -> str:
     return found
 
 
-def config_file(name: str) -> Path:
-    """Path of ``hub.conf`` or ``leaf.conf``: in an installed package, or in a checkout.
+class Ports:
+    """Free TCP ports of 127.0.0.1, kept from everybody else until they are released."""
 
-    Raises:
-        ConfigError: neither place has it.
-    """
-    package = Path(fednats.__file__).parent
-    for folder in (package / "bus", package.parent / "bus"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"{name} is neither in {package / 'bus'} nor in {package.parent / 'bus'}; reinstall fednats")
+    def __init__(self, count: int) -> None:
+        self._held = [socket.socket() for _ in range(count)]
+        for held in self._held:
+            held.bind(("127.0.0.1", 0))
+        self.numbers: tuple[int, ...] = tuple(held.getsockname()[1] for held in self._held)
 
-
-def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    def release(self) -> None:
+        """Let somebody listen on them."""
+        for held in self._held:
+            held.close()
 
 
 class NatsServer:
-    """One server process on fixed ports and a fixed store; an async context manager.
+    """One server process, from a kit and in it; an async context manager.
 
-    ``directory`` gets the configuration (with ``accounts`` beside it), the store and the log. Leaving the context
+    The kit gets the store and the log as well. ``reserved`` ports are released when it starts. Leaving the context
     stops the server; on Linux it also dies with this process, even if that is killed.
     """
 
-    def __init__(self, name: str, config: str, accounts: str, directory: Path, upstream: str = "") -> None:
-        self.name = name
-        self.log_file = directory / "server.log"
-        self._config = directory / config
-        self._store = directory / "store"
-        self._accounts = accounts
-        self._ports = {"client": free_port(), "leaf": free_port(), "monitor": free_port()}
-        self._upstream = upstream
+    def __init__(self, server: Server, kit: Path, reserved: Ports | None = None) -> None:
+        self.name = server.name
+        self.log_file = kit / "server.log"
+        self._server = server
+        self._kit = kit
+        self._reserved = reserved
         self._process: asyncio.subprocess.Process | None = None
 
     @property
     def url(self) -> str:
         """Where clients connect."""
-        return f"nats://127.0.0.1:{self._ports['client']}"
+        return self._server.url
 
     @property
     def leaf_url(self) -> str:
         """Where leaf servers connect."""
-        return f"nats://127.0.0.1:{self._ports['leaf']}"
+        return self._server.leaf_url
 
     @property
     def monitor_url(self) -> str:
         """HTTP monitoring: ``/healthz``, ``/varz``, ``/connz``, ``/leafz``, ``/jsz``."""
-        return f"http://127.0.0.1:{self._ports['monitor']}"
+        return self._server.monitor_url
 
     @property
     def pid(self) -> int | None:
@@ -113,20 +103,24 @@ class NatsServer:
         """Start, or start again on the same ports and store; returns when the server says that it is healthy.
 
         Raises:
-            ConfigError: no binary or no configuration file.
+            ConfigError: no binary, or the kit has no configuration.
             BusError: it ended or is not healthy after 20 s; the text has the end of its log.
         """
         if self._process is not None:
             return
         program = binary()
-        await asyncio.to_thread(self._write)
+        config = "hub.conf" if self.name == HUB else "leaf.conf"
+        if not (self._kit / config).exists():
+            raise ConfigError(f"{self._kit} has no {config}; it is no kit of who runs a server")
+        if self._reserved is not None:
+            self._reserved.release()
         self._process = await asyncio.create_subprocess_exec(
             program,
             "-c",
-            str(self._config),
+            config,
             "-l",
             str(self.log_file),
-            env={**os.environ, **self._environment()},
+            cwd=self._kit,
             start_new_session=True,  # Ctrl-C is for the federation, which stops its servers last
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
@@ -148,9 +142,14 @@ class NatsServer:
         """SIGKILL and wait."""
         await self._end(signal.SIGKILL)
 
+    async def reload(self) -> None:
+        """Have it read its configuration again, as after provisioning: who lost its key is cut off."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGHUP)
+
     async def wipe(self) -> None:
         """Remove the store of a server that is down."""
-        await asyncio.to_thread(shutil.rmtree, self._store)
+        await asyncio.to_thread(shutil.rmtree, self._kit / "store")
 
     async def monitor(self, path: str) -> Mapping[str, object]:
         """Return one page of the monitoring, such as ``/leafz``."""
@@ -191,30 +190,6 @@ class NatsServer:
 
     def _log_tail(self) -> str:
         return self.log_file.read_text(errors="replace")[-_LOG_TAIL_BYTES:] if self.log_file.exists() else "no log"
-
-    def _write(self) -> None:
-        self._config.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(config_file(self._config.name), self._config)
-        write_secret(self._config.parent / "accounts.conf", self._accounts.encode())
-
-    def _environment(self) -> dict[str, str]:
-        return {
-            "FEDNATS_BUS_NAME": self.name,
-            "FEDNATS_BUS_LISTEN": f"127.0.0.1:{self._ports['client']}",
-            "FEDNATS_BUS_LEAF_LISTEN": f"127.0.0.1:{self._ports['leaf']}",
-            "FEDNATS_BUS_MONITOR": f"127.0.0.1:{self._ports['monitor']}",
-            "FEDNATS_BUS_STORE": str(self._store),
-            "FEDNATS_BUS_MAX_STORE": MAX_STORE,
-            "FEDNATS_BUS_UPSTREAM": self._upstream,
-        }
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
 
 
 async def _healthy(session: aiohttp.ClientSession, url: str) -> bool:

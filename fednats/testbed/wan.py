@@ -87,7 +87,7 @@ class Wan:
     @property
     def url(self) -> str:
         """Where to connect instead of the target."""
-        return f"nats://127.0.0.1:{self.port}"
+        return f"tls://127.0.0.1:{self.port}"
 
     @property
     def bytes_up(self) -> int:

@@ -68,7 +68,7 @@ class Bus:
 
         Raises:
             BusError: not reachable within 10 s, or refused (authorization).
-            ConfigError: the nkey seed file is missing or not a seed.
+            ConfigError: the nkey seed file is missing or not a seed, or ``ca_file`` is no certificate.
         """
         async with connection(settings, name) as opened, Upkeep(opened) as upkeep:
             yield cls(opened, upkeep)

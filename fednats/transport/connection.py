@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from fednats.config import BusSettings
 from fednats.errors import BusError, ConfigError
 from fednats.transport.answer import AwayError, NobodyError, answer
 from fednats.transport.flow import Flow
+from fednats.transport.tls import TlsTransport, context
 
 CONNECT_TIMEOUT_S = 10.0
 ATTEMPT_TIMEOUT_S = 5
@@ -34,6 +36,7 @@ CLOSE_TIMEOUT_S = 5.0
 _NEVER_S = 10**9
 _BLINK_S = 0.02
 _NO_MESSAGE = "404"
+_CUT = ("reset", "broken pipe", "eof")
 
 log = structlog.get_logger()
 
@@ -42,7 +45,9 @@ class Connection:
     """One nats client; made by `connection`."""
 
     def __init__(self, name: str, domain: str | None) -> None:
+        self._transport = TlsTransport()
         self.client = Client()
+        self.client._transport = self._transport  # noqa: SLF001 - it has no other place for one's own
         self.log = log.bind(bus_user=name)
         self.api_prefix = "$JS.API" if domain is None else f"$JS.{domain}.API"
         self.wakers: set[Callable[[], None]] = set()
@@ -157,10 +162,13 @@ class Connection:
 
     async def open(self, settings: BusSettings) -> None:
         """Connect; raises what `Bus.connect` says."""
+        verifying = context(settings)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self.client.connect(
                     settings.url,
+                    tls=verifying,
+                    tls_handshake_first=True,  # else nats-py would go on in the clear if whoever answers wants no TLS
                     name=self._name,
                     inbox_prefix=permissions.inbox(self._name),
                     nkeys_seed_str=None if settings.nkey_seed_file is None else _seed(settings.nkey_seed_file),
@@ -174,9 +182,10 @@ class Connection:
                     closed_cb=self._on_closed,
                 )
         except (nats.errors.Error, OSError, TimeoutError) as error:
-            await self.client.close()
-            reset = "reset" in self._last_error.casefold()  # it may overtake the server's "authorization violation"
-            hint = "; a server that refuses a key may reset the connection: check nkey_seed_file" if reset else ""
+            await self.close()
+            # The end of the connection may overtake the server's "authorization violation".
+            cut = any(word in self._last_error.casefold() for word in _CUT)
+            hint = "; a server that refuses a key may cut the connection: check nkey_seed_file" if cut else ""
             raise BusError(f"{self._name}: cannot connect to {settings.url} ({self._last_error}){hint}") from error
         self._opening = False
         self._up.set()
@@ -189,7 +198,7 @@ class Connection:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self.client.close()
         except TimeoutError:
-            self._abort()
+            self._transport.abort()
 
     async def watch(self) -> None:
         """Break the connection, for ever again, when a ping is not answered: it is dead, and nothing else says so.
@@ -206,16 +215,9 @@ class Connection:
             except nats.errors.TimeoutError:
                 if self.client.stats["reconnects"] == which:
                     self.log.warning("bus_silent", silent_s=DEAD_AFTER_S)
-                    self._abort()
+                    self._transport.abort()
             except (nats.errors.Error, OSError) as error:
                 self.log.debug("bus_not_pinged", error=str(error))
-
-    def _abort(self) -> None:
-        """Break the connection as it stands; nats-py has no way to."""
-        transport = self.client._transport  # noqa: SLF001
-        writer = getattr(transport, "_io_writer", None)
-        if writer is not None:
-            writer.transport.abort()
 
     def _too_large(self, subject: str, data: bytes) -> str:
         url = self.client.connected_url
@@ -230,11 +232,11 @@ class Connection:
             raise BusError(f"{self._name}: the connection is closed ({self._ended})")
 
     async def _on_error(self, error: Exception) -> None:
-        repeated = str(error) == self._last_error
-        self._last_error = str(error) or type(error).__name__
+        words = str(error) or type(error).__name__
+        repeated, self._last_error = words == self._last_error, words
         text = self._last_error.casefold()
-        if self._opening and "authorization" in text:
-            raise error  # out of the first connect: nats-py would go on trying with the same refused key
+        if self._opening and ("authorization" in text or isinstance(error, ssl.SSLError)):
+            raise error  # out of the first connect: nats-py would go on trying with the same key, at the same server
         if "permissions violation for publish" in text:
             for future, subject in self._waiting.items():
                 if f'"{subject}"' in text and not future.done():

@@ -120,8 +120,9 @@ async def as_the_document_says(observer: BusSettings, reason: str, folder: Path)
     """Run the example of bus/README.md that reads the newest reject of a kind; return what it prints."""
     (code,) = re.findall(r"```python\n(.*?)```", BUS_README.read_text(encoding="utf-8"), re.DOTALL)
     for documented, actual in (
-        ('"nats://127.0.0.1:4222"', repr(observer.url)),
+        ('"tls://127.0.0.1:4223"', repr(observer.url)),
         ('"observer.north.nk"', repr(str(observer.nkey_seed_file))),
+        ('"ca.pem"', repr(str(observer.ca_file))),
         ('"RUN"', '"small"'),
         ('"SITE"', '"nan"'),
         ('"malformed"', repr(reason)),

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fednats.testbed import nats_server
+from fednats.provision import servers
+from fednats.provision.servers import config_file
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
-from fednats.testbed.nats_server import config_file
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import closed, reached, until
@@ -41,10 +41,11 @@ async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_
         "2.bias": (2,),
     }
     assert all(np.isfinite(array).all() for array in model.values())
-    secret = (output / "keys" / "coordinator.secret").read_bytes()
+    held = output / "kits" / "coordinator" / "epoch-1.secret"
+    secret = held.read_bytes()
     holders = [file for file in output.glob("**/*") if file.is_file() and secret[:4096] in file.read_bytes()]
-    assert holders == [output / "keys" / "coordinator.secret"]
-    assert (output / "keys" / "coordinator.secret").stat().st_mode & 0o077 == 0
+    assert holders == [held]
+    assert held.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("cipher", ["bfv", "none"])
@@ -137,7 +138,7 @@ async def test_everything_is_cut_to_what_the_servers_take_in_one_message(
         file.write_text(text)
         return file
 
-    monkeypatch.setattr(nats_server, "config_file", small)
+    monkeypatch.setattr(servers, "config_file", small)
     federation = make_federation(
         {"north": ["a", "b"]}, task="breast-cancer", options={"hidden": [200, 200]}, stop={"max_versions": 3}
     )

@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import json
+import shutil
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import nats.errors
 import pytest
@@ -13,13 +16,18 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from fednats import permissions, subjects
-from fednats.config import BusSettings
+from fednats.config import BusSettings, parse
 from fednats.errors import BusError
-from fednats.permissions import Account, Permissions
+from fednats.permissions import Account, Permissions, User
+from fednats.provision import nkey
+from fednats.provision.authority import CA_FILE
+from fednats.provision.kits import provision
+from fednats.provision.plan import Kits, LeafAddress, Plan, RegionPlan
+from fednats.provision.registry import Registry
+from fednats.provision.servers import server_conf
 from fednats.subjects import HUB
-from fednats.testbed.bus_servers import Keys, RegionPlan
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
-from fednats.testbed.nats_server import NatsServer
+from fednats.testbed.nats_server import NatsServer, Ports
 from fednats.transport import streams
 from fednats.transport.bus import Bus
 
@@ -66,6 +74,13 @@ def asked_of(api: str, stream: str, *, reads: bool = True) -> list[tuple[str, ob
         (f"{api}.CONSUMER.DELETE.{stream}.{subjects.durable('north', stream)}", None),
     ]
     return reading + changing if reads else changing
+
+
+def plan_of(region: RegionPlan, **changes: Any) -> Plan:
+    """A federation of one region, which does not encrypt."""
+    run = {"name": RUN, "delta": {"cipher": "none"}}
+    raw = {"run": run, "regions": (region,), "task": {"path": "breast-cancer"}, **changes}
+    return parse(raw, Plan, source="test")
 
 
 class Prober:
@@ -117,6 +132,8 @@ async def prober(settings: BusSettings, name: str) -> AsyncIterator[Prober]:
     try:
         await client.connect(
             settings.url,
+            tls=ssl.create_default_context(cafile=settings.ca_file),
+            tls_handshake_first=True,
             nkeys_seed=str(settings.nkey_seed_file),
             inbox_prefix=permissions.inbox(name),
             error_cb=ignore,
@@ -124,7 +141,9 @@ async def prober(settings: BusSettings, name: str) -> AsyncIterator[Prober]:
         )
         yield Prober(client)
     finally:
-        await client.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await client.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["leaves", "no-leaves"])
@@ -229,29 +248,49 @@ async def test_a_consumer_made_at_the_hub_cannot_be_turned_against_a_region(bus:
 
 
 @with_leaves
-async def test_the_links_key_is_no_clients_key(bus: ConnectedBus) -> None:
+async def test_the_links_key_is_no_clients_key(bus: ConnectedBus, tmp_path: Path) -> None:
     name = permissions.user_name("link", "north")
-    settings = BusSettings(url=bus.servers.hub.url, nkey_seed_file=bus.servers.keys.seed_file(name), domain=None)
+    seed = tmp_path / "link.nk"
+    seed.write_text(seed_in(bus.servers.kits.seed_file(name)))
+    settings = bus.servers.user("observer", HUB).model_copy(update={"nkey_seed_file": seed})
     with pytest.raises(nats.errors.Error, match="Authorization"):
         async with asyncio.timeout(5), prober(settings, name):
             pass
+
+
+def seed_in(link_conf: Path) -> str:
+    return link_conf.read_text().split('"')[1]
+
+
+def all_powerful(name: str, folder: Path, *, leaf: bool = False) -> User:
+    """A user who may do everything, with a new key in ``folder``."""
+    seed = nkey.new_seed()
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / f"{name}.nk").write_text(seed)
+    return User(name, nkey.public_key(seed), Permissions(publish=(">",), subscribe=(">",)), leaf=leaf)
 
 
 @with_leaves
 async def test_a_rogue_leaf_with_the_links_key_reaches_no_other_regions_streams(
     bus: ConnectedBus, tmp_path: Path
 ) -> None:
-    """Somebody with the link key of south runs a server of his own, with a user who may do everything there."""
-    keys = Keys(tmp_path)
-    everything = keys.user("uplink", "south", Permissions(publish=(">",), subscribe=(">",)))
-    seed = bus.servers.keys.seed(permissions.user_name("link", "south"))
-    text = permissions.render(
-        [Account(permissions.UPLINK_ACCOUNT, (everything,)), Account(permissions.REGION_ACCOUNT, ())],
-        region="rogue",
-        link_seed=seed,
+    """Somebody with the kit of south runs a server of his own, with a user who may do everything there."""
+    kit = tmp_path / "rogue"
+    await asyncio.to_thread(
+        shutil.copytree, bus.servers.kits.region("south"), kit, ignore=shutil.ignore_patterns("store")
     )
-    rogue = NatsServer("rogue", "leaf.conf", text, tmp_path / "rogue", upstream=bus.servers.hub.leaf_url)
-    settings = BusSettings(url=rogue.url, nkey_seed_file=keys.seed_file(everything.name), domain=None)
+    everything = all_powerful(permissions.user_name("uplink", "south"), tmp_path)
+    accounts = [Account(permissions.UPLINK_ACCOUNT, (everything,)), Account(permissions.REGION_ACCOUNT, ())]
+    (kit / "accounts.conf").write_text(permissions.render(accounts, region="rogue"))
+    ports = Ports(3)
+    address = LeafAddress(
+        **dict(zip(("port", "leaf_port", "monitor_port"), ports.numbers, strict=True)),
+        upstream=bus.servers.hub.leaf_url,
+    )
+    plan = plan_of(RegionPlan("rogue", ("c",), bus=address))
+    (kit / "server.conf").write_text(server_conf(plan, "rogue"))
+    rogue = NatsServer(plan.server("rogue"), kit, ports)
+    settings = BusSettings(url=rogue.url, ca_file=kit / CA_FILE, nkey_seed_file=tmp_path / f"{everything.name}.nk")
     models = subjects.models_stream(RUN, HUB)
     async with rogue, prober(settings, everything.name) as thief:
 
@@ -281,55 +320,51 @@ async def test_a_rogue_leaf_with_the_links_key_reaches_no_other_regions_streams(
 
 async def test_a_hub_that_allows_everything_still_cannot_change_a_region(tmp_path: Path) -> None:
     """The hub's operator has dropped all limits; the region's own configuration holds."""
-    keys = Keys(tmp_path)
+    kits, ports = Kits(tmp_path), {node: Ports(3) for node in (HUB, "north")}
+    at = {node: dict(zip(("port", "leaf_port", "monitor_port"), ports[node].numbers, strict=True)) for node in ports}
+    plan = plan_of(RegionPlan("north", ("a", "b"), bus=LeafAddress(**at["north"])), bus=at[HUB])
+    await asyncio.to_thread(provision, plan, tmp_path)
+    registry = Registry.read(kits.authority / "registry.toml", RUN)
+    assert registry is not None
     everything = Permissions(publish=(">",), subscribe=(">",))
-    root, link = keys.user("coordinator", HUB, everything), keys.user("link", "north", everything)
-    above = NatsServer(
-        HUB, "hub.conf", permissions.render([permissions.hub_account(RUN, [root, link])]), tmp_path / HUB
+    root, link = (
+        User(name, registry.keys[name], everything, leaf="link" in name) for name in ("coordinator.hub", "link.north")
     )
-    uplink = keys.user("uplink", "north", permissions.uplink(RUN, "north"))
-    accounts = [permissions.uplink_account(RUN, "north", [uplink]), permissions.private_account(RUN, "north", [])]
-    seed = keys.seed(link.name)
-    async with above:
-        below = NatsServer(
-            "north",
-            "leaf.conf",
-            permissions.render(accounts, region="north", link_seed=seed),
-            tmp_path / "north",
-            upstream=above.leaf_url,
-        )
-        region = BusSettings(url=below.url, nkey_seed_file=keys.seed_file(uplink.name), domain=None)
-        hub = BusSettings(url=above.url, nkey_seed_file=keys.seed_file(root.name), domain=None)
-        async with below, Bus.connect(region, uplink.name) as owner, prober(hub, root.name) as thief:
-            await owner.ensure_stream(streams.at_uplink(RUN, "north")[1])
-            head = subjects.head(subjects.aggregate(RUN, "north"))
-            await owner.publish(head, b"sum", message_id="sum")
+    (kits.server(HUB) / "accounts.conf").write_text(permissions.render([permissions.hub_account(RUN, [root, link])]))
+    above, below = (NatsServer(plan.server(node), kits.server(node), ports[node]) for node in ports)
+    uplink, ca_file = "uplink.north", kits.server(HUB) / CA_FILE
+    region = BusSettings(url=below.url, ca_file=ca_file, nkey_seed_file=kits.seed_file(uplink))
+    hub = BusSettings(url=above.url, ca_file=ca_file, nkey_seed_file=kits.seed_file(root.name))
+    async with above, below, Bus.connect(region, uplink) as owner, prober(hub, root.name) as thief:
+        await owner.ensure_stream(streams.at_uplink(RUN, "north")[1])
+        head = subjects.head(subjects.aggregate(RUN, "north"))
+        await owner.publish(head, b"sum", message_id="sum")
 
-            async def reaches_the_region() -> bool:
-                config = {"ack_policy": "none", "deliver_subject": "stolen.here"}
-                create = f"$JS.north.API.CONSUMER.CREATE.{AGGREGATES}"
-                answer = await thief.ask(create, {"stream_name": AGGREGATES, "config": config})
-                return isinstance(answer, dict) and "created" in answer
-
-            await until(reaches_the_region)
-            requests = asked_of("$JS.north.API", AGGREGATES, reads=False)
-            assert all(await asyncio.gather(*(thief.harmless(*request) for request in requests)))
-            kept = await owner.last(AGGREGATES, head)
-            assert kept is not None
-
-            # A push consumer delivers with the server's own rights: make it deliver to the region's JetStream.
+        async def reaches_the_region() -> bool:
+            config = {"ack_policy": "none", "deliver_subject": "stolen.here"}
             create = f"$JS.north.API.CONSUMER.CREATE.{AGGREGATES}"
-            for api in ("$JS.API", "$JS.north.API"):
-                target = {
-                    "ack_policy": "none",
-                    "headers_only": True,
-                    "deliver_subject": f"{api}.STREAM.DELETE.{AGGREGATES}",
-                }
-                await thief.ask(create, {"stream_name": AGGREGATES, "config": target})
-            await owner.publish(head, b"next sum", message_id="next")
-            record = await owner.last(AGGREGATES, head)
-            assert record is not None
-            assert (record.data, record.sequence) == (b"next sum", kept.sequence + 1)
+            answer = await thief.ask(create, {"stream_name": AGGREGATES, "config": config})
+            return isinstance(answer, dict) and "created" in answer
+
+        await until(reaches_the_region)
+        requests = asked_of("$JS.north.API", AGGREGATES, reads=False)
+        assert all(await asyncio.gather(*(thief.harmless(*request) for request in requests)))
+        kept = await owner.last(AGGREGATES, head)
+        assert kept is not None
+
+        # A push consumer delivers with the server's own rights: make it deliver to the region's JetStream.
+        create = f"$JS.north.API.CONSUMER.CREATE.{AGGREGATES}"
+        for api in ("$JS.API", "$JS.north.API"):
+            target = {
+                "ack_policy": "none",
+                "headers_only": True,
+                "deliver_subject": f"{api}.STREAM.DELETE.{AGGREGATES}",
+            }
+            await thief.ask(create, {"stream_name": AGGREGATES, "config": target})
+        await owner.publish(head, b"next sum", message_id="next")
+        record = await owner.last(AGGREGATES, head)
+        assert record is not None
+        assert (record.data, record.sequence) == (b"next sum", kept.sequence + 1)
 
 
 async def test_a_site_may_send_only_as_itself(bus: ConnectedBus) -> None:

@@ -10,8 +10,9 @@ import pytest
 from fednats import subjects
 from fednats.errors import BusError
 from fednats.permissions import user_name
+from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.bus_servers import RegionPlan, bus_servers
+from fednats.testbed.bus_servers import bus_servers
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport import streams
 from fednats.transport.bus import Bus

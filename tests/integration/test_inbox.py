@@ -14,9 +14,9 @@ from fednats import subjects, wire
 from fednats.errors import BusError, Reason, RefusedError
 from fednats.messages import Message, Payload, Reject, Update
 from fednats.protocol.events import ContributionArrived
+from fednats.provision.plan import RegionPlan
 from fednats.services.inbox import Arrived, Inbox, VanishedError
 from fednats.services.rejects import MAX_DATA_BYTES, MAX_DETAIL, Rejects
-from fednats.testbed.bus_servers import RegionPlan
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport.bus import Bus, Delivery
 from tests.makers import update

@@ -10,8 +10,9 @@ import pytest
 
 from fednats import subjects
 from fednats.errors import BusError, ConfigError, FednatsError
+from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.bus_servers import RegionPlan, bus_servers, link_names
+from fednats.testbed.bus_servers import bus_servers, link_names
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.links import ask, serving_links
 from fednats.testbed.wan import Wan, WanSettings

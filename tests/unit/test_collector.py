@@ -106,6 +106,19 @@ def test_updates_on_different_grids_are_not_added() -> None:
     assert {part.head.grid_id for part in made.parts} == {"g1"}
 
 
+def test_updates_for_the_key_of_the_epoch_before_are_taken_and_not_added_to_others() -> None:
+    machine = collector()
+    machine.handle(announcement().model_copy(update={"key_id": "new", "older_key_ids": ("k",)}))
+    new = [update(site).model_copy(update={"key_id": "new"}) for site in ("b", "c")]
+    assert arrive(machine, update("a"), new[0]) == []
+    made = combination(arrive(machine, new[1]))
+    assert {part.head.key_id for part in made.parts} == {"new"}
+    assert refusal(arrive(machine, update("b", 2).model_copy(update={"key_id": "older still"}))) is Reason.WRONG_KEY
+    machine.handle(Combined(combination_id=made.combination_id))
+    older = combination(arrive(machine, update("b", 3)))
+    assert {part.head.key_id for part in older.parts} == {"k"}
+
+
 def test_stale_updates_weigh_less() -> None:
     machine = collector()
     settings = AggregationSettings(participation_correction=False)

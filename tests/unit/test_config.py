@@ -12,7 +12,7 @@ site = "ward"
 region = "north"
 state_dir = "/tmp/ward"
 [bus]
-url = "nats://127.0.0.1:4222"
+url = "tls://127.0.0.1:4222"
 [task]
 path = "heart"
 """
@@ -26,14 +26,14 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_a_file_becomes_settings_with_defaults(tmp_path: Path) -> None:
     settings = load(write(tmp_path, SITE), SiteSettings, {})
-    assert settings.bus == BusSettings(url="nats://127.0.0.1:4222")
+    assert settings.bus == BusSettings(url="tls://127.0.0.1:4222")
     assert settings.drain_s == 20.0
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
-    environment = {"FEDNATS_BUS__URL": "nats://elsewhere:4222", "FEDNATS_DRAIN_S": "3", "HOME": "/root"}
+    environment = {"FEDNATS_BUS__URL": "tls://elsewhere:4222", "FEDNATS_DRAIN_S": "3", "HOME": "/root"}
     settings = load(write(tmp_path, SITE), SiteSettings, environment)
-    assert (settings.bus.url, settings.drain_s) == ("nats://elsewhere:4222", 3.0)
+    assert (settings.bus.url, settings.drain_s) == ("tls://elsewhere:4222", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
     [
         (SITE + "\n[web]\nprot = 8080\n", "web.prot: unknown setting"),
         (SITE.replace('site = "ward"\n', ""), "site: missing"),
-        (SITE.replace("nats://", "http://"), "bus.url"),
+        (SITE.replace("tls://", "nats://"), "bus.url"),
         (SITE.replace('"ward"', '"ward.7"'), "site: "),
         ("run = ", "not valid TOML"),
     ],

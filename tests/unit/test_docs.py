@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fednats.config import SiteSettings, parse
+from fednats.provision.plan import LeafAddress, ServerAddress
 from fednats.testbed.federation import FederationSettings
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,12 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
     assert documented["aggregation"]["staleness"] == type(federation.aggregation.staleness)().model_dump()
     for name in ("seed", "leaves", "options"):
         assert documented[name] == FederationSettings.model_fields[name].get_default(call_default_factory=True)
+    for address, cls in ((documented["bus"], ServerAddress), (documented["regions"]["north"]["bus"], LeafAddress)):
+        assert set(address) == set(cls.model_fields)
+        required_or_placed = {"port", "leaf_port", "monitor_port", "upstream"}
+        assert {name: address[name] for name in set(address) - required_or_placed} == cls().model_dump(
+            exclude_none=True
+        )
     assert required <= set(documented)
 
 

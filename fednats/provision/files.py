@@ -1,0 +1,51 @@
+"""Files of kits: private ones at 0600 in folders at 0700, and a list of what was changed."""
+
+import os
+from pathlib import Path
+
+from fednats.errors import LocalStorageError
+
+
+class Files:
+    """Writes files whole or not at all; `changed` are those whose content was not there before."""
+
+    def __init__(self) -> None:
+        self.changed: list[Path] = []
+
+    def private(self, path: Path, content: bytes) -> None:
+        """Write what only its owner may read."""
+        self._write(path, content, 0o600)
+
+    def public(self, path: Path, content: bytes) -> None:
+        """Write what anybody may read."""
+        self._write(path, content, 0o644)
+
+    def move(self, path: Path, to: Path) -> None:
+        """Rename a file that is out of use."""
+        path.replace(to)
+        self.changed.append(to)
+
+    def _write(self, path: Path, content: bytes, mode: int) -> None:
+        try:
+            _folder(path.parent)
+            if path.exists() and path.read_bytes() == content:
+                path.chmod(mode)
+                return
+            part = path.with_name(f"{path.name}.part")
+            part.unlink(missing_ok=True)
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError as error:
+            raise LocalStorageError(
+                f"{path}: cannot be written ({error.strerror}); mend that, and run again"
+            ) from error
+        self.changed.append(path)
+
+
+def _folder(path: Path) -> None:
+    """Make a folder of kits, closed to others; one that is there already is closed as well."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)

@@ -1,0 +1,228 @@
+"""Make the kits of a federation: a folder for each participant with what it may hold, and nothing else."""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from fednats.config import parse
+from fednats.errors import ConfigError
+from fednats.permissions import user_name
+from fednats.provision import encryption, nkey, readme, servers, services
+from fednats.provision.authority import CA_FILE, Authority
+from fednats.provision.files import Files
+from fednats.provision.plan import Kits, Plan
+from fednats.provision.registry import Registry
+from fednats.subjects import HUB
+
+MODEL_KEY_FILE = "model.key"
+MODEL_KEY_BYTES = 32
+SIGNERS_FILE = "signers.toml"
+
+
+def provision(
+    plan: Plan,
+    out: Path,
+    *,
+    add_sites: Collection[str] = (),
+    add_regions: Collection[str] = (),
+    revoke: Collection[str] = (),
+    public_keys: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Make what is not there, keep what is, bring all files up to date; return the files that were changed.
+
+    Args:
+        plan: the federation as it is to be.
+        out: folder of the kits.
+        add_sites: sites that are new in the plan, or get a new key after their old one was revoked.
+        add_regions: likewise regions.
+        revoke: who is refused from now on: ``site.NAME``, or ``aggregator.NAME`` for all keys of a region.
+        public_keys: by name of the bus user, of keys whose seeds are kept by those who made them.
+
+    Raises:
+        ConfigError: the plan does not fit what was provisioned before; the text names the remedy.
+        LocalStorageError: a file cannot be written.
+    """
+    kits, files = Kits(out), Files()
+    before = Registry.read(kits.authority / "registry.toml", plan.name)
+    registry = before or Registry(run=plan.name)
+    for name in revoke:
+        registry = _revoked(registry, name, kits, files)
+    admitted = set(plan.users()) if before is None else set(registry.keys) | _added(plan, add_sites, add_regions)
+    _check(plan, registry, admitted)
+    registry = _with_keys(plan, registry, admitted, public_keys or {}, kits, files)
+    registry.write(kits.authority / "registry.toml", files)
+    _write(plan, registry, kits, files)
+    return files.changed
+
+
+def rotate(out: Path) -> list[Path]:
+    """Begin a new epoch: a new pair of keys for homomorphic encryption; return the files that were changed.
+
+    Raises:
+        ConfigError: nothing was provisioned there, or the run is not encrypted.
+    """
+    kits, files = Kits(out), Files()
+    plan = provisioned(kits)
+    registry = Registry.read(kits.authority / "registry.toml", plan.name)
+    if registry is None or plan.run.delta.cipher == "none":
+        raise ConfigError(f"{out}: there is no key to rotate; cipher is {plan.run.delta.cipher!r}")
+    registry = registry.model_copy(update={"epoch": registry.epoch + 1})
+    encryption.make_pair(plan.run.delta, registry.epoch, kits, files)
+    registry.write(kits.authority / "registry.toml", files)
+    _write(plan, registry, kits, files)
+    return files.changed
+
+
+# --- who --------------------------------------------------------------------------------------------------------------
+
+
+def _revoked(registry: Registry, name: str, kits: Kits, files: Files) -> Registry:
+    role, _, node = name.partition(".")
+    if role not in {"site", "aggregator"} or name not in registry.keys:
+        known = ", ".join(sorted(key for key in registry.keys if key.startswith(("site.", "aggregator."))))
+        raise ConfigError(f"--revoke {name}: that is none of {known}; for the coordinator make new kits")
+    of_region = [user_name(other, node) for other in ("uplink", "link", "observer")] if role == "aggregator" else []
+    for user in (name, *of_region):
+        if user in registry.keys:
+            registry = registry.without(user)
+            seed = kits.seed_file(user)
+            if seed.exists():
+                files.move(seed, seed.with_name(f"{seed.name}.revoked"))
+    return registry
+
+
+def _added(plan: Plan, sites: Collection[str], regions: Collection[str]) -> set[str]:
+    placed = {site for region in plan.regions for site in region.sites}
+    for option, names, known in (
+        ("--add-site", sites, placed),
+        ("--add-region", regions, {region.name for region in plan.regions}),
+    ):
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"{option} {name}: it is not in the federation file; there are {', '.join(sorted(known))}"
+                )
+    of_regions = (user for region in regions for user in plan.users_of_region(region))
+    return {*of_regions, *(user_name("site", site) for site in sites)}
+
+
+def _check(plan: Plan, registry: Registry, admitted: Collection[str]) -> None:
+    """Refuse to give or take a key because of a slip in the federation file."""
+    for name in plan.users():
+        if name in admitted or name in registry.revoked:
+            continue
+        role, _, node = name.partition(".")
+        option = f"--add-site {node}" if role == "site" else f"--add-region {node}"
+        raise ConfigError(f"{name} is new in the federation file; give {option} to make its kit")
+    for name in registry.keys:
+        if name not in plan.users():
+            role, _, node = name.partition(".")
+            whole = name if role == "site" else user_name("aggregator", node)
+            raise ConfigError(
+                f"{name} has a key, but is not in the federation file; give --revoke {whole}, or put it back"
+            )
+
+
+def _with_keys(
+    plan: Plan,
+    registry: Registry,
+    admitted: Collection[str],
+    public_keys: Mapping[str, str],
+    kits: Kits,
+    files: Files,
+) -> Registry:
+    if unknown := sorted(set(public_keys) - set(admitted)):
+        raise ConfigError(f"--public-key {unknown[0]}: there is no such user; there are {', '.join(sorted(admitted))}")
+    for name in plan.users():
+        if name not in admitted:
+            continue
+        seed = kits.seed_file(name)
+        if name in public_keys:
+            if seed.exists() and nkey.public_key_in(seed) != public_keys[name]:
+                raise ConfigError(f"--public-key {name}: {seed} is another key; remove it if it is not in use")
+            registry = registry.with_key(name, nkey.check_public_key(name, public_keys[name]))
+        elif seed.exists():
+            registry = registry.with_key(name, nkey.public_key_in(seed))
+        elif name not in registry.keys:
+            made = nkey.new_seed()
+            files.private(seed, nkey.seed_text(made, seed).encode())
+            registry = registry.with_key(name, nkey.public_key(made))
+    return registry
+
+
+# --- what -------------------------------------------------------------------------------------------------------------
+
+
+def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
+    files.public(kits.authority / "plan.json", plan.model_dump_json(indent=2).encode())
+    authority = Authority(kits.authority, plan.name, files)
+    if plan.run.delta.cipher == "bfv":
+        encryption.make_pair(plan.run.delta, registry.epoch, kits, files)
+    model_key = _model_key(kits, files)
+    keys, signers = registry.keys, registry.signers()
+
+    def common(kit: Path) -> Mapping[str, Path]:
+        """Write what is in every service's kit; return the settings of its public keys."""
+        files.public(kit / CA_FILE, authority.pem)
+        files.public(kit / SIGNERS_FILE, signers)
+        return _public_keys(plan, registry, kits, kit, files)
+
+    common(kits.coordinator)
+    files.private(kits.coordinator / MODEL_KEY_FILE, model_key)
+    services.write_coordinator(plan, kits, keys, _secret_keys(plan, registry), files)
+    files.public(kits.server(HUB) / CA_FILE, authority.pem)
+    servers.write_hub(plan, kits, keys, authority, files)
+    for region in plan.regions:
+        kit = kits.region(region.name)
+        public = common(kit)
+        if plan.leaves:
+            servers.write_leaf(plan, region.name, kits, keys, authority, files)
+        if user_name("aggregator", region.name) in keys:
+            services.write_aggregator(plan, region, kits, keys, public, files)
+        for site in region.sites:
+            if user_name("site", site) in keys:
+                public = common(kits.site(site))
+                files.private(kits.site(site) / MODEL_KEY_FILE, model_key)
+                services.write_site(plan, region, site, kits, public, files)
+    readme.write(plan, registry, kits, files)
+
+
+def _public_keys(plan: Plan, registry: Registry, kits: Kits, kit: Path, files: Files) -> Mapping[str, Path]:
+    if plan.run.delta.cipher == "none":
+        return {}
+    epochs = _epochs(registry)
+    settings = ("public_key_file", "older_public_key_file")
+    return {setting: encryption.hand_out(n, kits, kit, files) for setting, n in zip(settings, epochs, strict=False)}
+
+
+def _secret_keys(plan: Plan, registry: Registry) -> Mapping[str, Path]:
+    if plan.run.delta.cipher == "none":
+        return {}
+    settings = ("secret_key_file", "older_secret_key_file")
+    return {setting: Path(encryption.secret_file(n)) for setting, n in zip(settings, _epochs(registry), strict=False)}
+
+
+def _epochs(registry: Registry) -> tuple[int, ...]:
+    """Return the epochs whose keys are in use, the newest first."""
+    return tuple(n for n in (registry.epoch, registry.epoch - 1) if n > 0)
+
+
+def _model_key(kits: Kits, files: Files) -> bytes:
+    kept = kits.authority / MODEL_KEY_FILE
+    if not kept.exists():
+        files.private(kept, os.urandom(MODEL_KEY_BYTES))
+    return kept.read_bytes()
+
+
+def provisioned(kits: Kits) -> Plan:
+    """Return the plan that was provisioned last.
+
+    Raises:
+        ConfigError: nothing was provisioned there.
+    """
+    path = kits.authority / "plan.json"
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")), Plan, source=str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); run `fednats provision` first") from error

@@ -1,0 +1,33 @@
+"""A key that is made where it is used, so that who provisions never has its seed."""
+
+from pathlib import Path
+
+from fednats.config import Settings, Token, parse
+from fednats.errors import ConfigError
+from fednats.provision import nkey
+from fednats.provision.files import Files
+from fednats.provision.plan import Kits
+
+_ROLES = ("site", "aggregator", "uplink", "link", "observer", "coordinator")
+
+
+class _Name(Settings):
+    node: Token
+
+
+def new_key(name: str, folder: Path) -> str:
+    """Write the seed of the bus user ``name`` into ``folder``, under the name it has in a kit; return the public key.
+
+    Raises:
+        ConfigError: there is no such kind of user, or a file of that name.
+    """
+    role, _, node = name.partition(".")
+    if role not in _ROLES:
+        raise ConfigError(f"{name}: give ROLE.NAME, with a role of {', '.join(_ROLES)}")
+    parse({"node": node}, _Name, source=name)
+    path = folder / Kits(folder).seed_file(name).name
+    if path.exists():
+        raise ConfigError(f"{path} is there already; a key is never overwritten: give another --out, or remove it")
+    seed = nkey.new_seed()
+    Files().private(path.absolute(), nkey.seed_text(seed, path).encode())
+    return nkey.public_key(seed)

@@ -1,0 +1,69 @@
+"""Ed25519 keys of bus users, which are also what they sign with, in NATS's own form (nkeys)."""
+
+import base64
+import os
+import re
+from pathlib import Path
+
+import nkeys
+
+from fednats.errors import ConfigError
+
+_PUBLIC_BYTES = 1 + 32 + 2
+_LINK_SEED = re.compile(r'^link_seed: "(?P<seed>\w+)"$', re.MULTILINE)
+
+
+def new_seed() -> str:
+    """Make a key: the seed of a user."""
+    seed: bytes = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+    return seed.decode()
+
+
+def seed_text(seed: str, file: Path) -> str:
+    """Return a seed as it stands in ``file``: alone, or as a server's setting in ``link.conf``."""
+    return f'link_seed: "{seed}"\n' if file.suffix == ".conf" else seed
+
+
+def public_key(seed: str) -> str:
+    """Return the public key of a seed.
+
+    Raises:
+        ConfigError: it is no seed.
+    """
+    try:
+        key: bytes = nkeys.from_seed(bytearray(seed, "ascii")).public_key
+    except (ValueError, nkeys.NkeysError) as error:
+        raise ConfigError(f"not an nkey seed ({type(error).__name__}); `fednats keys new NAME` makes one") from None
+    return key.decode()
+
+
+def public_key_in(file: Path) -> str:
+    """Return the public key of the seed in a file that `seed_text` made.
+
+    Raises:
+        ConfigError: there is no seed in it.
+    """
+    text = file.read_text(encoding="utf-8").strip()
+    if file.suffix == ".conf":
+        found = _LINK_SEED.search(text)
+        text = found["seed"] if found else ""
+    try:
+        return public_key(text)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def check_public_key(name: str, key: str) -> str:
+    """Return ``key``, handed in for the user ``name``.
+
+    Raises:
+        ConfigError: it is not the public key of a user: ``U`` and 55 letters and digits with a checksum.
+    """
+    try:
+        raw = base64.b32decode(key)
+    except ValueError:
+        raw = b""
+    checksum = nkeys.crc16(bytearray(raw[:-2])).to_bytes(2, byteorder="little") if len(raw) == _PUBLIC_BYTES else b""
+    if raw[:1] != bytes([nkeys.PREFIX_BYTE_USER]) or raw[-2:] != checksum:
+        raise ConfigError(f"{name}={key}: not the public key of a user; give the U... that `fednats keys new` printed")
+    return key

@@ -1,0 +1,144 @@
+"""What each kit says of itself: what is in it, what to keep secret, how to start, how to check."""
+
+from pathlib import Path
+
+from fednats.permissions import user_name
+from fednats.provision.files import Files
+from fednats.provision.plan import Kits, Plan
+from fednats.provision.registry import Registry
+from fednats.subjects import HUB
+
+_FILES = {
+    "ca.pem": "the federation's authority: what the servers' certificates are verified with",
+    "signers.toml": "whose signatures count in this federation, and whose no longer do",
+    "model.key": "**secret**: opens the models, which only the coordinator and the hospitals may read",
+    "server.conf": "this server's name, addresses and store",
+    "accounts.conf": "who may connect here, and what each may do",
+    "server.pem": "this server's certificate",
+    "server.key": "**secret**: the certificate's key",
+    "link.conf": "**secret**: the key that this server shows to the one above",
+    "hub.conf": "the server's configuration",
+    "leaf.conf": "the server's configuration",
+    "coordinator.toml": "settings of the coordinator",
+    "aggregator.toml": "settings of the aggregator",
+    "site.toml": "settings of the hospital's daemon",
+}
+
+
+def write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
+    """Write ``README.md`` into each kit."""
+    run = plan.name
+    files.public(kits.authority / "README.md", _AUTHORITY.format(run=run).encode())
+    _write(kits.coordinator, f"The coordinator of {run}", [user_name("coordinator", HUB)], kits, files, _COORDINATOR)
+    hub = _SERVER.format(config="hub.conf", monitor=plan.server(HUB).monitor_url)
+    _write(kits.server(HUB), f"The hub of {run}", [user_name("observer", HUB)], kits, files, hub)
+    for region in plan.regions:
+        text = _AGGREGATOR
+        if plan.leaves:
+            text += "\n" + _SERVER.format(config="leaf.conf", monitor=plan.server(region.name).monitor_url)
+        users = plan.users_of_region(region.name)
+        _write(kits.region(region.name), f"The region {region.name} of {run}", users, kits, files, text)
+        for site in region.sites:
+            name = user_name("site", site)
+            if name in registry.keys:
+                _write(kits.site(site), f"The hospital {site} in {run}", [name], kits, files, _SITE)
+
+
+def _write(kit: Path, title: str, users: list[str] | tuple[str, ...], kits: Kits, files: Files, text: str) -> None:
+    rows = [f"| `{path.name}` | {_what(path.name)} |" for path in sorted(kit.iterdir()) if _what(path.name)]
+    elsewhere = [kits.seed_file(user) for user in users if not kits.seed_file(user).exists()]
+    missing = "".join(_MISSING.format(name=path.name, how=_how(path)) for path in elsewhere)
+    listed = "\n".join(("| file | what it is |", "|---|---|", *rows))
+    files.public(kit / "README.md", f"# {title}\n\n{listed}\n\n{_KEEP}{missing}\n{text}".encode())
+
+
+def _what(name: str) -> str | None:
+    if name in _FILES:
+        return _FILES[name]
+    if name.endswith(".nk"):
+        holder = "this daemon" if not name.startswith("observer") else "who watches with the `nats` CLI"
+        return f"**secret**: the key of {holder}, to connect and to sign with"
+    if name.endswith(".secret"):
+        return "**secret**: decrypts sums of hospitals"
+    if name.endswith(".public"):
+        return "encrypts and adds; cannot decrypt"
+    return "the task: the code that is trained with" if name.endswith(".py") else None
+
+
+def _how(path: Path) -> str:
+    return 'as `link_seed: "SU..."`' if path.suffix == ".conf" else "as `fednats keys new` wrote it"
+
+
+_KEEP = """Secret files are readable by their owner only (0600) and have to stay so. Copy the folder over a channel you trust, to the
+machine that runs it, and keep no second copy.
+"""
+
+_MISSING = """
+`{name}` is not in this kit: its key was made where it is used, and only the public half was handed in. Put the seed here
+under that name, {how}, mode 0600.
+"""
+
+_COORDINATOR = """## Start
+
+    fednats coordinator --config coordinator.toml
+
+from any folder; what it remembers goes to `state/` here. It needs the hub's server.
+
+## Check
+
+The log says `started`, then `bus_connected`; `curl http://127.0.0.1:PORT/readyz`, with the number in `state/web.port`, says
+200. `epoch-*.secret` and the regions' ciphertexts together would open single hospitals' updates: never give it to a region.
+"""
+
+_AGGREGATOR = """## Start the aggregator
+
+    fednats aggregator --config aggregator.toml
+
+from any folder; what it remembers goes to `state/` here. It cannot decrypt what it adds, nor read the models.
+"""
+
+_SERVER = """## Start the server
+
+In this folder:
+
+    nats-server -c {config}
+
+What it stores goes to `store/` here. When `accounts.conf` changes, copy it here and `nats-server --signal reload`.
+
+## Check
+
+    curl -s {monitor}/healthz
+    curl -s {monitor}/leafz
+
+Monitoring is on this machine only. Without TLS nobody gets as much as a greeting: that is meant so.
+"""
+
+_SITE = """## Start
+
+Set `task.options` in `site.toml` to where your data is (whole paths), then, from any folder:
+
+    fednats site --config site.toml
+
+What it remembers goes to `state/` here. It connects outwards only, to the address in `[bus]`.
+
+## Check
+
+The log says `started`, then `bus_connected`. What it sends is encrypted for the coordinator; nothing here can decrypt it.
+"""
+
+_AUTHORITY = """# Who provisioned {run}
+
+**Keep this folder offline and give it to nobody.** Every kit can be brought up to date from it.
+
+| file | what it is |
+|---|---|
+| `ca.key` | **secret**: makes certificates for this federation's servers |
+| `ca.pem` | its certificate, in every kit |
+| `model.key` | **secret**: what coordinator and hospitals open models with |
+| `registry.toml` | everybody's public key, and those that were revoked |
+| `plan.json` | the federation as it was provisioned last |
+| `epoch-*.public` | the public keys for homomorphic encryption; the secret ones are in the coordinator's kit only |
+
+When the kits are handed out, delete them here. A later `fednats provision` knows the public keys, makes no second ones, and
+writes anew what may be handed out again.
+"""

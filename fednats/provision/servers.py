@@ -1,0 +1,64 @@
+"""What is in the kit of who runs a server: configuration, accounts, certificate."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import fednats
+from fednats import permissions
+from fednats.errors import ConfigError
+from fednats.provision import accounts
+from fednats.provision.authority import Authority
+from fednats.provision.files import Files
+from fednats.provision.plan import Kits, Plan
+from fednats.subjects import HUB
+
+
+def config_file(name: str) -> Path:
+    """Path of ``hub.conf`` or ``leaf.conf``: in an installed package, or in a checkout.
+
+    Raises:
+        ConfigError: neither place has it.
+    """
+    package = Path(fednats.__file__).parent
+    for folder in (package / "bus", package.parent / "bus"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"{name} is neither in {package / 'bus'} nor in {package.parent / 'bus'}; reinstall fednats")
+
+
+def write_hub(plan: Plan, kits: Kits, keys: Mapping[str, str], authority: Authority, files: Files) -> None:
+    """Write the hub's server files."""
+    text = permissions.render(accounts.of_hub(plan, keys))
+    _write(plan, HUB, "hub.conf", text, kits, authority, files)
+
+
+def write_leaf(
+    plan: Plan, region: str, kits: Kits, keys: Mapping[str, str], authority: Authority, files: Files
+) -> None:
+    """Write the server files of a region."""
+    text = permissions.render(accounts.of_leaf(plan, plan.region(region), keys), region=region)
+    _write(plan, region, "leaf.conf", text, kits, authority, files)
+
+
+def server_conf(plan: Plan, node: str) -> str:
+    """Return ``server.conf``: the values that ``hub.conf`` and ``leaf.conf`` refer to."""
+    server = plan.server(node)
+    values = {
+        "bus_name": node,
+        "bus_listen": f"{server.listens_on}:{server.port}",
+        "bus_leaf_listen": f"{server.listens_on}:{server.leaf_port}",
+        "bus_monitor": server.monitor_url.removeprefix("http://"),
+        "bus_store": "store",
+        **({} if node == HUB else {"bus_upstream": plan.upstream(node)}),
+    }
+    text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
+    return f"{text}bus_max_store: {server.max_store}\n"  # in quotes it would be no size
+
+
+def _write(plan: Plan, node: str, config: str, text: str, kits: Kits, authority: Authority, files: Files) -> None:
+    kit = kits.server(node)
+    files.public(kit / config, config_file(config).read_bytes())
+    files.public(kit / "server.conf", server_conf(plan, node).encode())
+    files.private(kit / "accounts.conf", text.encode())
+    authority.certify(kit, node, plan.server(node).hosts, links_up=node != HUB)

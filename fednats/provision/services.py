@@ -1,0 +1,95 @@
+"""The settings files of the services, each in its kit and with paths that begin there."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import tomli_w
+
+from fednats.config import (
+    AggregatorSettings,
+    BusSettings,
+    CoordinatorSettings,
+    DaemonSettings,
+    SiteSettings,
+    TaskSettings,
+)
+from fednats.permissions import user_name
+from fednats.provision.authority import CA_FILE
+from fednats.provision.files import Files
+from fednats.provision.plan import Kits, Plan, RegionPlan
+from fednats.subjects import HUB
+
+STATE = Path("state")
+
+
+def write_coordinator(plan: Plan, kits: Kits, keys: Mapping[str, str], he: Mapping[str, Path], files: Files) -> None:
+    """Write ``coordinator.toml``, and the task's code beside it."""
+    settings = CoordinatorSettings(
+        run=plan.name,
+        state_dir=STATE,
+        regions=_with_key("aggregator", plan.children_of(None), keys),
+        leaves=plan.leaves,
+        bus=_bus(plan, HUB, "coordinator", HUB),
+        task=_task(plan.task, kits.coordinator, files),
+        settings=plan.run,
+        **he,
+    )
+    _write(kits.coordinator / "coordinator.toml", settings, files)
+
+
+def write_aggregator(
+    plan: Plan, region: RegionPlan, kits: Kits, keys: Mapping[str, str], he: Mapping[str, Path], files: Files
+) -> None:
+    """Write ``aggregator.toml``."""
+    settings = AggregatorSettings(
+        run=plan.name,
+        state_dir=STATE,
+        region=region.name,
+        parent=region.parent,
+        depth=plan.depth(region.name),
+        sites=_with_key("site", region.sites, keys),
+        regions=_with_key("aggregator", plan.children_of(region.name), keys),
+        min_sites=plan.run.aggregation.min_sites,
+        leaves=plan.leaves,
+        bus=_bus(plan, region.name, "aggregator", region.name),
+        uplink=_bus(plan, region.name, "uplink", region.name),
+        **he,
+    )
+    _write(kits.region(region.name) / "aggregator.toml", settings, files)
+
+
+def write_site(plan: Plan, region: RegionPlan, site: str, kits: Kits, he: Mapping[str, Path], files: Files) -> None:
+    """Write ``site.toml``, and the task's code beside it."""
+    settings = SiteSettings(
+        run=plan.name,
+        state_dir=STATE,
+        site=site,
+        region=region.name,
+        bus=_bus(plan, region.name, "site", site),
+        task=_task(plan.site_tasks.get(site, plan.task), kits.site(site), files),
+        **he,
+    )
+    _write(kits.site(site) / "site.toml", settings, files)
+
+
+def _bus(plan: Plan, node: str, role: str, name: str) -> BusSettings:
+    seed = Path(f"{user_name(role, name)}.nk")
+    return BusSettings(url=plan.server(node).url, nkey_seed_file=seed, ca_file=Path(CA_FILE))
+
+
+def _with_key(role: str, names: tuple[str, ...], keys: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(name for name in names if user_name(role, name) in keys)
+
+
+def _task(task: TaskSettings, kit: Path, files: Files) -> TaskSettings:
+    """Copy the task's file, if it is no shipped one, into the kit: what is run there can be read there."""
+    file, colon, name = task.path.rpartition(":")
+    if not colon:
+        return task
+    files.public(kit / Path(file).name, Path(file).read_bytes())
+    return task.model_copy(update={"path": f"{Path(file).name}:{name}"})
+
+
+def _write(path: Path, settings: DaemonSettings, files: Files) -> None:
+    raw = settings.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    files.public(path, tomli_w.dumps(raw).encode())

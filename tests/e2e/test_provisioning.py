@@ -1,0 +1,169 @@
+"""Kits in use: the command line, a hospital that is shut out while all goes on, a new epoch of encryption."""
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import tomli_w
+
+from fednats import subjects, wire
+from fednats.config import AggregatorSettings, DaemonSettings, SiteSettings
+from fednats.messages import ModelManifest
+from fednats.permissions import user_name
+from fednats.provision.kits import provision, provisioned, rotate
+from fednats.provision.plan import Kits
+from fednats.testbed.launch import COORDINATOR, Running, running
+from fednats.testbed.ledger import APPLIED
+from fednats.testbed.processes import DaemonProcess
+from fednats.transport.bus import Bus
+from tests.e2e.conftest import OWN_TASK, MakeFederation
+from tests.e2e.ledgers import balanced
+from tests.e2e.until import Statuses, closed, end_after, reached, until
+
+LIMIT_S = 60
+
+
+def fednats(*arguments: str, cwd: Path, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "fednats", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_command_line_provisions_adds_revokes_and_rotates(make_federation: MakeFederation, tmp_path: Path) -> None:
+    federation = make_federation({"north": ["a", "b", "c"]})
+    file = tmp_path / "federation.toml"
+    file.write_text(tomli_w.dumps(federation.model_dump(mode="json", exclude_none=True)))
+    own = fednats("keys", "new", "site.a", "--out", "own", cwd=tmp_path).strip()
+    made = fednats("provision", "federation.toml", "--out", "kits", "--public-key", own, cwd=tmp_path)
+    assert "site-b/site.b.nk" in made
+    assert "site-a/site.a.nk" not in made
+    assert "hand out from kits: coordinator, hub, region-north, site-a, site-b, site-c" in made
+    assert "nothing changed" in fednats("provision", "federation.toml", "--out", "kits", cwd=tmp_path)
+    raw = federation.model_dump(mode="json", exclude_none=True)
+    raw["sites"]["d"] = raw["sites"]["a"]
+    file.write_text(tomli_w.dumps(raw))
+    refused = fednats("provision", "federation.toml", "--out", "kits", cwd=tmp_path, code=1)
+    assert "give --add-site d" in refused
+    assert "site-d/site.d.nk" in fednats(
+        "provision", "federation.toml", "--out", "kits", "--add-site", "d", cwd=tmp_path
+    )
+    revoked = fednats("provision", "federation.toml", "--out", "kits", "--revoke", "site.b", cwd=tmp_path)
+    assert "region-north/accounts.conf" in revoked
+    rotated = fednats("keys", "rotate", "--out", "kits", cwd=tmp_path)
+    assert "coordinator/epoch-2.secret" in rotated
+
+
+async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeFederation, tmp_path: Path) -> None:
+    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 100})
+    async with running(federation, tmp_path / "out") as now:
+        await until(now, reached(1))
+        await now.daemons["site-a"].stop()
+        kit = Kits(tmp_path / "out" / "kits").site("a")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "fednats", "site", "--config", str(kit / "site.toml"),
+            cwd="/",
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+        try:
+            await sends(kit / "state" / "outbox.sqlite")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 0
+    assert (kit / "own_task.py").read_bytes() == OWN_TASK.read_bytes()
+
+
+async def sends(outbox: Path) -> None:
+    """Wait until a site has sent an update."""
+
+    def sent() -> bool:
+        if not outbox.exists():
+            return False
+        with sqlite3.connect(f"file:{outbox}?mode=ro", uri=True) as connection:
+            try:
+                return bool(connection.execute("SELECT 1 FROM outgoing WHERE sent_at IS NOT NULL").fetchone())
+            except sqlite3.OperationalError:
+                return False
+
+    async with asyncio.timeout(LIMIT_S):
+        while not await asyncio.to_thread(sent):  # noqa: ASYNC110 -- another process writes
+            await asyncio.sleep(0.1)
+
+
+async def test_who_is_revoked_is_cut_off_at_once_and_the_others_go_on(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    federation = make_federation({"north": ["a", "b", "c"]}, stop={"max_versions": 1000})
+    async with running(federation, tmp_path / "out") as now:
+        await until(now, reached(2))
+        kits = now.servers.kits
+        await asyncio.to_thread(provision, provisioned(kits), kits.root, revoke=["site.c"])
+        await now.servers.leaves["north"].reload()
+
+        def is_out(statuses: Statuses) -> bool:
+            return statuses.get("site-c", {}).get("ready") is False
+
+        statuses = await until(now, is_out)
+        await until(now, reached(int(statuses["coordinator"]["version"]) + 3))
+        assert "authorization" in now.daemons["site-c"].log_file.read_text().casefold()
+        await now.daemons["site-c"].stop()
+        await end_after(now, 2)
+
+
+async def test_a_new_epoch_begins_while_the_old_one_drains(make_federation: MakeFederation, tmp_path: Path) -> None:
+    federation = make_federation({"north": ["a", "b"], "south": ["c", "d"]}, stop={"max_versions": 1000})
+    async with running(federation, tmp_path / "out") as now:
+        statuses = await until(now, reached(2))
+        before = await announced(now)
+        await asyncio.to_thread(rotate, now.servers.kits.root)
+        for daemon in sorted(now.daemons, key=lambda daemon: daemon.name == COORDINATOR):  # whoever encrypts goes first
+            await renewed(now, daemon)
+        statuses = await until(now, reached(int(statuses["coordinator"]["version"]) + 6))
+        after = await announced(now)
+        statuses = await end_after(now, 2)
+        ledger = await balanced(tmp_path / "out")
+    assert after.key_id != before.key_id
+    assert after.older_key_ids == (before.key_id,)
+    for name in ("coordinator", "aggregator-north", "aggregator-south"):
+        assert statuses[name]["refusals"] == {}, name
+    assert not [fate for fate in ledger.updates if fate.startswith("refused")]
+    assert ledger.accepted[APPLIED] >= 8
+    assert closed(statuses)
+
+
+async def renewed(now: Running, daemon: DaemonProcess) -> None:
+    """Start a daemon again with the keys in its kit."""
+    if isinstance(daemon.settings, SiteSettings):
+        kit: DaemonSettings = now.servers.site_settings(daemon.settings.site)
+    elif isinstance(daemon.settings, AggregatorSettings):
+        kit = now.servers.aggregator_settings(daemon.settings.region)
+    else:
+        kit = now.servers.coordinator_settings()
+    keys = {
+        key: getattr(kit, key) for key in type(kit).model_fields if key.endswith(("public_key_file", "secret_key_file"))
+    }
+    assert len(keys) == 2
+    await daemon.stop()
+    daemon.settings = daemon.settings.model_copy(update=keys)
+    await daemon.start()
+
+
+async def announced(now: Running) -> ModelManifest:
+    """Return the newest manifest, as a site reads it."""
+    settings = now.servers.site("north", "a")
+    async with Bus.connect(settings, user_name("site", "a")) as bus:
+        stream = subjects.models_stream(now.servers.run, "north")
+        record = await bus.last(stream, subjects.head(subjects.model(now.servers.run)))
+    assert record is not None
+    return wire.unpack(record.data, ModelManifest)

@@ -1,0 +1,322 @@
+"""Every user tries every subject and every request to JetStream that is not its own, as an attacker would.
+
+The federation's subjects, streams and requests are enumerated; what the matrix in bus/README.md (`fednats.permissions`)
+does not give to a user is sent and listened to with plain nats-py and its key, and has to be denied by the server.
+"""
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import product
+
+import pytest
+import pytest_asyncio
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from fednats import permissions, subjects
+from fednats.config import BusSettings
+from fednats.permissions import User
+from fednats.provision import accounts
+from fednats.provision.authority import CA_FILE
+from fednats.provision.kits import provisioned
+from fednats.provision.plan import RegionPlan
+from fednats.provision.registry import Registry
+from fednats.subjects import HUB
+from fednats.testbed.connected_bus import ConnectedBus, connected_bus
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+RUN = "run"
+PLAN = (RegionPlan("europe", ("e",)), RegionPlan("north", ("a", "b"), parent="europe"), RegionPlan("south", ("c",)))
+FLAT = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
+NODES = (HUB, "europe", "north", "south")
+SITES = {"a": "north", "b": "north", "c": "south", "e": "europe"}
+
+OF_STREAM = (
+    *(f"STREAM.{verb}" for verb in ("CREATE", "UPDATE", "INFO", "DELETE", "PURGE", "SNAPSHOT", "RESTORE")),
+    *(f"STREAM.{verb}" for verb in ("MSG.GET", "MSG.DELETE", "PEER.REMOVE", "LEADER.STEPDOWN")),
+    "DIRECT.GET",
+    "CONSUMER.CREATE",
+    "CONSUMER.NAMES",
+    "CONSUMER.LIST",
+)
+OF_CONSUMER = (
+    *(f"CONSUMER.{verb}" for verb in ("CREATE", "DURABLE.CREATE", "INFO", "DELETE", "MSG.NEXT", "PAUSE", "RESET")),
+    *(f"CONSUMER.{verb}" for verb in ("UNPIN", "LEADER.STEPDOWN")),
+)
+OF_SERVER = ("INFO", "ACCOUNT.PURGE.HUB", "META.LEADER.STEPDOWN", "SERVER.REMOVE", "STREAM.NAMES", "STREAM.LIST")
+
+NEVER: dict[str, tuple[str, ...]] = {
+    "site": (
+        "fed.run.model.>",
+        "fed.run.control",
+        "fed.run.aggregate.>",
+        "fed.run.reject.>",
+        "fed.run.pulse.>",
+        "$KV.fed_run_state.>",
+        "$JS.ACK.>",
+        "$JS.API.STREAM.>",
+        "$JS.API.CONSUMER.>",
+        "$JS.north.>",
+        "$JS.hub.>",
+    ),
+    "aggregator": ("fed.run.update.>", "fed.run.model.>", "fed.run.aggregate.>", "fed.run.control", "$JS.hub.>"),
+    "uplink": ("fed.run.update.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
+    "coordinator": ("fed.run.update.>", "fed.run.aggregate.>", "fed.run.evaluation.*.*", "$JS.north.>", "$JS.south.>"),
+    "observer": ("fed.run.update.>", "fed.run.model.>", "fed.run.control", "fed.run.aggregate.>", "$KV.>", "$JS.ACK.>"),
+}
+"""Written by hand: what no user of a role may publish, whatever the matrix says."""
+
+NEVER_ANYBODY = (
+    "$JS.API.STREAM.DELETE.>",
+    "$JS.API.STREAM.SNAPSHOT.>",
+    "$JS.API.STREAM.RESTORE.>",
+    "$JS.API.STREAM.MSG.DELETE.>",
+    "$JS.API.CONSUMER.DURABLE.>",
+    "$JS.API.CONSUMER.DELETE.>",
+    "$JS.API.ACCOUNT.>",
+    "$JS.API.META.>",
+    "$JS.API.SERVER.>",
+    "$SYS.>",
+)
+
+
+def streams() -> list[str]:
+    kinds = (subjects.models_stream, subjects.updates_stream, subjects.aggregates_stream, subjects.inbox_stream)
+    buckets = (subjects.presence_bucket(RUN), subjects.state_bucket(RUN))
+    made = [kind(RUN, node) for kind, node in product((*kinds, subjects.rejects_stream), NODES)]
+    return [*made, *(f"KV_{bucket}" for bucket in buckets)]
+
+
+def own_subjects() -> list[str]:
+    """Every subject of the run that carries something, one of each kind for each participant."""
+    prefixes = [subjects.model(RUN), *(subjects.aggregate(RUN, node) for node in NODES)]
+    prefixes += [subjects.update(RUN, region, site) for site, region in SITES.items()]
+    found = [subject for p in prefixes for subject in (subjects.head(p), subjects.chunk(p, "id", 0))]
+    found += [subjects.control(RUN)]
+    found += [subjects.evaluation(RUN, region, site) for site, region in SITES.items()]
+    found += [subjects.evaluation_sum(RUN, node) for node in NODES]
+    found += [subjects.pulse(RUN, node) for node in NODES]
+    found += [subjects.reject(RUN, node, "a", "malformed") for node in NODES]
+    who = [("site", site) for site in SITES] + [("aggregator", node) for node in NODES] + [("coordinator", HUB)]
+    found += [subjects.event(RUN, role, name) for role, name in who]
+    found += [subjects.status(RUN, role, name) for role, name in who]
+    found += [f"$KV.{subjects.presence_bucket(RUN)}.{subjects.presence_key(role, name)}" for role, name in who]
+    return [*found, f"$KV.{subjects.state_bucket(RUN)}.anything", *(f"{permissions.deliver(n)}.S.x" for n in NODES)]
+
+
+def published() -> list[str]:
+    """Every subject and every request to every JetStream."""
+    apis = ["$JS.API", permissions.UPLINK_API, *(f"$JS.{node}.API" for node in NODES)]
+    found = own_subjects()
+    for api, stream in product(apis, streams()):
+        found += [f"{api}.{verb}.{stream}" for verb in OF_STREAM]
+        found += [f"{api}.{verb}.{stream}.thief" for verb in OF_CONSUMER]
+        found += [f"{api}.CONSUMER.CREATE.{stream}.thief.fed.run.x", f"{api}.DIRECT.GET.{stream}.fed.run.x"]
+    found += [f"{api}.{verb}" for api, verb in product(apis, OF_SERVER)]
+    found += [f"$JS.{node}.API.{subject}" for node in NODES for subject in found if subject.startswith("$KV.")]
+    for stream in streams():
+        found += [f"$JS.ACK.{stream}.thief.1.1.1.1.0", f"$JS.FC.{stream}.x.y"]
+    found += ["$SYS.REQ.SERVER.PING", "$SYS.REQ.ACCOUNT.HUB.CONNZ", "$SRV.PING", "$O.bucket.M.x", "$JSC.R.x", "$JS.S.x"]
+    return [
+        *found,
+        *(f"{permissions.inbox(name)}.x" for name in ("site.a", "coordinator.hub", "uplink.north")),
+        "other",
+    ]
+
+
+def heard() -> list[str]:
+    """Every subject, and the wide nets that one would cast."""
+    nets = [">", "*", "*.>", "fed.>", "fed.*.>", f"fed.{RUN}.>", f"fed.{RUN}.*.>", f"fed.{RUN}.update.>", "$JS.>"]
+    nets += [
+        "$JS.API.>",
+        "$JS.ACK.>",
+        "$JS.EVENT.>",
+        "$JS.S.>",
+        "$JS.M.>",
+        "$JSC.>",
+        "$KV.>",
+        "$SYS.>",
+        "_INBOX.>",
+        "_R_.>",
+    ]
+    nets += [f"{permissions.inbox(name)}.>" for name in ("site.a", "site.b", "aggregator.north", "uplink.north")]
+    nets += ["_INBOX.coordinator.hub.>", "fed_deliver.>", *(f"fed.{RUN}.reject.{node}.>" for node in NODES)]
+    nets += [f"fed.{RUN}.update.{node}.>" for node in NODES] + [f"fed.{RUN}.evaluation.{node}.*" for node in NODES]
+    return [*nets, *own_subjects()]
+
+
+def covers(pattern: str, subject: str) -> bool:
+    """Whether everything that ``subject`` (possibly with wildcards) stands for is in ``pattern``."""
+    wanted = subject.split(".")
+    for position, part in enumerate(pattern.split(".")):
+        if part == ">":
+            return position < len(wanted)
+        if position >= len(wanted) or wanted[position] == ">" or part not in {"*", wanted[position]}:
+            return False
+    return len(wanted) == len(pattern.split("."))
+
+
+def outside(allowed: Iterable[str], universe: Sequence[str]) -> set[str]:
+    patterns = tuple(allowed)
+    return {subject for subject in universe if not any(covers(pattern, subject) for pattern in patterns)}
+
+
+@dataclass
+class Denials:
+    """What the server says it denies, in its own words: ``... violation for publish to "subject"``."""
+
+    words: list[str] = field(default_factory=list)
+
+    async def note(self, error: Exception) -> None:
+        self.words.append(str(error).casefold())
+
+    def of(self, verb: str, universe: Iterable[str]) -> set[str]:
+        quoted = {part.split('"')[1] for part in self.words if f"violation for {verb}" in part}
+        return {subject for subject in universe if subject.casefold() in quoted}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A bus user, with the server and the seed it connects with."""
+
+    user: User
+    settings: BusSettings
+    domain: str
+
+
+def members(bus: ConnectedBus) -> list[Member]:
+    """Everybody in the shipped accounts who may connect as a client."""
+    kits = bus.servers.kits
+    plan, registry = provisioned(kits), Registry.read(kits.authority / "registry.toml", RUN)
+    assert registry is not None
+    at = {HUB: accounts.of_hub(plan, registry.keys)}
+    if plan.leaves:
+        at |= {region.name: accounts.of_leaf(plan, region, registry.keys) for region in plan.regions}
+    return [
+        Member(user, settings_of(bus, node, user.name), node)
+        for node, its_accounts in at.items()
+        for account in its_accounts
+        for user in account.users
+        if not user.leaf
+    ]
+
+
+def settings_of(bus: ConnectedBus, node: str, user: str) -> BusSettings:
+    kits = bus.servers.kits
+    return BusSettings(
+        url=bus.servers.node(node).url, ca_file=kits.server(HUB) / CA_FILE, nkey_seed_file=kits.seed_file(user)
+    )
+
+
+@asynccontextmanager
+async def attacker(member: Member) -> AsyncIterator[tuple[Client, Denials]]:
+    client, denials = Client(), Denials()
+    await client.connect(
+        member.settings.url,
+        tls=ssl.create_default_context(cafile=member.settings.ca_file),
+        tls_handshake_first=True,
+        nkeys_seed=str(member.settings.nkey_seed_file),
+        error_cb=denials.note,
+        allow_reconnect=False,
+    )
+    try:
+        yield client, denials
+    finally:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await client.close()
+
+
+async def settled(client: Client) -> None:
+    """Return when the server has answered all that was sent; nats-py's first ping overtakes what it has not yet sent."""
+    await client.flush(timeout=30)
+    await client.flush(timeout=30)
+
+
+async def ignore(_message: Msg) -> None:
+    pass
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["leaves", "no-leaves"])
+async def bus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ConnectedBus]:
+    plan = PLAN if request.param else FLAT
+    async with connected_bus(tmp_path_factory.mktemp("bus"), RUN, plan, leaves=request.param) as connected:
+        yield connected
+
+
+async def test_everything_that_is_not_a_users_own_is_denied(bus: ConnectedBus) -> None:
+    everybody = members(bus)
+    assert {member.user.name.split(".")[0] for member in everybody} == set(NEVER)
+    for member in everybody:
+        allowed, own_api = member.user.permissions, f"$JS.{member.domain}.API."
+        publish, subscribe = outside(allowed.publish, published()), outside(allowed.subscribe, heard())
+        assert len(publish) > 0.97 * len(published())
+        async with attacker(member) as (client, denials):
+            for subject in subscribe:
+                await client.subscribe(subject, cb=ignore)
+            for subject in publish:
+                if not subject.startswith(own_api):
+                    await client.publish(subject, b"forged")
+            await settled(client)
+            publish = {subject for subject in publish if not subject.startswith(own_api)}
+            assert publish - denials.of("publish", publish) == set(), member.user.name
+            assert subscribe - denials.of("subscription", subscribe) == set(), member.user.name
+        # The server's own domain is another name for its $JS.API, and denied under that name.
+        asked = {subject for subject in publish if subject.startswith("$JS.API.")}
+        async with attacker(member) as (client, denials):
+            for subject in asked:
+                await client.publish(own_api + subject.removeprefix("$JS.API."), b"forged")
+            await settled(client)
+            assert asked - denials.of("publish", asked) == set(), member.user.name
+
+
+async def test_a_users_own_is_not_denied(bus: ConnectedBus) -> None:
+    """The positive control: with the same key and the same words it is not the connection that is denied."""
+    for member in members(bus):
+        allowed = member.user.permissions
+        own = set(heard()) - outside(allowed.subscribe, heard())
+        async with attacker(member) as (client, denials):
+            for subject in own:
+                await client.subscribe(subject, cb=ignore)
+            asked = [subject for subject in published() if ".STREAM.INFO." in subject and subject in allowed.publish]
+            for subject in asked:
+                await client.publish(subject, b"")
+            await settled(client)
+            assert denials.words == [], member.user.name
+            assert own or asked
+
+
+async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> None:
+    """The matrix against a list by hand; the one before tests that the servers hold to the matrix."""
+    universe = published()
+    for member in members(bus):
+        role, _, node = member.user.name.partition(".")
+        given = set(universe) - outside(member.user.permissions.publish, universe)
+        never = [*NEVER[role], *NEVER_ANYBODY]
+        if role == "site":
+            region = SITES[node]
+            never += [
+                p
+                for site in SITES
+                if site != node
+                for p in (f"fed.run.update.*.{site}.>", f"fed.run.evaluation.*.{site}")
+            ]
+            never += [f"$JS.API.DIRECT.GET.fed_run_{kind}_{region}.>" for kind in ("updates", "rejects", "aggregates")]
+        if role in {"aggregator", "uplink"}:
+            never += [
+                f"$JS.API.*.*.fed_run_{kind}_{other}"
+                for kind in ("updates", "aggregates")
+                for other in NODES
+                if other != node
+            ]
+            never += [f"fed.run.aggregate.{other}.>" for other in NODES if other != node]
+            never += [f"$JS.{other}.API.STREAM.>" for other in NODES]
+        if role in {"coordinator", "uplink"}:
+            never += [f"$JS.API.*.*.fed_run_updates_{other}" for other in NODES]
+            never += [f"$JS.API.DIRECT.GET.fed_run_updates_{other}.>" for other in NODES]
+        assert not {subject for subject in given for pattern in never if covers(pattern, subject)}, member.user.name

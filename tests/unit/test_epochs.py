@@ -1,0 +1,89 @@
+"""Workers that hold the keys of two epochs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fednats.codec.layout import Layout
+from fednats.config import AggregatorSettings, BusSettings, CoordinatorSettings, DeltaSettings, parse
+from fednats.crypto import secret
+from fednats.crypto.public import key_id
+from fednats.delta import scheme
+from fednats.delta.encode import encoder
+from fednats.errors import ConfigError, RefusedError
+from fednats.services.aggregator_worker import AggregatorWorker
+from fednats.services.coordinator_worker import CoordinatorWorker
+from fednats.services.keys import held, read_keys
+from tests.makers import aggregate
+
+BUS = BusSettings(url="tls://127.0.0.1:4222")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[bytes, bytes]]:
+    return [secret.generate(scheme.bfv(DeltaSettings()).parameters) for _ in range(3)]
+
+
+def files(folder: Path, keys: list[bytes]) -> list[Path]:
+    made = [folder / f"epoch-{number}" for number in range(len(keys))]
+    for path, key in zip(made, keys, strict=True):
+        path.write_bytes(key)
+    return made
+
+
+def test_the_announced_key_is_chosen_else_the_newest(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
+    old, new = files(tmp_path, [pairs[0][1], pairs[1][1]])
+    keys = read_keys(new, old, "public_key_file")
+    assert held(keys, key_id(pairs[0][1])) == pairs[0][1]
+    assert held(keys, key_id(pairs[1][1])) == pairs[1][1]
+    assert held(keys, key_id(pairs[2][1])) == pairs[1][1]
+    assert held((), "none") is None
+    assert read_keys(None, None, "public_key_file") == ()
+    with pytest.raises(ConfigError, match="older_public_key_file is set, but public_key_file is not"):
+        read_keys(None, old, "public_key_file")
+
+
+def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
+    old, new = files(tmp_path, [pairs[0][1], pairs[1][1]])
+    settings = AggregatorSettings(
+        run="r", state_dir=tmp_path, region="north", bus=BUS, uplink=BUS, public_key_file=new, older_public_key_file=old
+    )
+    worker = AggregatorWorker(settings)
+    for _, public in pairs[:2]:
+        assert worker.fit(DeltaSettings(), 100, key_id(public)).key_id == key_id(public)
+    assert worker.fit(DeltaSettings(), 100, key_id(pairs[2][1])).key_id != key_id(pairs[2][1])
+
+
+def test_the_coordinator_decrypts_what_either_key_is_for(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
+    old, new = files(tmp_path, [pairs[0][0], pairs[1][0]])
+    raw: dict[str, Any] = {
+        "run": "r",
+        "state_dir": tmp_path / "state",
+        "regions": ["north"],
+        "bus": BUS,
+        "task": {"path": "breast-cancer"},
+        "settings": {"name": "r"},
+        "secret_key_file": new,
+        "older_secret_key_file": old,
+    }
+    worker = CoordinatorWorker(parse(raw, CoordinatorSettings, source="test"))
+    version = worker.current()
+    assert (version.key_id, version.older_key_ids) == (key_id(pairs[1][1]), (key_id(pairs[0][1]),))
+    layout, grid = Layout(version.parameters), version.grids[-1]
+    delta = np.linspace(-0.01, 0.01, layout.n_parameters, dtype=np.float32)
+    means = []
+    for _, public in pairs[:2]:
+        encode = encoder(DeltaSettings(), public)
+        residual = np.zeros(layout.n_parameters, np.float32)
+        chunks = list(encode.encode(delta, residual, layout, grid, np.random.default_rng(0)))
+        head = aggregate("north", total_weight=1).model_copy(update={"key_id": encode.key_id, "grid_id": grid.grid_id})
+        worker.begin()
+        for position, chunk in enumerate(chunks):
+            worker.decrypt(head, 1.0, position, chunk.data)
+        means.append(worker._mean.copy())
+    np.testing.assert_array_equal(means[0], means[1])
+    assert np.abs(means[0]).max() > 0
+    with pytest.raises(RefusedError, match="which is no longer held"):
+        worker.decrypt(head.model_copy(update={"key_id": key_id(pairs[2][1])}), 1.0, 0, chunks[0].data)
