@@ -163,6 +163,7 @@ class DaemonSettings(Settings):
 
     run: Token
     state_dir: Path
+    signers_file: Path = Field(description="public keys of all participants (TOML); read again when it changes")
     web: WebSettings = WebSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_s: float = Field(20.0, gt=0, description="time that SIGTERM leaves for work under way")

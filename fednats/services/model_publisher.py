@@ -8,6 +8,7 @@ from fednats.config import CoordinatorSettings
 from fednats.errors import BusError
 from fednats.messages import Control, Frame, ModelManifest
 from fednats.services.answers import Version
+from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon
 from fednats.services.off_loop import off_loop
 from fednats.services.persist import ask, persist
@@ -19,10 +20,11 @@ from fednats.transport.bus import Bus
 class ModelPublisher:
     """Publishes versions, each with the frames that lead to it; doing it again changes nothing."""
 
-    def __init__(self, daemon: Daemon, settings: CoordinatorSettings, bus: Bus) -> None:
+    def __init__(self, daemon: Daemon, settings: CoordinatorSettings, identity: Identity, bus: Bus) -> None:
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
+        self._identity = identity
         self._bus = bus
         self._stream = subjects.models_stream(settings.run, subjects.HUB)
         self._prefix = subjects.model(settings.run)
@@ -63,11 +65,11 @@ class ModelPublisher:
         for frame in version.frames:
             n_bytes += await self._publish_frame(frame)
         manifest = self._manifest(version)
-        packed = wire.pack(manifest)
-        identity = f"v{version.version}-{wire.digest(packed).hex()}"
-        await persist(self._log, lambda: self._bus.publish(subjects.head(self._prefix), packed, identity))
-        self.sent_bytes += n_bytes + len(packed)
-        self._daemon.metrics.sent_bytes.inc(n_bytes + len(packed))
+        signed = self._identity.sign(subjects.head(self._prefix), manifest)
+        identity = f"v{version.version}-{wire.digest(signed).hex()}"
+        await persist(self._log, lambda: self._bus.publish(subjects.head(self._prefix), signed, identity))
+        self.sent_bytes += n_bytes + len(signed)
+        self._daemon.metrics.sent_bytes.inc(n_bytes + len(signed))
         self._daemon.metrics.version.set(version.version)
         self._log.info("version_published", version=version.version, bytes=n_bytes, delta_norm=version.delta_norm)
         await self._forget_frames({frame.payload.payload_id for frame in version.frames})
@@ -103,7 +105,8 @@ class ModelPublisher:
 
     async def _tell_closed(self, control: Control) -> None:
         subject = subjects.control(self._settings.run)
-        await persist(self._log, lambda: self._bus.publish(subject, wire.pack(control), f"closed.{control.version}"))
+        signed = self._identity.sign(subject, control)
+        await persist(self._log, lambda: self._bus.publish(subject, signed, f"closed.{control.version}"))
 
     def _manifest(self, version: Version) -> ModelManifest:
         run = self._settings.settings

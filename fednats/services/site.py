@@ -6,13 +6,14 @@ from collections import OrderedDict
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from fednats import subjects, wire
+from fednats import subjects
 from fednats.codec import frames
 from fednats.config import SiteSettings
-from fednats.errors import BusError, LocalDataError, LocalStorageError, RefusedError, TaskError
+from fednats.errors import BusError, LocalDataError, LocalStorageError, Reason, RefusedError, TaskError
 from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.protocol import site as protocol
+from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import RETRY_S
@@ -46,21 +47,26 @@ def make_worker(settings: SiteSettings) -> "SiteWorker":
 
 async def site(daemon: Daemon, settings: SiteSettings) -> None:
     """Run a site until it is told to stop."""
+    name = user_name("site", settings.site)
+    identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
     async with (
-        Bus.connect(settings.bus, user_name("site", settings.site)) as bus,
+        Bus.connect(settings.bus, name) as bus,
         Worker(make_worker, settings) as worker,
     ):
-        service = SiteService(daemon, settings, bus, worker)
+        service = SiteService(daemon, settings, identity, bus, worker)
         await service.live()
 
 
 class SiteService:
     """Executes what `protocol.site.Site` decides."""
 
-    def __init__(self, daemon: Daemon, settings: SiteSettings, bus: Bus, worker: "Worker[SiteWorker]") -> None:
+    def __init__(
+        self, daemon: Daemon, settings: SiteSettings, identity: Identity, bus: Bus, worker: "Worker[SiteWorker]"
+    ) -> None:
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
+        self._identity = identity
         self._bus = bus
         self._worker = worker
         self._outbox = Outbox(outbox_file(settings.state_dir))
@@ -99,6 +105,7 @@ class SiteService:
             self._daemon,
             {
                 "follow models": self._follow(),
+                "follow signers": self._identity.follow_signers(self._log),
                 "work": self._work(),
                 "send updates": self._send_updates(),
                 "send evaluations": self._send_evaluations(),
@@ -134,13 +141,15 @@ class SiteService:
 
     async def _take(self, record: Record) -> None:
         if record.subject == subjects.control(self._settings.run):
-            control = wire.unpack(record.data, Control)
+            control = self._identity.open(record.subject, record.data, Control)
             if control.status == "closed":
                 self._log.info("run_closed", reason=control.reason, version=control.version)
                 self._machine.handle(protocol.Closed())
                 self._status["state"] = "closed"
             return
-        manifest = wire.unpack(record.data, ModelManifest)
+        manifest = self._identity.open(record.subject, record.data, ModelManifest)
+        if manifest.version < (newest := max(self._manifests, default=self._local.held)):
+            raise RefusedError(Reason.REPLAYED, f"version {manifest.version} came after version {newest}")
         if manifest.delta.cipher == "none" and not self._manifests:
             self._log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
         await self._worker.call("check", manifest)
@@ -309,8 +318,9 @@ class SiteService:
             first = 0  # the bus has lost its store, or forgotten the ids: all of it again
         chunks = off_loop(self._outbox.chunks(update.update_id, first))
         await self._bus.publish_payload(prefix, update.update_id, chunks, first=first, stored=note)
-        head = wire.pack(update)
-        await self._bus.publish(subjects.head(prefix), head, update.update_id)
+        subject = subjects.head(prefix)
+        head = self._identity.sign(subject, update)
+        await self._bus.publish(subject, head, update.update_id)
         await asyncio.to_thread(self._outbox.mark_sent, update.update_id)
         n_bytes = update.payload.n_bytes + len(head)
         self._daemon.metrics.sent_bytes.inc(n_bytes)
@@ -328,8 +338,7 @@ class SiteService:
         while True:
             evaluation = await self._evaluations.get()
             try:
-                await self._bus.publish(
-                    subject, wire.pack(evaluation), f"evaluation.{evaluation.site}.{evaluation.version}"
-                )
+                signed = self._identity.sign(subject, evaluation)
+                await self._bus.publish(subject, signed, f"evaluation.{evaluation.site}.{evaluation.version}")
             except BusError as error:
                 self._log.warning("evaluation_not_sent", version=evaluation.version, error=str(error))

@@ -3,18 +3,21 @@
 import asyncio
 import os
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import nkeys
+import tomli_w
 
 from fednats import permissions
 from fednats.config import BusSettings
+from fednats.crypto.signing import Signer
 from fednats.errors import BusError, ConfigError
 from fednats.permissions import Account, Permissions, User
+from fednats.services.identity import Identity
 from fednats.subjects import HUB
 from fednats.testbed.nats_server import NatsServer, write_secret
 from fednats.testbed.wan import Wan, WanSettings
@@ -44,6 +47,16 @@ class BusServers:
     """By region; empty without leaves."""
     links: dict[str, Wan] = field(default_factory=dict)
     """By name: ``region-NAME`` is its leaf link; the others are a participant's connection, see `link_names`."""
+
+    @property
+    def signers_file(self) -> Path:
+        """The public keys of all participants."""
+        return self.keys.signers_file
+
+    def identity(self, role: str, node: str) -> Identity:
+        """Return who a participant is: for what signs in its name."""
+        name = permissions.user_name(role, node)
+        return Identity(name, self.run, self.keys.seed_file(name), self.signers_file)
 
     def coordinator(self) -> BusSettings:
         """Return what the coordinator connects with."""
@@ -91,11 +104,28 @@ class Keys:
         """Return the seed of the user ``name``."""
         return self.seed_file(name).read_text(encoding="utf-8")
 
+    def public_key(self, name: str) -> str:
+        """Return the public key of the user ``name``."""
+        return Signer(self.seed(name)).public_key
+
     def user(self, role: str, node: str, allowed: Permissions) -> User:
         """Return the user with its public key."""
         name = permissions.user_name(role, node)
-        public_key = nkeys.from_seed(bytearray(self.seed(name), "ascii")).public_key.decode()
-        return User(name, public_key, allowed, leaf=role == "link")
+        return User(name, self.public_key(name), allowed, leaf=role == "link")
+
+    @property
+    def signers_file(self) -> Path:
+        """Where the public keys of all participants are."""
+        return self._directory / "signers.toml"
+
+    def write_signers(self, run: str, plan: Iterable[RegionPlan]) -> None:
+        """Write the public keys of all participants."""
+        names = [permissions.user_name("coordinator", HUB)]
+        for region in plan:
+            names.append(permissions.user_name("aggregator", region.name))
+            names += [permissions.user_name("site", site) for site in region.sites]
+        roster = {"run": run, "epoch": 1, "keys": {name: self.public_key(name) for name in names}}
+        self.signers_file.write_text(tomli_w.dumps(roster), encoding="utf-8")
 
 
 @asynccontextmanager
@@ -120,6 +150,7 @@ async def bus_servers(
     order = _top_down(plan)
     if not leaves and any(region.parent for region in regions):
         raise ConfigError("regions under regions need leaves")
+    keys.write_signers(run, regions)
     links = links or {}
     names = link_names(regions, leaves=leaves)
     if unknown := [name for name in links if name not in names]:

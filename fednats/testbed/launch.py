@@ -146,6 +146,7 @@ def _daemons(
     coordinator = CoordinatorSettings(
         run=run,
         state_dir=output / COORDINATOR,
+        signers_file=servers.signers_file,
         regions=federation.children_of(None),
         leaves=federation.leaves,
         bus=servers.coordinator(),
@@ -158,6 +159,7 @@ def _daemons(
         aggregator = AggregatorSettings(
             run=run,
             state_dir=output / f"aggregator-{region}",
+            signers_file=servers.signers_file,
             region=region,
             parent=settings.parent,
             depth=federation.depth(region),
@@ -174,6 +176,7 @@ def _daemons(
         site_settings = SiteSettings(
             run=run,
             state_dir=output / f"site-{name}",
+            signers_file=servers.signers_file,
             site=name,
             region=site.region,
             bus=servers.site(site.region, name),

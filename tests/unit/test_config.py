@@ -11,6 +11,7 @@ run = "r"
 site = "ward"
 region = "north"
 state_dir = "/tmp/ward"
+signers_file = "signers.toml"
 [bus]
 url = "nats://127.0.0.1:4222"
 [task]
