@@ -175,6 +175,7 @@ class SiteSettings(DaemonSettings):
     site: Token
     region: Token
     bus: BusSettings
+    model_key_file: Path = Field(description="seals the models for coordinator and sites; 32 bytes, the same for all")
     public_key_file: Path | None = Field(None, description="HE public context; needed unless the run is unencrypted")
     task: TaskSettings
     max_outbox: int = Field(
@@ -203,6 +204,7 @@ class CoordinatorSettings(DaemonSettings):
 
     regions: tuple[Token, ...] = Field(min_length=1, description="regions directly below the hub")
     bus: BusSettings
+    model_key_file: Path = Field(description="seals the models for coordinator and sites; 32 bytes, the same for all")
     secret_key_file: Path | None = None
     leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")
     task: TaskSettings

@@ -232,6 +232,8 @@ class SiteService:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
             self._log.error("job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S)
+            if isinstance(error, RefusedError):
+                self._count_refused("model_refused", error, version=job.version)
             return False
         finally:
             if self._machine.state is not protocol.State.CLOSED:

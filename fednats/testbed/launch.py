@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings
-from fednats.crypto import secret
+from fednats.crypto import sealing, secret
 from fednats.delta import scheme
 from fednats.errors import FednatsError, InterruptedRunError
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
@@ -72,7 +72,8 @@ async def running(
         serving_links(servers.links, output),
     ):
         secret_key, public_key = make_keys(federation, output / "keys")
-        async with Daemons(_daemons(federation, output, servers, secret_key, public_key)) as daemons:
+        model_key = make_model_key(output / "keys")
+        async with Daemons(_daemons(federation, output, servers, model_key, secret_key, public_key)) as daemons:
             yield Running(servers, daemons, output)
 
 
@@ -87,6 +88,14 @@ def make_keys(federation: FederationSettings, directory: Path) -> tuple[Path | N
         write_secret(secret_file, secret_key)
         public_file.write_bytes(public_key)
     return secret_file, public_file
+
+
+def make_model_key(directory: Path) -> Path:
+    """Make the key that the run's models are sealed with, unless it is there already; return its file."""
+    file = directory / "model.key"
+    if not file.exists():
+        write_secret(file, sealing.generate())
+    return file
 
 
 async def run_federation(federation: FederationSettings, output: Path) -> Summary:
@@ -139,6 +148,7 @@ def _daemons(
     federation: FederationSettings,
     output: Path,
     servers: BusServers,
+    model_key: Path,
     secret_key: Path | None,
     public_key: Path | None,
 ) -> list[DaemonProcess]:
@@ -150,6 +160,7 @@ def _daemons(
         regions=federation.children_of(None),
         leaves=federation.leaves,
         bus=servers.coordinator(),
+        model_key_file=model_key,
         secret_key_file=secret_key,
         task=federation.task_of(None),
         settings=federation.run_settings(),
@@ -180,6 +191,7 @@ def _daemons(
             site=name,
             region=site.region,
             bus=servers.site(site.region, name),
+            model_key_file=model_key,
             public_key_file=public_key,
             task=federation.task_of(name),
             slow_factor=site.slow_factor,

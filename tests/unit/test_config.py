@@ -12,6 +12,7 @@ site = "ward"
 region = "north"
 state_dir = "/tmp/ward"
 signers_file = "signers.toml"
+model_key_file = "model.key"
 [bus]
 url = "nats://127.0.0.1:4222"
 [task]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from fednats.cli import app
 from fednats.errors import ConfigError, Reason
-from fednats.protocol import collector
+from fednats.protocol import collector, sequences
 from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached, RunClosed
 from fednats.testbed.ledger import OVERTAKEN_S, Ledger, verify
 from tests.makers import announcement, update
@@ -242,7 +242,7 @@ def test_a_deleted_event_leaves_a_gap_that_is_found(run: SmallRun) -> None:
 def test_an_update_that_counts_twice_is_found(run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it would if a region forgot what it has summed."""
     monkeypatch.setattr(collector, "REMEMBERED", 0)
-    monkeypatch.setattr(collector.Sequences, "settle", lambda _self, _sequence: None)
+    monkeypatch.setattr(sequences.Sequences, "settle", lambda _self, _sequence: None)
     first = run.send("north", "a")
     for other in (run.send("north", "b"), run.send("north", "b")):
         made, aggregate = run.sum_up("north", first, other)
