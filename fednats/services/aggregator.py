@@ -10,6 +10,7 @@ from fednats.config import AggregatorSettings
 from fednats.errors import BusError, Reason, RefusedError
 from fednats.messages import Aggregate, Control, EvaluationSum, ModelManifest, Update
 from fednats.permissions import user_name
+from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import (
@@ -33,6 +34,7 @@ from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import ask, persist
 from fednats.services.presence import watch_presence
+from fednats.services.recorder import Recorder, accepted, entry_of
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -92,6 +94,7 @@ class AggregatorService:
         self._updates = Inbox(region, subjects.updates_stream(run, here), run, identity, daemon.log)
         self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, identity, daemon.log)
         self._tier.inboxes = {Update: self._updates, Aggregate: self._aggregates}
+        self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         self._kept = KeptSums()
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._sent_bytes = 0
@@ -114,6 +117,7 @@ class AggregatorService:
             await self._region.ensure_bucket(bucket)
         if s.regions:
             await self._uplink.ensure_bucket(streams.presence(s.run))
+        await self._recorder.begin()
         n_events = await self._tier.restore()
         while self._unneeded() is not None:
             self._kept.drop_oldest()  # it was dropped before the restart
@@ -226,6 +230,7 @@ class AggregatorService:
             subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
             identity = f"evaluation.{summed.region}.{summed.version}"
             signed = self._identity.sign(subject, summed)
+            await self._recorder.record(entry_of("evaluation_sum", summed, version=summed.version))
             await persist(self._log, lambda: self._uplink.publish(subject, signed, identity))
 
     async def _combine(self, combination: Combination) -> list[Event]:
@@ -251,9 +256,11 @@ class AggregatorService:
             return [CombineFailed(combination_id=identity, refused={error.part_id: (error.reason, error.detail)})]
         except VanishedError as error:
             return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
+        head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
+        sum_of = entry_of("aggregate", head, version=head.model_version, name=head.aggregate_id, payload=head.payload)
+        await self._recorder.record(*(accepted(part.head) for part in combination.parts), sum_of)
         await persist(self._log, lambda: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file))))
         await asyncio.to_thread(file.unlink)
-        head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
         signed = self._identity.sign(subjects.head(prefix), head)
         await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), signed, identity))
         n_bytes = head.payload.n_bytes + len(signed)

@@ -10,6 +10,7 @@ from fednats.config import CoordinatorSettings, RunSettings
 from fednats.errors import BusError, Reason, RefusedError
 from fednats.messages import Aggregate, Control
 from fednats.permissions import user_name
+from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
@@ -33,6 +34,7 @@ from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
 from fednats.services.presence import watch_presence
+from fednats.services.recorder import Recorder, accepted
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -102,7 +104,8 @@ class CoordinatorService:
         self._published_s: dict[int, float] = {}
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
-        self._publisher = ModelPublisher(daemon, settings, identity, bus)
+        self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
+        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus)
         self._told_closed = False
         daemon.status = self._status
         daemon.buses.append(bus)
@@ -119,6 +122,7 @@ class CoordinatorService:
             await self._bus.ensure_stream(spec)
         for bucket in streams.buckets(run):
             await self._bus.ensure_bucket(bucket)
+        await self._recorder.begin()
         n_events = await self._tier.restore()
         version: Version = await self._worker.call("current")
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
@@ -206,6 +210,7 @@ class CoordinatorService:
                 return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
+            await self._recorder.record(*map(accepted, heads))
             version = await self._worker.call("apply", identity, heads, combination.scale)
         return [await self._announce(version), Combined(combination_id=identity)]
 
