@@ -105,6 +105,7 @@ class AggregatorService:
         """Aggregate until told to stop."""
         async with self._tier.journalling():
             await self._live()
+        self._recorder.close()
 
     async def _live(self) -> None:
         """Make the streams, take up what was under way, then aggregate."""

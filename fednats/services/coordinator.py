@@ -114,6 +114,7 @@ class CoordinatorService:
         """Keep the run until told to stop."""
         async with self._tier.journalling():
             await self._live()
+        self._recorder.close()
 
     async def _live(self) -> None:
         """Make the streams, publish the current version, then take aggregates."""

@@ -30,10 +30,9 @@ class Identity:
         self._signers = Signers(signers_file, run)
         expected = self._signers.roster.keys.get(name)
         if expected != self.signer.public_key:
-            is_there = "has another key" if expected else "has no key"
+            is_there = "has another key than bus.nkey_seed_file" if expected else "has no key"
             raise ConfigError(
-                f"signers_file: {signers_file} {is_there} for {name} than bus.nkey_seed_file's, {self.signer.public_key};"
-                " nobody would take what it sends: give the two of one kit"
+                f"signers_file: {signers_file} {is_there} for {name}: nobody would take what it sends; give the two of one kit"
             )
 
     def sign(self, subject: str, message: Message) -> bytes:

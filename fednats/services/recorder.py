@@ -50,6 +50,10 @@ class Recorder:
         self._covered = Sent(0, 0)
         self._summed = Sent(0, 0)
 
+    def close(self) -> None:
+        """Close the ledger."""
+        self._ledger.close()
+
     async def begin(self, detail: str = "") -> None:
         """Record that the daemon has started, and what its last life left half written."""
         removed = self._ledger.removed_bytes

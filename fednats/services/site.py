@@ -122,6 +122,7 @@ class SiteService:
             self._drain,
         )
         self._outbox.close()
+        self._recorder.close()
 
     async def _drain(self) -> None:
         self._machine.handle(protocol.Closed())

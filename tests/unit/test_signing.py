@@ -187,7 +187,7 @@ def test_a_file_that_does_not_fit_is_an_error_that_says_so(
 
 def test_a_daemon_whose_seed_is_another_s_does_not_start(them: Participants) -> None:
     them.seeds["site.a"] = seed()
-    with pytest.raises(ConfigError, match="has another key for site"):
+    with pytest.raises(ConfigError, match=r"has another key than bus\.nkey_seed_file for site\.a"):
         them.identity("site.a")
 
 
