@@ -40,6 +40,9 @@ BEGIN = "0" * 64
 
 MAX_LINE_BYTES = 64 * 1024
 
+_HASH = r"^[0-9a-f]{64}$"
+_MOST = 2**60
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -66,26 +69,22 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    sequence: int = Field(ge=1)
-    at: str
-    """UTC, by this machine's clock."""
+    sequence: int = Field(ge=1, le=_MOST)
+    at: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00$", description="by this machine's clock")
     run: Token
-    by: str
-    """Participant, ``site.NAME``."""
-    key: str
-    """Its public nkey."""
-    what: str
-    version: int | None
-    name: str
-    n_messages: int = Field(ge=0)
-    n_bytes: int = Field(ge=0)
-    digest: str
+    by: str = Field(pattern=r"^[a-z]+\.[A-Za-z0-9_-]{1,64}$", description="participant, site.NAME")
+    key: str = Field(pattern=r"^[A-Z2-7]{56}$", description="its public nkey")
+    what: str = Field(pattern=r"^[a-z_]{1,32}$")
+    version: int | None = Field(ge=0, le=_MOST)
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")
+    n_messages: int = Field(ge=0, le=_MOST)
+    n_bytes: int = Field(ge=0, le=_MOST)
+    digest: str = Field(pattern=r"^([0-9a-f]{64})?$")
     epsilon: float | None
-    detail: str
-    previous: str
-    hash: str
-    signature: str
-    """64 bytes, hexadecimal."""
+    detail: str = Field(pattern=r"^[ -~]{0,500}$")
+    previous: str = Field(pattern=_HASH)
+    hash: str = Field(pattern=_HASH)
+    signature: str = Field(pattern=r"^[0-9a-f]{128}$")
 
 
 class EgressLedger:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from rich.table import Table
+from rich.text import Text
 
 from fednats.privacy.audit import Audit
 from fednats.privacy.egress import Record
@@ -44,7 +45,7 @@ def table(audit: Audit) -> Table:
     for record in audit.records:
         cells = dict(zip(_COLUMNS, _cells(record), strict=True))
         cells["digest"] = cells["digest"][:_DIGEST_CHARACTERS]
-        drawn.add_row(*cells.values())
+        drawn.add_row(*map(Text, cells.values()))
     return drawn
 
 
