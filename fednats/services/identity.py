@@ -28,12 +28,18 @@ class Identity:
         self.name = name
         self.signer = Signer.read(seed_file, "bus.nkey_seed_file")
         self._signers = Signers(signers_file, run)
+        if self._is_revoked:
+            raise ConfigError(f"signers_file: {signers_file} has revoked the key of {name}; ask for a new kit")
         expected = self._signers.roster.keys.get(name)
         if expected != self.signer.public_key:
             is_there = "has another key than bus.nkey_seed_file" if expected else "has no key"
             raise ConfigError(
                 f"signers_file: {signers_file} {is_there} for {name}: nobody would take what it sends; give the two of one kit"
             )
+
+    @property
+    def _is_revoked(self) -> bool:
+        return self.signer.public_key in self._signers.roster.revoked.values()
 
     def sign(self, subject: str, message: Message) -> bytes:
         """Return ``message`` as it is published on ``subject``."""
@@ -63,3 +69,5 @@ class Identity:
             if changed:
                 roster = self._signers.roster
                 log.info("signers_changed", epoch=roster.epoch, n_keys=len(roster.keys), revoked=sorted(roster.revoked))
+                if self._is_revoked:
+                    log.error("own_key_revoked", remedy="what is sent is refused from now on; ask for a new kit")

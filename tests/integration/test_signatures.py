@@ -19,6 +19,7 @@ from fednats import subjects, wire
 from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, SiteSettings, TaskSettings, TrainingSettings
 from fednats.crypto import sealing
+from fednats.crypto.signers import read_roster
 from fednats.crypto.signing import Signer
 from fednats.delta.encode import encoder
 from fednats.errors import BusError
@@ -32,6 +33,8 @@ from fednats.messages import (
     ModelManifest,
     Reject,
 )
+from fednats.privacy.audit import audit
+from fednats.privacy.egress import EGRESS_FILE
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import Command
@@ -337,3 +340,8 @@ async def test_a_site_takes_models_and_control_of_the_coordinator_only(bus: Conn
         await bus.coordinator.publish(MODEL, signed(bus, "coordinator", HUB, MODEL, manifest(2)), "v2 again")
         await refused(daemon, "replayed", 1)
         assert daemon.metrics.registry.get_sample_value("fednats_model_version") == 3.0
+    ledger = audit(tmp_path / "state" / EGRESS_FILE, [read_roster(bus.servers.signers_file)])
+    assert ledger.findings == []
+    assert [record.what for record in ledger.records] == ["started", "other"]  # it was told of a model and stopped
+    assert ledger.n_bytes["other"] == daemon.buses[0].sent[1] > 0
+    assert daemon.metrics.registry.get_sample_value("fednats_ledger_records") == 2.0

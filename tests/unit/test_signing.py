@@ -158,11 +158,13 @@ async def test_a_daemon_notices_a_change_and_survives_a_damaged_file(
         await until(lambda: logged("signers_unreadable"))
         signed = them.signer("coordinator.hub").sign(subjects.control("r"), PACKED)
         assert identity._signers.opened(subjects.control("r"), signed) == PACKED
-        them.write(epoch=2, revoked={"coordinator.hub": them.signer("coordinator.hub").public_key})
+        revoked = ("coordinator.hub", "site.a")
+        them.write(epoch=2, revoked={name: them.signer(name).public_key for name in revoked})
         await until(lambda: logged("signers_changed"))
+        await until(lambda: logged("own_key_revoked"))
         following.cancel()
     refusal(identity._signers, subjects.control("r"), signed)
-    assert [line["revoked"] for line in lines if line["event"] == "signers_changed"] == [["coordinator.hub"]]
+    assert [line["revoked"] for line in lines if line["event"] == "signers_changed"] == [list(revoked)]
     assert len([line for line in lines if line["event"] == "signers_unreadable"]) == 1
 
 
@@ -188,6 +190,12 @@ def test_a_file_that_does_not_fit_is_an_error_that_says_so(
 def test_a_daemon_whose_seed_is_another_s_does_not_start(them: Participants) -> None:
     them.seeds["site.a"] = seed()
     with pytest.raises(ConfigError, match=r"has another key than bus\.nkey_seed_file for site\.a"):
+        them.identity("site.a")
+
+
+def test_a_daemon_whose_key_is_revoked_does_not_start(them: Participants) -> None:
+    them.write(revoked={"site.a": them.signer("site.a").public_key})
+    with pytest.raises(ConfigError, match=r"has revoked the key of site\.a; ask for a new kit"):
         them.identity("site.a")
 
 
