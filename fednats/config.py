@@ -193,6 +193,7 @@ class DaemonSettings(Settings):
 
     run: Token
     state_dir: File
+    signers_file: File = Field(description="public keys of all participants (TOML); read again when it changes")
     web: WebSettings = WebSettings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain_s: float = Field(20.0, gt=0, description="time that SIGTERM leaves for work under way")
@@ -204,6 +205,7 @@ class SiteSettings(DaemonSettings):
     site: Token
     region: Token
     bus: BusSettings
+    model_key_file: File = Field(description="seals the models for coordinator and sites; 32 bytes, the same for all")
     public_key_file: File | None = Field(None, description="HE public context; needed unless the run is unencrypted")
     older_public_key_file: File | None = Field(None, description="the one of the epoch before, while it is announced")
     task: TaskSettings
@@ -234,6 +236,7 @@ class CoordinatorSettings(DaemonSettings):
 
     regions: tuple[Token, ...] = Field(min_length=1, description="regions directly below the hub")
     bus: BusSettings
+    model_key_file: File = Field(description="seals the models for coordinator and sites; 32 bytes, the same for all")
     secret_key_file: File | None = None
     older_secret_key_file: File | None = Field(None, description="of the epoch before: what is under way in it counts")
     leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")

@@ -57,6 +57,8 @@ class LocalDataError(FednatsError):
 class Reason(StrEnum):
     """Why something received was refused; the label in logs and metrics."""
 
+    SIGNATURE = "signature"
+    REPLAYED = "replayed"
     MALFORMED = "malformed"
     OVERSIZED = "oversized"
     SCHEMA_VERSION = "schema_version"
@@ -72,6 +74,7 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"
     CHECKSUM = "checksum"
     CIPHERTEXT = "ciphertext"
+    SEAL = "seal"
 
 
 class RefusedError(FednatsError):

@@ -20,7 +20,7 @@ MAX_MESSAGE_BYTES = 8 * 2**20
 """Largest plain body admitted; nats-server's own max_payload limits what is sent."""
 
 ROOM_BYTES = 1024
-"""More than the header, the kind and the lengths of a chunk's parts ever take."""
+"""More than the header, the kind, the lengths of a chunk's parts and the seal around it ever take."""
 
 _HEADER = struct.Struct(">2sBBI")
 _MAGIC = b"FN"

@@ -1,13 +1,17 @@
 """The books of a small run, written by the machines themselves: two regions of two sites each, and the hub."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import nkeys
 
 from fednats.config import AggregationSettings, StalenessSettings
+from fednats.crypto.signing import Signer
 from fednats.messages import Aggregate, ParameterSpec, Update
+from fednats.privacy.egress import EGRESS_FILE, EgressLedger
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.coordinator import Coordinator
@@ -21,6 +25,7 @@ from fednats.protocol.events import (
     Event,
 )
 from fednats.protocol.sums import head_of, weigh
+from fednats.services.recorder import entry_of
 from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder
 from fednats.storage.journal import Journal
 from fednats.storage.outbox import Outbox
@@ -29,6 +34,7 @@ from tests.makers import PAYLOAD, announcement, update
 
 CAPACITY = 500
 SETTINGS = AggregationSettings(goal=2, region_goal=1, staleness=StalenessSettings(max_staleness=5))
+SIGNER = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
 REGIONS = {"north": ("a", "b"), "south": ("c", "d")}
 
 
@@ -64,6 +70,10 @@ class SmallRun:
         self.outboxes = {
             site: Outbox(directory / f"site-{site}" / "outbox.sqlite") for sites in REGIONS.values() for site in sites
         }
+        self.ledgers = {
+            site: EgressLedger(directory / f"site-{site}" / EGRESS_FILE, SIGNER, f"site.{site}", "r")
+            for site in self.outboxes
+        }
         self.hub.feed(self.now_s, Configured(sites=(), regions=tuple(REGIONS)))
         for region, sites in REGIONS.items():
             self.regions[region].feed(self.now_s, Configured(sites=sites, regions=()))
@@ -93,6 +103,8 @@ class SmallRun:
         head = update(site, sequence, version=self.version, n_samples=n_samples)
         head = head.model_copy(update={"region": region})
         outbox.add_update(head, (1.0,), None)
+        entry = entry_of("update", head, version=head.base_version, name=head.update_id, payload=head.payload)
+        self.ledgers[site].append(entry)
         outbox.mark_sent(head.update_id)
         return head
 

@@ -40,6 +40,7 @@ from fednats.protocol.events import (
     contribution_id,
     evaluation_id,
 )
+from fednats.protocol.sequences import Sequences
 
 REMEMBERED = 100_000
 """Settled ids kept to recognise a late duplicate."""
@@ -77,6 +78,7 @@ class Collector:
         self._early: dict[str, Update | Aggregate] = {}
         self._early_evaluations: list[EvaluationArrived] = []
         self._settled: dict[str, Refuse | None] = {}
+        self._sequences: dict[str, Sequences] = {}
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
@@ -190,6 +192,9 @@ class Collector:
         ids = tuple(contribution_id(part.head) for part in combination.parts)
         for identity in ids:
             self._remember(identity)
+        for part in combination.parts:
+            if isinstance(part.head, Update):
+                self._sequences[part.head.site].settle(part.head.sequence)
         if self._buffer is not None and self._flush is not None:
             self._buffer.made(self._flush)
         return [Settle(ids), *self._combine()]
@@ -268,12 +273,20 @@ class Collector:
             return []
         try:
             admission.check(head, self._roster, self.current)
+            self._check_sequence(head)
         except RefusedError as error:
             return [self._refuse(identity, error.reason, error.detail)]
         was_empty = not self._buffer
         self._heads[identity] = head
         self._buffer.add(_contribution(head))
         return self._start_timer() if was_empty else []
+
+    def _check_sequence(self, head: Update | Aggregate) -> None:
+        """Refuse an update whose number was another's; the id of a sum follows from what is in it, and needs none."""
+        if isinstance(head, Update):
+            sequences = self._sequences.setdefault(head.site, Sequences())
+            sequences.check(head.sequence, head.update_id)
+            sequences.take(head.sequence, head.update_id)
 
     def _combine(self, *, deadline: bool = False) -> list[Command]:
         if self.state is not State.COLLECTING or self._buffer is None or self.current is None:

@@ -1,11 +1,11 @@
 """Make the kits of a federation: a folder for each participant with what it may hold, and nothing else."""
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from fednats.config import parse
+from fednats.crypto import sealing
 from fednats.errors import ConfigError
 from fednats.permissions import user_name
 from fednats.provision import encryption, nkey, readme, servers, services
@@ -13,11 +13,8 @@ from fednats.provision.authority import CA_FILE, Authority
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits, Plan
 from fednats.provision.registry import Registry
+from fednats.provision.services import MODEL_KEY_FILE, SIGNERS_FILE
 from fednats.subjects import HUB
-
-MODEL_KEY_FILE = "model.key"
-MODEL_KEY_BYTES = 32
-SIGNERS_FILE = "signers.toml"
 
 
 def provision(
@@ -211,7 +208,7 @@ def _epochs(registry: Registry) -> tuple[int, ...]:
 def _model_key(kits: Kits, files: Files) -> bytes:
     kept = kits.authority / MODEL_KEY_FILE
     if not kept.exists():
-        files.private(kept, os.urandom(MODEL_KEY_BYTES))
+        files.private(kept, sealing.generate())
     return kept.read_bytes()
 
 

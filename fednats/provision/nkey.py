@@ -1,15 +1,15 @@
 """Ed25519 keys of bus users, which are also what they sign with, in NATS's own form (nkeys)."""
 
-import base64
 import os
 import re
 from pathlib import Path
 
 import nkeys
 
+from fednats.crypto import signing
+from fednats.crypto.signing import Signer
 from fednats.errors import ConfigError
 
-_PUBLIC_BYTES = 1 + 32 + 2
 _LINK_SEED = re.compile(r'^link_seed: "(?P<seed>\w+)"$', re.MULTILINE)
 
 
@@ -31,10 +31,9 @@ def public_key(seed: str) -> str:
         ConfigError: it is no seed.
     """
     try:
-        key: bytes = nkeys.from_seed(bytearray(seed, "ascii")).public_key
-    except (ValueError, nkeys.NkeysError) as error:
+        return Signer(seed).public_key
+    except ValueError as error:
         raise ConfigError(f"not an nkey seed ({type(error).__name__}); `fednats keys new NAME` makes one") from None
-    return key.decode()
 
 
 def public_key_in(file: Path) -> str:
@@ -60,10 +59,8 @@ def check_public_key(name: str, key: str) -> str:
         ConfigError: it is not the public key of a user: ``U`` and 55 letters and digits with a checksum.
     """
     try:
-        raw = base64.b32decode(key)
+        signing.public_key(key)
     except ValueError:
-        raw = b""
-    checksum = nkeys.crc16(bytearray(raw[:-2])).to_bytes(2, byteorder="little") if len(raw) == _PUBLIC_BYTES else b""
-    if raw[:1] != bytes([nkeys.PREFIX_BYTE_USER]) or raw[-2:] != checksum:
-        raise ConfigError(f"{name}={key}: not the public key of a user; give the U... that `fednats keys new` printed")
+        text = f"{name}={key}: not the public key of a user; give the U... that `fednats keys new` printed"
+        raise ConfigError(text) from None
     return key

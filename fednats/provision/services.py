@@ -20,6 +20,8 @@ from fednats.provision.plan import Kits, Plan, RegionPlan
 from fednats.subjects import HUB
 
 STATE = Path("state")
+SIGNERS_FILE = "signers.toml"
+MODEL_KEY_FILE = "model.key"
 
 
 def write_coordinator(plan: Plan, kits: Kits, keys: Mapping[str, str], he: Mapping[str, Path], files: Files) -> None:
@@ -27,9 +29,11 @@ def write_coordinator(plan: Plan, kits: Kits, keys: Mapping[str, str], he: Mappi
     settings = CoordinatorSettings(
         run=plan.name,
         state_dir=STATE,
+        signers_file=Path(SIGNERS_FILE),
         regions=_with_key("aggregator", plan.children_of(None), keys),
         leaves=plan.leaves,
         bus=_bus(plan, HUB, "coordinator", HUB),
+        model_key_file=Path(MODEL_KEY_FILE),
         task=_task(plan.task, kits.coordinator, files),
         settings=plan.run,
         **he,
@@ -44,6 +48,7 @@ def write_aggregator(
     settings = AggregatorSettings(
         run=plan.name,
         state_dir=STATE,
+        signers_file=Path(SIGNERS_FILE),
         region=region.name,
         parent=region.parent,
         depth=plan.depth(region.name),
@@ -63,9 +68,11 @@ def write_site(plan: Plan, region: RegionPlan, site: str, kits: Kits, he: Mappin
     settings = SiteSettings(
         run=plan.name,
         state_dir=STATE,
+        signers_file=Path(SIGNERS_FILE),
         site=site,
         region=region.name,
         bus=_bus(plan, region.name, "site", site),
+        model_key_file=Path(MODEL_KEY_FILE),
         task=_task(plan.site_tasks.get(site, plan.task), kits.site(site), files),
         **he,
     )

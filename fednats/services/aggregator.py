@@ -5,11 +5,12 @@ import math
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from fednats import subjects, wire
+from fednats import subjects
 from fednats.config import AggregatorSettings
 from fednats.errors import BusError, Reason, RefusedError
 from fednats.messages import Aggregate, Control, EvaluationSum, ModelManifest, Update
 from fednats.permissions import user_name
+from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import (
@@ -26,12 +27,14 @@ from fednats.protocol.events import (
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
+from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import ask, persist
 from fednats.services.presence import watch_presence
+from fednats.services.recorder import Recorder, accepted, entry_of
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -54,23 +57,32 @@ def make_worker(settings: AggregatorSettings) -> "AggregatorWorker":
 
 async def aggregator(daemon: Daemon, settings: AggregatorSettings) -> None:
     """Run an aggregator until it is told to stop."""
+    name = user_name("aggregator", settings.region)
+    identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
     async with (
-        Bus.connect(settings.bus, user_name("aggregator", settings.region)) as region,
+        Bus.connect(settings.bus, name) as region,
         Bus.connect(settings.uplink, user_name("uplink", settings.region)) as uplink,
         Worker(make_worker, settings) as worker,
     ):
-        await AggregatorService(daemon, settings, region, uplink, worker).live()
+        await AggregatorService(daemon, settings, identity, region, uplink, worker).live()
 
 
 class AggregatorService:
     """Executes what the `Collector` of a region decides."""
 
     def __init__(
-        self, daemon: Daemon, settings: AggregatorSettings, region: Bus, uplink: Bus, worker: "Worker[AggregatorWorker]"
+        self,
+        daemon: Daemon,
+        settings: AggregatorSettings,
+        identity: Identity,
+        region: Bus,
+        uplink: Bus,
+        worker: "Worker[AggregatorWorker]",
     ) -> None:
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
+        self._identity = identity
         self._region = region
         self._uplink = uplink
         self._worker = worker
@@ -79,9 +91,10 @@ class AggregatorService:
         self._machine = Collector(nobody, lambda event: event.settings.goal)
         rejects = Rejects(region, run, here, daemon.log)
         self._tier = Tier(daemon, Journal(settings.state_dir / "journal.sqlite"), self._machine, rejects, self._note)
-        self._updates = Inbox(region, subjects.updates_stream(run, here), run, daemon.log)
-        self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, daemon.log)
+        self._updates = Inbox(region, subjects.updates_stream(run, here), run, identity, daemon.log)
+        self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, identity, daemon.log)
         self._tier.inboxes = {Update: self._updates, Aggregate: self._aggregates}
+        self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         self._kept = KeptSums()
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._sent_bytes = 0
@@ -92,6 +105,7 @@ class AggregatorService:
         """Aggregate until told to stop."""
         async with self._tier.journalling():
             await self._live()
+        self._recorder.close()
 
     async def _live(self) -> None:
         """Make the streams, take up what was under way, then aggregate."""
@@ -104,6 +118,7 @@ class AggregatorService:
             await self._region.ensure_bucket(bucket)
         if s.regions:
             await self._uplink.ensure_bucket(streams.presence(s.run))
+        await self._recorder.begin()
         n_events = await self._tier.restore()
         while self._unneeded() is not None:
             self._kept.drop_oldest()  # it was dropped before the restart
@@ -113,6 +128,7 @@ class AggregatorService:
         self._daemon.ready = True
         tasks = {
             "follow models": self._follow(),
+            "follow signers": self._identity.follow_signers(self._log),
             "execute": self._tier.execute(self._execute),
             "combine": self._tier.combine(self._combine),
             "be seen by the region": self._daemon.be_seen(self._region),
@@ -156,16 +172,19 @@ class AggregatorService:
         async for record in self._region.follow(stream, heads):
             try:
                 if record.subject == subjects.control(run):
-                    control = wire.unpack(record.data, Control)
+                    control = self._identity.open(record.subject, record.data, Control)
                     if control.status == "closed":
                         self._log.info("run_closed", reason=control.reason, version=control.version)
                         await self._tier.feed(RunClosed(reason=control.reason))
                     continue
-                await self._announce(wire.unpack(record.data, ModelManifest))
+                await self._announce(self._identity.open(record.subject, record.data, ModelManifest))
             except RefusedError as error:
                 await self._tier.refuse(f"{stream}.{record.sequence}", record.subject, record.data, error)
 
     async def _announce(self, manifest: ModelManifest) -> None:
+        current = self._machine.current
+        if current is not None and manifest.version < current.version:
+            raise RefusedError(Reason.REPLAYED, f"version {manifest.version} came after version {current.version}")
         n_parameters = sum(math.prod(spec.shape) for spec in manifest.parameters)
         if manifest.aggregation.min_sites < self._settings.min_sites:
             raise RefusedError(
@@ -212,7 +231,9 @@ class AggregatorService:
             )
             subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
             identity = f"evaluation.{summed.region}.{summed.version}"
-            await persist(self._log, lambda: self._uplink.publish(subject, wire.pack(summed), identity))
+            signed = self._identity.sign(subject, summed)
+            await self._recorder.record(entry_of("evaluation_sum", summed, version=summed.version))
+            await persist(self._log, lambda: self._uplink.publish(subject, signed, identity))
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Add the contributions chunk by chunk; publish the sum only when all of it is made.
@@ -237,12 +258,14 @@ class AggregatorService:
             return [CombineFailed(combination_id=identity, refused={error.part_id: (error.reason, error.detail)})]
         except VanishedError as error:
             return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
+        head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
+        sum_of = entry_of("aggregate", head, version=head.model_version, name=head.aggregate_id, payload=head.payload)
+        await self._recorder.record(*(accepted(part.head) for part in combination.parts), sum_of)
         await persist(self._log, lambda: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file))))
         await asyncio.to_thread(file.unlink)
-        head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
-        packed = wire.pack(head)
-        await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), packed, identity))
-        n_bytes = head.payload.n_bytes + len(packed)
+        signed = self._identity.sign(subjects.head(prefix), head)
+        await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), signed, identity))
+        n_bytes = head.payload.n_bytes + len(signed)
         self._sent_bytes += n_bytes
         self._daemon.metrics.sent_bytes.inc(n_bytes)
         self._log.info(
@@ -262,7 +285,10 @@ class AggregatorService:
         stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
         record = await ask(self._log, lambda: self._uplink.last(stream, subjects.head(prefix)))
         try:
-            return record is not None and wire.unpack(record.data, Aggregate).aggregate_id == identity
+            return (
+                record is not None
+                and self._identity.open(record.subject, record.data, Aggregate).aggregate_id == identity
+            )
         except RefusedError:
             return False
 

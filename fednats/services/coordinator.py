@@ -10,6 +10,7 @@ from fednats.config import CoordinatorSettings, RunSettings
 from fednats.errors import BusError, Reason, RefusedError
 from fednats.messages import Aggregate, Control
 from fednats.permissions import user_name
+from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
@@ -28,10 +29,12 @@ from fednats.protocol.events import (
     WallTimeReached,
 )
 from fednats.services.answers import Version
+from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
 from fednats.services.presence import watch_presence
+from fednats.services.recorder import Recorder, accepted
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -54,10 +57,12 @@ async def coordinator(daemon: Daemon, settings: CoordinatorSettings) -> None:
     """Run the coordinator until it is told to stop."""
     if settings.settings.delta.cipher == "none":
         daemon.log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
-    async with Bus.connect(settings.bus, user_name("coordinator", subjects.HUB)) as bus:
+    name = user_name("coordinator", subjects.HUB)
+    identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
+    async with Bus.connect(settings.bus, name) as bus:
         fitting = settings.model_copy(update={"settings": fit_messages(settings.settings, bus.max_payload_bytes)})
         async with Worker(make_worker, fitting) as worker:
-            await CoordinatorService(daemon, fitting, bus, worker).live()
+            await CoordinatorService(daemon, fitting, identity, bus, worker).live()
 
 
 def fit_messages(run: RunSettings, max_payload_bytes: int) -> RunSettings:
@@ -74,12 +79,18 @@ class CoordinatorService:
     """Executes what `protocol.coordinator.Coordinator` decides."""
 
     def __init__(
-        self, daemon: Daemon, settings: CoordinatorSettings, bus: Bus, worker: "Worker[CoordinatorWorker]"
+        self,
+        daemon: Daemon,
+        settings: CoordinatorSettings,
+        identity: Identity,
+        bus: Bus,
+        worker: "Worker[CoordinatorWorker]",
     ) -> None:
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
         self._run = settings.settings
+        self._identity = identity
         self._bus = bus
         self._worker = worker
         self._machine = Coordinator(settings.run)
@@ -87,13 +98,14 @@ class CoordinatorService:
         self._tier = Tier(
             daemon, journal, self._machine, Rejects(bus, settings.run, subjects.HUB, daemon.log), self._note
         )
-        self._inbox = Inbox(bus, subjects.inbox_stream(settings.run, subjects.HUB), settings.run, daemon.log)
+        self._inbox = Inbox(bus, subjects.inbox_stream(settings.run, subjects.HUB), settings.run, identity, daemon.log)
         self._tier.inboxes = {Aggregate: self._inbox}
         self._history: list[dict[str, Any]] = []
         self._published_s: dict[int, float] = {}
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
-        self._publisher = ModelPublisher(daemon, settings, bus)
+        self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
+        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus)
         self._told_closed = False
         daemon.status = self._status
         daemon.buses.append(bus)
@@ -102,6 +114,7 @@ class CoordinatorService:
         """Keep the run until told to stop."""
         async with self._tier.journalling():
             await self._live()
+        self._recorder.close()
 
     async def _live(self) -> None:
         """Make the streams, publish the current version, then take aggregates."""
@@ -110,6 +123,7 @@ class CoordinatorService:
             await self._bus.ensure_stream(spec)
         for bucket in streams.buckets(run):
             await self._bus.ensure_bucket(bucket)
+        await self._recorder.begin()
         n_events = await self._tier.restore()
         version: Version = await self._worker.call("current")
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
@@ -123,6 +137,7 @@ class CoordinatorService:
             self._daemon,
             {
                 "receive aggregates": self._tier.receive(self._inbox, durable, filters),
+                "follow signers": self._identity.follow_signers(self._log),
                 "execute": self._tier.execute(self._execute),
                 "combine": self._tier.combine(self._combine),
                 "publish again": self._publisher.publish_again(lambda: self._worker.call("current")),
@@ -199,6 +214,7 @@ class CoordinatorService:
                 return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
+            await self._recorder.record(*map(accepted, heads))
             version = await self._worker.call("apply", identity, heads, combination.scale)
         return [await self._announce(version), Combined(combination_id=identity)]
 

@@ -1,13 +1,14 @@
-"""Where contributions and evaluations come from: parsed, held to their sender's subject, read and acknowledged."""
+"""Where contributions and evaluations come from: verified, parsed, held to their sender's subject, read and acknowledged."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from fednats import subjects, wire
+from fednats import subjects
 from fednats.errors import FednatsError, Reason, RefusedError
 from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
 from fednats.protocol.events import ContributionArrived, EvaluationArrived, contribution_id, evaluation_id
+from fednats.services.identity import Identity
 from fednats.services.persist import ask
 from fednats.services.rejects import Rejects
 from fednats.transport.bus import Bus, Delivery
@@ -29,21 +30,22 @@ class VanishedError(FednatsError):
 class Inbox:
     """One stream that contributions come from, and the connection it is read on."""
 
-    def __init__(self, bus: Bus, stream: str, run: str, log: Any) -> None:
+    def __init__(self, bus: Bus, stream: str, run: str, identity: Identity, log: Any) -> None:
         self.bus = bus
         self.stream = stream
         self._run = run
+        self._identity = identity
         self._log = log
         self._delivered: dict[str, dict[int, tuple[Delivery, Update | Aggregate | None]]] = {}
 
     def open(self, delivery: Delivery) -> Arrived:
-        """Parse a delivery and hold its sender to the subject that it may publish on; remember how to settle it.
+        """Verify and parse a delivery and hold its sender to the subject that it may publish on; remember how to settle it.
 
         Raises:
             RefusedError: it is not what its subject says; it is to be refused under `unreadable_id`.
         """
         try:
-            event = _parse(delivery, self._run)
+            event = _parse(delivery, self._run, self._identity)
         except RefusedError:
             self._keep(self.unreadable_id(delivery), delivery, None)
             raise
@@ -122,22 +124,23 @@ def prefix_of(head: Update | Aggregate) -> str:
     return subjects.aggregate(head.run, head.region)
 
 
-def _parse(delivery: Delivery, run: str) -> Arrived:
-    tokens = delivery.subject.split(".")
+def _parse(delivery: Delivery, run: str, identity: Identity) -> Arrived:
+    subject, data = delivery.subject, delivery.data
+    tokens = subject.split(".")
     event: Arrived
     if tokens[2] == "evaluation":
-        event = EvaluationArrived(evaluation=wire.unpack(delivery.data, Evaluation))
+        event = EvaluationArrived(evaluation=identity.open(subject, data, Evaluation))
     elif tokens[-1] == "evaluation":
-        event = EvaluationArrived(evaluation=wire.unpack(delivery.data, EvaluationSum))
+        event = EvaluationArrived(evaluation=identity.open(subject, data, EvaluationSum))
     elif tokens[2] == "update":
-        event = ContributionArrived(head=wire.unpack(delivery.data, Update))
+        event = ContributionArrived(head=identity.open(subject, data, Update))
     else:
-        event = ContributionArrived(head=wire.unpack(delivery.data, Aggregate))
+        event = ContributionArrived(head=identity.open(subject, data, Aggregate))
     message = event.head if isinstance(event, ContributionArrived) else event.evaluation
     if message.run != run:
         raise RefusedError(Reason.WRONG_RUN, f"run {message.run!r}, this is {run!r}")
-    if delivery.subject != _subject(event):
-        raise RefusedError(Reason.WRONG_SENDER, f"came on {delivery.subject}, says it is from {_subject(event)}")
+    if subject != _subject(event):
+        raise RefusedError(Reason.WRONG_SENDER, f"came on {subject}, says it is from {_subject(event)}")
     return event
 
 

@@ -1,16 +1,20 @@
 """The coordinator's voice: model versions and whether the run is open, in the hub's stream, also when that was lost."""
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable
 
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings
 from fednats.errors import BusError
 from fednats.messages import Control, Frame, ModelManifest
+from fednats.privacy.egress import Entry
 from fednats.services.answers import Version
+from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon
 from fednats.services.off_loop import off_loop
 from fednats.services.persist import ask, persist
+from fednats.services.recorder import Recorder, entry_of
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import read_chunks
 from fednats.transport.bus import Bus
@@ -19,10 +23,14 @@ from fednats.transport.bus import Bus
 class ModelPublisher:
     """Publishes versions, each with the frames that lead to it; doing it again changes nothing."""
 
-    def __init__(self, daemon: Daemon, settings: CoordinatorSettings, bus: Bus) -> None:
+    def __init__(
+        self, daemon: Daemon, settings: CoordinatorSettings, identity: Identity, recorder: Recorder, bus: Bus
+    ) -> None:
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
+        self._identity = identity
+        self._recorder = recorder
         self._bus = bus
         self._stream = subjects.models_stream(settings.run, subjects.HUB)
         self._prefix = subjects.model(settings.run)
@@ -63,11 +71,12 @@ class ModelPublisher:
         for frame in version.frames:
             n_bytes += await self._publish_frame(frame)
         manifest = self._manifest(version)
-        packed = wire.pack(manifest)
-        identity = f"v{version.version}-{wire.digest(packed).hex()}"
-        await persist(self._log, lambda: self._bus.publish(subjects.head(self._prefix), packed, identity))
-        self.sent_bytes += n_bytes + len(packed)
-        self._daemon.metrics.sent_bytes.inc(n_bytes + len(packed))
+        signed = self._identity.sign(subjects.head(self._prefix), manifest)
+        identity = f"v{version.version}-{wire.digest(signed).hex()}"
+        await self._recorder.record(entry_of("model", manifest, version=version.version))
+        await persist(self._log, lambda: self._bus.publish(subjects.head(self._prefix), signed, identity))
+        self.sent_bytes += n_bytes + len(signed)
+        self._daemon.metrics.sent_bytes.inc(n_bytes + len(signed))
         self._daemon.metrics.version.set(version.version)
         self._log.info("version_published", version=version.version, bytes=n_bytes, delta_norm=version.delta_norm)
         await self._forget_frames({frame.payload.payload_id for frame in version.frames})
@@ -83,6 +92,16 @@ class ModelPublisher:
         record = await ask(self._log, lambda: self._bus.last(self._stream, subject))
         sent = 0
         if record is None or wire.digest(record.data) != payload.digests[last]:
+            await self._recorder.record(
+                Entry(
+                    "frame",
+                    version=frame.version,
+                    name=payload.payload_id,
+                    n_messages=len(payload.digests),
+                    n_bytes=payload.n_bytes,
+                    digest=hashlib.sha256(b"".join(payload.digests)).hexdigest(),
+                )
+            )
             file = frame_file(checkpoints_folder(self._settings.state_dir), payload.payload_id)
             await persist(
                 self._log,
@@ -103,7 +122,9 @@ class ModelPublisher:
 
     async def _tell_closed(self, control: Control) -> None:
         subject = subjects.control(self._settings.run)
-        await persist(self._log, lambda: self._bus.publish(subject, wire.pack(control), f"closed.{control.version}"))
+        signed = self._identity.sign(subject, control)
+        await self._recorder.record(entry_of("control", control, version=control.version))
+        await persist(self._log, lambda: self._bus.publish(subject, signed, f"closed.{control.version}"))
 
     def _manifest(self, version: Version) -> ModelManifest:
         run = self._settings.settings

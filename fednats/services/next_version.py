@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 from fednats import wire
 from fednats.codec import frames
 from fednats.codec.layout import Difference, Layout, Vector, blocks
+from fednats.crypto.sealing import ModelKey
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import DIGEST_BYTES, Chunk, Frame, Grid
 from fednats.storage.checkpoints import Checkpoint, Checkpoints
+from fednats.storage.chunk_file import ChunkFile
 from fednats.storage.tensor_file import TensorFile
 
 KEYFRAME_AFTER = 2.0
@@ -24,8 +26,11 @@ LONGEST_CHAIN = 16
 class NextVersion:
     """Makes one version from ``current``."""
 
-    def __init__(self, checkpoints: Checkpoints, current: Checkpoint, layout: Layout, chunk_bytes: int) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, key: ModelKey, current: Checkpoint, layout: Layout, chunk_bytes: int
+    ) -> None:
         self._checkpoints = checkpoints
+        self._key = key
         self._current = current
         self._layout = layout
         self._chunk_bytes = chunk_bytes
@@ -47,7 +52,9 @@ class NextVersion:
         if _keyframe_is_due(kept):
             kept = (
                 *kept,
-                write_keyframe(self._checkpoints, weights, version, f"k{version}-{made_by[:8]}", self._chunk_bytes),
+                write_keyframe(
+                    self._checkpoints, self._key, weights, version, f"k{version}-{made_by[:8]}", self._chunk_bytes
+                ),
             )
         checkpoint = Checkpoint(
             version=version, made_by=made_by, weights_digest=digest, grids=grids, frames=_still_of_use(kept)
@@ -74,19 +81,19 @@ class NextVersion:
     ) -> tuple[Frame, bytes]:
         digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
         with self._checkpoints.create_frame(payload_id) as file:
-            for part in blocks(self._layout.n_parameters, self._chunk_bytes):
+            for position, part in enumerate(blocks(self._layout.n_parameters, self._chunk_bytes)):
                 base = published[part]
                 of_values = self._layout.steps(steps, part.start, part.stop)
                 multiples = frames.difference(target[part], base, of_values)
                 reached = frames.follow(base, multiples, of_values)
                 weights.write(part.start, reached)
                 digest.update(reached.tobytes())
-                file.append(wire.pack(Chunk(parts=(multiples.tobytes(),))))
+                _append(file, self._key, payload_id, position, multiples.tobytes())
         frame = Frame(version=self._current.version + 1, steps=steps, payload=file.payload(payload_id))
         return frame, digest.digest()
 
 
-def first_version(checkpoints: Checkpoints, initial: Vector, grid: Grid, chunk_bytes: int) -> Checkpoint:
+def first_version(checkpoints: Checkpoints, key: ModelKey, initial: Vector, grid: Grid, chunk_bytes: int) -> Checkpoint:
     """Commit version 0 with the weights ``initial``; durable on return."""
     weights, state = checkpoints.create(0)
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -95,18 +102,25 @@ def first_version(checkpoints: Checkpoints, initial: Vector, grid: Grid, chunk_b
         weights.write(block.start, values)
         state.write(block.start, values)
         digest.update(values.tobytes())
-    keyframe = write_keyframe(checkpoints, weights, 0, "k0-first", chunk_bytes)
+    keyframe = write_keyframe(checkpoints, key, weights, 0, "k0-first", chunk_bytes)
     checkpoint = Checkpoint(version=0, made_by="", weights_digest=digest.digest(), grids=(grid,), frames=(keyframe,))
     checkpoints.commit(checkpoint, weights, state)
     return checkpoint
 
 
-def write_keyframe(checkpoints: Checkpoints, weights: Vector, version: int, payload_id: str, chunk_bytes: int) -> Frame:
+def write_keyframe(
+    checkpoints: Checkpoints, key: ModelKey, weights: Vector, version: int, payload_id: str, chunk_bytes: int
+) -> Frame:
     """Write all of ``weights`` as a frame."""
     with checkpoints.create_frame(payload_id) as file:
-        for part in blocks(len(weights), chunk_bytes // frames.VALUE_BYTES):
-            file.append(wire.pack(Chunk(parts=(weights[part].tobytes(),))))
+        for position, part in enumerate(blocks(len(weights), chunk_bytes // frames.VALUE_BYTES)):
+            _append(file, key, payload_id, position, weights[part].tobytes())
     return Frame(version=version, steps=(), payload=file.payload(payload_id))
+
+
+def _append(file: ChunkFile, key: ModelKey, payload_id: str, position: int, values: bytes) -> None:
+    """Write a chunk as it is published: what is published again, after a restart, is this file."""
+    file.append(key.seal(payload_id, position, wire.pack(Chunk(parts=(values,)))))
 
 
 def _keyframe_is_due(kept: Sequence[Frame]) -> bool:

@@ -3,19 +3,24 @@
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fednats import subjects, wire
+from fednats import subjects
 from fednats.codec import frames
 from fednats.config import SiteSettings
-from fednats.errors import BusError, LocalDataError, LocalStorageError, RefusedError, TaskError
+from fednats.errors import BusError, LocalDataError, LocalStorageError, Reason, RefusedError, TaskError
 from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
 from fednats.permissions import user_name
+from fednats.privacy.egress import EGRESS_FILE, Entry
 from fednats.protocol import site as protocol
+from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import RETRY_S
+from fednats.services.recorder import INTERVAL_S, SUMMED_UP, Recorder, entry_of
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.chunk_file import keep_sound
 from fednats.storage.local_disk import local_disk
@@ -46,24 +51,30 @@ def make_worker(settings: SiteSettings) -> "SiteWorker":
 
 async def site(daemon: Daemon, settings: SiteSettings) -> None:
     """Run a site until it is told to stop."""
+    name = user_name("site", settings.site)
+    identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
     async with (
-        Bus.connect(settings.bus, user_name("site", settings.site)) as bus,
+        Bus.connect(settings.bus, name) as bus,
         Worker(make_worker, settings) as worker,
     ):
-        service = SiteService(daemon, settings, bus, worker)
+        service = SiteService(daemon, settings, identity, bus, worker)
         await service.live()
 
 
 class SiteService:
     """Executes what `protocol.site.Site` decides."""
 
-    def __init__(self, daemon: Daemon, settings: SiteSettings, bus: Bus, worker: "Worker[SiteWorker]") -> None:
+    def __init__(
+        self, daemon: Daemon, settings: SiteSettings, identity: Identity, bus: Bus, worker: "Worker[SiteWorker]"
+    ) -> None:
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
+        self._identity = identity
         self._bus = bus
         self._worker = worker
         self._outbox = Outbox(outbox_file(settings.state_dir))
+        self._recorder = Recorder(daemon, identity, settings.state_dir / EGRESS_FILE)
         self._machine = protocol.Site(self._outbox.last_trained())
         self._models = subjects.models_stream(settings.run, settings.region)
         self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
@@ -90,6 +101,7 @@ class SiteService:
 
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
+        await self._recorder.begin(SUMMED_UP)
         n_samples = await self._worker.call("prepare")
         self._log.info("data_loaded", n_samples=n_samples)
         self._daemon.ready = True
@@ -99,15 +111,18 @@ class SiteService:
             self._daemon,
             {
                 "follow models": self._follow(),
+                "follow signers": self._identity.follow_signers(self._log),
                 "work": self._work(),
                 "send updates": self._send_updates(),
                 "send evaluations": self._send_evaluations(),
+                "sum up what leaves": self._sum_up(),
                 "notice when the bus is away": self._notice_away(),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._drain,
         )
         self._outbox.close()
+        self._recorder.close()
 
     async def _drain(self) -> None:
         self._machine.handle(protocol.Closed())
@@ -118,6 +133,8 @@ class SiteService:
                 await self._send_pending()
             except (BusError, LocalStorageError) as error:
                 self._log.warning("update_not_sent", error=str(error))  # it is in the outbox for the next start
+        if not self._sending.locked():  # else an update waits for the bus, and would hold this up
+            await self._record_rest()
 
     # --- models -------------------------------------------------------------------------------------------------------
 
@@ -134,13 +151,15 @@ class SiteService:
 
     async def _take(self, record: Record) -> None:
         if record.subject == subjects.control(self._settings.run):
-            control = wire.unpack(record.data, Control)
+            control = self._identity.open(record.subject, record.data, Control)
             if control.status == "closed":
                 self._log.info("run_closed", reason=control.reason, version=control.version)
                 self._machine.handle(protocol.Closed())
                 self._status["state"] = "closed"
             return
-        manifest = wire.unpack(record.data, ModelManifest)
+        manifest = self._identity.open(record.subject, record.data, ModelManifest)
+        if manifest.version < (newest := max(self._manifests, default=self._local.held)):
+            raise RefusedError(Reason.REPLAYED, f"version {manifest.version} came after version {newest}")
         if manifest.delta.cipher == "none" and not self._manifests:
             self._log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
         await self._worker.call("check", manifest)
@@ -223,6 +242,8 @@ class SiteService:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
             self._log.error("job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S)
+            if isinstance(error, RefusedError):
+                self._count_refused("model_refused", error, version=job.version)
             return False
         finally:
             if self._machine.state is not protocol.State.CLOSED:
@@ -305,12 +326,17 @@ class SiteService:
             if n_chunks % NOTED_CHUNKS == 0:
                 await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, n_chunks)
 
-        if first and not await self._has(prefix, update.update_id, first - 1):
-            first = 0  # the bus has lost its store, or forgotten the ids: all of it again
-        chunks = off_loop(self._outbox.chunks(update.update_id, first))
-        await self._bus.publish_payload(prefix, update.update_id, chunks, first=first, stored=note)
-        head = wire.pack(update)
-        await self._bus.publish(subjects.head(prefix), head, update.update_id)
+        subject = subjects.head(prefix)
+        head = self._identity.sign(subject, update)
+        if first:
+            async with self._recorder.sending(self._bus, await self._entry(update, first - 1)):
+                if await self._has(prefix, update.update_id, first - 1):
+                    await self._publish(update, first, head, note)
+                else:
+                    first = 0  # the bus has lost its store, or forgotten the ids: all of it again
+        if not first:
+            async with self._recorder.sending(self._bus, await self._entry(update, 0)):
+                await self._publish(update, 0, head, note)
         await asyncio.to_thread(self._outbox.mark_sent, update.update_id)
         n_bytes = update.payload.n_bytes + len(head)
         self._daemon.metrics.sent_bytes.inc(n_bytes)
@@ -318,6 +344,19 @@ class SiteService:
         self._status["updates"] += 1
         self._status["outbox"] = await asyncio.to_thread(self._outbox.counts)
         self._log.info("update_sent", update_id=update.update_id, bytes=n_bytes)
+
+    async def _publish(self, update: Update, first: int, head: bytes, note: Callable[[int], Awaitable[None]]) -> None:
+        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
+        chunks = off_loop(self._outbox.chunks(update.update_id, first))
+        await self._bus.publish_payload(prefix, update.update_id, chunks, first=first, stored=note)
+        await self._bus.publish(subjects.head(prefix), head, update.update_id)
+
+    async def _entry(self, update: Update, first: int) -> Entry:
+        """Return what the ledger says of an attempt to send an update from chunk number ``first`` on."""
+        n_bytes = await asyncio.to_thread(self._outbox.n_bytes, update.update_id, first)
+        left = update.payload.model_copy(update={"n_bytes": n_bytes, "digests": update.payload.digests[first:]})
+        entry = entry_of("update", update, version=update.base_version, name=update.update_id, payload=left)
+        return replace(entry, detail=f"from chunk {first} on") if first else entry
 
     async def _has(self, prefix: str, update_id: str, index: int) -> bool:
         chunk = await asyncio.to_thread(next, self._outbox.chunks(update_id, index))
@@ -327,9 +366,25 @@ class SiteService:
         subject = subjects.evaluation(self._settings.run, self._settings.region, self._settings.site)
         while True:
             evaluation = await self._evaluations.get()
+            entry = entry_of("evaluation", evaluation, version=evaluation.version)
+            signed = self._identity.sign(subject, evaluation)
             try:
-                await self._bus.publish(
-                    subject, wire.pack(evaluation), f"evaluation.{evaluation.site}.{evaluation.version}"
-                )
-            except BusError as error:
+                async with self._recorder.sending(self._bus, entry):
+                    await self._bus.publish(subject, signed, f"evaluation.{evaluation.site}.{evaluation.version}")
+            except (BusError, LocalStorageError) as error:
                 self._log.warning("evaluation_not_sent", version=evaluation.version, error=str(error))
+
+    # --- on record ----------------------------------------------------------------------------------------------------
+
+    async def _sum_up(self) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            await self._record_rest()
+
+    async def _record_rest(self) -> None:
+        """Record what has left beside updates and evaluations; not while an update is on its way."""
+        async with self._sending:
+            try:
+                await self._recorder.sum_up(self._bus)
+            except LocalStorageError as error:
+                self._log.warning("rest_not_recorded", error=str(error))

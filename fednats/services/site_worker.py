@@ -14,6 +14,7 @@ import torch
 from fednats import wire
 from fednats.codec.layout import Difference, Layout, Vector, blocks
 from fednats.config import SiteSettings
+from fednats.crypto.sealing import ModelKey
 from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
 from fednats.learning.evaluation import Evaluator
@@ -46,6 +47,7 @@ class SiteWorker:
         torch.set_num_threads(1)
         self._settings = settings
         self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
+        self._model_key = ModelKey.read(settings.model_key_file, settings.run)
         with task_code("loading the task"):
             task = make_task(settings.task.path, settings.task.options)
             model = initial_model(task, seed=0)
@@ -86,7 +88,7 @@ class SiteWorker:
     def advance(self, manifest: ModelManifest, chain: tuple[Frame, ...]) -> None:
         """Make the weights of ``manifest`` along frames that were fetched; raises as `LocalModel.advance`."""
         with local_disk(self._settings.state_dir):
-            self._weights.advance(manifest, chain)
+            self._weights.advance(manifest, chain, self._model_key)
 
     def evaluate(self, version: int) -> Scored:
         """Evaluate the weights of ``version`` on the test data."""

@@ -8,6 +8,7 @@ import numpy as np
 from fednats import wire
 from fednats.codec import frames
 from fednats.codec.layout import Layout, blocks
+from fednats.crypto.sealing import ModelKey
 from fednats.errors import Reason, RefusedError
 from fednats.messages import Chunk, Frame, ModelManifest
 from fednats.storage.chunk_file import read_chunks
@@ -17,7 +18,7 @@ from fednats.storage.tensor_file import TensorFile, digest_of
 class LocalModel:
     """A folder with one version, ``version-<n>.safetensors``, and frames, ``frame-<payload id>.chunks``.
 
-    The daemon fetches frames, the worker applies them.
+    The daemon fetches frames, sealed as they are; the worker opens and applies them.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -42,12 +43,12 @@ class LocalModel:
         """Open the weights of ``version``. Raises ConfigError if they are missing or damaged."""
         return TensorFile.read(self._file(version))
 
-    def advance(self, manifest: ModelManifest, chain: Sequence[Frame]) -> None:
+    def advance(self, manifest: ModelManifest, chain: Sequence[Frame], key: ModelKey) -> None:
         """Make the weights of ``manifest`` from the version held along ``chain``, whose frames were fetched.
 
         Raises:
-            RefusedError: the frames are malformed, or what they lead to has another digest than was announced. Everything
-                fetched is then forgotten, so that the next attempt starts from a keyframe.
+            RefusedError: the frames are malformed or not sealed with ``key``, or what they lead to has another digest than
+                was announced. Everything fetched is then forgotten, so that the next attempt starts from a keyframe.
         """
         held = self.held
         layout = Layout(manifest.parameters)
@@ -57,7 +58,7 @@ class LocalModel:
                 if not chain[0].is_keyframe:
                     _copy(self.weights(held), made)
                 for frame in chain:
-                    self._apply(frame, layout, made)
+                    self._apply(frame, layout, made, key)
                 made.sync()
                 digest = digest_of(made)
         except RefusedError:
@@ -69,10 +70,10 @@ class LocalModel:
         self._forget()
         partial.rename(self._file(manifest.version))
 
-    def _apply(self, frame: Frame, layout: Layout, made: TensorFile) -> None:
+    def _apply(self, frame: Frame, layout: Layout, made: TensorFile, key: ModelKey) -> None:
         start = 0
-        for data in read_chunks(self.frame_file(frame)):
-            part = _only_part(data)
+        for position, sealed in enumerate(read_chunks(self.frame_file(frame))):
+            part = _only_part(key.opened(frame.payload.payload_id, position, sealed))
             stop = start + len(part) // (frames.VALUE_BYTES if frame.is_keyframe else 1)
             if stop > layout.n_parameters or (frame.is_keyframe and len(part) % frames.VALUE_BYTES):
                 raise RefusedError(Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: too many values")

@@ -168,6 +168,12 @@ class Outbox:
             yield row[0]
             position += 1
 
+    def n_bytes(self, update_id: str, first: int = 0) -> int:
+        """Return the size of the chunks of an update from number ``first`` on."""
+        query = "SELECT COALESCE(SUM(LENGTH(data)), 0) FROM chunk WHERE update_id = ? AND position >= ?"
+        (n_bytes,) = self._connection.execute(query, (update_id, first)).fetchone()
+        return int(n_bytes)
+
     def note_sent_chunks(self, update_id: str, n_chunks: int) -> None:
         """The bus has the first ``n_chunks`` in writing."""
         with self._transaction() as connection:

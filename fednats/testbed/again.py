@@ -2,7 +2,7 @@
 
 import asyncio
 
-from fednats import subjects, wire
+from fednats import subjects
 from fednats.permissions import user_name
 from fednats.storage.outbox import outbox_file
 from fednats.testbed.launch import Running
@@ -23,9 +23,10 @@ async def send_site_again(running: Running, site: str, mark: str) -> None:
     region = next(name for name, plan in servers.plan.items() if site in plan.sites)
     outbox = await asyncio.to_thread(read_outbox, outbox_file(running.output / f"site-{site}"))
     subject = subjects.head(subjects.update(servers.run, region, site))
+    identity = servers.identity("site", site)
     async with Bus.connect(servers.site(region, site), user_name("site", site)) as bus:
         for head in [item.head for item in outbox or () if item.is_sent][-NEWEST:]:
-            await bus.publish(subject, wire.pack(head), f"{head.update_id}.{mark}")
+            await bus.publish(subject, identity.sign(subject, head), f"{head.update_id}.{mark}")
 
 
 async def send_region_again(running: Running, region: str, mark: str) -> None:

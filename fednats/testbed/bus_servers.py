@@ -23,6 +23,8 @@ from fednats.errors import BusError, ConfigError
 from fednats.provision.authority import CA_FILE
 from fednats.provision.kits import provision
 from fednats.provision.plan import Kits, LeafAddress, Plan, RegionPlan, ServerAddress
+from fednats.provision.services import SIGNERS_FILE
+from fednats.services.identity import Identity
 from fednats.subjects import HUB
 from fednats.testbed.nats_server import NatsServer, Ports
 from fednats.testbed.wan import Wan, WanSettings
@@ -46,6 +48,15 @@ class BusServers:
     """By region; empty without leaves."""
     links: dict[str, Wan] = field(default_factory=dict)
     """By name: ``region-NAME`` is its leaf link; the others are a participant's connection, see `link_names`."""
+
+    def identity(self, role: str, node: str) -> Identity:
+        """Return who a participant is: for what signs in its name."""
+        name = permissions.user_name(role, node)
+        return Identity(name, self.run, self.kits.seed_file(name), self.signers_file(role, node))
+
+    def signers_file(self, role: str, node: str) -> Path:
+        """Return the public keys of all participants, as a participant's kit has them."""
+        return self.kits.seed_file(permissions.user_name(role, node)).with_name(SIGNERS_FILE)
 
     def coordinator_settings(self) -> CoordinatorSettings:
         """Return the settings in the coordinator's kit."""

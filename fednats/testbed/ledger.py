@@ -32,6 +32,7 @@ from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, w
 from fednats.storage.tensor_file import TensorFile, digest_of
 from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate, Taken
+from fednats.testbed.egress_check import check_nodes, check_site
 from fednats.testbed.sent import Sent, read_outbox
 
 OVERTAKEN_S = 30.0
@@ -106,6 +107,9 @@ def verify(directory: Path) -> Ledger:
     }
     ledger.findings += [problem for book in books.values() for problem in book.problems]
     ledger.findings += _wrong_weights(directory)
+    for (region, site), outbox in outboxes.items():
+        ledger.findings += check_site(directory, site, outbox or (), books[region].taken)
+    ledger.findings += check_nodes(directory)
     _Audit(ledger, books, parents, outboxes).run(before, after)
     return ledger
 

@@ -94,6 +94,12 @@ class Bus:
         """Largest ``data`` that may be published: what this server takes in a message, less room for headers."""
         return self._connection.client.max_payload - HEADER_ROOM_BYTES
 
+    @property
+    def sent(self) -> tuple[int, int]:
+        """Messages published over this connection since it was opened, and bytes of their payload, whatever they were."""
+        counted = self._connection.client.stats
+        return counted["out_msgs"], counted["out_bytes"]
+
     # --- making
 
     async def ensure_stream(self, spec: StreamSpec) -> bool:

@@ -32,6 +32,8 @@ class Metrics:
         )
         self.sent_bytes = Counter("fednats_sent_bytes", "Payload and heads published.", registry=self.registry)
         self.received_bytes = Counter("fednats_received_bytes", "Payload and heads read.", registry=self.registry)
+        self.ledger_records = Gauge("fednats_ledger_records", "Records in the ledger.", registry=self.registry)
+        self.ledger_bytes = Gauge("fednats_ledger_bytes", "Size of the ledger.", registry=self.registry)
         self.train_seconds = Counter("fednats_train_seconds", "Time spent in local training.", registry=self.registry)
         self.loop_lag = Histogram(
             "fednats_loop_lag_seconds",

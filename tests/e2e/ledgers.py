@@ -1,11 +1,18 @@
 """End a test with the ledger of its run."""
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from fednats import subjects
+from fednats.crypto.sealing import ModelKey
 from fednats.permissions import user_name
+from fednats.privacy.audit import audit
+from fednats.privacy.egress import Record
+from fednats.storage.checkpoints import checkpoints_folder, frame_file, newest_checkpoint, weights_file
+from fednats.storage.chunk_file import read_chunks
 from fednats.subjects import HUB
 from fednats.testbed.book import Book
 from fednats.testbed.connected_bus import until as happens
@@ -48,3 +55,46 @@ async def all_settled(running: Running, node: str) -> None:
         return bool(info["num_pending"] == 0 and info["num_ack_pending"] == waiting)
 
     await happens(settled)
+
+
+def audited(output: Path) -> dict[str, list[Record]]:
+    """Assert that ``fednats audit verify`` passes on every ledger of a run; return the records by participant's folder."""
+    ledgers = sorted(output.glob("**/*ledger*"))
+    assert {file.parent.name for file in ledgers} == {
+        *(folder.parent.name for folder in output.glob("*/daemon.log")),
+    }
+    for file in ledgers:
+        verified = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "fednats",
+                "audit",
+                "verify",
+                file,
+                "--signers",
+                *output.glob("bus/keys/signers.toml"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        assert "the chain is whole" in verified.stdout
+    return {file.parent.name: audit(file).records for file in ledgers}
+
+
+def assert_sealed(output: Path, run: str) -> None:
+    """Assert that what the servers have of the newest model are sealed chunks, and nothing of what is in them."""
+    folder = checkpoints_folder(output / "coordinator")
+    newest, key = newest_checkpoint(folder), ModelKey.read(output / "keys" / "model.key", run)
+    assert newest is not None
+    stored = [file.read_bytes() for file in (output / "bus").glob("**/*") if file.is_file()]
+    for frame in newest.frames:
+        identity = frame.payload.payload_id
+        for position, sealed in enumerate(read_chunks(frame_file(folder, identity))):
+            plain = key.opened(identity, position, sealed)
+            assert any(sealed in data for data in stored), "the search finds what is there"
+            assert not any(plain[len(plain) // 2 :][:32] in data for data in stored)
+    weights = weights_file(folder, newest.version).read_bytes()
+    assert not any(weights[-64:] in data for data in stored)

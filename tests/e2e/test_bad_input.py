@@ -11,8 +11,10 @@ from pathlib import Path
 
 from fednats import subjects, wire
 from fednats.config import BusSettings
+from fednats.crypto.signing import unsigned
 from fednats.messages import Chunk, Evaluation, Message, ModelManifest, Payload, Reject, Update
 from fednats.permissions import user_name
+from fednats.services.identity import Identity
 from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import running
 from fednats.transport.bus import Bus
@@ -54,7 +56,7 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
     async with running(federation, tmp_path / "out") as federation_running:
         settings = federation_running.servers.site("north", "nan")
         async with Bus.connect(settings, user_name("site", "nan")) as bus:
-            sent = await send_bad_updates(bus, await steady(bus))
+            sent = await send_bad_updates(bus, federation_running.servers.identity("site", "nan"), await steady(bus))
         statuses = await until(federation_running, refused(EXPECTED))
         observer = federation_running.servers.observer("north")
         async with Bus.connect(observer, user_name("observer", "north")) as bus:
@@ -86,10 +88,10 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
     assert "not finite" in log or "loss is nan" in log
 
 
-JOURNALLED = {"wrong_grid", "wrong_key", "wrong_shape", "checksum", "ciphertext"}
+JOURNALLED = {"replayed", "wrong_grid", "wrong_key", "wrong_shape", "checksum", "ciphertext"}
 """Reasons to refuse what could be read."""
 
-EXPECTED = {"malformed", "oversized", "wrong_run", "wrong_sender"} | JOURNALLED
+EXPECTED = {"signature", "malformed", "oversized", "wrong_run", "wrong_sender"} | JOURNALLED
 
 HEAD = subjects.head(subjects.update("small", "north", "nan"))
 
@@ -144,7 +146,7 @@ async def steady(bus: Bus) -> ModelManifest:
     stream, head = subjects.models_stream("small", "north"), subjects.head(subjects.model("small"))
     async with asyncio.timeout(120):
         async for record in bus.follow(stream, [head]):
-            manifest = wire.unpack(record.data, ModelManifest)
+            manifest = wire.unpack(unsigned(record.data), ModelManifest)
             grids[manifest.version] = manifest.grid.grid_id
             recent = {version: grid for version, grid in grids.items() if version >= manifest.version - 3}
             if manifest.version - min(recent) == 3 and set(recent.values()) == {manifest.grid.grid_id}:
@@ -152,35 +154,38 @@ async def steady(bus: Bus) -> ModelManifest:
     raise AssertionError("it follows for ever")
 
 
-async def send_bad_updates(bus: Bus, current: ModelManifest) -> dict[bytes, str]:
+async def send_bad_updates(bus: Bus, identity: Identity, current: ModelManifest) -> dict[bytes, str]:
     """Send one of each kind; return the messages, each with the reason that it must be refused for."""
     prefix = subjects.update("small", "north", "nan")
     chunk = wire.pack(Chunk(parts=(b"no ciphertext",)))
+    sent: dict[bytes, str] = {}
 
-    def head(identity: str, **changes: object) -> Update:
+    def head(update_id: str, **changes: object) -> Update:
         fields = {
             "run": "small",
             "region": "north",
             "site": "nan",
-            "update_id": identity,
-            "sequence": 1,
+            "update_id": update_id,
+            "sequence": len(sent) + 1,
             "base_version": current.version,
             "grid_id": current.grid.grid_id,
             "key_id": current.key_id,
             "n_samples": 50,
             "saturated": 0,
-            "payload": Payload(payload_id=identity, n_bytes=len(chunk), digests=(wire.digest(chunk),)),
+            "payload": Payload(payload_id=update_id, n_bytes=len(chunk), digests=(wire.digest(chunk),)),
         }
         return Update.model_validate({**fields, **changes})
 
-    sent: dict[bytes, str] = {}
+    async def announce(message_id: str, reason: str, message: Message | bytes) -> None:
+        packed = message if isinstance(message, bytes) else wire.pack(message)
+        await offer(message_id, reason, identity.signer.sign(HEAD, packed))
 
-    async def announce(identity: str, reason: str, message: Message | bytes) -> None:
-        data = message if isinstance(message, bytes) else wire.pack(message)
-        await bus.publish(subjects.head(prefix), data, identity)
+    async def offer(message_id: str, reason: str, data: bytes) -> None:
+        await bus.publish(HEAD, data, message_id)
         sent[data] = reason
 
     evaluation = Evaluation(run="small", region="north", site="nan", version=0, n_samples=1, metrics={})
+    await offer("unsigned", "signature", wire.pack(head("unsigned")))
     await announce("garbage", "malformed", b"garbage")
     await announce("truncated", "malformed", wire.pack(head("truncated"))[:-3])
     await announce("kind", "malformed", evaluation)
@@ -193,6 +198,7 @@ async def send_bad_updates(bus: Bus, current: ModelManifest) -> dict[bytes, str]
     await announce("key", "wrong_key", head("key", key_id="other"))
     await announce("shape", "wrong_shape", head("shape", payload=Payload(payload_id="shape", n_bytes=0, digests=())))
     await announce("absent", "checksum", head("absent"))  # its chunk is never sent
+    await announce("twice", "replayed", head("twice", sequence=len(sent)))  # the number of the one before
     await bus.publish_payload(prefix, "noise", [chunk])
     await announce("noise", "ciphertext", head("noise"))
     return sent

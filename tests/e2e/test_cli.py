@@ -104,6 +104,8 @@ def test_four_real_hospitals_beat_the_mean_hospital_alone(tmp_path: Path) -> Non
         (["run", "absent.toml"], "absent.toml: no such file"),
         (["site", "--config", "absent.toml"], "absent.toml: no such file"),
         (["verify", "/absent"], "/absent: holds no coordinator/journal.sqlite"),
+        (["audit", "verify", "/absent"], "/absent: cannot be read"),
+        (["audit", "show", "/absent", "--signers", "absent.toml"], "absent.toml: no such file"),
     ],
 )
 def test_wrong_arguments_are_named_in_one_line(arguments: list[str], expected: str, tmp_path: Path) -> None:
@@ -115,5 +117,5 @@ def test_wrong_arguments_are_named_in_one_line(arguments: list[str], expected: s
 
 def test_help_names_every_command() -> None:
     text = run(["--help"]).stdout
-    for command in ("demo", "run", "link", "site", "aggregator", "coordinator", "verify", "bench"):
+    for command in ("demo", "run", "link", "site", "aggregator", "coordinator", "verify", "audit", "bench"):
         assert command in text

@@ -6,6 +6,7 @@ import sqlite3
 from pathlib import Path
 
 from fednats import subjects, wire
+from fednats.crypto.signing import unsigned
 from fednats.errors import BusError
 from fednats.messages import Aggregate, Update
 from fednats.permissions import user_name
@@ -95,7 +96,7 @@ async def first_sum(bus: Bus) -> str:
 
     record = await happens(look, patience_s=120)
     assert record is not None
-    return wire.unpack(record.data, Aggregate).aggregate_id
+    return wire.unpack(unsigned(record.data), Aggregate).aggregate_id
 
 
 async def test_killed_between_publishing_a_sum_and_acknowledging_its_updates(
@@ -142,19 +143,21 @@ async def send_all_again(federation_running: Running, mark: str) -> int:
     count = 0
     for region, plan in servers.plan.items():
         for site in plan.sites:
+            identity = servers.identity("site", site)
             async with Bus.connect(servers.site(region, site), user_name("site", site)) as bus:
                 outbox = await asyncio.to_thread(read_outbox, output / f"site-{site}" / "outbox.sqlite")
                 for item in outbox or ():
                     if item.is_sent:
                         subject = subjects.head(subjects.update(RUN, region, site))
-                        await bus.publish(subject, wire.pack(item.head), f"{item.head.update_id}.{mark}")
+                        await bus.publish(subject, identity.sign(subject, item.head), f"{item.head.update_id}.{mark}")
                         count += 1
+        identity = servers.identity("aggregator", region)
         async with Bus.connect(servers.uplink(region), user_name("uplink", region)) as bus:
             for entry in await asyncio.to_thread(read_journal, output / "coordinator" / "journal.sqlite"):
                 event = entry.event
                 if isinstance(event, ContributionArrived) and event.head.region == region:
                     subject = subjects.head(subjects.aggregate(RUN, region))
-                    await bus.publish(subject, wire.pack(event.head), f"{entry.sequence}.{mark}")
+                    await bus.publish(subject, identity.sign(subject, event.head), f"{entry.sequence}.{mark}")
                     count += 1
     return count
 

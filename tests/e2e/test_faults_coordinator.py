@@ -5,6 +5,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 from fednats import subjects, wire
+from fednats.crypto.signing import unsigned
 from fednats.messages import ModelManifest
 from fednats.permissions import user_name
 from fednats.protocol.events import VersionAnnounced
@@ -87,7 +88,7 @@ async def manifest(now: Running, at_least: int) -> ModelManifest:
         aclosing(bus.follow(stream, [subject])) as records,
     ):
         async for record in records:
-            told = wire.unpack(record.data, ModelManifest)
+            told = wire.unpack(unsigned(record.data), ModelManifest)
             if told.version >= at_least:
                 return told
     raise AssertionError("following has ended")

@@ -1,5 +1,6 @@
 """Sites that are killed or cut off: nothing is lost, nothing counts twice."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fednats.testbed.ledger import APPLIED
 from fednats.testbed.wan import WanSettings
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import events, found, in_state, logged, outbox, outbox_of, wide
-from tests.e2e.ledgers import balanced
+from tests.e2e.ledgers import audited, balanced
 from tests.e2e.until import closed, reached, until
 
 PAIR = {"north": ["a", "b"]}
@@ -142,6 +143,11 @@ async def test_sending_goes_on_where_a_killed_site_was(make_federation: MakeFede
         ledger = await balanced(tmp_path / "out")
         assert n_bytes < link.bytes_up - before < 1.5 * n_bytes
     assert ledger.accepted[APPLIED] == 2
+    recorded = audited(tmp_path / "out")["site-a"]
+    first, second = (record for record in recorded if record.name == wire.unpack(head, Update).update_id)
+    assert (first.digest, first.detail) == (second.digest, "")
+    assert re.fullmatch(r"from chunk \d+ on", second.detail)
+    assert n_bytes < first.n_bytes + second.n_bytes < 2 * n_bytes
 
 
 async def test_fetching_goes_on_where_a_killed_site_was(make_federation: MakeFederation, tmp_path: Path) -> None:

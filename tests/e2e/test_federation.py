@@ -16,7 +16,7 @@ from fednats.provision.servers import config_file
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
 from tests.e2e.conftest import MakeFederation
-from tests.e2e.ledgers import balanced
+from tests.e2e.ledgers import assert_sealed, audited, balanced
 from tests.e2e.until import closed, reached, until
 
 
@@ -41,6 +41,18 @@ async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_
         "2.bias": (2,),
     }
     assert all(np.isfinite(array).all() for array in model.values())
+    assert_sealed(output, "small")
+    recorded = audited(output)
+    assert len(recorded) == 1 + 2 + 4
+    left = {record.digest for name in ("site-a", "site-b") for record in recorded[name] if record.what == "update"}
+    taken = [record for record in recorded["aggregator-north"] if record.what == "accepted"]
+    assert {record.digest for record in taken} <= left
+    assert len(taken) >= 2
+    assert {record.version for record in recorded["coordinator"] if record.what == "model"} == set(range(7))
+    model_key = (output / "kits" / "coordinator" / "model.key").read_bytes()
+    holders = [file for file in output.glob("**/*") if file.is_file() and model_key in file.read_bytes()]
+    assert {file.parent.name for file in holders} == {"authority", "coordinator", *(f"site-{name}" for name in "abcd")}
+    assert {file.name for file in holders} == {"model.key"}
     held = output / "kits" / "coordinator" / "epoch-1.secret"
     secret = held.read_bytes()
     holders = [file for file in output.glob("**/*") if file.is_file() and secret[:4096] in file.read_bytes()]
@@ -124,6 +136,11 @@ async def test_killed_daemons_come_back_and_nothing_counts_twice(
     )
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert verified.stdout.splitlines()[-1] == ledger.line
+    recorded = audited(tmp_path / "out")
+    for name in ("site-a", "aggregator-north", "coordinator"):
+        assert [record.what for record in recorded[name]].count("started") == 2, (
+            "the killed daemon goes on in its ledger"
+        )
 
 
 async def test_everything_is_cut_to_what_the_servers_take_in_one_message(

@@ -11,6 +11,7 @@ import pytest_asyncio
 import structlog
 
 from fednats import subjects, wire
+from fednats.crypto.signing import unsigned
 from fednats.errors import BusError, Reason, RefusedError
 from fednats.messages import Message, Payload, Reject, Update
 from fednats.protocol.events import ContributionArrived
@@ -40,7 +41,7 @@ async def bus(tmp_path: Path) -> AsyncIterator[ConnectedBus]:
 
 @pytest.fixture
 def inbox(bus: ConnectedBus) -> Inbox:
-    return Inbox(bus.aggregators["north"], STREAM, RUN, LOG)
+    return Inbox(bus.aggregators["north"], STREAM, RUN, bus.servers.identity("aggregator", "north"), LOG)
 
 
 @pytest.fixture
@@ -69,8 +70,9 @@ async def is_sent(bus: ConnectedBus, head: Update) -> bool:
 
 
 async def announce(bus: ConnectedBus, message: Message | bytes, message_id: str) -> None:
-    data = message if isinstance(message, bytes) else wire.pack(message)
-    await bus.sites["a"].publish(subjects.head(PREFIX), data, message_id)
+    subject = subjects.head(PREFIX)
+    data = message if isinstance(message, bytes) else bus.servers.identity("site", "a").sign(subject, message)
+    await bus.sites["a"].publish(subject, data, message_id)
 
 
 async def take(inbox: Inbox, count: int = 1) -> list[Arrived]:
@@ -179,7 +181,8 @@ async def test_every_delivery_of_a_contribution_is_settled(bus: ConnectedBus, in
 async def test_what_is_refused_is_kept_with_sender_and_reason_and_never_comes_again(
     bus: ConnectedBus, inbox: Inbox, rejects: Rejects
 ) -> None:
-    await announce(bus, b"garbage", "m1")
+    garbage = bus.servers.identity("site", "a").signer.sign(subjects.head(PREFIX), b"garbage")
+    await announce(bus, garbage, "m1")
     (delivery,) = await deliver(inbox, 1)
     with pytest.raises(RefusedError) as raised:
         inbox.open(delivery)
@@ -192,8 +195,8 @@ async def test_what_is_refused_is_kept_with_sender_and_reason_and_never_comes_ag
         sender="a",
         reason="malformed",
         detail="7 bytes, shorter than a header",
-        n_bytes=7,
-        data=b"garbage",
+        n_bytes=len(garbage),
+        data=garbage,
     )
     found = await figures(bus)
     assert (found["num_ack_pending"], found["num_redelivered"], found["num_pending"]) == (0, 0, 0)
@@ -205,7 +208,7 @@ async def test_a_refused_contribution_loses_its_chunks(bus: ConnectedBus, inbox:
     await take(inbox)
     await inbox.refuse("u1", rejects, Reason.TOO_STALE, "version 0 at 30")
     assert await bus.aggregators["north"].last(STREAM, subjects.chunk(PREFIX, "u1", 0)) is None
-    assert wire.unpack((await kept(bus, "a", Reason.TOO_STALE)).data, Update) == head
+    assert wire.unpack(unsigned((await kept(bus, "a", Reason.TOO_STALE)).data), Update) == head
     assert (await figures(bus))["num_ack_pending"] == 0
 
 

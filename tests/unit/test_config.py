@@ -11,6 +11,8 @@ run = "r"
 site = "ward"
 region = "north"
 state_dir = "/tmp/ward"
+signers_file = "signers.toml"
+model_key_file = "model.key"
 [bus]
 url = "tls://127.0.0.1:4222"
 [task]

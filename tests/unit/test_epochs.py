@@ -8,7 +8,7 @@ import pytest
 
 from fednats.codec.layout import Layout
 from fednats.config import AggregatorSettings, BusSettings, CoordinatorSettings, DeltaSettings, parse
-from fednats.crypto import secret
+from fednats.crypto import sealing, secret
 from fednats.crypto.public import key_id
 from fednats.delta import scheme
 from fednats.delta.encode import encoder
@@ -48,7 +48,14 @@ def test_the_announced_key_is_chosen_else_the_newest(pairs: list[tuple[bytes, by
 def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
     old, new = files(tmp_path, [pairs[0][1], pairs[1][1]])
     settings = AggregatorSettings(
-        run="r", state_dir=tmp_path, region="north", bus=BUS, uplink=BUS, public_key_file=new, older_public_key_file=old
+        run="r",
+        state_dir=tmp_path,
+        signers_file=tmp_path / "signers.toml",
+        region="north",
+        bus=BUS,
+        uplink=BUS,
+        public_key_file=new,
+        older_public_key_file=old,
     )
     worker = AggregatorWorker(settings)
     for _, public in pairs[:2]:
@@ -58,9 +65,13 @@ def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, byt
 
 def test_the_coordinator_decrypts_what_either_key_is_for(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
     old, new = files(tmp_path, [pairs[0][0], pairs[1][0]])
+    model_key = tmp_path / "model.key"
+    model_key.write_bytes(sealing.generate())
     raw: dict[str, Any] = {
         "run": "r",
         "state_dir": tmp_path / "state",
+        "signers_file": tmp_path / "signers.toml",
+        "model_key_file": model_key,
         "regions": ["north"],
         "bus": BUS,
         "task": {"path": "breast-cancer"},

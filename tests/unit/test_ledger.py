@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from fednats.cli import app
 from fednats.errors import ConfigError, Reason
-from fednats.protocol import collector
+from fednats.privacy.egress import EGRESS_FILE, LEDGER_FILE
+from fednats.protocol import collector, sequences
 from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached, RunClosed
+from fednats.services.recorder import entry_of
 from fednats.testbed.ledger import OVERTAKEN_S, Ledger, verify
 from tests.makers import announcement, update
 from tests.small_run import SETTINGS, SmallRun
@@ -242,6 +244,7 @@ def test_a_deleted_event_leaves_a_gap_that_is_found(run: SmallRun) -> None:
 def test_an_update_that_counts_twice_is_found(run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it would if a region forgot what it has summed."""
     monkeypatch.setattr(collector, "REMEMBERED", 0)
+    monkeypatch.setattr(sequences.Sequences, "settle", lambda _self, _sequence: None)
     first = run.send("north", "a")
     for other in (run.send("north", "b"), run.send("north", "b")):
         made, aggregate = run.sum_up("north", first, other)
@@ -308,3 +311,40 @@ def test_weights_that_are_not_those_announced_are_found(run: SmallRun) -> None:
     file = run.directory / "coordinator" / "checkpoints" / "version-6.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert found(run).findings == ["checkpoint: the weights of version 6 are not those announced: another digest"]
+
+
+def egress(run: SmallRun, change: Callable[[list[bytes]], list[bytes]]) -> list[str]:
+    """Change the egress ledger of site a; return what is found."""
+    file = run.directory / "site-a" / EGRESS_FILE
+    file.write_bytes(b"".join(change(file.read_bytes().splitlines(keepends=True))))
+    return found(run).findings
+
+
+def test_an_end_that_was_cut_off_a_ledger_is_found(run: SmallRun) -> None:
+    """No chain says where it ends; the outbox and the region do."""
+    assert egress(run, lambda lines: lines[:-1]) == ["egress: update a-3 left a and is not in its ledger"]
+
+
+def test_a_ledger_that_was_altered_is_found(run: SmallRun) -> None:
+    findings = egress(run, lambda lines: [lines[0], lines[1].replace(b'"n_messages":2', b'"n_messages":1'), lines[2]])
+    assert findings == ["egress: site-a/egress-ledger.jsonl: line 2: altered, its hash is of something else"]
+
+
+def test_a_ledger_that_is_gone_is_found(run: SmallRun) -> None:
+    (run.directory / "site-a" / EGRESS_FILE).unlink()
+    assert found(run).findings == ["egress: site-a/egress-ledger.jsonl is missing: what left a cannot be verified"]
+
+
+def test_an_update_of_another_content_than_on_record_is_found(run: SmallRun) -> None:
+    head = update("a", 4, version=run.version)
+    run.outboxes["a"].add_update(head, (1.0,), None)
+    other = head.model_copy(update={"n_samples": 7})
+    run.ledgers["a"].append(entry_of("update", other, version=0, name="a-4", payload=head.payload))
+    assert found(run).findings == []  # it has not left
+    run.outboxes["a"].mark_sent("a-4")
+    assert found(run).findings == ["egress: update a-4 left a and is not in its ledger"]
+
+
+def test_the_chain_of_a_region_is_looked_at_too(run: SmallRun) -> None:
+    (run.directory / "aggregator-north" / LEDGER_FILE).write_text("{}\n")
+    assert found(run).findings[0].startswith("egress: aggregator-north/ledger.jsonl: line 1: damaged or altered")

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from fednats.codec import frames, grid
 from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, ServerSettings, TrainingSettings
+from fednats.crypto.sealing import ModelKey, generate
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
@@ -24,6 +25,7 @@ PARAMETERS = (ParameterSpec(name="weight", shape=(100, 70)), ParameterSpec(name=
 LAYOUT = Layout(PARAMETERS)
 CHUNK_BYTES = 4096
 N = LAYOUT.n_parameters
+KEY = ModelKey(generate(), "r")
 
 
 class Origin:
@@ -36,14 +38,14 @@ class Origin:
         self.rng = np.random.default_rng(0)
         weights = self.rng.normal(size=N).astype(np.float32)
         self.exact = weights.copy()
-        first = first_version(self.checkpoints, weights, grid.initial(LAYOUT, weights, 127), CHUNK_BYTES)
+        first = first_version(self.checkpoints, KEY, weights, grid.initial(LAYOUT, weights, 127), CHUNK_BYTES)
         self.made = [first]
 
     def step(self, scale: float = 0.01) -> Checkpoint:
         delta = (scale * self.rng.normal(size=N)).astype(np.float32)
         self.exact += delta
         current = self.made[-1]
-        making = NextVersion(self.checkpoints, current, LAYOUT, CHUNK_BYTES)
+        making = NextVersion(self.checkpoints, KEY, current, LAYOUT, CHUNK_BYTES)
         self.made.append(making.make(self.optimizer, delta, f"combination{current.version}", current.grids))
         return self.made[-1]
 
@@ -58,6 +60,7 @@ class Site:
     def __init__(self, directory: Path, origin: Origin) -> None:
         self.model = LocalModel(directory)
         self.origin = origin
+        self.key = KEY
         self.fetched_bytes = 0
 
     def take(self, checkpoint: Checkpoint) -> NDArray[np.float32]:
@@ -67,7 +70,7 @@ class Site:
                 for chunk in read_chunks(frame_file(self.origin.directory, frame.payload.payload_id)):
                     file.append(chunk)
             self.fetched_bytes += frame.payload.n_bytes
-        self.model.advance(manifest(checkpoint), chain)
+        self.model.advance(manifest(checkpoint), chain, self.key)
         with self.model.weights(checkpoint.version) as weights:
             return weights[0:N]
 
@@ -186,6 +189,32 @@ def test_a_frame_that_was_tampered_with_is_refused_and_forgotten(origin: Origin,
     assert site.model.held == -1
     assert not site.model.fetched()
     np.testing.assert_array_equal(site.take(origin.made[-1]), origin.weights(1))
+
+
+def test_without_the_run_s_key_a_frame_says_nothing(origin: Origin, tmp_path: Path) -> None:
+    published = b"".join(read_chunks(frame_file(origin.directory, origin.made[0].frames[0].payload.payload_id)))
+    for plain in (origin.weights(0)[:8].tobytes(), b"chunk", b"\x28\xb5\x2f\xfd"):  # the last begins what zstd made
+        assert plain not in published
+    site = Site(tmp_path / "site", origin)
+    site.key = ModelKey(generate(), "r")
+    with pytest.raises(RefusedError) as refused:
+        site.take(origin.made[0])
+    assert refused.value.reason is Reason.WRONG_KEY
+    assert "model_key_file holds" in refused.value.detail
+    site.key = KEY
+    np.testing.assert_array_equal(site.take(origin.made[0]), origin.weights(0))
+
+
+def test_frames_that_were_exchanged_on_the_way_are_refused(origin: Origin, tmp_path: Path) -> None:
+    """Whoever runs the bus, and could have a digest to match, still has no key to seal with."""
+    site = Site(tmp_path / "site", origin)
+    site.take(origin.made[0])
+    first, second = origin.step().frames[-1], origin.step().frames[-1]
+    path, other = (frame_file(origin.directory, frame.payload.payload_id) for frame in (first, second))
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(RefusedError) as refused:
+        site.take(origin.made[-1])
+    assert refused.value.reason is Reason.SEAL
 
 
 def frame(version: int, n_bytes: int, *, key: bool = False) -> Frame:

@@ -1,0 +1,348 @@
+"""Forged, altered and replayed messages over a real server, by whoever has a bus user's key or runs the bus."""
+
+import asyncio
+import os
+import tomllib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import nkeys
+import numpy as np
+import pytest
+import pytest_asyncio
+import structlog
+import tomli_w
+
+from fednats import subjects, wire
+from fednats.codec.layout import Layout
+from fednats.config import AggregationSettings, DeltaSettings, SiteSettings, TaskSettings, TrainingSettings
+from fednats.crypto import sealing
+from fednats.crypto.signers import read_roster
+from fednats.crypto.signing import Signer
+from fednats.delta.encode import encoder
+from fednats.errors import BusError
+from fednats.learning.flat import initial_model, parameters_of
+from fednats.learning.task import make_task
+from fednats.messages import (
+    Control,
+    Evaluation,
+    Grid,
+    Message,
+    ModelManifest,
+    Reject,
+)
+from fednats.privacy.audit import audit
+from fednats.privacy.egress import EGRESS_FILE
+from fednats.protocol.admission import Roster
+from fednats.protocol.collector import Collector
+from fednats.protocol.events import Command
+from fednats.provision.plan import RegionPlan
+from fednats.services import identity as identities
+from fednats.services.inbox import Inbox
+from fednats.services.lifecycle import Daemon
+from fednats.services.rejects import Rejects
+from fednats.services.site import site
+from fednats.services.tier import Tier
+from fednats.storage.journal import Journal
+from fednats.subjects import HUB
+from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
+from fednats.transport.bus import Bus
+from tests.makers import aggregate, announcement, update
+
+RUN = "r"
+PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c", "d")))
+OF_A = subjects.head(subjects.update(RUN, "north", "a"))
+OF_B = subjects.head(subjects.update(RUN, "north", "b"))
+OF_NORTH = subjects.head(subjects.aggregate(RUN, "north"))
+MODEL = subjects.head(subjects.model(RUN))
+SETTINGS = AggregationSettings(goal=10, region_goal=10)
+
+LOG = structlog.get_logger()
+
+
+@pytest_asyncio.fixture
+async def bus(tmp_path: Path) -> AsyncIterator[ConnectedBus]:
+    async with connected_bus(tmp_path, RUN, PLAN, leaves=False) as connected:
+        yield connected
+
+
+@dataclass
+class Receiver:
+    """A region or the hub, taking contributions in as its daemon does."""
+
+    tier: Tier
+    machine: Collector
+
+    async def refused(self, reason: str, count: int) -> None:
+        """Wait until so many were refused for that reason, and assert that nothing was for another."""
+
+        async def all_there() -> bool:
+            return self.tier.refusals.get(reason, 0) >= count
+
+        await until(all_there)
+        assert self.tier.refusals == {reason: count}
+
+    async def buffered(self, count: int) -> None:
+        """Wait until so many contributions count."""
+
+        async def all_there() -> bool:
+            return self.machine.n_buffered >= count
+
+        await until(all_there)
+        assert self.machine.n_buffered == count
+
+
+@asynccontextmanager
+async def receiving(bus: ConnectedBus, directory: Path, node: str) -> AsyncIterator[Receiver]:
+    """Take in what comes to ``node`` with the services' own inbox, journal, machine and rejects."""
+    role, name = ("coordinator", HUB) if node == HUB else ("aggregator", node)
+    daemon = Daemon(role, name, RUN, LOG)
+    identity = bus.servers.identity(role, name)
+    if node == HUB:
+        own, stream = bus.coordinator, subjects.inbox_stream(RUN, HUB)
+        roster = Roster(RUN, None, sites=frozenset(), regions=frozenset({"north", "south"}))
+        filters = [subjects.head(subjects.aggregate(RUN, "*")), subjects.evaluation_sum(RUN, "*")]
+    else:
+        own, stream = bus.aggregators[node], subjects.updates_stream(RUN, node)
+        roster = Roster(RUN, node, sites=frozenset({"a", "b"}), regions=frozenset())
+        filters = [subjects.head(subjects.update(RUN, node, "*")), subjects.evaluation(RUN, node, "*")]
+    machine = Collector(roster, lambda event: event.settings.goal)
+    tier = Tier(daemon, Journal(directory / f"{node}.sqlite"), machine, Rejects(own, RUN, node, LOG), lambda _: None)
+    inbox = Inbox(own, stream, RUN, identity, LOG)
+    tier.inboxes = {type(update("a")): inbox, type(aggregate("north")): inbox}
+
+    async def no_other(command: Command) -> None:
+        raise AssertionError(command)
+
+    async with tier.journalling():
+        await tier.restore()
+        await tier.feed(announcement(settings=SETTINGS))
+        running = [
+            asyncio.create_task(tier.receive(inbox, subjects.durable(node, stream), filters)),
+            asyncio.create_task(tier.execute(no_other)),
+            asyncio.create_task(identity.follow_signers(LOG)),
+        ]
+        try:
+            yield Receiver(tier, machine)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+
+async def kept(bus: ConnectedBus, node: str, sender: str, data: bytes, reason: str = "signature") -> Reject:
+    """Wait until ``data`` is the newest reject of a kind, as the node's operator sees it; return that."""
+    stream, subject = subjects.rejects_stream(RUN, node), subjects.reject(RUN, node, sender, reason)
+    async with Bus.connect(bus.servers.observer(node), f"observer.{node}") as observer:
+
+        async def look() -> Reject | None:
+            record = await observer.last(stream, subject)
+            reject = None if record is None else wire.unpack(record.data, Reject)
+            return reject if reject is not None and reject.data == data else None
+
+        reject = await until(look)
+    assert reject is not None
+    return reject
+
+
+def signed(bus: ConnectedBus, role: str, node: str, subject: str, message: Message) -> bytes:
+    return bus.servers.identity(role, node).sign(subject, message)
+
+
+def altered(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+async def test_nobody_speaks_for_a_site(bus: ConnectedBus, tmp_path: Path) -> None:
+    """Site b with its own user; and whoever runs the bus, and can put anything anywhere, here by the user of a."""
+    honest = signed(bus, "site", "a", OF_A, update("a"))
+    stranger = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
+    evaluation = Evaluation(run=RUN, region="north", site="a", version=0, n_samples=1, metrics={"auc": 1.0})
+    of_evaluation = subjects.evaluation(RUN, "north", "a")
+    async with receiving(bus, tmp_path, "north") as region:
+        with pytest.raises(BusError, match="may not publish"):
+            await bus.sites["b"].publish(OF_A, signed(bus, "site", "b", OF_A, update("a")), "x")
+        await bus.sites["b"].publish(OF_B, honest, "what a signed, from b")
+        forged = [
+            wire.pack(update("a")),
+            signed(bus, "site", "b", OF_A, update("a")),
+            signed(bus, "aggregator", "north", OF_A, update("a")),
+            signed(bus, "site", "a", OF_B, update("a")),
+            stranger.sign(OF_A, wire.pack(update("a"))),
+            altered(honest, 20),
+            altered(honest, len(honest) - 1),
+            honest[:-1],
+        ]
+        for number, data in enumerate(forged):
+            await bus.sites["a"].publish(OF_A, data, f"forged-{number}")
+        forged_evaluation = signed(bus, "site", "b", of_evaluation, evaluation)
+        await bus.sites["a"].publish(of_evaluation, forged_evaluation, "evaluation")
+        await region.refused("signature", 1 + len(forged) + 1)
+        assert region.machine.n_buffered == 0
+        assert (await kept(bus, "north", "b", honest)).subject == OF_B
+        assert (await kept(bus, "north", "a", forged_evaluation)).subject == of_evaluation
+        await bus.sites["a"].publish(OF_A, honest, "honest")
+        await region.buffered(1)
+
+
+async def test_who_has_no_key_does_not_get_onto_the_bus(bus: ConnectedBus, tmp_path: Path) -> None:
+    seed = tmp_path / "stranger.nk"
+    seed.write_bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
+    settings = bus.servers.site("north", "a").model_copy(update={"nkey_seed_file": seed})
+    with pytest.raises(BusError, match="uthorization"):
+        async with Bus.connect(settings, "site.a"):
+            pass
+
+
+async def test_a_replayed_update_counts_once(bus: ConnectedBus, tmp_path: Path) -> None:
+    first, second = (signed(bus, "site", "a", OF_A, update("a", number)) for number in (1, 2))
+    other = signed(bus, "site", "a", OF_A, update("a", 1).model_copy(update={"update_id": "another"}))
+    async with receiving(bus, tmp_path, "north") as region:
+        for number, data in enumerate((first, second, first, second, first)):
+            await bus.sites["a"].publish(OF_A, data, f"m{number}")
+        await bus.sites["a"].publish(OF_A, other, "a number twice")
+        await region.refused("replayed", 1)
+        await region.buffered(2)
+        assert "number 1 is that of update a-1" in (await kept(bus, "north", "a", other, "replayed")).detail
+    async with receiving(bus, tmp_path, "north") as region:  # after a restart: its journal knows the numbers
+        await bus.sites["a"].publish(OF_A, other, "a number twice, again")
+        await region.refused("replayed", 1)
+        await region.buffered(2)
+
+
+async def test_a_revoked_site_is_refused_without_a_restart(
+    bus: ConnectedBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identities, "REREAD_S", 0.05)
+    async with receiving(bus, tmp_path, "north") as region:
+        await bus.sites["a"].publish(OF_A, signed(bus, "site", "a", OF_A, update("a", 1)), "before")
+        await region.buffered(1)
+        later = bus.servers.identity("site", "a")
+        file = bus.servers.signers_file("aggregator", "north")
+        roster = tomllib.loads(file.read_text())
+        with structlog.testing.capture_logs() as lines:
+            revoked = {"site.a": roster["keys"]["site.a"]}
+            file.write_text(tomli_w.dumps({**roster, "epoch": 2, "revoked": revoked}))
+
+            async def noticed() -> bool:
+                return any(line["event"] == "signers_changed" for line in lines)
+
+            await until(noticed)
+        after = later.sign(OF_A, update("a", 2))
+        await bus.sites["a"].publish(OF_A, after, "after")
+        await region.refused("signature", 1)
+        assert "site.a is revoked" in (await kept(bus, "north", "a", after)).detail
+        assert region.machine.n_buffered == 1
+
+
+async def test_nobody_speaks_for_a_region(bus: ConnectedBus, tmp_path: Path) -> None:
+    async with receiving(bus, tmp_path, HUB) as hub:
+        forged = [
+            wire.pack(aggregate("north")),
+            signed(bus, "aggregator", "south", OF_NORTH, aggregate("north")),
+            signed(bus, "site", "a", OF_NORTH, aggregate("north")),
+            signed(bus, "coordinator", HUB, OF_NORTH, aggregate("north")),
+        ]
+        for number, data in enumerate(forged):
+            await bus.uplinks["north"].publish(OF_NORTH, data, f"forged-{number}")
+        await hub.refused("signature", len(forged))
+        assert hub.machine.n_buffered == 0
+        await bus.uplinks["north"].publish(
+            OF_NORTH, signed(bus, "aggregator", "north", OF_NORTH, aggregate("north")), "h"
+        )
+        await hub.buffered(1)
+        assert (await kept(bus, HUB, "north", forged[-1])).subject == OF_NORTH
+
+
+# --- a site -----------------------------------------------------------------------------------------------------------
+
+TASK = f"{Path(__file__).parents[2] / 'sites' / 'own_task.py'}:MyTask"
+
+
+def manifest(version: int) -> ModelManifest:
+    """Return a manifest that fits the task's model, with frames that are nowhere."""
+    layout = Layout(parameters_of(initial_model(make_task(TASK, {}), seed=0)))
+    delta = DeltaSettings(cipher="none")
+    return ModelManifest(
+        run=RUN,
+        version=version,
+        task=TASK,
+        seed=0,
+        parameters=layout.parameters,
+        weights_digest=bytes(16),
+        frames=(),
+        grid=Grid(grid_id="g0", steps=tuple(0.5 for _ in layout.parameters)),
+        grid_ids=("g0",),
+        key_id=encoder(delta, None).key_id,
+        training=TrainingSettings(),
+        aggregation=AggregationSettings(),
+        delta=delta,
+    )
+
+
+@asynccontextmanager
+async def a_site(bus: ConnectedBus, directory: Path) -> AsyncIterator[Daemon]:
+    """Run site a's service, its worker process included."""
+    np.savetxt(directory / "a.csv", np.random.default_rng(0).normal(size=(20, 31)) > 0, delimiter=",")
+    (directory / "model.key").write_bytes(sealing.generate())
+    settings = SiteSettings(
+        run=RUN,
+        site="a",
+        region="north",
+        state_dir=directory / "state",
+        signers_file=bus.servers.signers_file("site", "a"),
+        model_key_file=directory / "model.key",
+        bus=bus.servers.site("north", "a"),
+        task=TaskSettings(path=TASK, options={"csv": str(directory / "a.csv")}),
+    )
+    settings.state_dir.mkdir()
+    daemon = Daemon("site", "a", RUN, LOG)
+    running = asyncio.create_task(site(daemon, settings))
+    try:
+        async with asyncio.timeout(60):
+            while not daemon.ready:  # noqa: ASYNC110 - it says so by a flag
+                await asyncio.sleep(0.05)
+        yield daemon
+    finally:
+        daemon.stopping.set()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def refused(daemon: Daemon, reason: str, count: int) -> None:
+    async def all_there() -> bool:
+        return (daemon.metrics.registry.get_sample_value("fednats_refused_total", {"reason": reason}) or 0) >= count
+
+    await until(all_there)
+    assert daemon.metrics.registry.get_sample_value("fednats_refused_total", {"reason": reason}) == count
+
+
+async def test_a_site_takes_models_and_control_of_the_coordinator_only(bus: ConnectedBus, tmp_path: Path) -> None:
+    """Whoever runs a region's or the hub's server can put anything into the stream, here by the coordinator's user."""
+    async with a_site(bus, tmp_path) as daemon:
+        count = 0
+        for role, node in (("aggregator", "north"), ("site", "b"), ("site", "a")):
+            count += 1
+            await bus.coordinator.publish(MODEL, signed(bus, role, node, MODEL, manifest(7)), f"forged-{count}")
+            await refused(daemon, "signature", count)
+        control = Control(run=RUN, status="closed", version=7, reason="forged")
+        subject = subjects.control(RUN)
+        await bus.coordinator.publish(subject, signed(bus, "aggregator", "north", subject, control), "control")
+        await refused(daemon, "signature", count + 1)
+        assert daemon.metrics.registry.get_sample_value("fednats_model_version") == 0.0
+        assert daemon.status()["state"] == "waiting"
+        await bus.coordinator.publish(MODEL, signed(bus, "coordinator", HUB, MODEL, manifest(3)), "v3")
+
+        async def seen() -> bool:
+            return daemon.metrics.registry.get_sample_value("fednats_model_version") == 3.0
+
+        await until(seen)
+        await bus.coordinator.publish(MODEL, signed(bus, "coordinator", HUB, MODEL, manifest(2)), "v2 again")
+        await refused(daemon, "replayed", 1)
+        assert daemon.metrics.registry.get_sample_value("fednats_model_version") == 3.0
+    ledger = audit(tmp_path / "state" / EGRESS_FILE, [read_roster(bus.servers.signers_file("site", "a"))])
+    assert ledger.findings == []
+    assert [record.what for record in ledger.records] == ["started", "other"]  # it was told of a model and stopped
+    assert ledger.n_bytes["other"] == daemon.buses[0].sent[1] > 0
+    assert daemon.metrics.registry.get_sample_value("fednats_ledger_records") == 2.0
