@@ -1,5 +1,7 @@
 """The figures every daemon counts, in the Prometheus text format."""
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 
@@ -33,6 +35,15 @@ class Metrics:
         self.sent_bytes = Counter("fednats_sent_bytes", "Payload and heads published.", registry=self.registry)
         self.received_bytes = Counter("fednats_received_bytes", "Payload and heads read.", registry=self.registry)
         self.train_seconds = Counter("fednats_train_seconds", "Time spent in local training.", registry=self.registry)
+        self.epsilon_spent = Gauge(
+            "fednats_epsilon_spent",
+            "Epsilon of each of a site's records over all runs; +Inf: a release had no noise.",
+            registry=self.registry,
+        )
+        self.epsilon_budget = Gauge(
+            "fednats_epsilon_budget", "Largest epsilon that a site allows; +Inf: no limit.", registry=self.registry
+        )
+        self.epsilon_budget.set(math.inf)
         self.loop_lag = Histogram(
             "fednats_loop_lag_seconds",
             "How late the event loop ran what was due.",
