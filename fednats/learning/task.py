@@ -38,6 +38,8 @@ class Recommended:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     n_versions: int = 20
+    private: TrainingSettings | None = None
+    """Instead of ``training`` with differential privacy: fewer steps, larger batches, so that the noise costs less."""
     target_metric: str = "auc"
     target: float | None = None
 

@@ -127,7 +127,12 @@ class PrivateSteps:
         self._optimizer.zero_grad(set_to_none=True)
         for parameter in self._optimizer.params:
             del parameter.summed_grad
-        self._module.to_standard_module()
+        model = self._module.to_standard_module()
+        for layer in model.modules():  # of a batch that failed between forward and backward
+            for left in {"activations", "max_batch_len"} & vars(layer).keys():
+                delattr(layer, left)
+        for parameter in model.parameters():
+            vars(parameter).pop("_current_grad_sample", None)
 
     def batch(self) -> list[int]:
         """Draw the cases of a step: each with probability ``sample_rate``, by itself; there may be none."""
