@@ -71,7 +71,7 @@ def skellam_divergence(order: int, shift: int, variance: float) -> float:
         scaled = ive(size, variance)
         # far out the Bessel function underflows; its first term bounds it there, and both sides have the same
         tail = size * math.log(half) - gammaln(size + 1) - variance
-        return np.where(scaled > 1e-280, np.log(np.maximum(scaled, 1e-300)), tail)
+        return np.asarray(np.where(scaled > 1e-280, np.log(np.maximum(scaled, 1e-300)), tail))
 
     terms = order * log_pmf(k - shift) + (1 - order) * log_pmf(k)
     top = float(terms.max())
