@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ive
 
 MAX_DEVIATION = 2.0**17
 """Largest standard deviation of integer noise that is drawn, in steps of the grid."""
@@ -77,6 +76,8 @@ def _skellam_table(variance: float) -> tuple[int, NDArray[np.float64]]:
     >>> round(float(cumulative[-first] - cumulative[-first - 1]), 6), bool(cumulative[-1] == 1.0)
     (0.207002, True)
     """
+    from scipy.special import ive  # noqa: PLC0415 - loaded where whole deltas get noise
+
     last = int(_TAIL * variance**0.5) + 40
     probabilities = ive(np.abs(np.arange(-last, last + 1)), variance)
     cumulative = np.cumsum(probabilities)
