@@ -40,6 +40,8 @@ class Recommended:
     n_versions: int = 20
     private: TrainingSettings | None = None
     """Instead of ``training`` with differential privacy: fewer steps, larger batches, so that the noise costs less."""
+    private_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the task with differential privacy."""
     target_metric: str = "auc"
     target: float | None = None
 

@@ -225,6 +225,7 @@ def demo_federation(
         name=f"{task}-demo",
         task=task,
         seed=seed,
+        options=dict(recommended.private_options) if dp else {},
         training=recommended.private if dp and recommended.private is not None else recommended.training,
         server=recommended.server,
         aggregation=AggregationSettings(**goal),

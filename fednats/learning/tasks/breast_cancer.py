@@ -44,7 +44,7 @@ class BreastCancer(Task):
         target_metric="accuracy",
         target=0.95,
         private=TrainingSettings(
-            local_steps=2,
+            local_steps=4,
             batch_size=64,
             optimizer="sgd",
             learning_rate=0.3,

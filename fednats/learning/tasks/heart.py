@@ -71,7 +71,7 @@ class HeartDisease(Task):
         target_metric="auc",
         target=0.85,
         private=TrainingSettings(
-            local_steps=4,
+            local_steps=8,
             batch_size=64,
             optimizer="sgd",
             learning_rate=0.3,
