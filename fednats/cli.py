@@ -80,6 +80,7 @@ def demo(
     mode: Annotated[Mode, typer.Option(help="async: nobody waits; sync: every version waits for all")] = Mode.ASYNC,
     output: Output = Path("output"),
     data: Annotated[Path | None, typer.Option(help="folder or file with the task's real data")] = None,
+    dp: Annotated[bool, typer.Option("--dp", help="differential privacy of each record; docs/privacy.md")] = False,  # noqa: FBT002
     wan: Wan = None,
     slow: Slow = None,
 ) -> None:
@@ -94,6 +95,7 @@ def demo(
         cipher=cipher.value,
         synchronous=mode is Mode.SYNC,
         data=None if data is None else data.resolve(),
+        dp=dp,
     )
     _run(federation, output, wan, slow)
 
@@ -305,7 +307,7 @@ def main() -> None:
 
 def _run(federation: "FederationSettings", output: Path, wan: str | None, slow: list[str] | None) -> None:
     from fednats.testbed.launch import run_federation  # noqa: PLC0415
-    from fednats.testbed.summary import comparison  # noqa: PLC0415
+    from fednats.testbed.summary import comparison, spent  # noqa: PLC0415
     from fednats.testbed.wan import parse_wan  # noqa: PLC0415
 
     if wan is not None:
@@ -314,6 +316,8 @@ def _run(federation: "FederationSettings", output: Path, wan: str | None, slow: 
     configure_logging("warning")
     summary = asyncio.run(run_federation(federation, output.resolve()))
     Console().print(comparison(summary))
+    if (table := spent(summary)) is not None:
+        Console().print(table)
     typer.echo(f"{output}/report.html, {output}/summary.json and {output}/model.safetensors are written.")
 
 

@@ -59,6 +59,23 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 # --- what a run decides, announced by the coordinator to everybody -------------------------------------------------
 
 
+Delta = Annotated[float, Field(gt=0, lt=0.5)]
+"""The delta of (epsilon, delta): the probability with which the bound epsilon may fail."""
+
+
+class RecordPrivacySettings(Settings):
+    """DP-SGD at every site (Abadi et al. 2016, arXiv:1607.00133): what one patient's record can change is bounded."""
+
+    noise_multiplier: float = Field(
+        1.0, ge=0, le=1e4, description="noise of a step over max_grad_norm; 0 clips only and protects nobody"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="L2 norm to which the gradient of each case is clipped")
+    delta: Delta = 1e-5
+    physical_batch_size: int = Field(
+        32, ge=1, description="cases whose gradients are in memory at once; a larger batch is made in parts"
+    )
+
+
 class TrainingSettings(Settings):
     """Local training at a site, per model version."""
 
@@ -68,6 +85,7 @@ class TrainingSettings(Settings):
     learning_rate: float = Field(0.05, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
     weight_decay: float = Field(0.0, ge=0)
+    dp: RecordPrivacySettings | None = Field(None, description="differential privacy of each record; none: plain SGD")
 
 
 class ServerSettings(Settings):
@@ -117,6 +135,19 @@ class AggregationSettings(Settings):
         return self.goal == "all" and self.region_goal == "all"
 
 
+class SitePrivacySettings(Settings):
+    """The Skellam mechanism on a whole delta (Agarwal et al. 2021, arXiv:2110.04995): what one site can change is bounded."""
+
+    clip_norm: float = Field(1.0, gt=0, description="L2 norm to which a site's whole delta is clipped")
+    noise_multiplier: float = Field(1.0, gt=0, le=1e4, description="noise that each site adds, over clip_norm")
+    delta: Delta = 1e-5
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise on each value of a site's delta."""
+        return self.noise_multiplier * self.clip_norm
+
+
 class DeltaSettings(Settings):
     """How a model delta is quantised, sparsified and encrypted."""
 
@@ -131,10 +162,14 @@ class DeltaSettings(Settings):
         256 * 1024, ge=4096, le=4 * 2**20, description="payload of one message; lowered to what the hub's server takes"
     )
 
+    dp: SitePrivacySettings | None = Field(None, description="differential privacy of each whole site; none: no noise")
+
     @model_validator(mode="after")
     def _dense_when_encrypted(self) -> "DeltaSettings":
         if self.cipher == "bfv" and self.top_k < 1:
             raise ValueError('top_k below 1 needs cipher = "none": an encrypted delta has every value in its slot')
+        if self.dp is not None and self.top_k < 1:
+            raise ValueError("top_k below 1 says which values are large; with delta.dp every value is sent with noise")
         return self
 
 
@@ -199,6 +234,13 @@ class DaemonSettings(Settings):
     drain_s: float = Field(20.0, gt=0, description="time that SIGTERM leaves for work under way")
 
 
+class BudgetSettings(Settings):
+    """A hospital's own word: how much all runs together may learn of any one of its records."""
+
+    max_epsilon: float = Field(gt=0, description="a local pass that would go beyond it is not made")
+    delta: Delta = 1e-5
+
+
 class SiteSettings(DaemonSettings):
     """``fednats site --config FILE``."""
 
@@ -212,7 +254,18 @@ class SiteSettings(DaemonSettings):
     max_outbox: int = Field(
         4, ge=1, description="updates kept unsent; of more, the oldest goes back into the error feedback"
     )
+    budget: BudgetSettings | None = Field(
+        None, description="over all runs; none: what is spent is counted, not limited"
+    )
+    privacy_state: Path | None = Field(
+        None, description="what was spent on this hospital's data, over all runs; none: beside state_dir"
+    )
     slow_factor: float = Field(1.0, ge=1, description="testbed: local training takes this many times as long")
+
+    @property
+    def privacy_file(self) -> Path:
+        """Where the privacy account is: it belongs to the hospital's data and outlives a run's ``state_dir``."""
+        return self.privacy_state or self.state_dir.parent / f"privacy-{self.site}.sqlite"
 
 
 class AggregatorSettings(DaemonSettings):

@@ -11,6 +11,7 @@
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
+    |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
     `-- RefusedError           something that reached us from others and is refused, with its reason
         `-- RefusedChunkError  one input of a sum
 """
@@ -52,6 +53,10 @@ class OverflowRefusedError(FednatsError):
 
 class LocalDataError(FednatsError):
     """Local training produced something that must not leave (not finite, wrong shape)."""
+
+
+class BudgetSpentError(FednatsError):
+    """The next local pass would go beyond this hospital's privacy budget; nothing was charged and nothing trained."""
 
 
 class Reason(StrEnum):

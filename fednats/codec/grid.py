@@ -32,15 +32,20 @@ _GROW = ((0.5, 8.0), (0.1, 4.0), (SATURATION_HIGH, 2.0))  # share clipped above 
 _MAX_SHRINK = 2.0**-7
 
 
-def initial(layout: Layout, weights: Vector, qmax: int) -> Grid:
+NOISE_RANGE = 6.0
+"""Range of a tensor over the standard deviation of the noise that sites add to every value; little of it is clipped."""
+
+
+def initial(layout: Layout, weights: Vector, qmax: int, noise: float = 0.0) -> Grid:
     """Steps before any delta is known: a tensor's range is the root mean square of its ``weights``.
 
     Args:
         layout: of the model.
         weights: float32[n_parameters], the model at version 0.
         qmax: largest magnitude of a quantised value, 127 or 7.
+        noise: standard deviation of the noise that sites add on purpose (`SitePrivacySettings`); a range holds it.
     """
-    ranges = np.maximum(np.sqrt(layout.means(weights, np.square)), MIN_RANGE)
+    ranges = np.maximum(np.sqrt(layout.means(weights, np.square)), max(MIN_RANGE, NOISE_RANGE * noise))
     return _grid(tuple(2.0 ** round(math.log2(value / qmax)) for value in ranges))
 
 

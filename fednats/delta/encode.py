@@ -1,6 +1,8 @@
 """The site's side: a delta in, encrypted chunks out, one at a time.
 
 ``delta + residual -> top-k (cipher none) -> stochastic rounding -> fields in slots -> BFV -> chunk``
+
+With ``delta.dp`` clipping, rounding towards zero and noise (`fednats.privacy.skellam`) stand in the place of stochastic rounding.
 """
 
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from fednats import wire
 from fednats.codec import sparse
 from fednats.codec.layout import Layout, Vector, blocks
-from fednats.codec.quantiser import quantise
+from fednats.codec.quantiser import Quantised, quantise
 from fednats.config import DeltaSettings
 from fednats.crypto.public import PublicKey
 from fednats.delta import scheme
@@ -46,6 +48,13 @@ class Cipher(Protocol):
         """Encode int8[up to values_per_chunk]."""
 
 
+class Rounding(Protocol):
+    """Real values to integers on the grid."""
+
+    def __call__(self, values: NDArray[np.float32], steps: NDArray[np.float32], qmax: int, /) -> Quantised:
+        """Round ``values`` float32[n] to multiples of ``steps`` float32[n], at most ``qmax`` of them."""
+
+
 class Encoder:
     """Encodes deltas for one run."""
 
@@ -57,9 +66,17 @@ class Encoder:
         self._top_k = settings.top_k
 
     def encode(
-        self, delta: Vector, residual: Vector, layout: Layout, grid: Grid, rng: np.random.Generator
+        self,
+        delta: Vector,
+        residual: Vector,
+        layout: Layout,
+        grid: Grid,
+        rng: np.random.Generator,
+        rounding: Rounding | None = None,
     ) -> Iterator[EncodedChunk]:
         """Encode ``delta``, float32[n_parameters], chunk by chunk, with the ``residual`` that earlier updates left out.
+
+        Rounding is stochastic, by ``rng``, unless another ``rounding`` is given.
 
         Raises:
             LocalDataError: wrong length; or, when its chunk is due, a value that is not finite.
@@ -69,8 +86,10 @@ class Encoder:
             raise LocalDataError(f"a delta of {len(delta)} values, the model has {layout.n_parameters} parameters")
         layout.steps(grid.steps, 0, 0)  # refuse a wrong grid now
         parts = blocks(layout.n_parameters, self.values_per_chunk)
+        rounded = rounding or (lambda values, steps, qmax: quantise(values, steps, qmax, rng))
         return (
-            self._chunk(delta, residual, layout.steps(grid.steps, part.start, part.stop), part, rng) for part in parts
+            self._chunk(delta, residual, layout.steps(grid.steps, part.start, part.stop), part, rounded)
+            for part in parts
         )
 
     def _chunk(
@@ -79,11 +98,11 @@ class Encoder:
         residual: Vector,
         steps: NDArray[np.float32],
         part: slice,
-        rng: np.random.Generator,
+        rounding: Rounding,
     ) -> EncodedChunk:
         values = delta[part] + residual[part]
         kept = values if self._top_k == 1 else np.where(sparse.top_k_mask(values, self._top_k), values, np.float32(0))
-        quantised = quantise(kept, steps, self._qmax, rng)
+        quantised = rounding(kept, steps, self._qmax)
         data = wire.pack(Chunk(parts=self._cipher.parts(quantised.values)))
         return EncodedChunk(
             data=data,

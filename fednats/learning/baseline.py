@@ -48,8 +48,8 @@ def train_alone(task: Task, settings: TrainingSettings, n_steps: int, seed: int)
     """Weights float32[n] after ``n_steps`` steps without a federation, from the initial weights of ``seed``.
 
     Same model, optimiser and batch size as in the federation; give the number of steps that a site takes in it. There
-    is no early stopping: the test data chooses nothing.
+    is no early stopping: the test data chooses nothing. There is no noise either: what stays in a hospital needs none.
     """
     weights = initial_vector(task, seed)
-    alone = settings.model_copy(update={"local_steps": n_steps})
+    alone = settings.model_copy(update={"local_steps": n_steps, "dp": None})
     return weights + train(task, weights, alone, seed)

@@ -38,6 +38,10 @@ class Recommended:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     n_versions: int = 20
+    private: TrainingSettings | None = None
+    """Instead of ``training`` with differential privacy: fewer steps, larger batches, so that the noise costs less."""
+    private_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the task with differential privacy."""
     target_metric: str = "auc"
     target: float | None = None
 

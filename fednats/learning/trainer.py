@@ -89,6 +89,8 @@ class Trainer:
         return LocalPass(n_samples=self.n_samples, train_loss=train_loss)
 
     def _steps(self, settings: TrainingSettings, seed: int) -> float:
+        if settings.dp is not None:
+            raise ConfigError("training.dp: this trainer adds no noise; fednats.privacy.trainer.PrivateTrainer does")
         self._model.train()
         optimizer = OPTIMIZERS[settings.optimizer](self._model, settings)
         batches = self._batches(settings.batch_size, seed)

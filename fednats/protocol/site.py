@@ -2,6 +2,8 @@
 
 While the bus is away no newer version can come. The site then trains on, from where it has come to by itself: what it
 makes waits in its outbox.
+
+When its privacy budget is spent it trains no more. It goes on evaluating: it stays a consumer of the model.
 """
 
 from collections.abc import Callable
@@ -28,6 +30,11 @@ class Done:
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The job asked for failed; say `Retry` after a pause."""
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSpent:
+    """The training asked for would go beyond the privacy budget; nothing was trained, and asking again is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,7 @@ class Train:
     """Whether it was trained on before, and this pass starts from where the last one ended."""
 
 
-Event = ModelSeen | Done | Failed | Retry | BusAway | BusBack | Closed
+Event = ModelSeen | Done | Failed | BudgetSpent | Retry | BusAway | BusBack | Closed
 Job = Evaluate | Train
 
 
@@ -92,6 +99,8 @@ class Site:
         self._newest = -1
         self._to_evaluate: list[int] = []
         self._away = False
+        self.trains = True
+        """Whether it still trains; after `BudgetSpent` only a new start, with a larger budget, makes it."""
 
     def handle(self, event: Event) -> Job | None:
         """Take in what happened, return the job to start now, if any."""
@@ -115,6 +124,11 @@ class Site:
         self.job = None
         return None
 
+    def _spend(self, _event: BudgetSpent) -> Job | None:
+        self.trains = False
+        self.state = State.IDLE
+        return self._next()
+
     def _retry(self, _event: Retry) -> Job | None:
         return self._next()
 
@@ -136,10 +150,10 @@ class Site:
     def _next(self) -> Job | None:
         if self._to_evaluate:
             self.job = Evaluate(self._to_evaluate.pop(0))
-        elif self._newest > self._last_trained:
+        elif self.trains and self._newest > self._last_trained:
             self._trained_before, self._last_trained = self._last_trained, self._newest
             self.job = Train(self._newest)
-        elif self._away and self._newest >= 0:
+        elif self.trains and self._away and self._newest >= 0:
             self.job = Train(self._newest, goes_on=True)
         else:
             self.job = None
@@ -156,6 +170,7 @@ class Site:
         (State.BUSY, ModelSeen): _see,
         (State.BUSY, Done): _done,
         (State.BUSY, Failed): _fail,
+        (State.BUSY, BudgetSpent): _spend,
         (State.BUSY, Retry): _ignore,
         (State.BUSY, BusAway): _leave,
         (State.BUSY, BusBack): _come_back,
@@ -163,6 +178,7 @@ class Site:
         (State.CLOSED, ModelSeen): _ignore,
         (State.CLOSED, Done): _ignore,
         (State.CLOSED, Failed): _ignore,
+        (State.CLOSED, BudgetSpent): _ignore,
         (State.CLOSED, Retry): _ignore,
         (State.CLOSED, BusAway): _ignore,
         (State.CLOSED, BusBack): _ignore,

@@ -48,7 +48,8 @@ class CoordinatorWorker:
         stored = self._checkpoints.newest()
         if stored is None:
             weights = FlatModel(model)
-            grid = grids.initial(self._layout, weights, self._decoder.qmax)
+            noise = 0.0 if run.delta.dp is None else run.delta.dp.deviation
+            grid = grids.initial(self._layout, weights, self._decoder.qmax, noise)
             stored = first_version(self._checkpoints, self._model_key, weights, grid, self._chunk_bytes)
         self._checkpoints.weights(stored.version).close()
         self._checkpoints.state(stored.version).close()

@@ -22,7 +22,7 @@ from fednats.web.server import serving
 
 PRESENCE_RENEWAL_S = 5.0
 WAITING = b"waiting"
-"""Presence of a service that is there, but cannot contribute until others are; else it is the release."""
+"""Presence of a service that is there, but cannot contribute until others are, or any more; else it is the release."""
 
 Log = structlog.stdlib.BoundLogger
 
@@ -44,7 +44,7 @@ class Daemon:
     status: Callable[[], Mapping[str, Any]] = dict
     loop_lag: LoopLag = field(default_factory=LoopLag)
     waits: Callable[[], bool] = lambda: False
-    """Whether it cannot contribute until others are there."""
+    """Whether it cannot contribute: until others are there, or any more."""
 
     @property
     def is_ready(self) -> bool:

@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 from fednats import subjects
 from fednats.codec import frames
 from fednats.config import SiteSettings
-from fednats.errors import BusError, LocalDataError, LocalStorageError, Reason, RefusedError, TaskError
+from fednats.errors import (
+    BudgetSpentError,
+    BusError,
+    LocalDataError,
+    LocalStorageError,
+    Reason,
+    RefusedError,
+    TaskError,
+)
 from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import EGRESS_FILE, Entry
+from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, until_stopped
@@ -95,7 +104,11 @@ class SiteService:
             "received_bytes": 0,
             "train_s": 0.0,
             "metrics": {},
+            "privacy": None,
         }
+        daemon.waits = lambda: not self._machine.trains  # nobody waits for a site whose budget is spent
+        if settings.budget is not None:
+            daemon.metrics.epsilon_budget.set(settings.budget.max_epsilon)
         daemon.status = lambda: self._status
         daemon.buses.append(bus)
 
@@ -163,6 +176,8 @@ class SiteService:
         if manifest.delta.cipher == "none" and not self._manifests:
             self._log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
         await self._worker.call("check", manifest)
+        if not self._manifests:
+            await self._show_spending(manifest)  # of earlier runs and before a restart
         self._manifests[manifest.version] = manifest
         while len(self._manifests) > KEPT_MANIFESTS:
             self._manifests.popitem(last=False)
@@ -218,42 +233,47 @@ class SiteService:
         while True:
             job = await self._jobs.get()
             async with self._working:
-                done = await self._attempt(job)
-                self._start(self._machine.handle(protocol.Done() if done else protocol.Failed()))
-            if not done:
+                came_to = await self._attempt(job)
+                self._start(self._machine.handle(came_to))
+                if self._machine.state is not protocol.State.CLOSED:
+                    self._status["state"] = "waiting" if self._machine.trains else "spent"
+            if isinstance(came_to, protocol.Failed):
                 asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
 
     def _retry(self) -> None:
         self._start(self._machine.handle(protocol.Retry()))
 
-    async def _attempt(self, job: protocol.Job) -> bool:
-        """Do ``job``; a failure is counted, logged and told by False."""
+    async def _attempt(self, job: protocol.Job) -> protocol.Done | protocol.Failed | protocol.BudgetSpent:
+        """Do ``job``; a failure is counted and logged."""
         manifest = self._manifests.get(job.version)
         if manifest is None:
-            return True
+            return protocol.Done()
         try:
             if not await self._load(manifest):
-                return True
+                return protocol.Done()
             if isinstance(job, protocol.Evaluate):
                 await self._evaluate(manifest)
             else:
                 await self._train(manifest, goes_on=job.goes_on)
+        except BudgetSpentError as error:
+            self._log.warning("budget_spent", version=job.version, reason=str(error))
+            await self._show_spending(manifest, spent=True)
+            return protocol.BudgetSpent()
         except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
             self._log.error("job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S)
             if isinstance(error, RefusedError):
                 self._count_refused("model_refused", error, version=job.version)
-            return False
-        finally:
-            if self._machine.state is not protocol.State.CLOSED:
-                self._status["state"] = "waiting"
-        return True
+            return protocol.Failed()
+        return protocol.Done()
 
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
         evaluated = await self._worker.call("evaluate", manifest.version)
         self._status["metrics"] = evaluated.metrics
+        if not self._machine.trains:
+            self._status["version"] = manifest.version
         self._evaluations.put_nowait(
             Evaluation(
                 run=self._settings.run,
@@ -270,6 +290,7 @@ class SiteService:
         self._status["version"] = manifest.version
         started = time.monotonic()
         trained = await self._worker.call("train", manifest, goes_on)
+        await self._show_spending(manifest)  # it is charged, whatever becomes of the pass
         if self._settings.slow_factor > 1:
             await asyncio.sleep((time.monotonic() - started) * (self._settings.slow_factor - 1))
         seconds = time.monotonic() - started
@@ -280,6 +301,7 @@ class SiteService:
         self._status["state"] = "encrypting"
         newest = self._manifests[max(self._manifests)]
         update: Update = await self._worker.call("encode", newest)
+        await self._show_spending(newest)
         self._log.info(
             "update_stored",
             update_id=update.update_id,
@@ -292,6 +314,17 @@ class SiteService:
         )
         self._status["outbox"] = await asyncio.to_thread(self._outbox.counts)
         self._to_send.set()
+
+    async def _show_spending(self, manifest: ModelManifest, *, spent: bool = False) -> None:
+        if manifest.training.dp is None and manifest.delta.dp is None and self._settings.budget is None:
+            return
+        try:
+            spending: Spending = await self._worker.call("spending", manifest)
+        except (LocalStorageError, WorkerDiedError) as error:
+            self._log.warning("spending_not_shown", error=str(error))
+            return
+        self._daemon.metrics.epsilon_spent.set(spending.record.epsilon)
+        self._status["privacy"] = spending.describe(spent=spent)
 
     def _count_refused(self, event: str, error: RefusedError, **fields: object) -> None:
         self._daemon.metrics.refused.labels(reason=error.reason.value).inc()

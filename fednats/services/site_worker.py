@@ -20,8 +20,12 @@ from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, T
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.task import make_task
-from fednats.learning.trainer import Trainer, load_optimizers
+from fednats.learning.trainer import load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
+from fednats.privacy.guard import Guard
+from fednats.privacy.skellam import SkellamRounding
+from fednats.privacy.spending import Spending
+from fednats.privacy.trainer import PrivateTrainer
 from fednats.services.answers import Scored, Trained
 from fednats.services.keys import held, key_id_of, read_keys
 from fednats.storage.local_disk import local_disk
@@ -38,6 +42,7 @@ class Pass:
     seed: int
     n_samples: int
     goes_on: bool
+    dp_sgd: bool
 
 
 class SiteWorker:
@@ -51,13 +56,14 @@ class SiteWorker:
         with task_code("loading the task"):
             task = make_task(settings.task.path, settings.task.options)
             model = initial_model(task, seed=0)
-            self._trainer = Trainer(task, model)
+            self._trainer = PrivateTrainer(task, model)
             self._evaluator = Evaluator(task, model)
         self._model = FlatModel(model)
         self._layout = Layout(parameters_of(model))
         self._outbox = Outbox(outbox_file(settings.state_dir))
         self._weights = LocalModel(model_folder(settings.state_dir))
         self._local = settings.state_dir / "local.safetensors"
+        self._guard = Guard(settings)
         self._pass: Pass | None = None
 
     def prepare(self) -> int:
@@ -100,17 +106,30 @@ class SiteWorker:
         """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.
 
         With ``goes_on`` it starts from where the last such pass on that version ended, and notes where it ends.
+
+        Raises:
+            BudgetSpentError: it would go beyond the privacy budget; nothing was trained.
+            LocalStorageError: it could not be booked in the privacy account; nothing was trained.
         """
         seed = _seed(manifest.seed, self._settings.site, manifest.version, self._outbox.next_sequence())
+        dp_sgd = manifest.training.dp is not None
         with self._start(manifest.version, goes_on=goes_on) as start, task_code("training"):
+            if dp_sgd:
+                self._trainer.refuse_unsuitable()  # before it is charged
+            self._guard.charge_pass(manifest, self._trainer.sample_rate(manifest.training), self._layout)
             trained = self._trainer.train(start, manifest.training, seed)
-        self._pass = Pass(manifest.version, seed, trained.n_samples, goes_on)
+        self._pass = Pass(manifest.version, seed, trained.n_samples, goes_on, dp_sgd)
         return Trained(trained.n_samples, trained.train_loss)
+
+    def spending(self, manifest: ModelManifest) -> Spending | None:
+        """Return what was spent of the privacy of this hospital's data; None where the run does not spend any."""
+        return self._guard.spending(manifest)
 
     def encode(self, newest: ModelManifest) -> Update:
         """Quantise on the newest grid, encrypt and store the delta with what rounding left of it.
 
         Raises:
+            BudgetSpentError: the noise on this grid would go beyond the privacy budget; the pass is dropped.
             LocalStorageError: the disk is full; nothing of the update is stored and it can be encoded again.
             LocalDataError: nothing was trained, or the delta is not finite.
         """
@@ -128,6 +147,7 @@ class SiteWorker:
 
     def _encode(self, done: "Pass", delta: Vector, newest: ModelManifest) -> Update:
         encode = encoder(newest.delta, held(self._keys, newest.key_id))
+        self._guard.charge_update(newest, self._layout, dp_sgd=done.dp_sgd)
         sequence, dropped = self._outbox.next_sequence(), self._outbox.begin(self._settings.max_outbox)
         update_id = uuid.uuid4().hex
         rng = np.random.default_rng(done.seed)
@@ -135,7 +155,8 @@ class SiteWorker:
         digests = []
         n_bytes = 0
         saturated = 0
-        chunks = encode.encode(delta, residual, self._layout, newest.grid, rng)
+        rounding = None if newest.delta.dp is None else SkellamRounding(newest.delta.dp, delta, residual)
+        chunks = encode.encode(delta, residual, self._layout, newest.grid, rng, rounding)
         for position, chunk in enumerate(chunks):
             key = ChunkKey(update_id, sequence, position, chunk.start)
             self._outbox.add_chunk(key, chunk.data, chunk.values, chunk.residual)

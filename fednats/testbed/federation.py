@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from fednats.config import (
     AggregationSettings,
+    BudgetSettings,
     DeltaSettings,
     RunSettings,
     ServerSettings,
@@ -39,6 +40,7 @@ class SiteInFederation(Settings):
     region: Token
     options: dict[str, Any] = Field({}, description="options of the task at this site, over the common ones")
     slow_factor: float = Field(1.0, ge=1, description="local training takes this many times as long")
+    budget: BudgetSettings | None = Field(None, description="largest epsilon of each of its records; none: no limit")
     wan: WanSettings | None = Field(None, description="between it and its region's nats-server; none: a good link")
 
 
@@ -212,14 +214,19 @@ def demo_federation(
     cipher: str,
     synchronous: bool,
     data: Path | None,
+    dp: bool = False,
 ) -> FederationSettings:
     """Make up a federation for a shipped task: its recommended settings, its hospitals spread over regions.
+
+    ``dp``: the settings that it recommends for DP-SGD.
 
     Raises:
         ConfigError: the task is not a shipped one, or cannot be split like this.
     """
     task_class: type[Task] = load_task(task)
     recommended = task_class.recommended
+    if dp and recommended.private is None:
+        raise ConfigError(f"--dp: {task} recommends no settings for it; use a federation file with [training.dp]")
     options = task_class.sites(n_sites or DEFAULT_SITES.get(task, 5), seed, data)
     names = list(options)
     if len(names) < 2 * n_regions:
@@ -235,7 +242,8 @@ def demo_federation(
         name=f"{task}-demo",
         task=task,
         seed=seed,
-        training=recommended.training,
+        options=dict(recommended.private_options) if dp else {},
+        training=recommended.private if dp and recommended.private is not None else recommended.training,
         server=recommended.server,
         aggregation=AggregationSettings(**goal),
         delta=DeltaSettings.model_validate({"cipher": cipher}),

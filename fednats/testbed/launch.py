@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fednats.config import DaemonSettings
+from fednats.config import DaemonSettings, TaskSettings
 from fednats.errors import FednatsError, InterruptedRunError
+from fednats.learning.task import make_task
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, region_link, serving
@@ -77,6 +78,8 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     """
     started = time.monotonic()
     _refuse_used(output)
+    if federation.training.dp is not None:
+        await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
     async with running(federation, output) as federation_running:
         statuses = await _watch(federation, federation_running, started)
     weights = await asyncio.to_thread(_keep_model, output)
@@ -126,7 +129,7 @@ def _daemons(federation: FederationSettings, output: Path, servers: BusServers) 
         daemon("aggregator", f"aggregator-{name}", servers.aggregator_settings(name)) for name in federation.regions
     ]
     for name, site in federation.sites.items():
-        own = {"task": federation.task_of(name), "slow_factor": site.slow_factor}
+        own = {"task": federation.task_of(name), "slow_factor": site.slow_factor, "budget": site.budget}
         daemons.append(daemon("site", f"site-{name}", servers.site_settings(name), **own))
     return daemons
 
@@ -134,6 +137,13 @@ def _daemons(federation: FederationSettings, output: Path, servers: BusServers) 
 def _refuse_used(output: Path) -> None:
     if (output / COORDINATOR).exists():
         raise FednatsError(f"{output} holds a federation already; give another --output or remove it")
+
+
+def _refuse_unsuitable(task: TaskSettings) -> None:
+    """Say now, and not at every site, what in the model cannot be trained with differential privacy."""
+    from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where a run asks for it
+
+    refuse_unsuitable(make_task(task.path, task.options).model())
 
 
 def _keep_model(output: Path) -> NDArray[np.float32]:

@@ -28,6 +28,7 @@ STATE_STYLES = {
     "encrypting": "cyan",
     "evaluating": "blue",
     "closed": "dim",
+    "spent": "magenta",
 }
 
 

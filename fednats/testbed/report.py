@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.filesize import decimal
 
-from fednats.testbed.summary import Summary, compared, figure, gain
+from fednats.testbed.summary import Summary, bound, compared, figure, gain
 
 INK = "#0a0b0c"
 """Becomes the colour of the page's text, so that a plot follows dark mode."""
@@ -75,7 +75,7 @@ def write_report(summary: Summary, path: Path) -> None:
                 "<h2>What each hospital did</h2>",
                 _sites(summary),
                 "<h2>What left each hospital</h2>",
-                _left(summary),
+                _left(summary) + _spent(summary),
                 "<h2>Staleness</h2>",
                 _staleness(summary),
                 "<h2>Refusals</h2>",
@@ -213,6 +213,25 @@ def _left(summary: Summary) -> str:
         f"{summary.value_bits} bits per parameter. {how} Beside it, a hospital tells its region its numbers of cases, "
         "how many values the rounding cut off, and its own metrics; the region passes on sums and means.</p>"
     ) + table
+
+
+def _spent(summary: Summary) -> str:
+    rows = [
+        ("", [name, f"{site.record.n_passes:,}", bound(site.record), bound(site.site), f"{site.record.delta:g}"])
+        for name, site in summary.site_figures.items()
+        if site.record is not None
+    ]
+    if not rows:
+        return ""
+    return (
+        "<p>It was noisy on purpose (differential privacy): whatever is done with what left a hospital, whether any one record "
+        "was among its data changes the odds of what comes of it by a factor of at most e to the power epsilon, but for a "
+        "probability of delta.</p>"
+    ) + _table(
+        ["hospital", "passes", "epsilon of a record", "epsilon of the hospital", "delta"],
+        rows,
+        "Over all runs on this data. Smaller is safer; a dash is no such guarantee.",
+    )
 
 
 def _staleness(summary: Summary) -> str:

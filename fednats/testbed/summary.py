@@ -30,6 +30,15 @@ class Staleness(_Figures):
     max: int
 
 
+class Spent(_Figures):
+    """Differential privacy at one level, over everything that was ever done with a hospital's data."""
+
+    epsilon: float | None
+    """None: no bound, a release had no noise."""
+    delta: float
+    n_passes: int
+
+
 class SiteFigures(_Figures):
     """What one hospital did and sent."""
 
@@ -42,6 +51,12 @@ class SiteFigures(_Figures):
     train_s: float
     idle_share: float
     """Share of the run in which it did not train."""
+    record: Spent | None = None
+    """Of each of its records; None in a run without differential privacy."""
+    site: Spent | None = None
+    """Of the whole hospital; None in a run without noise on whole deltas."""
+    budget_spent: bool = False
+    """Whether it stopped training because its budget allowed no further pass."""
 
 
 class RunFigures(_Figures):
@@ -168,10 +183,22 @@ def run_figures(federation: FederationSettings, statuses: Statuses, wan_bytes: i
                 received_bytes=site["received_bytes"],
                 train_s=site["train_s"],
                 idle_share=max(0.0, 1.0 - site["train_s"] / run_s) if run_s else 0.0,
+                **_privacy(site.get("privacy")),
             )
             for name, site in sites.items()
         },
     )
+
+
+def _privacy(status: Mapping[str, Any] | None) -> dict[str, Any]:
+    if status is None:
+        return {}
+    levels = {
+        name: Spent(**{key: status[name][key] for key in Spent.model_fields})
+        for name in ("record", "site")
+        if status[name] is not None
+    }
+    return {**levels, "budget_spent": status["spent"]}
 
 
 def summarise(figures: RunFigures, measured: Comparison, wall_s: float) -> Summary:
@@ -214,6 +241,30 @@ def gain(summary: Summary, row: Row, metric: str) -> str:
 def figure(metrics: Mapping[str, float], name: str) -> str:
     """Write a metric with three decimals, or a dash where it could not be computed."""
     return f"{metrics[name]:.3f}" if name in metrics else "-"
+
+
+def bound(found: Spent | None) -> str:
+    """Write an epsilon with two decimals; a dash where there is none."""
+    return "-" if found is None else "no bound" if found.epsilon is None else f"{found.epsilon:.2f}"
+
+
+def spent(summary: Summary) -> Table | None:
+    """Show what each hospital spent of the privacy of its records, and of itself; None in a run without such noise."""
+    rows = [(name, site, site.record) for name, site in summary.site_figures.items() if site.record is not None]
+    if not rows:
+        return None
+    delta = rows[0][2].delta
+    table = Table(
+        title=Text("what was spent of each hospital's privacy"),
+        caption=f"Epsilon at delta {delta:g}, over all runs on this data; see docs/privacy.md.",
+    )
+    table.add_column("hospital")
+    for heading in ("passes", "epsilon of a record", "epsilon of the hospital", "budget"):
+        table.add_column(heading, justify="right")
+    for name, site, record in rows:
+        state = "spent" if site.budget_spent else ""
+        table.add_row(Text(name), str(record.n_passes), bound(record), bound(site.site), state)
+    return table
 
 
 def comparison(summary: Summary) -> Table:

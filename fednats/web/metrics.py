@@ -1,5 +1,7 @@
 """The figures every daemon counts, in the Prometheus text format."""
 
+import math
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 
@@ -35,6 +37,15 @@ class Metrics:
         self.ledger_records = Gauge("fednats_ledger_records", "Records in the ledger.", registry=self.registry)
         self.ledger_bytes = Gauge("fednats_ledger_bytes", "Size of the ledger.", registry=self.registry)
         self.train_seconds = Counter("fednats_train_seconds", "Time spent in local training.", registry=self.registry)
+        self.epsilon_spent = Gauge(
+            "fednats_epsilon_spent",
+            "Epsilon of each of a site's records over all runs; +Inf: a release had no noise.",
+            registry=self.registry,
+        )
+        self.epsilon_budget = Gauge(
+            "fednats_epsilon_budget", "Largest epsilon that a site allows; +Inf: no limit.", registry=self.registry
+        )
+        self.epsilon_budget.set(math.inf)
         self.loop_lag = Histogram(
             "fednats_loop_lag_seconds",
             "How late the event loop ran what was due.",

@@ -23,6 +23,8 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
         ("aggregation", "deadline_s"),
         ("stop", "max_wall_s"),
         ("stop", "target"),
+        ("training", "dp"),
+        ("delta", "dp"),
         ("regions", "north", "parent"),
         ("wan", "mbit"),
         ("wan", "cut_at_s"),
@@ -37,6 +39,8 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
     assert set(FederationSettings.model_fields) == set(documented)
     documented["wan"] = documented["regions"]["north"]["wan"]
     sections = {name: getattr(federation, name) for name in ("training", "server", "aggregation", "delta", "stop")}
+    documented |= {f"{section}.dp": documented[section]["dp"] for section in ("training", "delta")}
+    sections |= {"training.dp": federation.training.dp, "delta.dp": federation.delta.dp}
     for section, settings in {**sections, "wan": federation.regions["north"].wan}.items():
         fields = type(settings).model_fields
         assert set(fields) == set(documented[section])

@@ -6,7 +6,7 @@ import pytest
 
 from fednats.config import parse
 from fednats.errors import ConfigError
-from fednats.testbed.federation import FederationSettings
+from fednats.testbed.federation import FederationSettings, demo_federation
 from fednats.testbed.wan import WanSettings
 
 BAD = WanSettings(delay_ms=150, mbit=20)
@@ -62,3 +62,16 @@ def test_slow_sites() -> None:
 def test_a_wrong_slow_site_is_named(factors: dict[str, float], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         federation().with_slow(factors)
+
+
+@pytest.mark.parametrize("task", ["ct-nodule", "breast-cancer"])
+def test_a_demo_has_noise_if_asked_for_and_only_then(task: str) -> None:
+    def demo(*, dp: bool) -> FederationSettings:
+        return demo_federation(task, n_sites=4, n_regions=2, seed=0, cipher="bfv", synchronous=False, data=None, dp=dp)
+
+    noisy, plain = demo(dp=True), demo(dp=False)
+    assert plain.training.dp is None
+    assert noisy.training.dp is not None
+    assert noisy.training.dp.noise_multiplier > 1
+    assert noisy.run_settings().training == noisy.training
+    assert noisy.sites == plain.sites

@@ -149,3 +149,15 @@ def test_a_run_that_came_to_little_still_has_a_report(tmp_path: Path, changes: d
 
 def test_the_same_summary_gives_the_same_bytes(tmp_path: Path) -> None:
     assert page(tmp_path) == page(tmp_path)
+
+
+def test_what_was_spent_is_in_the_report_of_a_run_with_noise_only(tmp_path: Path) -> None:
+    write_report(a_summary(), tmp_path / "plain.html")
+    assert "epsilon" not in (tmp_path / "plain.html").read_text(encoding="utf-8")
+    figures = a_summary().model_dump()["site_figures"]
+    figures[HOSTILE]["record"] = {"epsilon": 1.5, "delta": 1e-5, "n_passes": 3}
+    write_report(a_summary(site_figures=figures), tmp_path / "noisy.html")
+    page = (tmp_path / "noisy.html").read_text(encoding="utf-8")
+    assert "epsilon of a record" in page
+    assert "<td>1.50</td><td>-</td><td>1e-05</td>" in page
+    assert HOSTILE not in page

@@ -1,4 +1,17 @@
-from fednats.protocol.site import Closed, Done, Evaluate, Failed, ModelSeen, Retry, Site, Train
+from fednats.protocol.site import (
+    BudgetSpent,
+    BusAway,
+    BusBack,
+    Closed,
+    Done,
+    Evaluate,
+    Failed,
+    ModelSeen,
+    Retry,
+    Site,
+    State,
+    Train,
+)
 
 
 def test_a_new_model_is_evaluated_then_trained_on() -> None:
@@ -61,3 +74,43 @@ def test_a_closed_site_takes_no_work() -> None:
     assert site.handle(Closed()) is None
     assert site.handle(Done()) is None
     assert site.handle(ModelSeen(1)) is None
+
+
+def test_a_site_whose_budget_is_spent_goes_on_evaluating_and_never_trains_again() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    assert site.handle(Done()) == Train(0)
+    assert site.handle(ModelSeen(1)) is None
+    assert site.handle(BudgetSpent()) == Evaluate(1)
+    assert site.handle(Done()) is None
+    assert not site.trains
+    for version in (2, 3):
+        assert site.handle(ModelSeen(version)) == Evaluate(version)
+        assert site.handle(Failed()) is None
+        assert site.handle(Retry()) is None
+    assert site.handle(BusAway()) is None  # what it would train on by itself is spent as well
+    assert site.handle(BusBack()) is None
+    assert site.state is State.IDLE
+
+
+def test_a_budget_that_is_spent_while_the_bus_is_away_ends_training_on() -> None:
+    site = Site(last_trained=0)
+    site.handle(ModelSeen(0))
+    site.handle(BusAway())
+    assert site.handle(Done()) == Train(0, goes_on=True)
+    assert site.handle(BudgetSpent()) is None
+
+
+def test_with_a_larger_budget_a_restart_trains_again() -> None:
+    site = Site(last_trained=3)
+    site.handle(ModelSeen(4))
+    assert site.handle(Done()) == Train(4)
+
+
+def test_a_closed_site_takes_a_spent_budget_as_anything_else() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    site.handle(Done())
+    site.handle(Closed())
+    assert site.handle(BudgetSpent()) is None
+    assert site.state is State.CLOSED

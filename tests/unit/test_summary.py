@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from fednats.testbed.summary import Summary, comparison
+from fednats.testbed.summary import Summary, comparison, spent
 
 
 def figures(**changes: Any) -> dict[str, Any]:
@@ -88,3 +88,32 @@ def test_a_metric_that_one_hospital_lacks_is_a_dash() -> None:
 def test_local_must_be_means_and_per_site(local: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="per_site"):
         Summary.model_validate(figures(local=local))
+
+
+def site_figures(**changes: Any) -> dict[str, Any]:
+    figure = {"region": "north", "updates": 2, "sent_bytes": 1, "received_bytes": 1, "train_s": 1.0, "idle_share": 0.5}
+    return {**figure, **changes}
+
+
+def test_what_was_spent_is_shown_per_hospital_and_without_noise_nothing_is() -> None:
+    assert spent(Summary.model_validate(figures())) is None
+    assert spent(Summary.model_validate(figures(site_figures={"a-clinic": site_figures()}))) is None
+    record = {"epsilon": 2.345, "delta": 1e-5, "n_passes": 7}
+    shown = spent(
+        Summary.model_validate(
+            figures(
+                site_figures={
+                    "a-clinic": site_figures(record=record, budget_spent=True),
+                    "b-clinic": site_figures(record={**record, "epsilon": None}, site=record),
+                }
+            )
+        )
+    )
+    assert shown is not None
+    assert [list(column.cells) for column in shown.columns[1:]] == [
+        ["7", "7"],
+        ["2.35", "no bound"],
+        ["-", "2.35"],
+        ["spent", ""],
+    ]
+    assert "1e-05" in str(shown.caption)

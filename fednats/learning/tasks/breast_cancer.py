@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fednats.config import ServerSettings, TrainingSettings
+from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
 from fednats.errors import ConfigError
 from fednats.learning.task import Examples, Recommended, Task
 
@@ -43,6 +43,14 @@ class BreastCancer(Task):
         n_versions=60,
         target_metric="accuracy",
         target=0.95,
+        private=TrainingSettings(
+            local_steps=4,
+            batch_size=64,
+            optimizer="sgd",
+            learning_rate=0.3,
+            momentum=0.0,
+            dp=RecordPrivacySettings(noise_multiplier=12.0),
+        ),
     )
 
     def __init__(

@@ -14,7 +14,7 @@ from pydicom.errors import InvalidDicomError
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fednats.config import ServerSettings, TrainingSettings
+from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
 from fednats.errors import ConfigError
 from fednats.learning.task import Examples, Recommended, Task
 from fednats.learning.tasks.ct_patches import HOSPITALS, SIZE, synthetic_patches
@@ -45,6 +45,15 @@ class CTNodule(Task):
         n_versions=36,
         target_metric="accuracy",
         target=0.92,
+        private=TrainingSettings(
+            local_steps=10,
+            batch_size=400,
+            optimizer="sgd",
+            learning_rate=1.0,
+            momentum=0.0,
+            dp=RecordPrivacySettings(noise_multiplier=1.5, physical_batch_size=100),
+        ),
+        private_options={"n_train": 4000},
     )
 
     def __init__(

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fednats.config import ServerSettings, TrainingSettings
+from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
 from fednats.errors import ConfigError
 from fednats.learning.task import Examples, Recommended, Task
 
@@ -70,6 +70,14 @@ class HeartDisease(Task):
         n_versions=24,
         target_metric="auc",
         target=0.85,
+        private=TrainingSettings(
+            local_steps=8,
+            batch_size=64,
+            optimizer="sgd",
+            learning_rate=0.3,
+            momentum=0.0,
+            dp=RecordPrivacySettings(noise_multiplier=6.0),
+        ),
     )
 
     def __init__(self, *, folder: str | None = None, hospital: str | None = None, seed: int = 0) -> None:

@@ -1,0 +1,132 @@
+"""What was spent on a hospital's data, over all runs and restarts: one SQLite file, written before anything is released.
+
+A charge is durable before the pass that it pays for begins, and is never taken back: a site that is killed in between has
+spent too much in its book, never too little. Two runs at one hospital may share the file.
+"""
+
+import math
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Literal
+
+from fednats.config import BudgetSettings
+from fednats.errors import BudgetSpentError, LocalStorageError
+from fednats.privacy import rdp
+from fednats.storage.journal import open_database
+
+Level = Literal["record", "site"]
+"""Whose presence is hidden: one record of the hospital, or the whole hospital."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS charge (number INTEGER PRIMARY KEY, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    run TEXT NOT NULL, version INTEGER NOT NULL, level TEXT NOT NULL, mechanism TEXT NOT NULL,
+    noise_multiplier REAL NOT NULL, parameter REAL NOT NULL, n_steps INTEGER NOT NULL);
+CREATE INDEX IF NOT EXISTS charge_level ON charge (level, mechanism, noise_multiplier, parameter, n_steps);
+"""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """So many releases of one mechanism."""
+
+    level: Level
+    mechanism: Literal["gaussian", "skellam"]
+    noise_multiplier: float
+    parameter: float
+    """Of `rdp.sampled_gaussian` the sample rate, of `rdp.skellam` the smallest variance."""
+    n_steps: int = 1
+
+    def cost(self) -> rdp.Rdp:
+        """Return what it costs."""
+        of_one = rdp.sampled_gaussian if self.mechanism == "gaussian" else rdp.skellam
+        return self.n_steps * of_one(self.noise_multiplier, self.parameter)
+
+
+class Account:
+    """All charges on one hospital's data."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection = open_database(path, _SCHEMA)
+
+    def charge(self, run: str, version: int, charges: Sequence[Charge], budget: BudgetSettings | None) -> None:
+        """Book ``charges`` for a pass on ``version`` of ``run``; durable on return.
+
+        Raises:
+            BudgetSpentError: the records' epsilon would go beyond ``budget``; nothing was booked.
+            LocalStorageError: the disk does not take it; nothing was booked, so nothing may be released.
+        """
+        with self._transaction() as connection:
+            self._check(charges, budget)
+            connection.executemany(
+                "INSERT INTO charge (run, version, level, mechanism, noise_multiplier, parameter, n_steps)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(run, version, *astuple(one)) for one in charges],
+            )
+
+    def check(self, charges: Sequence[Charge], budget: BudgetSettings | None) -> None:
+        """Raise BudgetSpentError if ``charges`` could not be booked now."""
+        with self._reading():
+            self._check(charges, budget)
+
+    def epsilon(self, level: Level, delta: float) -> float:
+        """Return what was spent so far; 0 for nothing, infinite if a release had no noise."""
+        with self._reading():
+            return rdp.epsilon(self._cost(level), delta)
+
+    def n_charges(self, level: Level) -> int:
+        """Return how many passes were charged."""
+        with self._reading():
+            (found,) = self._connection.execute("SELECT COUNT(*) FROM charge WHERE level = ?", (level,)).fetchone()
+        return int(found)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def _check(self, charges: Sequence[Charge], budget: BudgetSettings | None) -> None:
+        if budget is None:
+            return
+        cost = self._cost("record")
+        before = rdp.epsilon(cost, budget.delta)
+        after = rdp.epsilon(sum((one.cost() for one in charges if one.level == "record"), start=cost), budget.delta)
+        if after > budget.max_epsilon:
+            costs = "has no bound" if math.isinf(after) else f"would make it {after:.3f}"
+            raise BudgetSpentError(
+                f"epsilon is {before:.3f} of {budget.max_epsilon:g} at delta {budget.delta:g}, and the next pass {costs};"
+                " this site trains no more, unless budget.max_epsilon is raised or the run takes more noise"
+            )
+
+    def _cost(self, level: Level) -> rdp.Rdp:
+        rows = self._connection.execute(
+            "SELECT level, mechanism, noise_multiplier, parameter, SUM(n_steps) FROM charge WHERE level = ?"
+            " GROUP BY mechanism, noise_multiplier, parameter",
+            (level,),
+        ).fetchall()
+        return sum((Charge(*row).cost() for row in rows), start=rdp.nothing())
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Read and write all or nothing, with no other process between; durable at the end."""
+        with self._reading():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise LocalStorageError(
+                f"{self._path}: the privacy account cannot be used ({error}); make room on its disk or restore it."
+                " Without it nothing is trained"
+            ) from error

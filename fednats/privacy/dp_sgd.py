@@ -1,0 +1,212 @@
+"""The steps of DP-SGD: each record's gradient clipped, noise on their sum, batches drawn at random.
+
+Abadi et al. 2016 (arXiv:1607.00133), algorithm 1, with opacus's gradients of single records. Imported by the worker of a site
+only when a run asks for it: opacus is large.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn, optim
+from torch.utils.data import default_collate
+
+from fednats.config import RecordPrivacySettings
+from fednats.errors import LocalDataError, TaskError
+from fednats.learning.task import Examples, Task
+from fednats.privacy.randomness import Randomness
+
+CHECKED_CASES = 8
+"""Cases on which the task's loss is compared with the mean of the cases' own losses."""
+
+REMEDIES: Mapping[str, str] = {
+    "BatchNorm": "nn.GroupNorm",
+    "InstanceNorm": "nn.GroupNorm, or track_running_stats=False",
+    "LSTM": "opacus.layers.DPLSTM",
+    "GRU": "opacus.layers.DPGRU",
+    "MultiheadAttention": "opacus.layers.DPMultiheadAttention",
+}
+"""What to put in the place of a layer whose name has this in it."""
+
+
+def refuse_unsuitable(model: nn.Module) -> None:
+    """Refuse a model in which one record's gradient depends on the others.
+
+    Raises:
+        TaskError: naming each such layer and the remedy.
+    """
+    kinds = tuple(ModuleValidator.VALIDATORS)
+    wrong = []
+    for name, layer in model.named_modules():
+        kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
+        if kind is not None and ModuleValidator.VALIDATORS[kind](layer):
+            remedy = next((text for part, text in REMEDIES.items() if part in kind.__name__), "another layer")
+            wrong.append(f"{name or 'the model'} ({type(layer).__name__}): use {remedy}")
+    if wrong:
+        raise TaskError(
+            "the model cannot be trained with differential privacy, a record must not act on another's gradient: "
+            + "; ".join(wrong)
+        )
+
+
+def check_loss(task: Task, model: nn.Module, data: Examples, n_cases: int) -> None:
+    """Refuse a loss that is not the mean over the batch of what each case alone gives.
+
+    Only then is a record's gradient its own. A sum, or class weights that are divided by their sum over the batch, are not.
+
+    Raises:
+        TaskError: with what was got and what was expected.
+    """
+    model.eval()
+    inputs, targets = _cases(data, range(min(n_cases, CHECKED_CASES)))
+    with torch.no_grad():
+        together = float(task.loss(model, inputs, targets))
+        alone = [float(task.loss(model, inputs[i : i + 1], targets[i : i + 1])) for i in range(len(targets))]
+    mean = sum(alone) / len(alone)
+    if not math.isclose(together, mean, rel_tol=1e-3, abs_tol=1e-5):
+        raise TaskError(
+            f"the loss of {len(alone)} cases together is {together:.6g}, the mean of their own losses {mean:.6g}; with"
+            " differential privacy loss() must be that mean: no sum, no weights divided by their sum over the batch"
+        )
+
+
+class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
+    """opacus's, with noise from `Randomness` instead of a generator that could be foreseen."""
+
+    def __init__(
+        self, optimizer: optim.Optimizer, settings: RecordPrivacySettings, batch_size: float, randomness: Randomness
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=settings.noise_multiplier,
+            max_grad_norm=settings.max_grad_norm,
+            expected_batch_size=batch_size,
+        )
+        self._randomness = randomness
+
+    def add_noise(self) -> None:
+        """Make ``p.grad`` of the sum of clipped gradients and noise."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            _check_processed_flag(parameter.summed_grad)
+            noise = torch.from_numpy(self._randomness.normal(parameter.numel())) * deviation
+            parameter.grad = parameter.summed_grad.view_as(parameter) + noise.view_as(parameter).to(parameter)
+            _mark_as_processed(parameter.summed_grad)
+
+
+class PrivateSteps:
+    """Takes steps on one model; the model is as it was, without hooks, after `close`."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        data: Examples,
+        n_cases: int,
+        optimizer: optim.Optimizer,
+        settings: RecordPrivacySettings,
+        sample_rate: float,
+        randomness: Randomness,
+    ) -> None:
+        self._task = task
+        self._data = data
+        self._n_cases = n_cases
+        self._settings = settings
+        self._sample_rate = sample_rate
+        self._randomness = randomness
+        self._module = GradSampleModule(model, strict=False)  # `refuse_unsuitable` and `fixed_entries` see to the rest
+        self._optimizer = PrivateOptimizer(optimizer, settings, sample_rate * n_cases, randomness)
+
+    def close(self) -> None:
+        """Take the hooks off the model, and what they kept."""
+        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._optimizer.params:
+            del parameter.summed_grad
+        model = self._module.to_standard_module()
+        for layer in model.modules():  # of a batch that failed between forward and backward
+            for left in {"activations", "max_batch_len"} & vars(layer).keys():
+                delattr(layer, left)
+        for parameter in model.parameters():
+            vars(parameter).pop("_current_grad_sample", None)
+
+    def batch(self) -> list[int]:
+        """Draw the cases of a step: each with probability ``sample_rate``, by itself; there may be none."""
+        drawn = self._randomness.uniform(self._n_cases) <= self._sample_rate
+        return [int(index) for index in drawn.nonzero()[0]]
+
+    def step(self, batch: Sequence[int]) -> float:
+        """Take one step on the cases ``batch``; return the sum of their losses.
+
+        A batch larger than ``physical_batch_size`` goes through the model in parts.
+
+        Raises:
+            LocalDataError: a loss is not finite.
+        """
+        size = self._settings.physical_batch_size
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)] or [()]
+        total = 0.0
+        for position, part in enumerate(parts):
+            self._optimizer.signal_skip_step(do_skip=position < len(parts) - 1)
+            total += self._gradients(part)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        return total
+
+    def _gradients(self, part: Sequence[int]) -> float:
+        """Leave the gradient of each case of ``part`` with the parameters; return the sum of their losses."""
+        if not part:
+            for parameter in self._optimizer.params:
+                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+            return 0.0
+        inputs, targets = _cases(self._data, part)
+        loss = self._task.loss(self._module, inputs, targets)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise LocalDataError(f"loss is {value}; lower the learning rate?")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")  # inputs need no gradient
+            warnings.filterwarnings("ignore", message="grad and param do not obey")  # of channels last: only speed
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for name, parameter in self._module.named_parameters():
+            sample = getattr(parameter, "grad_sample", None)
+            if parameter.requires_grad and (not isinstance(sample, Tensor) or len(sample) != len(part)):
+                raise TaskError(
+                    f"{name} has no gradient for each of {len(part)} cases; with differential privacy every layer must see"
+                    " the cases as the first dimension, each once in a pass, and none folded into several"
+                )
+        return value * len(part)
+
+
+def _cases(data: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    inputs, targets = default_collate([data[index] for index in indices])
+    return inputs, targets
+
+
+def fixed_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Copy what travels with the model and is not trained: frozen parameters, float buffers."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: value.clone()
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and name not in trained
+    }
+
+
+def refuse_moved(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Refuse to let a buffer leave that training has written to: it has no noise.
+
+    Raises:
+        TaskError: naming it.
+    """
+    now = model.state_dict()
+    moved = [name for name, value in before.items() if not torch.equal(now[name], value)]
+    if moved:
+        raise TaskError(
+            f"training changed {', '.join(moved)}, which has no noise and would leave with the model; with differential"
+            " privacy make it a parameter, or register it with persistent=False"
+        )

@@ -1,0 +1,142 @@
+"""Differential privacy in whole federations: what is spent, who stops, and that nobody waits."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+
+from fednats.errors import TaskError
+from fednats.privacy import rdp
+from fednats.testbed.launch import run_federation, running
+from fednats.testbed.ledger import APPLIED
+from fednats.testbed.summary import spent
+from fednats.web.server import PORT_FILE
+from tests.e2e.conftest import MakeFederation
+from tests.e2e.ledgers import balanced
+from tests.e2e.until import Statuses, closed, until
+
+TRAINING = {
+    "local_steps": 5,
+    "batch_size": 64,
+    "learning_rate": 0.3,
+    "momentum": 0.0,
+    "dp": {"noise_multiplier": 4.0, "max_grad_norm": 1.0},
+}
+ALLOWED = 3
+"""Passes that the budget of one site allows."""
+
+
+def n_cases(file: Path) -> int:
+    """Training cases in a site's table: four in five."""
+    rows = len(np.loadtxt(file, delimiter=","))
+    return rows - -(-rows // 5)
+
+
+def follows(statuses: Statuses, site: str) -> bool:
+    return bool(statuses.get(site, {}).get("version", -1) >= statuses["coordinator"]["version"] - 1)
+
+
+async def metrics(folder: Path) -> str:
+    port = int((folder / PORT_FILE).read_text())
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as response:
+        return await response.text()
+
+
+async def test_a_site_whose_budget_is_spent_stays_a_consumer_and_nobody_waits_for_it(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    """The goal is three updates of three sites: were the spent one waited for, no version would come any more."""
+    federation = make_federation(
+        {"north": ["a", "b", "c"]}, training=TRAINING, aggregation={"goal": 3}, stop={"max_versions": 12}
+    )
+    step = rdp.sampled_gaussian(4.0, min(1.0, 64 / n_cases(tmp_path / "a.csv")))
+    budget = rdp.epsilon((5 * ALLOWED + 2) * step, 1e-5)
+    sites = {
+        **federation.sites,
+        "a": federation.sites["a"].model_copy(update={"budget": {"max_epsilon": budget, "delta": 1e-5}}),
+    }
+    federation = type(federation).model_validate(
+        {**federation.model_dump(), "sites": {n: s.model_dump() for n, s in sites.items()}}
+    )
+    output = tmp_path / "out"
+
+    def is_spent(statuses: Statuses) -> bool:
+        return bool(statuses.get("site-a", {}).get("state") == "spent")
+
+    def after(version: int) -> Callable[[Statuses], bool]:
+        return lambda statuses: is_spent(statuses) and int(statuses["coordinator"]["version"]) >= version
+
+    async with running(federation, output) as now:
+        statuses = await until(now, after(ALLOWED + 2))
+        privacy = statuses["site-a"]["privacy"]
+        assert privacy["spent"]
+        assert privacy["record"]["n_passes"] == ALLOWED
+        assert privacy["record"]["epsilon"] == pytest.approx(rdp.epsilon(5 * ALLOWED * step, 1e-5))
+        assert statuses["site-b"]["privacy"]["record"]["n_passes"] > ALLOWED
+        text = await metrics(output / "site-a")
+        assert float(re.findall(r"^fednats_epsilon_spent (\S+)$", text, re.MULTILINE)[0]) < budget
+        assert float(re.findall(r"^fednats_epsilon_budget (\S+)$", text, re.MULTILINE)[0]) == pytest.approx(budget)
+
+        await now.daemons["site-a"].kill()  # the account is not in its memory
+        await now.daemons["site-a"].start()
+        statuses = await until(now, lambda found: (is_spent(found) and follows(found, "site-a")) or closed(found))
+        statuses = await until(now, closed)
+        ledger = await balanced(output)
+    assert statuses["site-a"]["privacy"]["record"]["n_passes"] == ALLOWED
+    assert statuses["site-a"]["privacy"]["max_epsilon"] == pytest.approx(budget)
+    assert statuses["coordinator"]["version"] == 12
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"]
+    evaluated = [entry["n_sites"] for entry in statuses["coordinator"]["history"]]
+    assert max(evaluated) == 3
+    events = [
+        json.loads(line) for line in (output / "site-a" / "daemon.log").read_text().splitlines() if line[0] == "{"
+    ]
+    said = [event for event in events if event["event"] == "budget_spent"]
+    assert 1 <= len(said) <= 2  # once, and once more after the restart
+    assert "max_epsilon" in said[0]["reason"]
+    assert sum(event["event"] == "update_stored" for event in events) == ALLOWED
+
+
+async def test_both_kinds_of_noise_travel_encrypted_and_are_accounted(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    federation = make_federation(
+        {"north": ["a", "b"], "south": ["c", "d"]},
+        training=TRAINING,
+        delta={"dp": {"clip_norm": 1.0, "noise_multiplier": 0.02}},
+        stop={"max_versions": 5},
+    )
+    summary = await run_federation(federation, tmp_path / "out")
+    assert summary.cipher == "bfv"
+    assert summary.federated["auc"] > 0.9
+    for site in summary.site_figures.values():
+        assert site.record is not None
+        assert site.site is not None
+        assert site.record.n_passes >= site.updates > 0
+        assert site.record.epsilon is not None
+        assert 0 < site.record.epsilon < 10
+        assert site.site.epsilon is not None
+        assert site.site.epsilon > 1000  # so little noise on so few sites hides no site, and it is said
+    assert spent(summary) is not None
+    assert {path.name for path in (tmp_path / "out").glob("*.sqlite")} == {f"privacy-{n}.sqlite" for n in "abcd"}
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "epsilon of a record" in report
+
+
+async def test_a_model_that_cannot_be_trained_with_noise_is_refused_before_anything_starts(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    file = tmp_path / "normed.py"
+    file.write_text(
+        "from torch import nn\nfrom fednats.learning.tasks.breast_cancer import BreastCancer\n\n\n"
+        "class Normed(BreastCancer):\n    def model(self):\n"
+        "        return nn.Sequential(nn.Linear(30, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))\n"
+    )
+    federation = make_federation({"north": ["a", "b"]}, task=f"{file}:Normed", training=TRAINING)
+    with pytest.raises(TaskError, match=r"1 \(BatchNorm1d\): use nn.GroupNorm"):
+        await run_federation(federation.model_copy(update={"options": {"number": None}}), tmp_path / "out")
+    assert not (tmp_path / "out" / "bus").exists()
