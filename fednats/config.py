@@ -16,6 +16,9 @@ from fednats.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "FEDNATS_"
 
+MIN_CHUNK_BYTES = 4096
+"""So the number of chunks of a payload is bounded by its bytes."""
+
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 """A name that becomes one token of a NATS subject."""
 
@@ -35,8 +38,8 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 class TrainingSettings(Settings):
     """Local training at a site, per model version."""
 
-    local_steps: int = Field(150, ge=1, description="optimiser steps (batches) per local pass")
-    batch_size: int = Field(32, ge=1)
+    local_steps: int = Field(150, ge=1, le=10**6, description="optimiser steps (batches) per local pass")
+    batch_size: int = Field(32, ge=1, le=10**6)
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: float = Field(0.05, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
@@ -59,7 +62,7 @@ class StalenessSettings(Settings):
     """How an update's weight falls with its staleness (Xie et al. 2019, arXiv:1903.03934, section 5.2)."""
 
     function: Literal["constant", "polynomial", "hinge"] = "polynomial"
-    exponent: float = Field(0.5, ge=0, description="a in (1+t)^-a, or the slope of the hinge")
+    exponent: float = Field(0.5, ge=0, le=100, description="a in (1+t)^-a, or the slope of the hinge")
     hinge_at: int = Field(4, ge=0, description="staleness up to which the hinge keeps weight 1")
     max_staleness: int = Field(
         1000,
@@ -76,7 +79,7 @@ class AggregationSettings(Settings):
         1, description="aggregates that make the next model version"
     )
     deadline_s: float | None = Field(
-        None, gt=0, description="flush a buffer this long after its first entry even below the goal; none: wait"
+        None, ge=0.1, description="flush a buffer this long after its first entry even below the goal; none: wait"
     )
     min_sites: int = Field(2, ge=1, description="distinct sites in every sum that leaves a region")
     staleness: StalenessSettings = StalenessSettings()
@@ -101,7 +104,10 @@ class DeltaSettings(Settings):
     tiers: int = Field(1, ge=1, le=4, description="levels of aggregators; they share max_total_weight between them")
     top_k: float = Field(1.0, gt=0, le=1, description="fraction of values sent, cipher none only")
     chunk_bytes: int = Field(
-        256 * 1024, ge=4096, le=4 * 2**20, description="payload of one message; lowered to what the hub's server takes"
+        256 * 1024,
+        ge=MIN_CHUNK_BYTES,
+        le=4 * 2**20,
+        description="payload of one message; lowered to what the hub's server takes",
     )
 
     @model_validator(mode="after")

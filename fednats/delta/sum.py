@@ -19,8 +19,12 @@ from fednats.messages import Chunk
 class Accumulator(Protocol):
     """Adds the parts of one chunk after another."""
 
-    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
-        """Add ``weight`` times the values in ``parts``; raises `RefusedError` for parts that are none."""
+    def add(self, parts: tuple[bytes, ...], weight: int, share: int) -> None:
+        """Add ``weight`` times the values in ``parts``, which bring ``share`` of the total weight.
+
+        Raises:
+            RefusedError: parts that are none.
+        """
 
     def parts(self) -> tuple[bytes, ...]:
         """Parts of the sum."""
@@ -40,7 +44,12 @@ class Summer:
         self._key = key
 
     def weighted_sum(
-        self, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int, n_values: int | None = None
+        self,
+        chunks: Sequence[bytes],
+        weights: Sequence[int],
+        total_weight: int,
+        n_values: int | None = None,
+        carried: Sequence[int] | None = None,
     ) -> bytes:
         """Sum ``chunks`` (the same part of several updates, or sums of updates), each times its integer weight.
 
@@ -50,6 +59,8 @@ class Summer:
             total_weight: of the result: each input's weight times the total already in it.
             n_values: that the chunk has by the layout. Without it the first chunk sets the example, and a wrong first
                 chunk gets the others refused.
+            carried: total weight that is already in each chunk, 1 for an update. Where values can be seen they are held
+                to what such a chunk can have at most; without it to what the whole sum can.
 
         Raises:
             OverflowRefusedError: ``total_weight`` is above ``max_total_weight``; nothing was added.
@@ -64,14 +75,18 @@ class Summer:
         accumulator = self._accumulator(total_weight, n_values)
         for index, (chunk, weight) in enumerate(zip(chunks, weights, strict=True)):
             try:
-                accumulator.add(wire.unpack(chunk, Chunk).parts, weight)
+                accumulator.add(
+                    wire.unpack(chunk, Chunk).parts,
+                    weight,
+                    total_weight if carried is None else weight * carried[index],
+                )
             except RefusedError as error:
                 raise RefusedChunkError(error.reason, f"chunk {index}: {error.detail}", index) from None
         return wire.pack(Chunk(parts=accumulator.parts()))
 
     def _accumulator(self, total_weight: int, n_values: int | None) -> Accumulator:
         if self._bfv is None or self._key is None:
-            return _PlainSum(self._qmax * total_weight, self.values_per_chunk if n_values is None else n_values)
+            return _PlainSum(self._qmax, total_weight, self.values_per_chunk if n_values is None else n_values)
         return _BfvSum(self._key, None if n_values is None else -(-n_values // self._bfv.packing.n_values))
 
 
@@ -94,7 +109,7 @@ class _BfvSum:
         self._n_ciphertexts = n_ciphertexts
         self._sums: list[WeightedSum] = []
 
-    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
+    def add(self, parts: tuple[bytes, ...], weight: int, _share: int) -> None:
         expected = max(1, len(parts)) if self._n_ciphertexts is None else self._n_ciphertexts
         if len(parts) != expected:
             raise RefusedError(Reason.WRONG_SHAPE, f"{len(parts)} ciphertexts, expected {expected}")
@@ -112,16 +127,17 @@ class _BfvSum:
 
 
 class _PlainSum:
-    def __init__(self, limit: int, n_values: int) -> None:
-        self._limit = limit
+    def __init__(self, qmax: int, total_weight: int, n_values: int) -> None:
+        self._qmax = qmax
+        self._limit = qmax * total_weight
         self._sum = np.zeros(n_values, dtype=np.int64)
 
-    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
+    def add(self, parts: tuple[bytes, ...], weight: int, share: int) -> None:
         term = sparse.decode(parts, self._sum.size).astype(np.int64) * weight
-        largest = int(np.abs(term).max(initial=0))
-        if largest > self._limit:
+        largest, limit = int(np.abs(term).max(initial=0)), self._qmax * share
+        if largest > limit:
             raise RefusedError(
-                Reason.MALFORMED, f"a weighted value of {largest}, the whole sum has at most {self._limit}"
+                Reason.MALFORMED, f"a weighted value of {largest}, what brings a weight of {share} has at most {limit}"
             )
         self._sum += term
 

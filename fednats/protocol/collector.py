@@ -156,7 +156,9 @@ class Collector:
     def _arrive_early(self, event: ContributionArrived) -> list[Command]:
         identity = contribution_id(event.head)
         if len(self._early) >= MAX_EARLY and identity not in self._early:
-            return [self._refuse(identity, Reason.WRONG_GRID, f"no version is known here, and {MAX_EARLY} wait for one")]
+            return [
+                self._refuse(identity, Reason.WRONG_GRID, f"no version is known here, and {MAX_EARLY} wait for one")
+            ]
         self._early[identity] = event.head
         return []
 

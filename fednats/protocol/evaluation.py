@@ -86,4 +86,4 @@ def _weighted_mean(
         name: sum(evaluation.metrics[name] * evaluation.n_samples for evaluation in evaluations) / n_samples
         for name in sorted(names)
     }
-    return PublishEvaluation(version=version, n_sites=n_sites, n_samples=min(n_samples, MAX_COUNT), metrics=metrics)
+    return PublishEvaluation(version, min(n_sites, MAX_COUNT), min(n_samples, MAX_COUNT), metrics)

@@ -32,7 +32,7 @@ def head_of(run: str, region: str, combination: Combination, weights: Sequence[i
             weight * carried_weight(part) for weight, part in zip(weights, combination.parts, strict=True)
         ),
         mass=min(sum(part.mass for part in combination.parts), MAX_MASS),
-        n_sites=combination.n_sites,
+        n_sites=min(combination.n_sites, MAX_COUNT),
         n_updates=_count(1 if isinstance(head, Update) else head.n_updates for head in heads),
         n_samples=_count(head.n_samples for head in heads),
         saturated=_count(head.saturated for head in heads),

@@ -39,9 +39,7 @@ class Adder:
         self._parts = combination.parts
         self._weights = weights
         self._read = read
-        self._total_weight = sum(
-            weight * carried_weight(part) for weight, part in zip(weights, self._parts, strict=True)
-        )
+        self._carried = tuple(carried_weight(part) for part in self._parts)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of the sum; one chunk of each part is in memory.
@@ -64,24 +62,24 @@ class Adder:
 
     async def _add(self, position: int, chunks: list[bytes]) -> bytes:
         try:
-            return await self._weighted_sum(position, chunks, self._weights, self._total_weight)
+            return await self._weighted_sum(position, chunks, self._weights, self._carried)
         except RefusedError as error:
             index = error.index if isinstance(error, RefusedChunkError) else 0
             raise PartRefusedError(self._parts[index], error.reason, error.detail) from error
         except WorkerDiedError:
             for part, chunk in zip(self._parts, chunks, strict=True):
                 await self._survive(part, position, chunk)
-            return await self._weighted_sum(position, chunks, self._weights, self._total_weight)
+            return await self._weighted_sum(position, chunks, self._weights, self._carried)
 
     async def _survive(self, part: Part, position: int, chunk: bytes) -> None:
         """Refuse the part whose chunk, added alone, ends the worker process."""
         try:
-            await self._weighted_sum(position, [chunk], (1,), carried_weight(part))
+            await self._weighted_sum(position, [chunk], (1,), (carried_weight(part),))
         except WorkerDiedError as error:
             raise PartRefusedError(part, Reason.CIPHERTEXT, str(error)) from error
 
     async def _weighted_sum(
-        self, position: int, chunks: list[bytes], weights: tuple[int, ...], total_weight: int
+        self, position: int, chunks: list[bytes], weights: tuple[int, ...], carried: tuple[int, ...]
     ) -> bytes:
-        summed: bytes = await self._worker.call("weighted_sum", self._fit, position, chunks, weights, total_weight)
+        summed: bytes = await self._worker.call("weighted_sum", self._fit, position, chunks, weights, carried)
         return summed

@@ -1,7 +1,6 @@
 """The aggregator of a region: adds what it cannot read, and sends up only sums of enough distinct sites."""
 
 import asyncio
-import math
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +165,6 @@ class AggregatorService:
                 await self._tier.refuse(f"{stream}.{record.sequence}", record.subject, record.data, error)
 
     async def _announce(self, manifest: ModelManifest) -> None:
-        n_parameters = sum(math.prod(spec.shape) for spec in manifest.parameters)
         if manifest.aggregation.min_sites < self._settings.min_sites:
             raise RefusedError(
                 Reason.POLICY,
@@ -174,7 +172,7 @@ class AggregatorService:
                 f" {self._settings.min_sites}",
             )
         try:
-            fit = await self._worker.call("fit", manifest.delta, n_parameters)
+            fit = await self._worker.call("fit", manifest.delta, manifest.n_parameters)
         except WorkerDiedError as error:
             self._log.error("model_not_checked", version=manifest.version, error=str(error))
             return

@@ -33,9 +33,18 @@ class AggregatorWorker:
         )
 
     def weighted_sum(
-        self, fit: Fit, position: int, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int
+        self,
+        fit: Fit,
+        position: int,
+        chunks: Sequence[bytes],
+        weights: Sequence[int],
+        carried: Sequence[int],
     ) -> bytes:
-        """Add the chunk at ``position`` of several contributions, each times its integer weight."""
+        """Add the chunk at ``position`` of several contributions, each times its integer weight.
+
+        ``carried`` is the total weight that is already in each: 1 for an update.
+        """
         add = summer(fit.delta, self._public_key)
         n_values = min(add.values_per_chunk, fit.n_parameters - position * add.values_per_chunk)
-        return add.weighted_sum(chunks, weights, total_weight, n_values)
+        total_weight = sum(weight * size for weight, size in zip(weights, carried, strict=True))
+        return add.weighted_sum(chunks, weights, total_weight, n_values, carried)

@@ -79,11 +79,9 @@ class CoordinatorWorker:
         """
         start = position * self._decoder.values_per_chunk
         stop = min(start + self._decoder.values_per_chunk, self._layout.n_parameters)
-        sums = self._decoder.decode_chunk(data, head.total_weight)
-        if sums.size < stop - start or sums[stop - start :].any():
-            raise RefusedError(Reason.WRONG_SHAPE, f"chunk {position} is not of {stop - start} values")
         steps = self._layout.steps(self._grid(head.grid_id).steps, start, stop)
-        self._mean[start:stop] += sums[: stop - start] * (steps * np.float32(share / head.total_weight))
+        sums = self._decoder.decode_chunk(data, head.total_weight, stop - start)
+        self._mean[start:stop] += sums * (steps * np.float32(share / head.total_weight))
 
     def apply(self, combination_id: str, heads: Sequence[Aggregate], scale: float) -> Version:
         """Step the model along ``scale`` times the mean of the decrypted deltas; durable on return.
