@@ -86,6 +86,10 @@ class AggregationSettings(Settings):
     participation_correction: bool = Field(
         default=True, description="let every site count by its samples, however seldom it contributes"
     )
+    robust: Literal["none", "median", "trimmed_mean", "norm_bound"] = Field(
+        "none", description="how a region sums its sites' updates; other than none only where it can see them"
+    )
+    trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share cut off at either end of each coordinate")
 
     @property
     def synchronous(self) -> bool:
@@ -117,6 +121,40 @@ class DeltaSettings(Settings):
         return self
 
 
+def check_robust(aggregation: AggregationSettings, delta: DeltaSettings) -> None:
+    """Refuse robust aggregation where it cannot be done, or would not do what its name says.
+
+    Raises:
+        ValueError: with the setting and the remedy.
+    """
+    if aggregation.robust == "none":
+        return
+    rule = f"aggregation.robust = {aggregation.robust!r}"
+    if delta.cipher != "none":
+        raise ValueError(f'{rule} needs delta.cipher = "none": nobody can compare updates that nobody can read')
+    if delta.top_k < 1 and aggregation.robust != "norm_bound":
+        raise ValueError(f"{rule} needs delta.top_k = 1: most sites send nothing for most values, and the middle is 0")
+    if aggregation.goal != "all" and aggregation.goal < MIN_ROBUST_GOAL:
+        raise ValueError(
+            f"{rule} needs aggregation.goal of {MIN_ROBUST_GOAL} or more: of two updates neither is the odd one"
+        )
+
+
+MIN_ROBUST_GOAL = 3
+
+
+class DefenceSettings(Settings):
+    """What the coordinator does about sums that are far from what sums usually are."""
+
+    quarantine: bool = Field(
+        default=True, description="refuse a sum whose norm is an outlier, and make the version without it"
+    )
+    outlier_threshold: float = Field(
+        3.5, gt=0, description="modified z-score of a sum's log norm above which it is one (Iglewicz and Hoaglin 1993)"
+    )
+    outlier_window: int = Field(64, ge=16, le=10_000, description="norms of earlier sums that it is compared with")
+
+
 class StopSettings(Settings):
     """When a run ends. The first rule that holds ends it."""
 
@@ -137,6 +175,12 @@ class RunSettings(Settings):
     aggregation: AggregationSettings = AggregationSettings()
     delta: DeltaSettings = DeltaSettings()
     stop: StopSettings = StopSettings()
+    defence: DefenceSettings = DefenceSettings()
+
+    @model_validator(mode="after")
+    def _robust_where_it_can_be(self) -> "RunSettings":
+        check_robust(self.aggregation, self.delta)
+        return self
 
 
 # --- what one daemon is told ----------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"
     CHECKSUM = "checksum"
     CIPHERTEXT = "ciphertext"
+    OUTLIER = "outlier"
 
 
 class RefusedError(FednatsError):

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings
+from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings, check_robust
 
 DIGEST_BYTES = 16
 MAX_COUNT = 2**40
@@ -128,6 +128,7 @@ class ModelManifest(Message):
     def _is_of_this_world(self) -> "ModelManifest":
         if self.n_parameters > MAX_COUNT:
             raise ValueError(f"a model of more than {MAX_COUNT} parameters")
+        check_robust(self.aggregation, self.delta)
         return self
 
 

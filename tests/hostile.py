@@ -281,8 +281,7 @@ class Decoders:
                 head = head_of("r", "north", command.combination, weigh(command.combination, 500), PAYLOAD)
                 wire.unpack(wire.pack(head), Aggregate)
             if isinstance(command, PublishEvaluation):
-                fields = {"run": "r", "region": "north", "version": command.version, "n_sites": command.n_sites}
-                wire.pack(EvaluationSum(**fields, n_samples=command.n_samples, metrics=command.metrics))
+                wire.pack(evaluation_sum(command))
 
     def manifest(self, rng: random.Random) -> None:
         """A manifest of somebody who holds the coordinator's key, and what a site does before it knows better."""
@@ -315,6 +314,7 @@ class Decoders:
         """Gaps and values."""
         gaps, numbers = wire.unpack(self._plain_update, Chunk).parts
         parts = (mutations.mutated(rng, [gaps, b"\xff" * 9000]), mutations.mutated(rng, [numbers, b"\x80" * 9000]))
+        parts = rng.choice(((gaps, numbers), (gaps, parts[1]), (parts[0], numbers), parts))
         values = sparse.decode(parts if rng.random() < 0.9 else parts[: rng.randrange(2)], N)
         assert values.size == N
 
@@ -412,6 +412,18 @@ class Decoders:
 
 
 INTEGERS = (0, -1, 2**17 - 1, 2**34, 2**51 - 1, 2**62, -(2**63), 127 * 500)
+
+
+def evaluation_sum(command: PublishEvaluation) -> EvaluationSum:
+    """What a region sends up of evaluations."""
+    return EvaluationSum(
+        run="r",
+        region="north",
+        version=command.version,
+        n_sites=command.n_sites,
+        n_samples=command.n_samples,
+        metrics=command.metrics,
+    )
 
 
 def _largest(value: Any) -> Any:

@@ -5,13 +5,14 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fednats import wire
 from fednats.codec import sparse
 from fednats.codec.packing import check_total_weight
-from fednats.config import DeltaSettings
+from fednats.config import AggregationSettings, DeltaSettings
 from fednats.crypto.public import PublicKey, WeightedSum
-from fednats.delta import scheme
+from fednats.delta import robust, scheme
 from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.messages import Chunk
 
@@ -83,6 +84,54 @@ class Summer:
             except RefusedError as error:
                 raise RefusedChunkError(error.reason, f"chunk {index}: {error.detail}", index) from None
         return wire.pack(Chunk(parts=accumulator.parts()))
+
+    def squares(self, chunks: Sequence[bytes], n_values: int) -> tuple[float, ...]:
+        """Return the sum of squares of the integers in each chunk; without encryption only. Raises as `robust_sum`."""
+        values = self._values(chunks, n_values).astype(np.float64)
+        return tuple(float(row @ row) for row in values)
+
+    def robust_sum(
+        self,
+        chunks: Sequence[bytes],
+        weights: Sequence[int],
+        n_values: int,
+        settings: AggregationSettings,
+        factors: Sequence[float] = (),
+    ) -> bytes:
+        """Sum ``chunks``, the same part of several updates, by the rule ``settings.robust``; without encryption only.
+
+        Args:
+            chunks: packed `fednats.messages.Chunk`, at least one; all are held decoded at a time.
+            weights: one per chunk, at least 1; median and trimmed mean only take their sum.
+            n_values: that the chunk has by the layout.
+            settings: the rule.
+            factors: of `fednats.delta.robust.bound_norms`, for ``norm_bound``.
+
+        Raises:
+            OverflowRefusedError: the weights are more than ``max_total_weight``; nothing was added.
+            RefusedChunkError: a chunk is malformed; ``index`` says which.
+        """
+        check_total_weight(sum(weights), self.max_total_weight)
+        summed = robust.robust_sum(self._values(chunks, n_values), weights, settings, factors)
+        return wire.pack(Chunk(parts=sparse.encode(summed)))
+
+    def _values(self, chunks: Sequence[bytes], n_values: int) -> NDArray[np.int32]:
+        """Decode the chunks of updates, int32[n_updates, n_values]."""
+        if self._key is not None:
+            raise ValueError("updates that are encrypted cannot be compared")
+        values = np.empty((len(chunks), n_values), np.int32)
+        for index, chunk in enumerate(chunks):
+            try:
+                values[index] = self._update(chunk, n_values)
+            except RefusedError as error:
+                raise RefusedChunkError(error.reason, f"chunk {index}: {error.detail}", index) from None
+        return values
+
+    def _update(self, chunk: bytes, n_values: int) -> NDArray[np.int32]:
+        values = sparse.decode(wire.unpack(chunk, Chunk).parts, n_values)
+        if (np.abs(values.astype(np.int64)) > self._qmax).any():
+            raise RefusedError(Reason.MALFORMED, f"a value beyond {self._qmax}, the largest of an update")
+        return values
 
     def _accumulator(self, total_weight: int, n_values: int | None) -> Accumulator:
         if self._bfv is None or self._key is None:

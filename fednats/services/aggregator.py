@@ -172,7 +172,7 @@ class AggregatorService:
                 f" {self._settings.min_sites}",
             )
         try:
-            fit = await self._worker.call("fit", manifest.delta, manifest.n_parameters)
+            fit = await self._worker.call("fit", manifest.delta, manifest.aggregation, manifest.n_parameters)
         except WorkerDiedError as error:
             self._log.error("model_not_checked", version=manifest.version, error=str(error))
             return

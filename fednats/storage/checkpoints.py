@@ -34,6 +34,10 @@ class Checkpoint(BaseModel):
     """Grids on which contributions may still be under way; the last is the current one."""
     frames: tuple[Frame, ...]
     """Frames that are published; their chunks are on disk too."""
+    norms: dict[str, float] = {}
+    """L2 norms of the sums that were there to make it, by id."""
+    quarantined: dict[str, str] = {}
+    """Those of them that were left out, and why."""
 
 
 class Checkpoints:

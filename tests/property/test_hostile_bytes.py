@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import signal
 import struct
@@ -22,7 +23,7 @@ from fednats.crypto import secret
 from fednats.crypto.public import PublicKey
 from fednats.delta import scheme
 from fednats.errors import Reason, RefusedError
-from fednats.messages import Aggregate, Evaluation, EvaluationSum, ModelManifest, Update
+from fednats.messages import Aggregate, Evaluation, ModelManifest, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import Combine, ContributionArrived, EvaluationArrived, PublishEvaluation
@@ -114,7 +115,7 @@ def test_a_kilobyte_that_unpacks_to_millions_of_values_is_refused(item: bytes) -
     n = 2**16
     lists = (b"\xdd" + struct.pack(">I", n) + item * n) * (wire.MAX_MESSAGE_BYTES // (n * len(item) + 5) - 1)
     body = b"\xdd" + struct.pack(">I", lists.count(b"\xdd\x00\x01\x00\x00")) + lists
-    data = mutations.enveloped(mutations.random.Random(3), body)
+    data = mutations.enveloped(random.Random(3), body)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RefusedError) as refused:
         wire.unpack(data, Update)
@@ -162,8 +163,7 @@ def test_metrics_that_together_pass_every_limit_do_not_end_the_region() -> None:
         evaluation = hostile.EVALUATION.model_copy(update=claimed)
         commands += machine.handle(EvaluationArrived(evaluation=wire.unpack(wire.pack(evaluation), Evaluation)))
     (summed,) = (command for command in commands if isinstance(command, PublishEvaluation))
-    fields = {"run": "r", "region": "north", "version": 0, "n_sites": summed.n_sites, "n_samples": summed.n_samples}
-    assert EvaluationSum(**fields, metrics=summed.metrics).metrics["auc"] == pytest.approx(1e15)
+    assert hostile.evaluation_sum(summed).metrics["auc"] == pytest.approx(1e15)
     huge = hostile.EVALUATION.model_copy(update={"metrics": {"auc": 1e300}})
     with pytest.raises(RefusedError):
         wire.unpack(wire.pack(huge), Evaluation)

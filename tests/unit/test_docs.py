@@ -35,7 +35,9 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
     federation = parse(documented, FederationSettings, source="docs")
     assert set(FederationSettings.model_fields) == set(documented)
     documented["wan"] = documented["regions"]["north"]["wan"]
-    sections = {name: getattr(federation, name) for name in ("training", "server", "aggregation", "delta", "stop")}
+    sections = {
+        name: getattr(federation, name) for name in ("training", "server", "aggregation", "delta", "stop", "defence")
+    }
     for section, settings in {**sections, "wan": federation.regions["north"].wan}.items():
         fields = type(settings).model_fields
         assert set(fields) == set(documented[section])
