@@ -20,10 +20,10 @@ MIN_HISTORY = 8
 MAD_TO_DEVIATION = 1.4826
 """Of a Gaussian."""
 
-OWN_FLOOR = 4.0
+OWN_FLOOR = 3.0
 """However alike a region's norms were: a sum up to so many times their median is no outlier."""
 
-ALL_FLOOR = 10.0
+ALL_FLOOR = 6.0
 """The same for the norms of all regions; honest regions differ by their number of sites and by their data."""
 
 
@@ -45,7 +45,7 @@ class NormHistory:
     >>> history = NormHistory(DefenceSettings())
     >>> for norm in (1.0, 1.1, 0.9, 1.0, 1.2, 1.0, 0.8, 1.0):
     ...     history.add("north", norm)
-    >>> history.outliers({"s1": ("north", 3.9), "s2": ("north", 4.1)}).keys()
+    >>> history.outliers({"s1": ("north", 2.9), "s2": ("north", 3.1)}).keys()
     dict_keys(['s2'])
     """
 

@@ -128,7 +128,7 @@ def test_an_outlier_is_refused_and_a_version_is_made_without_it() -> None:
     (refuse,) = run.apply(combination, {"north-99": 50.0})
     assert isinstance(refuse, Refuse)
     assert (refuse.contribution_id, refuse.reason) == ("north-99", Reason.OUTLIER)
-    assert "norm 50, the limit is 4." in refuse.detail
+    assert "norm 50, the limit is 3." in refuse.detail
     assert run.machine.version == MIN_HISTORY + 1  # sites that wait for one go on
     assert run.arrive("north", 99) is None  # delivered again: refused again
     assert run.feed(ContributionArrived(head=aggregate("north", 99))) == [refuse]
