@@ -1,5 +1,6 @@
 """Whatever arrives: a result or a typed refusal, in bounded time and memory, and never the end of the process."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from fednats.protocol.events import Combine, ContributionArrived, EvaluationArri
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.tensor_file import TensorFile
 from tests import hostile, mutations
-from tests.killing import killing
+from tests.killing import kills_when_added, kills_when_decrypted
 
 ROOT = Path(__file__).parents[2]
 SHORT = 4_000
@@ -179,35 +181,41 @@ def test_a_model_file_with_a_deep_header_is_refused_by_name(tmp_path: Path) -> N
 # --- what TenSEAL itself would do -------------------------------------------------------------------------------------
 
 TENSEAL_ALONE = """
-import sys
 import tenseal as ts
-from tests.killing import killing
+from tests.killing import {kills}
 context = ts.context(ts.SCHEME_TYPE.BFV, 4096, 1032193, n_threads=1)
-ts.bfv_vector_from(context, killing(context)).decrypt()
+read = ts.bfv_vector_from(context, {kills}(context))
+{use}
 """
 
 
-def test_bytes_that_kill_tenseal_are_refused_here() -> None:
-    """TenSEAL believes a length that stands in what it reads; nothing of others is given to it to read."""
+@pytest.mark.parametrize(
+    ("kills", "use"),
+    [(kills_when_decrypted, "read.decrypt()"), (kills_when_added, "ts.bfv_vector(context, [1] * 4096) + read")],
+    ids=["decrypt", "add"],
+)
+def test_bytes_that_kill_tenseal_are_refused_here(kills: Callable[[Any], bytes], use: str) -> None:
+    """TenSEAL believes what it reads; nothing that others wrote is given to it to read."""
     alone = subprocess.run(
-        [sys.executable, "-c", TENSEAL_ALONE],
+        [sys.executable, "-c", TENSEAL_ALONE.format(kills=kills.__name__, use=use)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         check=False,
     )
     assert alone.returncode == -signal.SIGSEGV, (
-        "TenSEAL has learned to check; the careful way may not be needed any more"
+        "TenSEAL has learned to check: the careful way may not be needed any more"
     )
-    delta = DeltaSettings()
-    _, public_key = secret.generate(scheme.bfv(delta).parameters)
-    key = PublicKey(public_key, scheme.bfv(delta).parameters)
-    data = killing(key._context)
-    n_bytes = scheme.bfv(delta).parameters.ciphertext_bytes
+    bfv = scheme.bfv(DeltaSettings())
+    _, public_key = secret.generate(bfv.parameters)
+    key = PublicKey(public_key, bfv.parameters)
+    data = kills(key._context)
     total = key.weighted_sum()
-    with pytest.raises(RefusedError, match=f"a ciphertext has {n_bytes}"):
+    with pytest.raises(RefusedError, match=f"a ciphertext has {bfv.parameters.ciphertext_bytes}") as refused:
         total.add(data, 1)
-    for start in (0, len(data) - n_bytes):  # of the right length
-        try:
-            total.add(data[start : start + n_bytes], 1)
-        except RefusedError as error:
-            assert error.reason is Reason.CIPHERTEXT  # noqa: PT017 - it may be a ciphertext like any other
+    assert refused.value.reason is Reason.CIPHERTEXT
+    for start in (
+        0,
+        len(data) - bfv.parameters.ciphertext_bytes,
+    ):  # cut to the right length: one like any other, or none
+        with contextlib.suppress(RefusedError):
+            total.add(data[start : start + bfv.parameters.ciphertext_bytes], 1)
