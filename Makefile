@@ -25,7 +25,7 @@ check: install  ## format, lint, types, import rules, doctests, unit and propert
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest tests/unit tests/property
+	$(BIN)/pytest tests/unit tests/property -m 'not long'
 	$(BIN)/pytest --doctest-modules fednats
 
 test-long: install  ## the long forms as well
@@ -35,8 +35,12 @@ SEED ?= 1
 soak: install  ## five minutes of faults at random; SEED=3 draws others
 	SOAK_SEED=$(SEED) $(BIN)/pytest -m long tests/e2e/test_soak.py
 
+COUNT ?= 100000
+fuzz: install  ## hostile bytes for every decoder; SEED=3 draws others, COUNT=1000000 more
+	FUZZ_SEED=$(SEED) FUZZ_COUNT=$(COUNT) $(BIN)/pytest -s -m long tests/property/test_hostile_bytes.py
+
 format: install  ## format and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.PHONY: help install demo test check test-long soak format
+.PHONY: help install demo test check test-long soak fuzz format

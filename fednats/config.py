@@ -26,6 +26,9 @@ from fednats.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "FEDNATS_"
 
+MIN_CHUNK_BYTES = 4096
+"""So the number of chunks of a payload is bounded by its bytes."""
+
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 """A name that becomes one token of a NATS subject."""
 
@@ -79,8 +82,8 @@ class RecordPrivacySettings(Settings):
 class TrainingSettings(Settings):
     """Local training at a site, per model version."""
 
-    local_steps: int = Field(150, ge=1, description="optimiser steps (batches) per local pass")
-    batch_size: int = Field(32, ge=1)
+    local_steps: int = Field(150, ge=1, le=10**6, description="optimiser steps (batches) per local pass")
+    batch_size: int = Field(32, ge=1, le=10**6)
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: float = Field(0.05, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
@@ -104,7 +107,7 @@ class StalenessSettings(Settings):
     """How an update's weight falls with its staleness (Xie et al. 2019, arXiv:1903.03934, section 5.2)."""
 
     function: Literal["constant", "polynomial", "hinge"] = "polynomial"
-    exponent: float = Field(0.5, ge=0, description="a in (1+t)^-a, or the slope of the hinge")
+    exponent: float = Field(0.5, ge=0, le=100, description="a in (1+t)^-a, or the slope of the hinge")
     hinge_at: int = Field(4, ge=0, description="staleness up to which the hinge keeps weight 1")
     max_staleness: int = Field(
         1000,
@@ -121,13 +124,17 @@ class AggregationSettings(Settings):
         1, description="aggregates that make the next model version"
     )
     deadline_s: float | None = Field(
-        None, gt=0, description="flush a buffer this long after its first entry even below the goal; none: wait"
+        None, ge=0.1, description="flush a buffer this long after its first entry even below the goal; none: wait"
     )
     min_sites: int = Field(2, ge=1, description="distinct sites in every sum that leaves a region")
     staleness: StalenessSettings = StalenessSettings()
     participation_correction: bool = Field(
         default=True, description="let every site count by its samples, however seldom it contributes"
     )
+    robust: Literal["none", "median", "trimmed_mean", "norm_bound"] = Field(
+        "none", description="how a region sums its sites' updates; other than none only where it can see them"
+    )
+    trim: float = Field(0.2, ge=0, lt=0.5, description="trimmed_mean: share cut off at either end of each coordinate")
 
     @property
     def synchronous(self) -> bool:
@@ -159,7 +166,10 @@ class DeltaSettings(Settings):
     tiers: int = Field(1, ge=1, le=4, description="levels of aggregators; they share max_total_weight between them")
     top_k: float = Field(1.0, gt=0, le=1, description="fraction of values sent, cipher none only")
     chunk_bytes: int = Field(
-        256 * 1024, ge=4096, le=4 * 2**20, description="payload of one message; lowered to what the hub's server takes"
+        256 * 1024,
+        ge=MIN_CHUNK_BYTES,
+        le=4 * 2**20,
+        description="payload of one message; lowered to what the hub's server takes",
     )
 
     dp: SitePrivacySettings | None = Field(None, description="differential privacy of each whole site; none: no noise")
@@ -171,6 +181,40 @@ class DeltaSettings(Settings):
         if self.dp is not None and self.top_k < 1:
             raise ValueError("top_k below 1 says which values are large; with delta.dp every value is sent with noise")
         return self
+
+
+def check_robust(aggregation: AggregationSettings, delta: DeltaSettings) -> None:
+    """Refuse robust aggregation where it cannot be done, or would not do what its name says.
+
+    Raises:
+        ValueError: with the setting and the remedy.
+    """
+    if aggregation.robust == "none":
+        return
+    rule = f"aggregation.robust = {aggregation.robust!r}"
+    if delta.cipher != "none":
+        raise ValueError(f'{rule} needs delta.cipher = "none": nobody can compare updates that nobody can read')
+    if delta.top_k < 1 and aggregation.robust != "norm_bound":
+        raise ValueError(f"{rule} needs delta.top_k = 1: most sites send nothing for most values, and the middle is 0")
+    if aggregation.goal != "all" and aggregation.goal < MIN_ROBUST_GOAL:
+        raise ValueError(
+            f"{rule} needs aggregation.goal of {MIN_ROBUST_GOAL} or more: of two updates neither is the odd one"
+        )
+
+
+MIN_ROBUST_GOAL = 3
+
+
+class DefenceSettings(Settings):
+    """What the coordinator does about sums that are far from what sums usually are."""
+
+    quarantine: bool = Field(
+        default=True, description="refuse a sum whose norm is an outlier, and make the version without it"
+    )
+    outlier_threshold: float = Field(
+        3.5, gt=0, description="modified z-score of a sum's log norm above which it is one (Iglewicz and Hoaglin 1993)"
+    )
+    outlier_window: int = Field(64, ge=16, le=10_000, description="norms of earlier sums that it is compared with")
 
 
 class StopSettings(Settings):
@@ -193,6 +237,12 @@ class RunSettings(Settings):
     aggregation: AggregationSettings = AggregationSettings()
     delta: DeltaSettings = DeltaSettings()
     stop: StopSettings = StopSettings()
+    defence: DefenceSettings = DefenceSettings()
+
+    @model_validator(mode="after")
+    def _robust_where_it_can_be(self) -> "RunSettings":
+        check_robust(self.aggregation, self.delta)
+        return self
 
 
 # --- what one daemon is told ----------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class Reason(StrEnum):
     CHECKSUM = "checksum"
     CIPHERTEXT = "ciphertext"
     SEAL = "seal"
+    OUTLIER = "outlier"
 
 
 class RefusedError(FednatsError):

@@ -4,18 +4,35 @@ A payload (a model, an update, an aggregate) is a *head*, one of the messages be
 published first; the head names them with a digest each, so whoever reads a head can read and check all of it.
 """
 
+import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings
+from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings, check_robust
 
 DIGEST_BYTES = 16
+MAX_COUNT = 2**40
+MAX_MASS = 1e15
+MAX_CHUNKS = 2**16
+"""Chunks of one payload: 16 GiB of the usual ones."""
 
-Count = Annotated[int, Field(ge=0, le=2**40)]
+MAX_FRAMES = 256
+MAX_DIMENSIONS = 16
+MAX_METRICS = 256
+MAX_METRIC = 1e15
+"""Largest magnitude of a metric; sums of them stay finite."""
+
+Digest = Annotated[bytes, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+Name = Annotated[str, Field(max_length=512)]
+Text = Annotated[str, Field(max_length=4096)]
+Metric = Annotated[float, Field(ge=-MAX_METRIC, le=MAX_METRIC)]
+Metrics = Annotated[dict[Name, Metric], Field(max_length=MAX_METRICS)]
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """A number of things, or of a version; bounded, so that sums of them stay far from any limit."""
 
-Positive = Annotated[int, Field(ge=1, le=2**40)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
 
 class Message(BaseModel):
@@ -31,8 +48,8 @@ class ParameterSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str
-    shape: tuple[int, ...]
+    name: Name
+    shape: Annotated[tuple[Count, ...], Field(max_length=MAX_DIMENSIONS)]
 
 
 class Grid(BaseModel):
@@ -51,7 +68,7 @@ class Payload(BaseModel):
 
     payload_id: Token
     n_bytes: Count
-    digests: tuple[bytes, ...] = Field(description="BLAKE2b-128 of each chunk, in order")
+    digests: tuple[Digest, ...] = Field(max_length=MAX_CHUNKS, description="BLAKE2b-128 of each chunk, in order")
 
 
 class Chunk(Message):
@@ -88,11 +105,13 @@ class ModelManifest(Message):
 
     run: Token
     version: Count
-    task: str
+    task: Text
     seed: int
     parameters: tuple[ParameterSpec, ...]
-    weights_digest: bytes = Field(description="BLAKE2b-128 of all weights, float32 little endian, in parameter order")
-    frames: tuple[Frame, ...] = Field(description="in the stream now, by version; at least one chain leads here")
+    weights_digest: Digest = Field(description="BLAKE2b-128 of all weights, float32 little endian, in parameter order")
+    frames: tuple[Frame, ...] = Field(
+        max_length=MAX_FRAMES, description="in the stream now, by version; at least one chain leads here"
+    )
     grid: Grid
     grid_ids: tuple[Token, ...] = Field(description="grids on which contributions are still taken, this one included")
     key_id: Token
@@ -103,6 +122,18 @@ class ModelManifest(Message):
     aggregation: AggregationSettings
     delta: DeltaSettings
 
+    @property
+    def n_parameters(self) -> int:
+        """Values of the flat vector."""
+        return sum(math.prod(spec.shape) for spec in self.parameters)
+
+    @model_validator(mode="after")
+    def _is_of_this_world(self) -> "ModelManifest":
+        if self.n_parameters > MAX_COUNT:
+            raise ValueError(f"a model of more than {MAX_COUNT} parameters")
+        check_robust(self.aggregation, self.delta)
+        return self
+
 
 class Control(Message):
     """Whether the run is open, and why not if it is not."""
@@ -112,7 +143,7 @@ class Control(Message):
     run: Token
     status: Literal["open", "closed"]
     version: Count
-    reason: str
+    reason: Text
 
 
 class Update(Message):
@@ -145,7 +176,7 @@ class Aggregate(Message):
     grid_id: Token
     key_id: Token
     total_weight: Positive = Field(description="sum of the integer weights, the divisor of the decrypted sum")
-    mass: float = Field(gt=1e-9, le=1e15, description="sum of n_samples times staleness and participation factors")
+    mass: float = Field(gt=0, le=MAX_MASS, description="sum of n_samples times staleness and participation factors")
     n_sites: Positive
     n_updates: Positive
     n_samples: Positive
@@ -165,7 +196,7 @@ class Evaluation(Message):
     site: Token
     version: Count
     n_samples: Positive
-    metrics: dict[str, float]
+    metrics: Metrics
 
 
 class EvaluationSum(Message):
@@ -178,7 +209,7 @@ class EvaluationSum(Message):
     version: Count
     n_sites: Positive
     n_samples: Positive
-    metrics: dict[str, float]
+    metrics: Metrics
 
 
 class Reject(Message):

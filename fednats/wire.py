@@ -6,6 +6,7 @@ body. The body is the msgpack array ``[kind, fields]``.
 
 import hashlib
 import struct
+from collections.abc import Sized
 from typing import Any, TypeVar, get_args
 
 import msgpack
@@ -22,12 +23,22 @@ MAX_MESSAGE_BYTES = 8 * 2**20
 ROOM_BYTES = 1024
 """More than the header, the kind, the lengths of a chunk's parts and the seal around it ever take."""
 
+MAX_ITEMS = 2**20
+"""Largest number of values in one body, all lists and maps together: what is unpacked stays below 128 MiB."""
+
+MAX_LIST, MAX_MAP = 2**16, 2**10
+"""Largest number of values in one list, and of fields in one map."""
+
+MAX_FIELD_TEXT = 200
+"""So much of a field's name is quoted when it is refused: names are others' words."""
+
 _HEADER = struct.Struct(">2sBBI")
 _MAGIC = b"FN"
 _PLAIN, _ZSTD = 0, 1
 _KINDS: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(AnyMessage)}
 
 MessageT = TypeVar("MessageT", bound=Message)
+ItemsT = TypeVar("ItemsT", bound=Sized)
 
 
 def pack(message: Message) -> bytes:
@@ -45,7 +56,7 @@ def unpack(data: bytes, expected: type[MessageT]) -> MessageT:
     Raises:
         RefusedError: malformed, oversized, of another schema version, of another kind, or with wrong fields.
     """
-    raw = _decode(_body(data))
+    raw = unpack_values(_body(data))
     if not (isinstance(raw, tuple) and len(raw) == 2 and isinstance(raw[0], str) and isinstance(raw[1], dict)):  # noqa: PLR2004
         raise RefusedError(Reason.MALFORMED, "body is not [kind, fields]")
     kind, fields = raw
@@ -55,13 +66,55 @@ def unpack(data: bytes, expected: type[MessageT]) -> MessageT:
         return expected.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part)[:MAX_FIELD_TEXT] for part in first["loc"])
         raise RefusedError(Reason.MALFORMED, f"{kind}.{field}: {first['msg']}") from None
 
 
 def digest(data: bytes) -> bytes:
     """BLAKE2b-128 of ``data``, the form in `Payload.digests`."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+def unpack_values(body: bytes) -> Any:
+    """Unpack msgpack that somebody else may have written; lists become tuples.
+
+    The body is walked once without making anything: a list that is longer than what is there is found before room is
+    made for it.
+
+    Raises:
+        RefusedError: ``malformed``, or ``oversized``: more values than any message has.
+    """
+    room = _Room()
+    try:
+        walker = msgpack.Unpacker(max_buffer_size=max(len(body), 1))
+        walker.feed(body)
+        walker.skip()
+        return msgpack.unpackb(
+            body,
+            use_list=False,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=MAX_LIST,
+            max_map_len=MAX_MAP,
+            max_ext_len=0,
+            list_hook=room.take,
+            object_hook=room.take,
+        )
+    except (ValueError, msgpack.UnpackException) as error:
+        raise RefusedError(Reason.MALFORMED, f"not valid msgpack ({type(error).__name__})") from None
+
+
+class _Room:
+    """Counts what is unpacked."""
+
+    def __init__(self) -> None:
+        self._left = MAX_ITEMS
+
+    def take(self, items: ItemsT) -> ItemsT:
+        self._left -= 1 + len(items)
+        if self._left < 0:
+            raise RefusedError(Reason.OVERSIZED, f"more than {MAX_ITEMS} values")
+        return items
 
 
 def _body(data: bytes) -> bytes:
@@ -87,16 +140,10 @@ def _decompress(body: bytes, n_bytes: int) -> bytes:
         declared = zstandard.frame_content_size(body)
         if declared != n_bytes:
             raise RefusedError(Reason.MALFORMED, "compressed size does not match the header")
-        plain = zstandard.ZstdDecompressor().decompress(body, max_output_size=n_bytes, allow_extra_data=False)
+        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_MESSAGE_BYTES)
+        plain = decompressor.decompress(body, max_output_size=n_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise RefusedError(Reason.MALFORMED, f"not valid zstd ({error})") from None
     if len(plain) != n_bytes:
         raise RefusedError(Reason.MALFORMED, "body does not match its header")
     return plain
-
-
-def _decode(body: bytes) -> Any:
-    try:
-        return msgpack.unpackb(body, use_list=False, raw=False, strict_map_key=True)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise RefusedError(Reason.MALFORMED, f"not valid msgpack ({type(error).__name__})") from None

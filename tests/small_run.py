@@ -1,8 +1,9 @@
 """The books of a small run, written by the machines themselves: two regions of two sites each, and the hub."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgpack
@@ -87,13 +88,22 @@ class SmallRun:
         for region in self.regions.values():
             region.feed(self.now_s, announcement(version, settings=SETTINGS, capacity=CAPACITY))
 
-    def checkpoint(self, version: int, made_by: str) -> None:
+    def checkpoint(self, version: int, made_by: str, quarantined: Mapping[str, str] = MappingProxyType({})) -> None:
         folder = checkpoints_folder(self.directory / "coordinator")
         checkpoints = Checkpoints(folder, [ParameterSpec(name="w", shape=(1,))], ())
         weights, state = checkpoints.create(version)
         digest = digest_of(weights)
         checkpoints.commit(
-            Checkpoint(version=version, made_by=made_by, weights_digest=digest, grids=(), frames=()), weights, state
+            Checkpoint(
+                version=version,
+                made_by=made_by,
+                weights_digest=digest,
+                grids=(),
+                frames=(),
+                quarantined=dict(quarantined),
+            ),
+            weights,
+            state,
         )
 
     def send(self, region: str, site: str, *, n_samples: int = 100) -> Update:
@@ -118,13 +128,17 @@ class SmallRun:
         weights = weigh(combination, CAPACITY)
         return combination, head_of("r", region, combination, weights, PAYLOAD)
 
-    def apply(self, aggregate: Aggregate) -> None:
-        """Let the coordinator take a sum in and make a version of it."""
+    def apply(self, aggregate: Aggregate, norm: float = 1.0) -> None:
+        """Let the coordinator take a sum in and make a version of it, or without it if its norm is an outlier."""
         self.now_s += 1
         combination = self.hub.feed(self.now_s, ContributionArrived(head=aggregate))
         assert combination is not None
+        assert isinstance(self.hub.machine, Coordinator)
+        norms = {aggregate.aggregate_id: norm}
+        quarantined = self.hub.machine.outliers(combination, norms)
         self.announce(self.version + 1, combination.combination_id)
-        self.hub.feed(self.now_s, Combined(combination_id=combination.combination_id))
+        done = Combined(combination_id=combination.combination_id, norms=norms, quarantined=quarantined)
+        self.hub.feed(self.now_s, done)
 
     def rounds(self, count: int) -> None:
         """Let every region send a sum ``count`` times, and the coordinator apply each."""

@@ -71,12 +71,16 @@ def cheapest(
     differences = {frame.version: frame for frame in frames if not frame.is_keyframe}
     starts = [(frame.version, (frame,)) for frame in frames if frame.is_keyframe and frame.version <= version]
     chains = []
-    for reached, chain in [*starts, (held, ())]:
-        following = [differences.get(number) for number in range(reached + 1, version + 1)]
-        if reached >= 0 and None not in following:
-            chains.append((*chain, *(frame for frame in following if frame is not None)))
+    for start, chain in [*starts, (held, ())]:
+        reached = start
+        following = list(chain)
+        while 0 <= reached < version and reached + 1 in differences:  # a version is a number that somebody else names
+            reached += 1
+            following.append(differences[reached])
+        if reached == version:
+            chains.append(tuple(following))
     if not chains:
-        known = ", ".join(f"{'key' if frame.is_keyframe else ''}{frame.version}" for frame in frames) or "none"
+        known = ", ".join(f"{'key' if frame.is_keyframe else ''}{frame.version}" for frame in frames[-40:]) or "none"
         raise RefusedError(Reason.CHECKSUM, f"no way from version {held} to {version} over the frames {known}")
     here = fetched or {}
     return min(chains, key=lambda chain: sum(_cost(frame, here) for frame in chain))

@@ -59,6 +59,8 @@ def decode(parts: tuple[bytes, ...], n_values: int) -> NDArray[np.int32]:
     """
     if len(parts) != 2:  # noqa: PLR2004
         raise RefusedError(Reason.MALFORMED, f"a sparse segment of {len(parts)} parts, expected gaps and values")
+    if len(parts[0]) > n_values:  # each gap stands for one place at least: no room is made for more
+        raise RefusedError(Reason.MALFORMED, f"a sparse segment of {len(parts[0])} gaps for {n_values} places")
     coded = np.frombuffer(parts[0], dtype=np.uint8)
     ends = np.flatnonzero(coded != _FAR)
     positions = np.cumsum(coded, dtype=np.int64)[ends] + np.arange(ends.size)

@@ -20,8 +20,8 @@ from fednats.messages import Chunk, Grid
 class Cipher(Protocol):
     """The parts of a chunk to weighted sums of quantised values."""
 
-    def sums(self, parts: tuple[bytes, ...], total_weight: int) -> NDArray[np.int32]:
-        """Decode; raises `RefusedError` for parts that are no sum of that weight."""
+    def sums(self, parts: tuple[bytes, ...], total_weight: int, n_values: int) -> NDArray[np.int32]:
+        """Decode a chunk of ``n_values``; raises `RefusedError` for parts that are no such sum of that weight."""
 
 
 class Decoder:
@@ -34,15 +34,20 @@ class Decoder:
         self.max_total_weight = settings.max_total_weight
         self._cipher = cipher
 
-    def decode_chunk(self, data: bytes, total_weight: int) -> NDArray[np.int32]:
-        """Weighted sums of quantised values, int32[n]; beyond the values of the last chunk there are zeros.
+    def decode_chunk(self, data: bytes, total_weight: int, n_values: int | None = None) -> NDArray[np.int32]:
+        """Weighted sums of quantised values, int32[n_values]; ``n_values`` is that of every chunk but the last.
 
         Raises:
             OverflowRefusedError: ``total_weight`` is above ``max_total_weight``.
-            RefusedError: malformed, or no sum of that weight under this key.
+            RefusedError: malformed, no sum of that weight under this key, or not of ``n_values``: what lies beyond them
+                has to be zeros.
         """
         check_total_weight(total_weight, self.max_total_weight)
-        return self._cipher.sums(wire.unpack(data, Chunk).parts, total_weight)
+        n = self.values_per_chunk if n_values is None else n_values
+        sums = self._cipher.sums(wire.unpack(data, Chunk).parts, total_weight, n)
+        if sums[n:].any():
+            raise RefusedError(Reason.WRONG_SHAPE, f"{np.count_nonzero(sums[n:])} unused fields are not zero")
+        return sums[:n]
 
     def mean(self, chunks: Iterable[bytes], total_weight: int, layout: Layout, grid: Grid) -> NDArray[np.float32]:
         """Weighted mean delta, float32[n_parameters], from all chunks of one sum in order.
@@ -54,11 +59,11 @@ class Decoder:
         mean = np.empty(layout.n_parameters, dtype=np.float32)
         start = 0
         for chunk in chunks:
-            sums = self.decode_chunk(chunk, total_weight)
             stop = min(start + self.values_per_chunk, layout.n_parameters)
-            if not 0 < stop - start <= sums.size or sums[stop - start :].any():
-                raise RefusedError(Reason.WRONG_SHAPE, f"a chunk of {sums.size} values for {start} to {stop}")
-            mean[start:stop] = sums[: stop - start] * layout.steps(grid.steps, start, stop) / total_weight
+            if start == stop:
+                raise RefusedError(Reason.WRONG_SHAPE, f"more chunks than {stop} values have")
+            sums = self.decode_chunk(chunk, total_weight, stop - start)
+            mean[start:stop] = sums * layout.steps(grid.steps, start, stop) / total_weight
             start = stop
         if start != layout.n_parameters:
             raise RefusedError(Reason.WRONG_SHAPE, f"chunks for {start} of {layout.n_parameters} values")
@@ -72,8 +77,7 @@ def decoder(settings: DeltaSettings, secret_key: bytes | None) -> Decoder:
         ConfigError: the key is missing, is none or was made for other settings.
     """
     if settings.cipher == "none":
-        plain = _Plain(scheme.qmax(settings), scheme.values_per_chunk(settings))
-        return Decoder(settings, plain, scheme.KEY_ID_NONE)
+        return Decoder(settings, _Plain(scheme.qmax(settings)), scheme.KEY_ID_NONE)
     bfv = scheme.bfv(settings)
     key = SecretKey(scheme.required(secret_key, "secret"), bfv.parameters)
     return Decoder(settings, _Bfv(bfv, key), key.key_id)
@@ -84,19 +88,21 @@ class _Bfv:
         self._packing = bfv.packing
         self._key = key
 
-    def sums(self, parts: tuple[bytes, ...], total_weight: int) -> NDArray[np.int32]:
-        if not parts:
-            raise RefusedError(Reason.WRONG_SHAPE, "a chunk without ciphertexts")
+    def sums(self, parts: tuple[bytes, ...], total_weight: int, n_values: int) -> NDArray[np.int32]:
+        expected = -(-n_values // self._packing.n_values)
+        if len(parts) != expected or not parts:
+            raise RefusedError(
+                Reason.WRONG_SHAPE, f"{len(parts)} ciphertexts for {n_values} values, expected {expected}"
+            )
         return np.concatenate([self._packing.unpack(self._key.decrypt(part), total_weight) for part in parts])
 
 
 class _Plain:
-    def __init__(self, qmax: int, n_values: int) -> None:
+    def __init__(self, qmax: int) -> None:
         self._qmax = qmax
-        self._n_values = n_values
 
-    def sums(self, parts: tuple[bytes, ...], total_weight: int) -> NDArray[np.int32]:
-        sums = sparse.decode(parts, self._n_values)
+    def sums(self, parts: tuple[bytes, ...], total_weight: int, n_values: int) -> NDArray[np.int32]:
+        sums = sparse.decode(parts, n_values)
         largest = int(np.abs(sums.astype(np.int64)).max(initial=0))
         if largest > self._qmax * total_weight:
             raise RefusedError(Reason.MALFORMED, f"a sum of {largest} under total weight {total_weight}")

@@ -5,13 +5,14 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fednats import wire
 from fednats.codec import sparse
 from fednats.codec.packing import check_total_weight
-from fednats.config import DeltaSettings
+from fednats.config import AggregationSettings, DeltaSettings
 from fednats.crypto.public import PublicKey, WeightedSum
-from fednats.delta import scheme
+from fednats.delta import robust, scheme
 from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.messages import Chunk
 
@@ -19,8 +20,12 @@ from fednats.messages import Chunk
 class Accumulator(Protocol):
     """Adds the parts of one chunk after another."""
 
-    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
-        """Add ``weight`` times the values in ``parts``; raises `RefusedError` for parts that are none."""
+    def add(self, parts: tuple[bytes, ...], weight: int, share: int) -> None:
+        """Add ``weight`` times the values in ``parts``, which bring ``share`` of the total weight.
+
+        Raises:
+            RefusedError: parts that are none.
+        """
 
     def parts(self) -> tuple[bytes, ...]:
         """Parts of the sum."""
@@ -40,7 +45,12 @@ class Summer:
         self._key = key
 
     def weighted_sum(
-        self, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int, n_values: int | None = None
+        self,
+        chunks: Sequence[bytes],
+        weights: Sequence[int],
+        total_weight: int,
+        n_values: int | None = None,
+        carried: Sequence[int] | None = None,
     ) -> bytes:
         """Sum ``chunks`` (the same part of several updates, or sums of updates), each times its integer weight.
 
@@ -50,6 +60,8 @@ class Summer:
             total_weight: of the result: each input's weight times the total already in it.
             n_values: that the chunk has by the layout. Without it the first chunk sets the example, and a wrong first
                 chunk gets the others refused.
+            carried: total weight that is already in each chunk, 1 for an update. Where values can be seen they are held
+                to what such a chunk can have at most; without it to what the whole sum can.
 
         Raises:
             OverflowRefusedError: ``total_weight`` is above ``max_total_weight``; nothing was added.
@@ -64,14 +76,66 @@ class Summer:
         accumulator = self._accumulator(total_weight, n_values)
         for index, (chunk, weight) in enumerate(zip(chunks, weights, strict=True)):
             try:
-                accumulator.add(wire.unpack(chunk, Chunk).parts, weight)
+                accumulator.add(
+                    wire.unpack(chunk, Chunk).parts,
+                    weight,
+                    total_weight if carried is None else weight * carried[index],
+                )
             except RefusedError as error:
                 raise RefusedChunkError(error.reason, f"chunk {index}: {error.detail}", index) from None
         return wire.pack(Chunk(parts=accumulator.parts()))
 
+    def squares(self, chunks: Sequence[bytes], n_values: int) -> tuple[float, ...]:
+        """Return the sum of squares of the integers in each chunk; without encryption only. Raises as `robust_sum`."""
+        values = self._values(chunks, n_values).astype(np.float64)
+        return tuple(float(row @ row) for row in values)
+
+    def robust_sum(
+        self,
+        chunks: Sequence[bytes],
+        weights: Sequence[int],
+        n_values: int,
+        settings: AggregationSettings,
+        factors: Sequence[float] = (),
+    ) -> bytes:
+        """Sum ``chunks``, the same part of several updates, by the rule ``settings.robust``; without encryption only.
+
+        Args:
+            chunks: packed `fednats.messages.Chunk`, at least one; all are held decoded at a time.
+            weights: one per chunk, at least 1; median and trimmed mean only take their sum.
+            n_values: that the chunk has by the layout.
+            settings: the rule.
+            factors: of `fednats.delta.robust.bound_norms`, for ``norm_bound``.
+
+        Raises:
+            OverflowRefusedError: the weights are more than ``max_total_weight``; nothing was added.
+            RefusedChunkError: a chunk is malformed; ``index`` says which.
+        """
+        check_total_weight(sum(weights), self.max_total_weight)
+        summed = robust.robust_sum(self._values(chunks, n_values), weights, settings, factors)
+        return wire.pack(Chunk(parts=sparse.encode(summed)))
+
+    def _values(self, chunks: Sequence[bytes], n_values: int) -> NDArray[np.int32]:
+        """Decode the chunks of updates, int32[n_updates, n_values]."""
+        if self._key is not None:
+            raise ValueError("updates that are encrypted cannot be compared")
+        values = np.empty((len(chunks), n_values), np.int32)
+        for index, chunk in enumerate(chunks):
+            try:
+                values[index] = self._update(chunk, n_values)
+            except RefusedError as error:
+                raise RefusedChunkError(error.reason, f"chunk {index}: {error.detail}", index) from None
+        return values
+
+    def _update(self, chunk: bytes, n_values: int) -> NDArray[np.int32]:
+        values = sparse.decode(wire.unpack(chunk, Chunk).parts, n_values)
+        if (np.abs(values.astype(np.int64)) > self._qmax).any():
+            raise RefusedError(Reason.MALFORMED, f"a value beyond {self._qmax}, the largest of an update")
+        return values
+
     def _accumulator(self, total_weight: int, n_values: int | None) -> Accumulator:
         if self._bfv is None or self._key is None:
-            return _PlainSum(self._qmax * total_weight, self.values_per_chunk if n_values is None else n_values)
+            return _PlainSum(self._qmax, total_weight, self.values_per_chunk if n_values is None else n_values)
         return _BfvSum(self._key, None if n_values is None else -(-n_values // self._bfv.packing.n_values))
 
 
@@ -94,7 +158,7 @@ class _BfvSum:
         self._n_ciphertexts = n_ciphertexts
         self._sums: list[WeightedSum] = []
 
-    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
+    def add(self, parts: tuple[bytes, ...], weight: int, _share: int) -> None:
         expected = max(1, len(parts)) if self._n_ciphertexts is None else self._n_ciphertexts
         if len(parts) != expected:
             raise RefusedError(Reason.WRONG_SHAPE, f"{len(parts)} ciphertexts, expected {expected}")
@@ -112,16 +176,17 @@ class _BfvSum:
 
 
 class _PlainSum:
-    def __init__(self, limit: int, n_values: int) -> None:
-        self._limit = limit
+    def __init__(self, qmax: int, total_weight: int, n_values: int) -> None:
+        self._qmax = qmax
+        self._limit = qmax * total_weight
         self._sum = np.zeros(n_values, dtype=np.int64)
 
-    def add(self, parts: tuple[bytes, ...], weight: int) -> None:
+    def add(self, parts: tuple[bytes, ...], weight: int, share: int) -> None:
         term = sparse.decode(parts, self._sum.size).astype(np.int64) * weight
-        largest = int(np.abs(term).max(initial=0))
-        if largest > self._limit:
+        largest, limit = int(np.abs(term).max(initial=0)), self._qmax * share
+        if largest > limit:
             raise RefusedError(
-                Reason.MALFORMED, f"a weighted value of {largest}, the whole sum has at most {self._limit}"
+                Reason.MALFORMED, f"a weighted value of {largest}, what brings a weight of {share} has at most {limit}"
             )
         self._sum += term
 

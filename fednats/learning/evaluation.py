@@ -11,6 +11,7 @@ from fednats.codec.layout import Vector
 from fednats.errors import ConfigError, LocalDataError
 from fednats.learning.flat import initial_model, write_vector
 from fednats.learning.task import Task
+from fednats.messages import MAX_METRIC
 
 BATCH_SIZE = 256
 
@@ -46,8 +47,8 @@ class Evaluator:
             raise ConfigError(f"{type(self._task).__name__}: test_data() is empty; a site needs at least one test case")
         scores, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
         metrics = self._task.metrics(scores, targets)
-        if not np.isfinite(list(metrics.values())).all():
-            raise LocalDataError(f"metrics are not finite: {metrics}")
+        if not (np.abs(list(metrics.values())) <= MAX_METRIC).all():
+            raise LocalDataError(f"metrics are not finite, or above {MAX_METRIC:g}: {metrics}")
         return Evaluated(metrics=metrics, n_samples=len(targets))
 
 

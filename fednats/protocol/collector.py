@@ -156,7 +156,12 @@ class Collector:
         return []
 
     def _arrive_early(self, event: ContributionArrived) -> list[Command]:
-        self._early[contribution_id(event.head)] = event.head
+        identity = contribution_id(event.head)
+        if len(self._early) >= MAX_EARLY and identity not in self._early:
+            return [
+                self._refuse(identity, Reason.WRONG_GRID, f"no version is known here, and {MAX_EARLY} wait for one")
+            ]
+        self._early[identity] = event.head
         return []
 
     def _arrive(self, event: ContributionArrived) -> list[Command]:
@@ -189,15 +194,24 @@ class Collector:
 
     def _combined(self, event: Combined) -> list[Command]:
         combination = self._take_in_flight(event.combination_id)
-        ids = tuple(contribution_id(part.head) for part in combination.parts)
-        for identity in ids:
-            self._remember(identity)
         for part in combination.parts:
             if isinstance(part.head, Update):
                 self._sequences[part.head.site].settle(part.head.sequence)
         if self._buffer is not None and self._flush is not None:
             self._buffer.made(self._flush)
-        return [Settle(ids), *self._combine()]
+        return self._settle_parts(combination, event) + self._combine()
+
+    def _settle_parts(self, combination: Combination, event: Combined) -> list[Command]:
+        ids = tuple(contribution_id(part.head) for part in combination.parts)
+        summed = tuple(identity for identity in ids if identity not in event.quarantined)
+        for identity in summed:
+            self._remember(identity)
+        refused = [
+            self._refuse(identity, Reason.OUTLIER, event.quarantined[identity])
+            for identity in ids
+            if identity in event.quarantined
+        ]
+        return [*([Settle(summed)] if summed else []), *refused]
 
     def _combine_failed(self, event: CombineFailed) -> list[Command]:
         combination = self._take_in_flight(event.combination_id)
@@ -227,8 +241,7 @@ class Collector:
         return []
 
     def _combined_closed(self, event: Combined) -> list[Command]:
-        ids = tuple(contribution_id(part.head) for part in self._take_in_flight(event.combination_id).parts)
-        return [Settle(ids)]
+        return self._settle_parts(self._take_in_flight(event.combination_id), event)
 
     def _combine_failed_closed(self, event: CombineFailed) -> list[Command]:
         return self._combined_closed(Combined(combination_id=event.combination_id))

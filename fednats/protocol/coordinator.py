@@ -1,15 +1,17 @@
 """The coordinator's machine: a `Collector` over regions, and the life of the run around it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from fednats.config import StopSettings
+from fednats.config import DefenceSettings, StopSettings
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
     CloseRun,
     Combination,
+    Combined,
     Command,
     Configured,
     Event,
@@ -19,7 +21,9 @@ from fednats.protocol.events import (
     RunClosed,
     VersionAnnounced,
     WallTimeReached,
+    contribution_id,
 )
+from fednats.protocol.outliers import NormHistory
 
 FINAL_EVALUATION_S = 30.0
 """How long the run stays open for the evaluations of its last version."""
@@ -61,6 +65,7 @@ class Coordinator:
         self.reached_target_at: int | None = None
         """First version whose target metric reached the target."""
         self.reason = ""
+        self.norms = NormHistory(DefenceSettings())
         self._stop = StopSettings()
 
     @property
@@ -82,6 +87,10 @@ class Coordinator:
         """Take in what happened, return what is to be done."""
         if isinstance(event, Configured) and event.stop is not None:
             self._stop = event.stop
+        if isinstance(event, Configured) and event.defence is not None:
+            self.norms.configure(event.defence)
+        if isinstance(event, Combined):
+            self._note_norms(event)
         if isinstance(event, WallTimeReached):
             return self._finish("max_wall_s reached")
         if isinstance(event, FinalEvaluationOverdue):
@@ -94,6 +103,23 @@ class Coordinator:
             commands += self._finish("max_versions reached")
         return commands
 
+    def outliers(self, combination: Combination, norms: Mapping[str, float]) -> dict[str, str]:
+        """Return which sums of ``combination`` must be left out, each with the reason in words; changes nothing.
+
+        The daemon asks, leaves them out, and says so in `Combined`; a replay goes by what was said.
+
+        Args:
+            combination: under way.
+            norms: L2 norm of each of its decrypted sums, by id.
+        """
+        return self.norms.outliers(
+            {
+                contribution_id(part.head): (part.head.region, norms[contribution_id(part.head)])
+                for part in combination.parts
+                if contribution_id(part.head) in norms
+            }
+        )
+
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""
         commands = self.collector.outstanding()
@@ -104,6 +130,14 @@ class Coordinator:
         if self.state is RunState.CLOSED:
             commands.append(CloseRun(self.version, self.reason))
         return commands
+
+    def _note_norms(self, event: Combined) -> None:
+        """Let the norms of what was applied count for what comes."""
+        combination = self.in_flight
+        for part in () if combination is None else combination.parts:
+            identity = contribution_id(part.head)
+            if identity in event.norms and identity not in event.quarantined:
+                self.norms.add(part.head.region, event.norms[identity])
 
     def _record(self, summed: PublishEvaluation) -> list[Command]:
         evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics)

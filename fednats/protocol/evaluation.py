@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
-from fednats.messages import Evaluation, EvaluationSum
+from fednats.messages import MAX_COUNT, Evaluation, EvaluationSum
 from fednats.protocol.events import PublishEvaluation, evaluation_id
 
 PATIENCE_VERSIONS = 5
@@ -86,4 +86,4 @@ def _weighted_mean(
         name: sum(evaluation.metrics[name] * evaluation.n_samples for evaluation in evaluations) / n_samples
         for name in sorted(names)
     }
-    return PublishEvaluation(version=version, n_sites=n_sites, n_samples=n_samples, metrics=metrics)
+    return PublishEvaluation(version, min(n_sites, MAX_COUNT), min(n_samples, MAX_COUNT), metrics)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from fednats.config import AggregationSettings, StopSettings
+from fednats.config import AggregationSettings, DefenceSettings, StopSettings
 from fednats.errors import Reason
 from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
 
@@ -49,6 +49,8 @@ class Configured(Event):
     regions: tuple[str, ...]
     stop: StopSettings | None = None
     """The coordinator's."""
+    defence: DefenceSettings | None = None
+    """The coordinator's."""
 
 
 class ContributionArrived(Event):
@@ -88,6 +90,10 @@ class Combined(Event):
     kind: ClassVar[str] = "combined"
 
     combination_id: str
+    norms: dict[str, float] = {}
+    """At the coordinator: the L2 norm of each decrypted sum, by id."""
+    quarantined: dict[str, str] = {}
+    """Sums that were left out because their norm is an outlier, by id, and why: they are refused."""
 
 
 class CombineFailed(Event):

@@ -9,6 +9,9 @@ from typing import Literal
 
 from fednats.config import StalenessSettings
 
+SMALLEST = 1e-6
+"""Of a factor, whatever the settings announced: what counts nothing at all cannot be divided by."""
+
 StalenessFunction = Literal["constant", "polynomial", "hinge"]
 
 
@@ -43,8 +46,8 @@ FUNCTIONS: dict[StalenessFunction, Callable[[int, StalenessSettings], float]] = 
 
 
 def factor(staleness: int, settings: StalenessSettings) -> float:
-    """Return the factor in (0, 1] on an update's weight; 1 for a fresh one."""
-    return FUNCTIONS[settings.function](max(0, staleness), settings)
+    """Return the factor on an update's weight, from `SMALLEST` to 1; 1 for a fresh one."""
+    return max(FUNCTIONS[settings.function](max(0, staleness), settings), SMALLEST)
 
 
 def too_stale(staleness: int, settings: StalenessSettings) -> bool:

@@ -1,8 +1,8 @@
 """What the head of a sum says, worked out from what is in the sum: by the region that makes it, and by who verifies it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from fednats.messages import Aggregate, Payload, Update
+from fednats.messages import MAX_COUNT, MAX_MASS, Aggregate, Payload, Update
 from fednats.protocol.events import Combination, Part
 from fednats.protocol.weights import apportion
 
@@ -31,15 +31,20 @@ def head_of(run: str, region: str, combination: Combination, weights: Sequence[i
         total_weight=sum(
             weight * carried_weight(part) for weight, part in zip(weights, combination.parts, strict=True)
         ),
-        mass=sum(part.mass for part in combination.parts),
-        n_sites=combination.n_sites,
-        n_updates=sum(1 if isinstance(head, Update) else head.n_updates for head in heads),
-        n_samples=sum(head.n_samples for head in heads),
-        saturated=sum(head.saturated for head in heads),
-        staleness_sum=sum(_staleness_sum(part) for part in combination.parts),
-        staleness_max=max(_staleness_max(part) for part in combination.parts),
+        mass=min(sum(part.mass for part in combination.parts), MAX_MASS),
+        n_sites=min(combination.n_sites, MAX_COUNT),
+        n_updates=_count(1 if isinstance(head, Update) else head.n_updates for head in heads),
+        n_samples=_count(head.n_samples for head in heads),
+        saturated=_count(head.saturated for head in heads),
+        staleness_sum=_count(_staleness_sum(part) for part in combination.parts),
+        staleness_max=min(max(_staleness_max(part) for part in combination.parts), MAX_COUNT),
         payload=payload,
     )
+
+
+def _count(figures: Iterable[int]) -> int:
+    """Add up what others say of themselves; what passes the limit of a count stays at it."""
+    return min(sum(figures), MAX_COUNT)
 
 
 def _staleness_sum(part: Part) -> int:

@@ -1,7 +1,6 @@
 """The aggregator of a region: adds what it cannot read, and sends up only sums of enough distinct sites."""
 
 import asyncio
-import math
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +184,6 @@ class AggregatorService:
         current = self._machine.current
         if current is not None and manifest.version < current.version:
             raise RefusedError(Reason.REPLAYED, f"version {manifest.version} came after version {current.version}")
-        n_parameters = sum(math.prod(spec.shape) for spec in manifest.parameters)
         if manifest.aggregation.min_sites < self._settings.min_sites:
             raise RefusedError(
                 Reason.POLICY,
@@ -193,7 +191,9 @@ class AggregatorService:
                 f" {self._settings.min_sites}",
             )
         try:
-            fit = await self._worker.call("fit", manifest.delta, n_parameters, manifest.key_id)
+            fit = await self._worker.call(
+                "fit", manifest.delta, manifest.aggregation, manifest.n_parameters, manifest.key_id
+            )
         except WorkerDiedError as error:
             self._log.error("model_not_checked", version=manifest.version, error=str(error))
             return

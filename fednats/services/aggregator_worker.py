@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from fednats.config import AggregatorSettings, DeltaSettings
-from fednats.delta.sum import summer
+from fednats.config import AggregationSettings, AggregatorSettings, DeltaSettings
+from fednats.delta.sum import Summer, summer
 from fednats.errors import Reason, RefusedError
 from fednats.services.answers import Fit
 from fednats.services.keys import held, key_id_of, read_keys
@@ -16,7 +16,7 @@ class AggregatorWorker:
         self._depth = settings.depth
         self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
 
-    def fit(self, delta: DeltaSettings, n_parameters: int, announced: str) -> Fit:
+    def fit(self, delta: DeltaSettings, aggregation: AggregationSettings, n_parameters: int, announced: str) -> Fit:
         """Return what contributions to a run over a model of ``n_parameters`` must look like.
 
         ``announced`` is the id of the key that sites encrypt for.
@@ -29,6 +29,7 @@ class AggregatorWorker:
         levels = max(1, delta.tiers - self._depth + 1)
         return Fit(
             delta=delta,
+            aggregation=aggregation,
             n_parameters=n_parameters,
             key_id=key_id,
             n_chunks=-(-n_parameters // add.values_per_chunk),
@@ -37,12 +38,35 @@ class AggregatorWorker:
         )
 
     def weighted_sum(
-        self, fit: Fit, position: int, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int
+        self,
+        fit: Fit,
+        position: int,
+        chunks: Sequence[bytes],
+        weights: Sequence[int],
+        carried: Sequence[int],
     ) -> bytes:
         """Add the chunk at ``position`` of several contributions, each times its integer weight.
 
         All are for one key, whichever: adding needs its parameters only, and those are the same in all epochs.
+        ``carried`` is the total weight that is already in each: 1 for an update.
         """
         add = summer(fit.delta, held(self._keys, fit.key_id))
-        n_values = min(add.values_per_chunk, fit.n_parameters - position * add.values_per_chunk)
-        return add.weighted_sum(chunks, weights, total_weight, n_values)
+        n_values = _n_values(fit, add, position)
+        total_weight = sum(weight * size for weight, size in zip(weights, carried, strict=True))
+        return add.weighted_sum(chunks, weights, total_weight, n_values, carried)
+
+    def squares(self, fit: Fit, position: int, chunks: Sequence[bytes]) -> tuple[float, ...]:
+        """Return the sum of squares of the integers in the chunk at ``position`` of several updates."""
+        add = summer(fit.delta, held(self._keys, fit.key_id))
+        return add.squares(chunks, _n_values(fit, add, position))
+
+    def robust_sum(
+        self, fit: Fit, position: int, chunks: Sequence[bytes], weights: Sequence[int], factors: Sequence[float]
+    ) -> bytes:
+        """Sum the chunk at ``position`` of several updates by the run's robust rule."""
+        add = summer(fit.delta, held(self._keys, fit.key_id))
+        return add.robust_sum(chunks, weights, _n_values(fit, add, position), fit.aggregation, factors)
+
+
+def _n_values(fit: Fit, add: Summer, position: int) -> int:
+    return min(add.values_per_chunk, fit.n_parameters - position * add.values_per_chunk)

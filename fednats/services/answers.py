@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fednats.config import DeltaSettings
+from fednats.config import AggregationSettings, DeltaSettings
 from fednats.messages import Frame, Grid, ParameterSpec
 
 
@@ -27,6 +27,7 @@ class Fit:
     """What contributions to a run must look like, and how much fits into one sum made here."""
 
     delta: DeltaSettings
+    aggregation: AggregationSettings
     n_parameters: int
     key_id: str
     n_chunks: int
@@ -51,3 +52,7 @@ class Version:
     n_update_chunks: int
     delta_norm: float
     """L2 norm of the last mean delta; 0 for the first version."""
+    norms: dict[str, float]
+    """L2 norms of the sums that were there to make it, by id."""
+    quarantined: dict[str, str]
+    """Those of them that were left out, and why."""

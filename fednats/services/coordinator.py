@@ -3,6 +3,9 @@
 import asyncio
 import json
 import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
@@ -27,6 +30,7 @@ from fednats.protocol.events import (
     PublishEvaluation,
     VersionAnnounced,
     WallTimeReached,
+    contribution_id,
 )
 from fednats.services.answers import Version
 from fednats.services.identity import Identity
@@ -71,6 +75,9 @@ def fit_messages(run: RunSettings, max_payload_bytes: int) -> RunSettings:
     return run.model_copy(update={"delta": run.delta.model_copy(update={"chunk_bytes": chunk_bytes})})
 
 
+SHOWN_QUARANTINED = 20
+"""Newest quarantined sums that /status shows."""
+
 Refusals = dict[str, tuple[Reason, str]]
 """Why each of these contributions cannot be used."""
 
@@ -107,6 +114,7 @@ class CoordinatorService:
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus)
         self._told_closed = False
+        self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
         daemon.status = self._status
         daemon.buses.append(bus)
 
@@ -128,7 +136,9 @@ class CoordinatorService:
         version: Version = await self._worker.call("current")
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         self._log.info("restored", n_events=n_events, version=version.version, n_parameters=self._n_parameters)
-        await self._tier.feed(Configured(sites=(), regions=self._settings.regions, stop=self._run.stop))
+        await self._tier.feed(
+            Configured(sites=(), regions=self._settings.regions, stop=self._run.stop, defence=self._run.defence)
+        )
         await self._tier.feed(await self._announce(version))
         self._daemon.ready = True
         durable = subjects.durable(subjects.HUB, self._inbox.stream)
@@ -166,6 +176,11 @@ class CoordinatorService:
             "accepted": self._tier.accepted,
             "refused": self._tier.refused,
             "refusals": self._tier.refusals,
+            "quarantined": list(self._quarantined),
+            "norm_limits": {
+                region: None if (limit := machine.norms.limit(region)) is None else asdict(limit)
+                for region in self._settings.regions
+            },
             "best": None if best is None else {"version": best.version, "metrics": best.metrics},
             "reached_target_at": machine.reached_target_at,
             "history": self._history,
@@ -197,55 +212,80 @@ class CoordinatorService:
         )
 
     async def _combine(self, combination: Combination) -> list[Event]:
-        """Decrypt the sums, step the model, publish the next version."""
+        """Decrypt the sums, leave out those whose norm is an outlier, step the model, publish the next version.
+
+        A version is made even if nothing is left: sites that wait for one go on.
+        """
         identity = combination.combination_id
-        heads = [part.head for part in combination.parts if isinstance(part.head, Aggregate)]
         version: Version = await self._worker.call("current")
-        if older := sum(head.key_id != version.key_id for head in heads):
+        if older := sum(part.head.key_id != version.key_id for part in combination.parts):
             self._log.info("older_key_in_use", n_sums=older)  # it has not drained yet
         if version.made_by != identity:  # else it was applied before a restart, and only the publishing is left
-            total = sum(part.mass for part in combination.parts)
-            shares = [part.mass / total for part in combination.parts]
+            parts = {part.head.aggregate_id: part for part in combination.parts if isinstance(part.head, Aggregate)}
             try:
-                refused = await self._decrypt(heads, shares)
-            except WorkerDiedError:
-                refused = await self._decrypt_one_by_one(heads, shares)
+                refused, norms = await self._decrypt(list(parts.values()))
+                quarantined = {} if refused else self._machine.outliers(combination, norms)
+                if quarantined:
+                    self._say_quarantined(parts, norms, quarantined)
+                    parts = {name: part for name, part in parts.items() if name not in quarantined}
+                    refused, _ = await self._decrypt(list(parts.values()))
             except VanishedError as error:
                 return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
             if refused:
                 return [CombineFailed(combination_id=identity, refused=refused)]
+            heads = [part.head for part in parts.values()]
             await self._recorder.record(*map(accepted, heads))
-            version = await self._worker.call("apply", identity, heads, combination.scale)
-        return [await self._announce(version), Combined(combination_id=identity)]
+            version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
+        done = Combined(combination_id=identity, norms=version.norms, quarantined=version.quarantined)
+        return [await self._announce(version), done]
 
-    async def _decrypt_one_by_one(self, heads: list[Aggregate], shares: list[float]) -> Refusals:
-        """Refuse the sum that, decrypted alone, ends the worker process; then decrypt all again."""
-        for head in heads:
-            try:
-                refused = await self._decrypt([head], [1.0])
-            except WorkerDiedError as error:
-                refused = {head.aggregate_id: (Reason.CIPHERTEXT, str(error))}
-            if refused:
-                return refused
-        return await self._decrypt(heads, shares)
+    def _say_quarantined(self, parts: Mapping[str, Part], norms: Mapping[str, float], why: Mapping[str, str]) -> None:
+        for identity, detail in why.items():
+            region = parts[identity].head.region
+            self._log.warning(
+                "sum_quarantined", aggregate_id=identity, region=region, norm=norms[identity], detail=detail
+            )
 
-    async def _decrypt(self, heads: list[Aggregate], shares: list[float]) -> Refusals:
+    async def _decrypt(self, parts: list[Part]) -> tuple[Refusals, dict[str, float]]:
+        """Decrypt the sums into one mean; return what is refused, and the L2 norm of each sum.
+
+        Raises:
+            VanishedError: a sum is gone.
+        """
+        try:
+            return await self._decrypt_together(parts)
+        except WorkerDiedError:
+            for part in parts:
+                try:
+                    refused, _ = await self._decrypt_together([part])
+                except WorkerDiedError as error:  # the sum that, decrypted alone, ends the worker process
+                    refused = {contribution_id(part.head): (Reason.CIPHERTEXT, str(error))}
+                if refused:
+                    return refused, {}
+            return await self._decrypt_together(parts)
+
+    async def _decrypt_together(self, parts: list[Part]) -> tuple[Refusals, dict[str, float]]:
         await self._worker.call("begin")
-        for head, share in zip(heads, shares, strict=True):
-            position = 0
+        total = sum(part.mass for part in parts)
+        norms: dict[str, float] = {}
+        for part in parts:
+            identity, squares, position = contribution_id(part.head), 0.0, 0
             try:
-                async for data in self._tier.chunks(head):
-                    await self._worker.call("decrypt", head, share, position, data)
+                async for data in self._tier.chunks(part.head):
+                    squares += await self._worker.call("decrypt", part.head, part.mass / total, position, data)
                     position += 1
             except RefusedError as error:
-                return {head.aggregate_id: (error.reason, error.detail)}
-            self._figures["received_bytes"] += head.payload.n_bytes
-        return {}
+                return {identity: (error.reason, error.detail)}, {}
+            norms[identity] = math.sqrt(squares)
+            self._figures["received_bytes"] += part.head.payload.n_bytes
+        return {}, norms
 
     def _note(self, handled: Handled) -> None:
         """Keep the figures that operators see, now or from the journal."""
         if isinstance(handled.event, VersionAnnounced):
             self._published_s.setdefault(handled.event.version, handled.elapsed_s)
+        if isinstance(handled.event, Combined):
+            self._note_norms(handled.event)
         if handled.combination is not None:
             for part in handled.combination.parts:
                 self._count(part)
@@ -259,6 +299,19 @@ class CoordinatorService:
                         "n_sites": command.n_sites,
                         "n_samples": command.n_samples,
                         "metrics": command.metrics,
+                    }
+                )
+
+    def _note_norms(self, event: Combined) -> None:
+        for identity, norm in event.norms.items():
+            self._daemon.metrics.sum_norm.observe(norm)
+            if identity in event.quarantined:
+                self._quarantined.append(
+                    {
+                        "aggregate_id": identity,
+                        "version": self._machine.version,
+                        "norm": norm,
+                        "detail": event.quarantined[identity],
                     }
                 )
 

@@ -3,7 +3,7 @@
 One vector of the model's size, the mean delta, is in memory; weights and optimiser state are worked on block by block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from fednats.learning.task import make_task
 from fednats.messages import Aggregate, Grid
 from fednats.services.answers import Version
 from fednats.services.keys import read_keys
-from fednats.services.next_version import NextVersion, first_version
+from fednats.services.next_version import Made, NextVersion, first_version
 from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
 from fednats.storage.local_disk import local_disk
 
@@ -71,14 +71,16 @@ class CoordinatorWorker:
             max_total_weight=self._decoder.max_total_weight,
             n_update_chunks=-(-self._layout.n_parameters // self._decoder.values_per_chunk),
             delta_norm=self._delta_norm,
+            norms=self._current.norms,
+            quarantined=self._current.quarantined,
         )
 
     def begin(self) -> None:
         """Start a new combination, dropping what an earlier one left."""
         self._mean = np.zeros(self._layout.n_parameters, np.float32)
 
-    def decrypt(self, head: Aggregate, share: float, position: int, data: bytes) -> None:
-        """Decrypt one chunk of ``head`` and add its mean delta times ``share``.
+    def decrypt(self, head: Aggregate, share: float, position: int, data: bytes) -> float:
+        """Decrypt one chunk of ``head`` and add its mean delta times ``share``; return that delta's sum of squares.
 
         Raises:
             RefusedError: it cannot be decrypted, or does not hold what such a chunk must.
@@ -87,14 +89,23 @@ class CoordinatorWorker:
             raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {head.key_id}, which is no longer held")
         start = position * self._decoder.values_per_chunk
         stop = min(start + self._decoder.values_per_chunk, self._layout.n_parameters)
-        sums = self._decoders[head.key_id].decode_chunk(data, head.total_weight)
-        if sums.size < stop - start or sums[stop - start :].any():
-            raise RefusedError(Reason.WRONG_SHAPE, f"chunk {position} is not of {stop - start} values")
         steps = self._layout.steps(self._grid(head.grid_id).steps, start, stop)
-        self._mean[start:stop] += sums[: stop - start] * (steps * np.float32(share / head.total_weight))
+        sums = self._decoders[head.key_id].decode_chunk(data, head.total_weight, stop - start)
+        delta = sums * (steps / np.float32(head.total_weight))
+        self._mean[start:stop] += delta * np.float32(share)
+        return _squares(delta)
 
-    def apply(self, combination_id: str, heads: Sequence[Aggregate], scale: float) -> Version:
-        """Step the model along ``scale`` times the mean of the decrypted deltas; durable on return.
+    def apply(
+        self,
+        combination_id: str,
+        heads: Sequence[Aggregate],
+        scale: float,
+        norms: Mapping[str, float],
+        quarantined: Mapping[str, str],
+    ) -> Version:
+        """Step the model along ``scale`` times the mean of the decrypted deltas of ``heads``; durable on return.
+
+        ``norms`` and ``quarantined`` are kept with the version, for a daemon that is killed before it can write them down.
 
         Raises:
             RefusedError: ``not_finite``: nothing was changed.
@@ -107,7 +118,8 @@ class CoordinatorWorker:
         self._mean *= np.float32(scale)
         making = NextVersion(self._checkpoints, self._model_key, self._current, self._layout, self._chunk_bytes)
         with local_disk(self._state_dir):
-            self._current = making.make(self._optimizer, self._mean, combination_id, adapted)
+            made = Made(combination_id, dict(norms), dict(quarantined))
+            self._current = making.make(self._optimizer, self._mean, made, adapted)
         self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
         return self.current()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,17 @@ LONGEST_CHAIN = 16
 """Differences after which a keyframe is due whatever they weigh; twice as many are kept for who missed some versions."""
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a version is made of."""
+
+    combination_id: str
+    norms: dict[str, float] = field(default_factory=dict)
+    """L2 norms of the sums that were there, by id."""
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """Those of them that were left out, and why."""
+
+
 class NextVersion:
     """Makes one version from ``current``."""
 
@@ -36,10 +48,10 @@ class NextVersion:
         self._chunk_bytes = chunk_bytes
 
     def make(
-        self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], made_by: str, grids: tuple[Grid, ...]
+        self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], made: Made, grids: tuple[Grid, ...]
     ) -> Checkpoint:
         """Step along ``mean_delta`` float32[n], round the way to the result, commit; durable on return."""
-        version = self._current.version + 1
+        version, made_by = self._current.version + 1, made.combination_id
         weights, state = self._checkpoints.create(version)
         with (
             self._checkpoints.weights(self._current.version) as published,
@@ -57,7 +69,13 @@ class NextVersion:
                 ),
             )
         checkpoint = Checkpoint(
-            version=version, made_by=made_by, weights_digest=digest, grids=grids, frames=_still_of_use(kept)
+            version=version,
+            made_by=made_by,
+            weights_digest=digest,
+            grids=grids,
+            frames=_still_of_use(kept),
+            norms=made.norms,
+            quarantined=made.quarantined,
         )
         self._checkpoints.commit(checkpoint, weights, state)
         return checkpoint

@@ -201,11 +201,16 @@ class SiteService:
         """Fetch a frame, or what is still missing of it."""
         path, payload = self._local.frame_file(frame), frame.payload
         first = await asyncio.to_thread(keep_sound, path, payload.digests)
-        prefix = subjects.model(self._settings.run)
+        prefix, n_bytes = subjects.model(self._settings.run), 0
         reading = self._bus.read_payload(self._models, prefix, payload.payload_id, payload.digests, first=first)
         with local_disk(self._settings.state_dir):
             async with chunk_file(path) as file, aclosing(reading) as chunks:
                 async for data in chunks:
+                    n_bytes += len(data)
+                    if n_bytes > payload.n_bytes:
+                        raise RefusedError(
+                            Reason.OVERSIZED, f"frame {payload.payload_id} is larger than its {payload.n_bytes} bytes"
+                        )
                     await asyncio.to_thread(file.append, data)
                     self._daemon.metrics.received_bytes.inc(len(data))
                     self._status["received_bytes"] += len(data)

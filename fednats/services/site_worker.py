@@ -90,6 +90,8 @@ class SiteWorker:
             raise RefusedError(
                 Reason.WRONG_GRID, f"{len(manifest.grid.steps)} steps for {len(manifest.parameters)} tensors"
             )
+        for frame in manifest.frames:
+            self._weights.check(frame, self._layout.n_parameters)
 
     def advance(self, manifest: ModelManifest, chain: tuple[Frame, ...]) -> None:
         """Make the weights of ``manifest`` along frames that were fetched; raises as `LocalModel.advance`."""

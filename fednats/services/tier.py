@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fednats.errors import BusError, RefusedError
@@ -25,6 +25,7 @@ from fednats.protocol.events import (
     ReportWaiting,
     Settle,
     StartTimer,
+    contribution_id,
 )
 from fednats.services.inbox import Inbox
 from fednats.services.lifecycle import Daemon
@@ -63,7 +64,7 @@ class Handled:
     """Since the first event of the run."""
     commands: list[Command]
     combination: Combination | None
-    """The one that the event says is done."""
+    """The one that the event says is done, without what was left out of it."""
 
 
 class Tier:
@@ -231,8 +232,10 @@ class Tier:
             self._first_at_s = at_s
         in_flight = self._machine.in_flight
         commands = self._machine.handle(event)
-        combination = in_flight if isinstance(event, Combined) else None
-        if combination is not None:
+        combination = None
+        if isinstance(event, Combined) and in_flight is not None:
+            kept = tuple(part for part in in_flight.parts if contribution_id(part.head) not in event.quarantined)
+            combination = replace(in_flight, parts=kept)
             self._count_combined(combination)
         for command in commands:
             if isinstance(command, Refuse):

@@ -9,10 +9,11 @@ from pathlib import Path
 import msgpack
 from pydantic import BaseModel, ConfigDict
 
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, RefusedError
 from fednats.messages import Frame, Grid, ParameterSpec
 from fednats.storage.chunk_file import ChunkFile
 from fednats.storage.tensor_file import TensorFile, sync_folder
+from fednats.wire import unpack_values
 
 KEPT_VERSIONS = 8
 """Newest versions kept on disk: the evaluations that show one of them to be the best take a few versions to arrive."""
@@ -33,6 +34,10 @@ class Checkpoint(BaseModel):
     """Grids on which contributions may still be under way; the last is the current one."""
     frames: tuple[Frame, ...]
     """Frames that are published; their chunks are on disk too."""
+    norms: dict[str, float] = {}
+    """L2 norms of the sums that were there to make it, by id."""
+    quarantined: dict[str, str] = {}
+    """Those of them that were left out, and why."""
 
 
 class Checkpoints:
@@ -164,8 +169,8 @@ def newest_checkpoint(directory: Path) -> Checkpoint | None:
         return None
     path = directory / f"version-{max(versions)}.msgpack"
     try:
-        return Checkpoint.model_validate(msgpack.unpackb(path.read_bytes(), use_list=False))
-    except (OSError, ValueError) as error:  # msgpack's and pydantic's errors are ValueErrors
+        return Checkpoint.model_validate(unpack_values(path.read_bytes()))
+    except (OSError, ValueError, RefusedError) as error:  # pydantic's errors are ValueErrors
         raise ConfigError(f"{path}: cannot be read as a checkpoint ({error}); restore it or remove it") from error
 
 
@@ -175,7 +180,8 @@ def weights_file(directory: Path, version: int) -> Path:
 
 
 def _versions(directory: Path) -> list[int]:
-    return [int(path.stem.removeprefix("version-")) for path in directory.glob("version-*.msgpack")]
+    numbers = (path.stem.removeprefix("version-") for path in directory.glob("version-*.msgpack"))
+    return [int(number) for number in numbers if number.isdecimal()]
 
 
 def _partial(path: Path) -> Path:

@@ -11,6 +11,9 @@ from fednats.messages import Payload
 
 _LENGTH = struct.Struct(">I")
 
+MAX_CHUNK_BYTES = wire.MAX_MESSAGE_BYTES + wire.ROOM_BYTES
+"""Room is made for a chunk before it is read; no longer one is ever written."""
+
 
 class ChunkFile:
     """Chunks one after the other, each behind its length."""
@@ -46,11 +49,11 @@ class ChunkFile:
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the chunks of a file; one that was cut short ends with its last whole chunk."""
+    """Yield the chunks of a file; one that was cut short or is damaged ends with its last whole chunk."""
     with path.open("rb") as file:
         while len(length := file.read(_LENGTH.size)) == _LENGTH.size:
-            chunk = file.read(_LENGTH.unpack(length)[0])
-            if len(chunk) < _LENGTH.unpack(length)[0]:
+            (n_bytes,) = _LENGTH.unpack(length)
+            if n_bytes > MAX_CHUNK_BYTES or len(chunk := file.read(n_bytes)) < n_bytes:
                 return
             yield chunk
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgpack
-from pydantic import ValidationError
 
-from fednats.errors import ConfigError, LocalStorageError
+from fednats.errors import ConfigError, LocalStorageError, RefusedError
 from fednats.protocol.events import EVENTS, Event
+from fednats.wire import unpack_values
 
 BUSY_TIMEOUT_S = 10.0
 
@@ -120,9 +120,9 @@ def _entries(connection: sqlite3.Connection, path: Path) -> Iterator[Entry]:
         for sequence, at_s, kind, body in connection.execute(
             "SELECT sequence, at_s, kind, body FROM event ORDER BY sequence"
         ):
-            fields = msgpack.unpackb(body, use_list=False, raw=False)
+            fields = unpack_values(body)
             yield Entry(sequence, at_s, EVENTS[kind].model_validate(fields))
-    except (sqlite3.Error, ValueError, KeyError, msgpack.UnpackException, ValidationError) as error:
+    except (sqlite3.Error, ValueError, TypeError, KeyError, RefusedError) as error:  # pydantic's are ValueErrors
         raise ConfigError(
             f"{path}: event {sequence} cannot be read ({type(error).__name__}: {error}); restore the journal"
         ) from error

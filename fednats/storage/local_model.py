@@ -8,6 +8,7 @@ import numpy as np
 from fednats import wire
 from fednats.codec import frames
 from fednats.codec.layout import Layout, blocks
+from fednats.config import MIN_CHUNK_BYTES
 from fednats.crypto.sealing import ModelKey
 from fednats.errors import Reason, RefusedError
 from fednats.messages import Chunk, Frame, ModelManifest
@@ -42,6 +43,23 @@ class LocalModel:
     def weights(self, version: int) -> TensorFile:
         """Open the weights of ``version``. Raises ConfigError if they are missing or damaged."""
         return TensorFile.read(self._file(version))
+
+    @staticmethod
+    def check(frame: Frame, n_parameters: int) -> None:
+        """Refuse to fetch a frame that is larger than a model of ``n_parameters`` needs.
+
+        Raises:
+            RefusedError: ``oversized``.
+        """
+        n_values = frames.VALUE_BYTES * n_parameters if frame.is_keyframe else n_parameters
+        n_chunks = -(-n_values // MIN_CHUNK_BYTES)
+        most = n_values + n_chunks * wire.ROOM_BYTES
+        if len(frame.payload.digests) > max(n_chunks, 1) or frame.payload.n_bytes > most:
+            raise RefusedError(
+                Reason.OVERSIZED,
+                f"frame {frame.payload.payload_id} of {frame.payload.n_bytes} bytes in {len(frame.payload.digests)} chunks,"
+                f" the model needs {most} in {n_chunks} at most",
+            )
 
     def advance(self, manifest: ModelManifest, chain: Sequence[Frame], key: ModelKey) -> None:
         """Make the weights of ``manifest`` from the version held along ``chain``, whose frames were fetched.

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from fednats.codec.layout import Vector, blocks
 from fednats.errors import ConfigError
-from fednats.messages import DIGEST_BYTES
+from fednats.messages import DIGEST_BYTES, MAX_COUNT, MAX_DIMENSIONS
 
 _VALUE_BYTES = 4
 _LENGTH = struct.Struct("<Q")
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_HEADER_BYTES = 8 * 2**20  # as much as a manifest may take to name the same tensors
 
 
 class TensorFile:
@@ -67,7 +67,7 @@ class TensorFile:
             raise _unusable(path, error.strerror or "no such file") from error
         try:
             start, n_values, metadata = _parse(descriptor)
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
             os.close(descriptor)
             raise _unusable(path, str(error)) from error
         return cls(path, descriptor, start, n_values, metadata)
@@ -133,14 +133,32 @@ def _parse(descriptor: int) -> tuple[int, int, Mapping[str, str]]:
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")
     header = json.loads(os.pread(descriptor, length, _LENGTH.size))
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    if any(entry["dtype"] != "F32" for entry in tensors):
-        raise ValueError("it holds other types than float32")
-    n_values = sum(math.prod(entry["shape"]) for entry in tensors)
+    if not isinstance(header, dict):
+        raise TypeError("its header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise ValueError("its metadata are not texts")
+    n_values = 0
+    for entry in header.values():
+        if entry["dtype"] != "F32":
+            raise ValueError("it holds other types than float32")
+        stop = n_values + _size(entry["shape"])
+        if entry["data_offsets"] != [n_values * _VALUE_BYTES, stop * _VALUE_BYTES]:
+            raise ValueError("its tensors do not lie one after the other")
+        n_values = stop
     start = _LENGTH.size + length
     if os.fstat(descriptor).st_size != start + n_values * _VALUE_BYTES:
         raise ValueError(f"it should hold {n_values} values and is not of that size")
-    return start, n_values, header.get("__metadata__", {})
+    return start, n_values, metadata
+
+
+def _size(shape: object) -> int:
+    """Return the number of values of a tensor of ``shape``."""
+    if not (isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS):
+        raise ValueError("a tensor has no shape")
+    if not all(type(length) is int and 0 <= length <= MAX_COUNT for length in shape):
+        raise ValueError("a tensor's shape is not of whole numbers")
+    return math.prod(shape)
 
 
 def _unusable(path: Path, why: str) -> ConfigError:

@@ -1,5 +1,6 @@
 """One node's journal as a book: what became of every contribution that the node took in, and of every sum it made."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -100,11 +101,15 @@ class Book:
         """Sums that were made."""
         return sum(made.is_done for made in self.made.values())
 
-    def finish(self, identity: str) -> None:
+    def finish(self, identity: str, quarantined: Collection[str] = ()) -> None:
         """Count a sum as made: it was seen elsewhere, and the node was stopped before it could write that down."""
         made = self.made[identity]
         made.is_done = True
         for part in made.combination.parts:
+            if contribution_id(part.head) in quarantined:
+                self.taken[contribution_id(part.head)].fate = Fate.REFUSED
+                self.taken[contribution_id(part.head)].reason = Reason.OUTLIER
+                continue
             taken = self.taken[contribution_id(part.head)]
             taken.fate = Fate.SUMMED
             taken.sums.append(identity)
@@ -128,9 +133,11 @@ class Book:
         event, in_flight, before = entry.event, self.in_flight, self._version
         if isinstance(event, ContributionArrived):
             self.taken.setdefault(contribution_id(event.head), Taken(event.head, entry.at_s))
+        if isinstance(event, Combined) and in_flight is not None:
+            self._check_quarantine(entry.sequence, event, in_flight)
         commands = self._machine.handle(event)
         if isinstance(event, Combined) and in_flight is not None:
-            self.finish(in_flight.combination_id)
+            self.finish(in_flight.combination_id, event.quarantined)
         elif isinstance(event, CombineFailed) and in_flight is not None:
             del self.made[in_flight.combination_id]
             self.failed.add(in_flight.combination_id)
@@ -166,6 +173,15 @@ class Book:
     @property
     def _version(self) -> int:
         return -1 if self._collector.current is None else self._collector.current.version
+
+    def _check_quarantine(self, sequence: int, event: Combined, in_flight: Combination) -> None:
+        """What was left out is what the rule leaves out, by the norms of the sums before."""
+        if isinstance(self._machine, Coordinator):
+            by_rule = self._machine.outliers(in_flight, event.norms)
+            if by_rule.keys() != event.quarantined.keys():
+                self.problems.append(
+                    f"{self._name}: event {sequence}: quarantined {sorted(event.quarantined)}, by rule {sorted(by_rule)}"
+                )
 
     def _check_versions(self, entry: Entry, before: int) -> None:
         """At the hub, a version follows the one before, and each sum of sums makes one."""

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from fednats.config import (
     AggregationSettings,
     BudgetSettings,
+    DefenceSettings,
     DeltaSettings,
     RunSettings,
     ServerSettings,
@@ -17,6 +18,7 @@ from fednats.config import (
     TaskSettings,
     Token,
     TrainingSettings,
+    check_robust,
     load,
 )
 from fednats.errors import ConfigError
@@ -56,6 +58,7 @@ class FederationSettings(Settings):
     aggregation: AggregationSettings = AggregationSettings()
     delta: DeltaSettings = DeltaSettings()
     stop: StopSettings = StopSettings()
+    defence: DefenceSettings = DefenceSettings()
     regions: dict[Token, RegionSettings] = Field(min_length=1)
     sites: dict[Token, SiteInFederation] = Field(min_length=1)
     leaves: bool = Field(default=True, description="a nats-server per region; without, all connect to the hub")
@@ -92,6 +95,11 @@ class FederationSettings(Settings):
             raise ValueError(
                 f"delta.tiers: {self.tiers} levels of regions share the total weight; set it to {self.tiers}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _robust_where_it_can_be(self) -> "FederationSettings":
+        check_robust(self.aggregation, self.delta)
         return self
 
     @model_validator(mode="after")
@@ -133,6 +141,7 @@ class FederationSettings(Settings):
             aggregation=self.aggregation,
             delta=self.delta,
             stop=self.stop,
+            defence=self.defence,
         )
 
     def plan(self) -> Plan:

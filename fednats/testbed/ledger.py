@@ -14,10 +14,11 @@ The words, for an update on its way to its region and for a sum on its way to th
   a version.
 
 A finding means that the books do not agree or that honest work was lost, and makes the exit code 1. Refusals by rule
-do not: too stale, wrong grid, wrong key and the like are decided from a head alone. Nor does garbage: whatever no
+do not: too stale, wrong grid, wrong key and the like are decided from a head alone. A quarantine is by rule, too, and is
+reported as a note: honest updates may be in it, but the rule is one that everybody can compute again, and is. Nor does garbage: whatever no
 outbox knows was not made by a site's daemon, and is reported as a note, even if it was good enough to be summed. But an
 update that its site made and the bus took whole, and that is refused as damaged, is a finding; so is a sum that the
-node above refused for anything but its age, for honest updates are in it.
+node above refused for anything but its age or its norm, for honest updates are in it.
 """
 
 from collections import Counter
@@ -28,7 +29,7 @@ from pathlib import Path
 from fednats.errors import ConfigError, Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.sums import head_of, weigh
-from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
+from fednats.storage.checkpoints import Checkpoint, checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile, digest_of
 from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate, Taken
@@ -130,7 +131,7 @@ class _Audit:
         self._outboxes = outboxes
         self._lost: set[str] = set()
 
-    def run(self, before: tuple[int, str] | None, after: tuple[int, str] | None) -> None:
+    def run(self, before: Checkpoint | None, after: Checkpoint | None) -> None:
         self._check_checkpoint(before, after)
         for region in self._parents:
             if region in self._books:
@@ -144,18 +145,19 @@ class _Audit:
 
     # --- the hub ------------------------------------------------------------------------------------------------------
 
-    def _check_checkpoint(self, before: tuple[int, str] | None, after: tuple[int, str] | None) -> None:
+    def _check_checkpoint(self, before: Checkpoint | None, after: Checkpoint | None) -> None:
         """Check the newest checkpoint, as it was before and after its journal was read."""
         hub = self._books[HUB]
         made = [identity for identity, version in hub.made.items() if version.is_done]
-        if after is None or after[0] < len(made):
-            self._find(f"checkpoint: the journal has {len(made)} versions, the newest on disk is {after and after[0]}")
-        if before is None or before[0] == 0:
+        if after is None or after.version < len(made):
+            newest = after and after.version
+            self._find(f"checkpoint: the journal has {len(made)} versions, the newest on disk is {newest}")
+        if before is None or before.version == 0:
             return
-        version, made_by = before
+        version, made_by = before.version, before.made_by
         in_flight = hub.in_flight.combination_id if hub.in_flight is not None else None
         if version == len(made) + 1 and made_by == in_flight:
-            hub.finish(made_by)  # killed between applying and writing that down
+            hub.finish(made_by, before.quarantined)  # killed between applying and writing that down
         elif version > len(made) or made[version - 1] != made_by:
             self._find(f"checkpoint: version {version} was made by {made_by}, which the journal does not say")
 
@@ -172,7 +174,11 @@ class _Audit:
             elif taken.fate is not Fate.REFUSED:
                 why = "gave up" if identity in book.failed else "did not make"
                 self._find(f"unknown: {above.node} took in sum {identity}, which {region} {why}")
-            if taken.fate is Fate.REFUSED and taken.reason is not Reason.TOO_STALE and identity in book.made:
+            if taken.reason is Reason.OUTLIER:
+                self._ledger.notes.append(
+                    f"quarantined: sum {identity} of {region} by {above.node}: its norm is an outlier"
+                )
+            elif taken.fate is Fate.REFUSED and taken.reason is not Reason.TOO_STALE and identity in book.made:
                 self._find(f"refused: sum {identity} of {region} by {above.node}: {taken.reason}")
             self._check_once(f"sum {identity} of {region}", taken)
         sent = [identity for identity, made in book.made.items() if made.is_done]
@@ -293,10 +299,8 @@ def _missing(sent: list[str], receiver: Book) -> tuple[set[str], set[str]]:
     return missing, lost
 
 
-def _newest_checkpoint(directory: Path) -> tuple[int, str] | None:
-    """Return the newest version on disk and the id of what it was made by."""
-    newest = newest_checkpoint(checkpoints_folder(directory / "coordinator"))
-    return None if newest is None else (newest.version, newest.made_by)
+def _newest_checkpoint(directory: Path) -> Checkpoint | None:
+    return newest_checkpoint(checkpoints_folder(directory / "coordinator"))
 
 
 def _wrong_weights(directory: Path) -> list[str]:

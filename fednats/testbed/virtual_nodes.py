@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 from fednats.codec import grid as grids
 from fednats.delta.decode import decoder
 from fednats.delta.encode import encoder
+from fednats.delta.robust import bound_norms
 from fednats.delta.sum import summer
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Aggregate, Grid, Update
@@ -28,6 +30,7 @@ from fednats.protocol.events import (
     Event,
     Refuse,
     StartTimer,
+    contribution_id,
 )
 from fednats.protocol.weights import apportion
 from fednats.testbed.virtual_world import Version, Weights, World
@@ -149,10 +152,7 @@ class RegionNode:
         heads = [part.head for part in combination.parts if isinstance(part.head, Update)]
         weights = apportion([part.mass for part in combination.parts], [1] * len(heads), add.max_total_weight)
         payloads = [world.payloads.pop(head.update_id) for head in heads]
-        chunks = []
-        for position, inputs in enumerate(zip(*payloads, strict=True)):
-            n_values = min(add.values_per_chunk, world.layout.n_parameters - position * add.values_per_chunk)
-            chunks.append(add.weighted_sum(inputs, weights, sum(weights), n_values))
+        chunks = self._sum(list(zip(*payloads, strict=True)), weights)
         identity = combination.combination_id
         head = Aggregate(
             run=world.settings.name,
@@ -175,6 +175,24 @@ class RegionNode:
         self._send(ContributionArrived(head=head))
         self.feed(Combined(combination_id=identity))
 
+    def _sum(self, positions: Sequence[Sequence[bytes]], weights: Sequence[int]) -> list[bytes]:
+        """Sum the chunks of several updates, position by position."""
+        world, settings = self._world, self._world.settings.aggregation
+        add = summer(world.settings.delta, None)
+        left = [world.layout.n_parameters - position * add.values_per_chunk for position in range(len(positions))]
+        sizes = [min(add.values_per_chunk, n) for n in left]
+        if settings.robust == "none":
+            ones = (1,) * len(weights)
+            return [
+                add.weighted_sum(chunks, weights, sum(weights), n, ones)
+                for chunks, n in zip(positions, sizes, strict=True)
+            ]
+        squares = [add.squares(chunks, n) for chunks, n in zip(positions, sizes, strict=True)]
+        factors = bound_norms([float(np.sqrt(sum(of_one))) for of_one in zip(*squares, strict=True)])
+        return [
+            add.robust_sum(chunks, weights, n, settings, factors) for chunks, n in zip(positions, sizes, strict=True)
+        ]
+
 
 class CoordinatorNode:
     """The coordinator's machine, and what its daemon does for it."""
@@ -184,6 +202,8 @@ class CoordinatorNode:
     ) -> None:
         self.combined: list[Combination] = []
         """What each version after the first was made of."""
+        self.norms: dict[str, float] = {}
+        """L2 norm of every sum, by id."""
         self._world = world
         self._regions = tuple(regions)
         self._spread = spread
@@ -196,7 +216,8 @@ class CoordinatorNode:
 
     def start(self) -> None:
         """Publish the first version."""
-        self.feed(Configured(sites=(), regions=self._regions, stop=self._world.settings.stop))
+        run = self._world.settings
+        self.feed(Configured(sites=(), regions=self._regions, stop=run.stop, defence=run.defence))
         self._publish(self.versions[0])
 
     def feed(self, event: Event) -> None:
@@ -216,22 +237,29 @@ class CoordinatorNode:
 
     def _combine(self, combination: Combination) -> None:
         layout, current = self._world.layout, self.versions[-1]
-        heads = [part.head for part in combination.parts if isinstance(part.head, Aggregate)]
         by_id = {grid.grid_id: grid for grid in current.grids}
-        total = sum(part.mass for part in combination.parts)
+        deltas: dict[str, Weights] = {}
+        for part in combination.parts:
+            if isinstance(head := part.head, Aggregate):
+                chunks = self._world.payloads.pop(head.aggregate_id)
+                deltas[head.aggregate_id] = self._decoder.mean(chunks, head.total_weight, layout, by_id[head.grid_id])
+        norms = {identity: float(np.linalg.norm(delta)) for identity, delta in deltas.items()}
+        quarantined = self._machine.outliers(combination, norms)
+        parts = tuple(part for part in combination.parts if contribution_id(part.head) not in quarantined)
+        heads = [part.head for part in parts if isinstance(part.head, Aggregate)]
+        total = sum(part.mass for part in parts)
         mean = np.zeros(layout.n_parameters, np.float32)
-        for head, part in zip(heads, combination.parts, strict=True):
-            chunks = self._world.payloads.pop(head.aggregate_id)
-            delta = self._decoder.mean(chunks, head.total_weight, layout, by_id[head.grid_id])
-            mean += delta * np.float32(part.mass / total)
+        for part in parts:
+            mean += deltas[contribution_id(part.head)] * np.float32(part.mass / total)
         weights, self._slots = self._optimizer.step(
             current.weights, self._slots, mean * np.float32(combination.scale), n_steps=current.number
         )
-        self.combined.append(combination)
+        self.combined.append(replace(combination, parts=parts))
+        self.norms.update(norms)
         now_s = self._world.clock.now_s
         self.versions.append(Version(current.number + 1, now_s, weights, self._adapt(current.grids, heads, mean)))
         self._publish(self.versions[-1])
-        self.feed(Combined(combination_id=combination.combination_id))
+        self.feed(Combined(combination_id=combination.combination_id, norms=norms, quarantined=quarantined))
 
     def _adapt(self, known: tuple[Grid, ...], heads: Sequence[Aggregate], mean: Weights) -> tuple[Grid, ...]:
         current = known[-1]

@@ -87,6 +87,11 @@ class VirtualFederation:
         """Everything that was refused."""
         return self._world.refused
 
+    @property
+    def norms(self) -> Mapping[str, float]:
+        """L2 norm of every sum that came to the coordinator, by id."""
+        return self._coordinator.norms
+
     def counted(self) -> Counter[str]:
         """Return how often each update is in the model."""
         sums = {made.combination_id: made for region in self._regions.values() for made in region.combined}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fednats.codec.layout import Layout
 from fednats.config import RunSettings
 from fednats.delta.sum import summer
-from fednats.messages import Grid, Payload
+from fednats.messages import DIGEST_BYTES, Grid, Payload
 from fednats.protocol.events import Refuse, VersionAnnounced
 
 Weights = NDArray[np.float32]
@@ -61,7 +61,7 @@ class World:
         """Keep the chunks of a contribution until they are added to others."""
         self.payloads[identity] = chunks
         n_bytes = sum(len(chunk) for chunk in chunks)
-        return Payload(payload_id=identity, n_bytes=n_bytes, digests=(b"",) * len(chunks))
+        return Payload(payload_id=identity, n_bytes=n_bytes, digests=(bytes(DIGEST_BYTES),) * len(chunks))
 
     def refuse(self, refusal: Refuse) -> None:
         """Drop a contribution."""

@@ -26,9 +26,11 @@ def answer(data: bytes, what: str) -> dict[str, Any]:
     """Return JetStream's JSON answer; raises BusFullError, NoStreamError or BusError if it says so."""
     try:
         body = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BusError(f"{what}: not an answer of JetStream") from None
     error = body.get("error") if isinstance(body, dict) else {"description": "not an object"}
+    if not isinstance(error, dict | None):
+        raise BusError(f"{what}: not an answer of JetStream")
     if not error:
         return dict(body)
     code, text = error.get("err_code"), f"{what}: {error.get('description')} ({error.get('err_code')})"

@@ -32,6 +32,12 @@ class Metrics:
             buckets=(0, 1, 2, 3, 5, 8, 13, 21),
             registry=self.registry,
         )
+        self.sum_norm = Histogram(
+            "fednats_sum_norm",
+            "L2 norm of the decrypted sums, those that were quarantined included.",
+            buckets=[10.0 ** (exponent / 4) for exponent in range(-16, 17)],
+            registry=self.registry,
+        )
         self.sent_bytes = Counter("fednats_sent_bytes", "Payload and heads published.", registry=self.registry)
         self.received_bytes = Counter("fednats_received_bytes", "Payload and heads read.", registry=self.registry)
         self.ledger_records = Gauge("fednats_ledger_records", "Records in the ledger.", registry=self.registry)

@@ -38,7 +38,9 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
     federation = parse(documented, FederationSettings, source="docs")
     assert set(FederationSettings.model_fields) == set(documented)
     documented["wan"] = documented["regions"]["north"]["wan"]
-    sections = {name: getattr(federation, name) for name in ("training", "server", "aggregation", "delta", "stop")}
+    sections = {
+        name: getattr(federation, name) for name in ("training", "server", "aggregation", "delta", "stop", "defence")
+    }
     documented |= {f"{section}.dp": documented[section]["dp"] for section in ("training", "delta")}
     sections |= {"training.dp": federation.training.dp, "delta.dp": federation.delta.dp}
     for section, settings in {**sections, "wan": federation.regions["north"].wan}.items():

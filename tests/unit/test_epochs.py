@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from fednats.codec.layout import Layout
-from fednats.config import AggregatorSettings, BusSettings, CoordinatorSettings, DeltaSettings, parse
+from fednats.config import (
+    AggregationSettings,
+    AggregatorSettings,
+    BusSettings,
+    CoordinatorSettings,
+    DeltaSettings,
+    parse,
+)
 from fednats.crypto import sealing, secret
 from fednats.crypto.public import key_id
 from fednats.delta import scheme
@@ -59,8 +66,8 @@ def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, byt
     )
     worker = AggregatorWorker(settings)
     for _, public in pairs[:2]:
-        assert worker.fit(DeltaSettings(), 100, key_id(public)).key_id == key_id(public)
-    assert worker.fit(DeltaSettings(), 100, key_id(pairs[2][1])).key_id != key_id(pairs[2][1])
+        assert worker.fit(DeltaSettings(), AggregationSettings(), 100, key_id(public)).key_id == key_id(public)
+    assert worker.fit(DeltaSettings(), AggregationSettings(), 100, key_id(pairs[2][1])).key_id != key_id(pairs[2][1])
 
 
 def test_the_coordinator_decrypts_what_either_key_is_for(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import nkeys
 import pytest
 import structlog
-import tomli_w
 
 from fednats import subjects, wire
 from fednats.crypto.signers import Signers
@@ -18,36 +17,10 @@ from fednats.services import identity as identities
 from fednats.services.identity import Identity
 from fednats.testbed.connected_bus import until
 from tests.makers import update
+from tests.participants import Participants, seed
 
 HEAD = subjects.head(subjects.update("r", "north", "a"))
 PACKED = wire.pack(update("a"))
-
-
-def seed() -> str:
-    encoded: bytes = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
-    return encoded.decode()
-
-
-class Participants:
-    """Keys of a site, another site, a region and the coordinator, and the file that says so."""
-
-    def __init__(self, directory: Path) -> None:
-        self.file = directory / "signers.toml"
-        self.seeds = {name: seed() for name in ("site.a", "site.b", "aggregator.north", "coordinator.hub")}
-        self.directory = directory
-        self.write()
-
-    def write(self, **changes: object) -> None:
-        keys = {name: Signer(text).public_key for name, text in self.seeds.items()}
-        self.file.write_text(tomli_w.dumps({"run": "r", "epoch": 1, "keys": keys, **changes}))
-
-    def signer(self, name: str) -> Signer:
-        return Signer(self.seeds[name])
-
-    def identity(self, name: str) -> Identity:
-        file = self.directory / f"{name}.nk"
-        file.write_text(self.seeds[name])
-        return Identity(name, "r", file, self.file)
 
 
 @pytest.fixture

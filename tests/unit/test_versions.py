@@ -15,7 +15,7 @@ from fednats.crypto.sealing import ModelKey, generate
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
-from fednats.services.next_version import LONGEST_CHAIN, NextVersion, first_version
+from fednats.services.next_version import LONGEST_CHAIN, Made, NextVersion, first_version
 from fednats.storage.checkpoints import KEPT_VERSIONS, Checkpoint, Checkpoints, frame_file
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
@@ -46,7 +46,8 @@ class Origin:
         self.exact += delta
         current = self.made[-1]
         making = NextVersion(self.checkpoints, KEY, current, LAYOUT, CHUNK_BYTES)
-        self.made.append(making.make(self.optimizer, delta, f"combination{current.version}", current.grids))
+        made = Made(f"combination{current.version}")
+        self.made.append(making.make(self.optimizer, delta, made, current.grids))
         return self.made[-1]
 
     def weights(self, version: int) -> NDArray[np.float32]:

@@ -1,0 +1,84 @@
+"""A sum that stands out by its norm, encrypted, over a real bus: left out, refused, visible, and the same after a restart."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fednats import subjects, wire
+from fednats.codec.layout import Layout
+from fednats.delta.encode import encoder
+from fednats.messages import Aggregate, ModelManifest, Payload
+from fednats.permissions import user_name
+from fednats.protocol.outliers import MIN_HISTORY
+from fednats.testbed.launch import running
+from fednats.transport.bus import Bus
+from tests.e2e.conftest import MakeFederation
+from tests.e2e.ledgers import balanced
+from tests.e2e.test_bad_input import steady
+from tests.e2e.until import closed, reached, until
+
+
+async def test_a_sum_that_stands_out_is_quarantined_and_a_restart_knows_it(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 40})
+    out = tmp_path / "out"
+    async with running(federation, out) as federation_running:
+        await until(federation_running, reached(MIN_HISTORY + 2))
+        servers = federation_running.servers
+        async with (
+            Bus.connect(servers.site("north", "a"), user_name("site", "a")) as site,
+            Bus.connect(servers.uplink("north"), user_name("uplink", "north")) as uplink,
+        ):
+            await send_poison(uplink, await steady(site), (out / "keys" / "participants.public").read_bytes())
+        statuses = await until(federation_running, lambda statuses: "outlier" in statuses["coordinator"]["refusals"])
+        (shown,) = statuses["coordinator"]["quarantined"]
+        assert shown["aggregate_id"] == "poison"
+        limit = statuses["coordinator"]["norm_limits"]["north"]
+        assert shown["norm"] > limit["norm"]
+        assert shown["version"] >= MIN_HISTORY
+        coordinator = federation_running.daemons["coordinator"]
+        await coordinator.kill()
+        await coordinator.start()
+        statuses = await until(federation_running, reached(statuses["coordinator"]["version"] + 2))
+        assert statuses["coordinator"]["quarantined"] == [shown]
+        assert statuses["coordinator"]["refusals"] == {"outlier": 1}
+        assert statuses["coordinator"]["norm_limits"]["north"]["n"] >= limit["n"]
+        statuses = await until(federation_running, closed)
+        ledger = await balanced(out)
+    assert any("quarantined: sum poison of north by hub" in note for note in ledger.notes)
+    assert "sum_quarantined" in (out / "coordinator" / "daemon.log").read_text()
+    # the honest sums passed: what was left out is the one
+    assert statuses["coordinator"]["accepted"] + 1 >= statuses["coordinator"]["version"]
+    assert statuses["coordinator"]["best"]["metrics"]["auc"] > 0.9
+
+
+async def send_poison(bus: Bus, current: ModelManifest, public_key: bytes) -> None:
+    """Send, in the region's name, a sum of honest form whose values are all at the end of the grid."""
+    layout = Layout(current.parameters)
+    steps = layout.steps(current.grid.steps, 0, layout.n_parameters)
+    nothing = np.zeros(layout.n_parameters, np.float32)
+    encode = encoder(current.delta, public_key)
+    encoded = encode.encode(-127 * steps, nothing, layout, current.grid, np.random.default_rng(0))
+    chunks = [chunk.data for chunk in encoded]
+    prefix = subjects.aggregate("small", "north")
+    await bus.publish_payload(prefix, "poison", chunks)
+    digests = tuple(wire.digest(chunk) for chunk in chunks)
+    head = Aggregate(
+        run="small",
+        region="north",
+        aggregate_id="poison",
+        model_version=current.version,
+        grid_id=current.grid.grid_id,
+        key_id=current.key_id,
+        total_weight=1,
+        mass=100.0,
+        n_sites=2,
+        n_updates=2,
+        n_samples=100,
+        saturated=0,
+        staleness_sum=0,
+        staleness_max=0,
+        payload=Payload(payload_id="poison", n_bytes=sum(map(len, chunks)), digests=digests),
+    )
+    await bus.publish(subjects.head(prefix), wire.pack(head), "poison")
