@@ -49,7 +49,7 @@ class BreastCancer(Task):
             optimizer="sgd",
             learning_rate=0.3,
             momentum=0.0,
-            dp=RecordPrivacySettings(noise_multiplier=12.0),
+            dp=RecordPrivacySettings(noise_multiplier=8.0),
         ),
     )
 
