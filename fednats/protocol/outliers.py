@@ -27,6 +27,11 @@ ALL_FLOOR = 6.0
 """The same for the norms of all regions; honest regions differ by their number of sites and by their data."""
 
 
+START = 8
+"""The longest of so many first sums passes at any time: when a hospital comes back, or a new one comes, norms rise to where
+they were at the beginning, far above those of a model that had come to rest."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """The largest norm that passes, and what it follows from."""
@@ -50,6 +55,8 @@ class NormHistory:
     """
 
     def __init__(self, settings: DefenceSettings) -> None:
+        self._n = 0
+        self._at_start = -math.inf
         self._all: deque[float] = deque()
         self._own: dict[str, deque[float]] = {}
         self.configure(settings)
@@ -63,6 +70,9 @@ class NormHistory:
     def add(self, region: str, norm: float) -> None:
         """Count the norm of a sum that was applied."""
         if norm > 0:
+            self._n += 1
+            if self._n <= START:
+                self._at_start = max(self._at_start, math.log(norm))
             self._all.append(math.log(norm))
             self._own.setdefault(region, deque(maxlen=self._settings.outlier_window)).append(math.log(norm))
 
@@ -92,4 +102,5 @@ class NormHistory:
         median = statistics.median(logs)
         deviation = MAD_TO_DEVIATION * statistics.median(abs(value - median) for value in logs)
         above = max(self._settings.outlier_threshold * deviation, math.log(floor))
-        return Limit(math.exp(min(median + above, 700.0)), math.exp(median), len(logs), of)
+        highest = max(median + above, self._at_start)
+        return Limit(math.exp(min(highest, 700.0)), math.exp(median), len(logs), of)

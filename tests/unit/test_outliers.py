@@ -17,7 +17,7 @@ from fednats.protocol.events import (
     Refuse,
     Settle,
 )
-from fednats.protocol.outliers import ALL_FLOOR, MIN_HISTORY, OWN_FLOOR, NormHistory
+from fednats.protocol.outliers import ALL_FLOOR, MIN_HISTORY, OWN_FLOOR, START, NormHistory
 from tests.makers import aggregate, announcement
 
 
@@ -45,12 +45,22 @@ def test_norms_that_shrink_as_training_goes_on_pass() -> None:
         made.add("north", norm)
 
 
+def test_a_hospital_that_comes_to_a_model_at_rest_passes() -> None:
+    """Norms rise to where they were at the beginning: of a run of fifty versions in which one hospital came late."""
+    start = [1.34, 1.46, 0.69, 0.37, 0.23, 0.17, 0.17, 0.18]
+    made = filled([*start, *[0.05] * 100])
+    assert made.outliers({"s": ("north", 0.39)}) == {}
+    assert made.outliers({"s": ("north", max(start) + 0.01)}).keys() == {"s"}
+
+
 def test_the_limit_follows_from_median_and_deviation_and_not_from_outliers() -> None:
     logs = np.random.default_rng(0).normal(scale=0.8, size=64)
     limit = filled(np.exp(logs).tolist()).limit("north")
     assert limit is not None
     deviation = 1.4826 * np.median(np.abs(logs - np.median(logs)))
-    assert limit.norm == pytest.approx(np.exp(np.median(logs) + max(3.5 * deviation, np.log(OWN_FLOOR))))
+    above = np.median(logs) + max(3.5 * deviation, np.log(OWN_FLOOR))
+    assert above > logs[:START].max()
+    assert limit.norm == pytest.approx(np.exp(above))
     poisoned = filled([*np.exp(logs[:50]).tolist(), *[1e9] * 14]).limit("north")
     assert poisoned is not None
     assert poisoned.norm < 10 * limit.norm
