@@ -176,6 +176,9 @@ class SiteSettings(DaemonSettings):
     bus: BusSettings
     public_key_file: Path | None = Field(None, description="HE public context; needed unless the run is unencrypted")
     task: TaskSettings
+    policy_file: Path | None = Field(
+        None, description="the hospital's own word, policy.toml; none: no rules of its own"
+    )
     max_outbox: int = Field(
         4, ge=1, description="updates kept unsent; of more, the oldest goes back into the error feedback"
     )

@@ -193,4 +193,16 @@ class Reject(Message):
     data: bytes = Field(description="its first bytes")
 
 
+class Presence(BaseModel):
+    """What a service says of itself while it is there: JSON, so that people can read the bucket."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    release: str = Field(max_length=100)
+    waits: bool = Field(default=False, description="cannot contribute until others are there")
+    declined: dict[str, Annotated[str, Field(max_length=1000)]] = Field(
+        {}, max_length=1000, description="by service, this one and those below: why it takes no part in the run"
+    )
+
+
 AnyMessage = Chunk | ModelManifest | Control | Update | Aggregate | Evaluation | EvaluationSum | Reject

@@ -4,17 +4,19 @@ import asyncio
 import time
 from collections import OrderedDict
 from contextlib import aclosing
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
 from fednats.codec import frames
 from fednats.config import SiteSettings
-from fednats.errors import BusError, LocalDataError, LocalStorageError, RefusedError, TaskError
+from fednats.errors import BusError, LocalDataError, LocalStorageError, Reason, RefusedError, TaskError
 from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
 from fednats.permissions import user_name
+from fednats.privacy.policy import read_policy
 from fednats.protocol import site as protocol
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.off_loop import chunk_file, off_loop
+from fednats.services.off_loop import chunk_file, off_loop, paced
 from fednats.services.persist import RETRY_S
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.chunk_file import keep_sound
@@ -32,6 +34,9 @@ RETRY_JOB_S = 30.0
 
 AWAY_S = 5.0
 """So long without the bus, and the site trains on by itself; a shorter break changes nothing."""
+
+LONGEST_NAP_S = 600.0
+"""Outside its hours a site looks at the clock so often: it may be set, and a machine may sleep."""
 
 NOTED_CHUNKS = 32
 """Chunks sent between two notes of how far sending has come: after a restart no more than these are sent again."""
@@ -63,6 +68,7 @@ class SiteService:
         self._settings = settings
         self._bus = bus
         self._worker = worker
+        self._policy = read_policy(settings.policy_file)
         self._outbox = Outbox(outbox_file(settings.state_dir))
         self._machine = protocol.Site(self._outbox.last_trained())
         self._models = subjects.models_stream(settings.run, settings.region)
@@ -86,6 +92,7 @@ class SiteService:
             "metrics": {},
         }
         daemon.status = lambda: self._status
+        daemon.waits = lambda: bool(daemon.declined)
         daemon.buses.append(bus)
 
     async def live(self) -> None:
@@ -129,6 +136,8 @@ class SiteService:
                 await self._take(record)
             except RefusedError as error:
                 self._count_refused("model_refused", error)
+                if error.reason is Reason.POLICY:
+                    self._decline(error.detail)
             except WorkerDiedError as error:
                 self._log.error("model_not_checked", error=str(error))
 
@@ -144,12 +153,20 @@ class SiteService:
         if manifest.delta.cipher == "none" and not self._manifests:
             self._log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
         await self._worker.call("check", manifest)
+        if self._daemon.declined:
+            self._daemon.declined.clear()
+            self._status["state"] = "waiting"
         self._manifests[manifest.version] = manifest
         while len(self._manifests) > KEPT_MANIFESTS:
             self._manifests.popitem(last=False)
         self._daemon.metrics.version.set(manifest.version)
         self._log.debug("model_seen", version=manifest.version)
         self._start(self._machine.handle(protocol.ModelSeen(manifest.version)))
+
+    def _decline(self, why: str) -> None:
+        """Say on the bus that this site takes no part, and why, until a version comes that it may train on."""
+        self._daemon.declined["site"] = {f"site.{self._settings.site}": why}
+        self._status["state"] = "declined"
 
     async def _load(self, manifest: ModelManifest) -> bool:
         """Have the weights of ``manifest`` on disk; False if a newer version is there already."""
@@ -198,11 +215,20 @@ class SiteService:
     async def _work(self) -> None:
         while True:
             job = await self._jobs.get()
+            if isinstance(job, protocol.Train):
+                await self._opening()
             async with self._working:
                 done = await self._attempt(job)
                 self._start(self._machine.handle(protocol.Done() if done else protocol.Failed()))
             if not done:
                 asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
+
+    async def _opening(self) -> None:
+        """Wait for the hours in which the hospital lets it train."""
+        while (wait_s := self._policy.opens_in_s(datetime.now().astimezone())) > 0:
+            self._status["state"] = "outside hours"
+            self._log.info("outside_hours", hours=self._policy.hours, opens_in_s=round(wait_s))
+            await asyncio.sleep(min(wait_s, LONGEST_NAP_S))
 
     def _retry(self) -> None:
         self._start(self._machine.handle(protocol.Retry()))
@@ -307,7 +333,7 @@ class SiteService:
 
         if first and not await self._has(prefix, update.update_id, first - 1):
             first = 0  # the bus has lost its store, or forgotten the ids: all of it again
-        chunks = off_loop(self._outbox.chunks(update.update_id, first))
+        chunks = paced(off_loop(self._outbox.chunks(update.update_id, first)), self._policy.max_mbit)
         await self._bus.publish_payload(prefix, update.update_id, chunks, first=first, stored=note)
         head = wire.pack(update)
         await self._bus.publish(subjects.head(prefix), head, update.update_id)

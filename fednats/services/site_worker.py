@@ -18,9 +18,10 @@ from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
-from fednats.learning.task import make_task
+from fednats.learning.task import make_task, task_file
 from fednats.learning.trainer import Trainer, load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
+from fednats.privacy.policy import read_policy
 from fednats.services.answers import Scored, Trained
 from fednats.services.keys import key_id_of, read_key
 from fednats.storage.local_disk import local_disk
@@ -46,6 +47,8 @@ class SiteWorker:
         torch.set_num_threads(1)
         self._settings = settings
         self._public_key = read_key(settings.public_key_file, "public_key_file")
+        self._policy = read_policy(settings.policy_file)
+        self._policy.check_task(task_file(settings.task.path))
         with task_code("loading the task"):
             task = make_task(settings.task.path, settings.task.options)
             model = initial_model(task, seed=0)
@@ -64,14 +67,15 @@ class SiteWorker:
         return self._trainer.n_samples
 
     def check(self, manifest: ModelManifest) -> None:
-        """Refuse a manifest that is not of this site's task or key.
+        """Refuse a manifest that is not of this site's task or key, or asks for more than the hospital allows.
 
         Raises:
-            RefusedError: the parameters, the cipher's key or the grid do not fit.
+            RefusedError: the policy does not allow it; or the parameters, the cipher's key or the grid do not fit.
         """
         if manifest.parameters != self._layout.parameters:
             detail = _difference(manifest, {spec.name: spec.shape for spec in self._layout.parameters})
             raise RefusedError(Reason.WRONG_SHAPE, f"the announced model is not this site's: {detail}")
+        self._policy.check_run(manifest, self._trainer.n_samples)
         if self._public_key is not None and manifest.delta.cipher == "none":
             raise RefusedError(Reason.POLICY, "the run is not encrypted, but this site has a public_key_file")
         key_id = key_id_of(lambda: encoder(manifest.delta, self._public_key).key_id)
