@@ -153,7 +153,7 @@ class Aggregate(Message):
 
 
 class Evaluation(Message):
-    """One site's metrics of one version on its own test data."""
+    """One site's counts of one version on its own test data; payload: the summable encoding of the counts."""
 
     kind: ClassVar[str] = "evaluation"
 
@@ -161,21 +161,27 @@ class Evaluation(Message):
     region: Token
     site: Token
     version: Count
-    n_samples: Positive
-    metrics: dict[str, float]
+    key_id: Token
+    n_classes: int = Field(ge=0, le=1000, description="0 for a task that scores no classes: no payload then")
+    n_samples: Count = Field(description="of the metrics; 0 without them")
+    metrics: dict[str, float] = Field(description="readable by the region; empty unless the site's policy gives them")
+    payload: Payload
 
 
 class EvaluationSum(Message):
-    """Metrics of one version over at least ``min_sites`` distinct sites, each weighted by its number of samples."""
+    """Sums of the counts of at least ``min_sites`` distinct sites; ``metrics`` are means weighted by ``n_samples``."""
 
     kind: ClassVar[str] = "evaluation_sum"
 
     run: Token
     region: Token
     version: Count
+    key_id: Token
     n_sites: Positive
-    n_samples: Positive
+    n_classes: int = Field(ge=0, le=1000)
+    n_samples: Count
     metrics: dict[str, float]
+    payload: Payload
 
 
 class Reject(Message):

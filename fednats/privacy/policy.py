@@ -26,6 +26,9 @@ class Policy(Settings):
     min_sites: int = Field(2, ge=1, description="distinct sites in every sum that leaves the region")
     min_samples: int = Field(1, ge=1, description="own training cases below which nothing is trained")
     parameters: tuple[str, ...] = Field(("*",), description="patterns of the names of tensors whose changes may leave")
+    plain_metrics: bool = Field(
+        default=False, description="send this site's own metrics readably to its region, beside the encrypted counts"
+    )
     hours: tuple[str, ...] = Field((), description='local times to train in, as "20:00-06:00"; empty: any')
     max_mbit: float | None = Field(
         None, gt=0, description="1e6 bits per second that updates are sent at; none: no limit"

@@ -12,10 +12,10 @@ from fednats.protocol.events import (
     Combination,
     Command,
     Configured,
+    EvaluationsSummed,
     Event,
     FinalEvaluationOverdue,
     KeepBest,
-    PublishEvaluation,
     RunClosed,
     VersionAnnounced,
     WallTimeReached,
@@ -87,9 +87,8 @@ class Coordinator:
         if isinstance(event, FinalEvaluationOverdue):
             return self._close()
         commands = self.collector.handle(event)
-        for command in list(commands):
-            if isinstance(command, PublishEvaluation):
-                commands += self._record(command)
+        if isinstance(event, EvaluationsSummed) and event.n_sites:
+            commands += self._record(event)
         if isinstance(event, VersionAnnounced) and self.version >= self._stop.max_versions:
             commands += self._finish("max_versions reached")
         return commands
@@ -105,7 +104,7 @@ class Coordinator:
             commands.append(CloseRun(self.version, self.reason))
         return commands
 
-    def _record(self, summed: PublishEvaluation) -> list[Command]:
+    def _record(self, summed: EvaluationsSummed) -> list[Command]:
         evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics)
         self.evaluated[summed.version] = evaluated
         commands: list[Command] = []

@@ -2,13 +2,14 @@
 
 import asyncio
 import math
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
 from fednats.config import AggregatorSettings
 from fednats.errors import BusError, Reason, RefusedError
-from fednats.messages import Aggregate, Control, EvaluationSum, ModelManifest, Update
+from fednats.messages import Aggregate, Control, Evaluation, EvaluationSum, ModelManifest, Payload, Update
 from fednats.permissions import user_name
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
@@ -18,14 +19,17 @@ from fednats.protocol.events import (
     CombineFailed,
     Command,
     Configured,
+    EvaluationsSummed,
     Event,
-    PublishEvaluation,
     RunClosed,
+    SumEvaluations,
     VersionAnnounced,
+    evaluation_id,
 )
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
+from fednats.services.evaluations import Summing, mean_metrics, sites_of
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
 from fednats.services.lifecycle import Daemon, until_stopped
@@ -81,7 +85,12 @@ class AggregatorService:
         self._tier = Tier(daemon, Journal(settings.state_dir / "journal.sqlite"), self._machine, rejects, self._note)
         self._updates = Inbox(region, subjects.updates_stream(run, here), run, daemon.log)
         self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, daemon.log)
-        self._tier.inboxes = {Update: self._updates, Aggregate: self._aggregates}
+        self._tier.inboxes = {
+            Update: self._updates,
+            Evaluation: self._updates,
+            Aggregate: self._aggregates,
+            EvaluationSum: self._aggregates,
+        }
         self._kept = KeptSums()
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._sent_bytes = 0
@@ -200,18 +209,43 @@ class AggregatorService:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     async def _execute(self, command: Command) -> None:
-        if isinstance(command, PublishEvaluation):
-            summed = EvaluationSum(
+        if isinstance(command, SumEvaluations):
+            await self._sum_evaluations(command)
+
+    async def _sum_evaluations(self, command: SumEvaluations) -> None:
+        """Sum what sites and regions below counted on their test data, and send the sum up."""
+        fit, current = await self._fit, self._machine.current
+        assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
+
+        async def add(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], n_classes: int) -> tuple[bytes, ...]:
+            summed: tuple[bytes, ...] = await self._worker.call("sum_counts", fit, inputs, sum(n_sites), n_classes)
+            return summed
+
+        summing = Summing(self._tier.chunks, add, fit.key_id, current.settings.min_sites, self._log)
+        parts, made = await summing.run(command)
+        n_sites, n_samples = sites_of(parts), sum(part.n_samples for part in parts)
+        if parts:
+            chunks = made or ()
+            payload_id = f"evaluation-{command.version}"
+            digests = tuple(map(wire.digest, chunks))
+            head = EvaluationSum(
                 run=self._settings.run,
                 region=self._settings.region,
                 version=command.version,
-                n_sites=command.n_sites,
-                n_samples=command.n_samples,
-                metrics=command.metrics,
+                key_id=fit.key_id,
+                n_sites=n_sites,
+                n_classes=parts[0].n_classes,
+                n_samples=n_samples,
+                metrics=mean_metrics(parts),
+                payload=Payload(payload_id=payload_id, n_bytes=sum(map(len, chunks)), digests=digests),
             )
-            subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
-            identity = f"evaluation.{summed.region}.{summed.version}"
-            await persist(self._log, lambda: self._uplink.publish(subject, wire.pack(summed), identity))
+            prefix = subjects.aggregate(self._settings.run, self._settings.region)
+            await persist(self._log, lambda: self._uplink.publish_payload(prefix, payload_id, chunks))
+            subject, packed = subjects.evaluation_sum(self._settings.run, self._settings.region), wire.pack(head)
+            await persist(self._log, lambda: self._uplink.publish(subject, packed, evaluation_id(head)))
+            self._sent_bytes += head.payload.n_bytes + len(packed)
+            self._daemon.metrics.sent_bytes.inc(head.payload.n_bytes + len(packed))
+        await self._tier.feed(EvaluationsSummed(version=command.version, n_sites=n_sites, n_samples=n_samples))
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Add the contributions chunk by chunk; publish the sum only when all of it is made.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fednats.config import AggregatorSettings, DeltaSettings
 from fednats.delta.sum import summer
 from fednats.errors import Reason, RefusedError
+from fednats.learning.scores import n_counts
 from fednats.services.answers import Fit
 from fednats.services.keys import key_id_of, read_key
 
@@ -31,6 +32,12 @@ class AggregatorWorker:
             max_total_weight=add.max_total_weight,
             capacity=int(add.max_total_weight ** (levels / delta.tiers)),
         )
+
+    def sum_counts(
+        self, fit: Fit, inputs: Sequence[Sequence[bytes]], n_sites: int, n_classes: int
+    ) -> tuple[bytes, ...]:
+        """Add the counts of several evaluations, of ``n_sites`` sites together."""
+        return summer(fit.delta, self._public_key).sum_counts(inputs, n_sites, n_counts(n_classes))
 
     def weighted_sum(
         self, fit: Fit, position: int, chunks: Sequence[bytes], weights: Sequence[int], total_weight: int

@@ -11,10 +11,12 @@ from fednats import subjects, wire
 from fednats.codec import frames
 from fednats.config import SiteSettings
 from fednats.errors import BusError, LocalDataError, LocalStorageError, Reason, RefusedError, TaskError
-from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
+from fednats.messages import Control, Evaluation, Frame, ModelManifest, Payload, Update
 from fednats.permissions import user_name
 from fednats.privacy.policy import read_policy
 from fednats.protocol import site as protocol
+from fednats.protocol.events import evaluation_id
+from fednats.services.answers import Scored
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop, paced
 from fednats.services.persist import RETRY_S
@@ -78,7 +80,7 @@ class SiteService:
         self._working = asyncio.Lock()
         self._to_send = asyncio.Event()
         self._sending = asyncio.Lock()
-        self._evaluations: asyncio.Queue[Evaluation] = asyncio.Queue()
+        self._evaluations: asyncio.Queue[tuple[Evaluation, tuple[bytes, ...]]] = asyncio.Queue()
         self._status: dict[str, Any] = {
             "region": settings.region,
             "state": "starting",
@@ -257,18 +259,24 @@ class SiteService:
 
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
-        evaluated = await self._worker.call("evaluate", manifest.version)
-        self._status["metrics"] = evaluated.metrics
-        self._evaluations.put_nowait(
-            Evaluation(
-                run=self._settings.run,
-                region=self._settings.region,
-                site=self._settings.site,
-                version=manifest.version,
-                n_samples=evaluated.n_samples,
-                metrics=evaluated.metrics,
-            )
+        scored: Scored = await self._worker.call("evaluate", manifest)
+        self._status["metrics"] = scored.metrics
+        shown = self._policy.plain_metrics
+        digests = tuple(map(wire.digest, scored.chunks))
+        head = Evaluation(
+            run=self._settings.run,
+            region=self._settings.region,
+            site=self._settings.site,
+            version=manifest.version,
+            key_id=scored.key_id,
+            n_classes=scored.n_classes,
+            n_samples=scored.n_samples if shown else 0,
+            metrics=scored.metrics if shown else {},
+            payload=Payload(
+                payload_id=f"evaluation-{manifest.version}", n_bytes=sum(map(len, scored.chunks)), digests=digests
+            ),
         )
+        self._evaluations.put_nowait((head, scored.chunks))
 
     async def _train(self, manifest: ModelManifest, *, goes_on: bool) -> None:
         self._status["state"] = "training"
@@ -350,12 +358,17 @@ class SiteService:
         return await self._bus.has_chunk(prefix, update_id, index, chunk)
 
     async def _send_evaluations(self) -> None:
+        """Send the counts, then the head that names them. They are not kept: the next version has others."""
         subject = subjects.evaluation(self._settings.run, self._settings.region, self._settings.site)
+        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
         while True:
-            evaluation = await self._evaluations.get()
+            head, chunks = await self._evaluations.get()
+            packed = wire.pack(head)
             try:
-                await self._bus.publish(
-                    subject, wire.pack(evaluation), f"evaluation.{evaluation.site}.{evaluation.version}"
-                )
+                await self._bus.publish_payload(prefix, head.payload.payload_id, chunks)
+                await self._bus.publish(subject, packed, evaluation_id(head))
             except BusError as error:
-                self._log.warning("evaluation_not_sent", version=evaluation.version, error=str(error))
+                self._log.warning("evaluation_not_sent", version=head.version, error=str(error))
+            else:
+                self._daemon.metrics.sent_bytes.inc(head.payload.n_bytes + len(packed))
+                self._status["sent_bytes"] += head.payload.n_bytes + len(packed)

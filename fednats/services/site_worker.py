@@ -91,11 +91,14 @@ class SiteWorker:
         with local_disk(self._settings.state_dir):
             self._weights.advance(manifest, chain)
 
-    def evaluate(self, version: int) -> Scored:
-        """Evaluate the weights of ``version`` on the test data."""
-        with self._weights.weights(version) as weights, task_code("evaluating"):
+    def evaluate(self, manifest: ModelManifest) -> Scored:
+        """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted counts."""
+        with self._weights.weights(manifest.version) as weights, task_code("evaluating"):
             evaluated = self._evaluator.evaluate(weights)
-        return Scored(evaluated.metrics, evaluated.n_samples)
+        encode, counts = encoder(manifest.delta, self._public_key), evaluated.counts
+        chunks = () if counts is None else encode.encode_counts(counts.flat())
+        n_classes = 0 if counts is None else counts.n_classes
+        return Scored(evaluated.metrics, evaluated.n_samples, encode.key_id, n_classes, chunks)
 
     def train(self, manifest: ModelManifest, goes_on: bool) -> Trained:  # noqa: FBT001 - a worker's call has no names
         """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.

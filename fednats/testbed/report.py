@@ -211,7 +211,8 @@ def _left(summary: Summary) -> str:
     return (
         "<p>No patient record: of each training pass only the change of the model's parameters was sent, rounded to "
         f"{summary.value_bits} bits per parameter. {how} Beside it, a hospital tells its region its numbers of cases, "
-        "how many values the rounding cut off, and its own metrics; the region passes on sums and means.</p>"
+        "how many values the rounding cut off, and encrypted counts of how its test cases were scored; the region passes "
+        "on sums.</p>"
     ) + table
 
 
@@ -294,7 +295,7 @@ def curves(summary: Summary) -> Figure:
 
 def _curve(axes: Axes, summary: Summary, key: str) -> None:
     history = sorted(summary.history, key=lambda entry: float(entry[key]))
-    names = {name: None for entry in history for name in entry["metrics"]}
+    names = {name: None for entry in history for name in entry["metrics"] if not name.startswith("share_")}
     for name, colour in zip(sorted(names, key=lambda name: name != summary.target_metric), LINES, strict=False):
         points = [(entry[key], entry["metrics"][name]) for entry in history if name in entry["metrics"]]
         width = 2.0 if name == summary.target_metric else 1.2
