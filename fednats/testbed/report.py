@@ -155,8 +155,9 @@ def _learning(summary: Summary) -> str:
         when = "not reached" if at is None else f"reached after {at:.1f} s"
         reached = f"The target, {name} {target:g}, was {when}."
     caption = (
-        "Each hospital measures every version on its own test cases; shown is the mean over hospitals, weighted by "
-        "number of cases. So it can differ from the table above."
+        "Each hospital scores its own test cases with every version and sends encrypted counts; shown are the figures of "
+        "all their cases pooled, as the coordinator reads them. Scores are counted in bins, so AUC may differ from the "
+        "table above by up to 0.002."
     )
     return f"<p>{reached}</p>" + _figure("curves", curves(summary), caption)
 
@@ -283,7 +284,7 @@ def curves(summary: Summary) -> Figure:
     _curve(over_version, summary, "version")
     _curve(over_time, summary, "published_s")
     over_version.set_xlabel("model version")
-    over_version.set_ylabel("mean over hospitals")
+    over_version.set_ylabel("all test cases pooled")
     over_version.xaxis.set_major_locator(MaxNLocator(integer=True))
     over_time.set_xlabel("time at which the version was published [s]")
     if summary.time_to_target_s is not None:
