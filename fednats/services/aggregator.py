@@ -29,7 +29,7 @@ from fednats.protocol.events import (
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
-from fednats.services.evaluations import Summing, mean_metrics, sites_of
+from fednats.services.evaluations import Summing, mean_metrics, payload_id, sites_of
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
 from fednats.services.lifecycle import Daemon, until_stopped
@@ -226,7 +226,7 @@ class AggregatorService:
         n_sites, n_samples = sites_of(parts), sum(part.n_samples for part in parts)
         if parts:
             chunks = made or ()
-            payload_id = f"evaluation-{command.version}"
+            name = payload_id(self._settings.region, command.version)
             digests = tuple(map(wire.digest, chunks))
             head = EvaluationSum(
                 run=self._settings.run,
@@ -237,10 +237,10 @@ class AggregatorService:
                 n_classes=parts[0].n_classes,
                 n_samples=n_samples,
                 metrics=mean_metrics(parts),
-                payload=Payload(payload_id=payload_id, n_bytes=sum(map(len, chunks)), digests=digests),
+                payload=Payload(payload_id=name, n_bytes=sum(map(len, chunks)), digests=digests),
             )
             prefix = subjects.aggregate(self._settings.run, self._settings.region)
-            await persist(self._log, lambda: self._uplink.publish_payload(prefix, payload_id, chunks))
+            await persist(self._log, lambda: self._uplink.publish_payload(prefix, name, chunks))
             subject, packed = subjects.evaluation_sum(self._settings.run, self._settings.region), wire.pack(head)
             await persist(self._log, lambda: self._uplink.publish(subject, packed, evaluation_id(head)))
             self._sent_bytes += head.payload.n_bytes + len(packed)

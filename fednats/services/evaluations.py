@@ -6,6 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from fednats import wire
 from fednats.errors import FednatsError, Reason, RefusedChunkError, RefusedError
 from fednats.messages import Evaluation, EvaluationSum
 from fednats.protocol.events import SumEvaluations, evaluation_id
@@ -99,6 +100,11 @@ class Summing(Generic[Sum]):
 
     def _leave_out(self, part: Part, error: FednatsError) -> None:
         self._log.warning("evaluation_left_out", evaluation=evaluation_id(part), detail=str(error))
+
+
+def payload_id(source: str, version: int) -> str:
+    """Name the counts of one version that a site or region sends: the same after a restart, no other sender's."""
+    return wire.digest(f"evaluation.{source}.{version}".encode()).hex()
 
 
 def sites_of(parts: Sequence[Part]) -> int:

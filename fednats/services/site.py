@@ -17,6 +17,7 @@ from fednats.privacy.policy import read_policy
 from fednats.protocol import site as protocol
 from fednats.protocol.events import evaluation_id
 from fednats.services.answers import Scored
+from fednats.services.evaluations import payload_id
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop, paced
 from fednats.services.persist import RETRY_S
@@ -273,7 +274,9 @@ class SiteService:
             n_samples=scored.n_samples if shown else 0,
             metrics=scored.metrics if shown else {},
             payload=Payload(
-                payload_id=f"evaluation-{manifest.version}", n_bytes=sum(map(len, scored.chunks)), digests=digests
+                payload_id=payload_id(self._settings.site, manifest.version),
+                n_bytes=sum(map(len, scored.chunks)),
+                digests=digests,
             ),
         )
         self._evaluations.put_nowait((head, scored.chunks))
