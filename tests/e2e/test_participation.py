@@ -168,7 +168,7 @@ async def test_a_hospital_whose_policy_the_run_breaks_takes_no_part_and_the_coor
 ) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text("min_sites = 3")
-    federation = make_federation({"north": ["a", "b", "c"]}, aggregation={"goal": "all"}, stop=ENDLESS)
+    federation = make_federation({"north": ["a", "b", "c"]}, aggregation={"goal": 3}, stop=ENDLESS)
     async with running(federation, tmp_path / "out") as federation_running:
         await further(federation_running, 1)
         strict = federation_running.daemons["site-c"]
