@@ -301,6 +301,9 @@ class SiteSettings(DaemonSettings):
     public_key_file: File | None = Field(None, description="HE public context; needed unless the run is unencrypted")
     older_public_key_file: File | None = Field(None, description="the one of the epoch before, while it is announced")
     task: TaskSettings
+    policy_file: File | None = Field(
+        None, description="the hospital's own word, policy.toml; none: no rules of its own"
+    )
     max_outbox: int = Field(
         4, ge=1, description="updates kept unsent; of more, the oldest goes back into the error feedback"
     )

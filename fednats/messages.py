@@ -187,7 +187,7 @@ class Aggregate(Message):
 
 
 class Evaluation(Message):
-    """One site's metrics of one version on its own test data."""
+    """One site's counts of one version on its own test data; payload: the summable encoding of the counts."""
 
     kind: ClassVar[str] = "evaluation"
 
@@ -195,21 +195,27 @@ class Evaluation(Message):
     region: Token
     site: Token
     version: Count
-    n_samples: Positive
-    metrics: Metrics
+    key_id: Token
+    n_classes: int = Field(ge=0, le=1000, description="0 for a task that scores no classes: no payload then")
+    n_samples: Count = Field(description="of the metrics; 0 without them")
+    metrics: Metrics = Field(description="readable by the region; empty unless the site's policy gives them")
+    payload: Payload
 
 
 class EvaluationSum(Message):
-    """Metrics of one version over at least ``min_sites`` distinct sites, each weighted by its number of samples."""
+    """Sums of the counts of at least ``min_sites`` distinct sites; ``metrics`` are means weighted by ``n_samples``."""
 
     kind: ClassVar[str] = "evaluation_sum"
 
     run: Token
     region: Token
     version: Count
+    key_id: Token
     n_sites: Positive
-    n_samples: Positive
+    n_classes: int = Field(ge=0, le=1000)
+    n_samples: Count
     metrics: Metrics
+    payload: Payload
 
 
 class Reject(Message):
@@ -225,6 +231,18 @@ class Reject(Message):
     detail: str
     n_bytes: Count = Field(description="size of what was refused")
     data: bytes = Field(description="its first bytes")
+
+
+class Presence(BaseModel):
+    """What a service says of itself while it is there: JSON, so that people can read the bucket."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    release: str = Field(max_length=100)
+    waits: bool = Field(default=False, description="cannot contribute until others are there")
+    declined: dict[str, Annotated[str, Field(max_length=1000)]] = Field(
+        {}, max_length=1000, description="by service, this one and those below: why it takes no part in the run"
+    )
 
 
 AnyMessage = Chunk | ModelManifest | Control | Update | Aggregate | Evaluation | EvaluationSum | Reject

@@ -49,21 +49,25 @@ from fednats.messages import (
     ModelManifest,
     ParameterSpec,
     Payload,
+    Presence,
     Reject,
     Update,
 )
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
-from fednats.protocol.events import Combine, ContributionArrived, EvaluationArrived, PublishEvaluation, VersionAnnounced
+from fednats.protocol.events import Combine, ContributionArrived, EvaluationArrived, SumEvaluations, VersionAnnounced
 from fednats.protocol.sums import head_of, weigh
+from fednats.services.evaluations import sum_of
 from fednats.services.inbox import Inbox
-from fednats.services.presence import _is_there
+from fednats.services.presence import _parsed
 from fednats.storage.checkpoints import Checkpoint, newest_checkpoint
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
 from fednats.storage.tensor_file import TensorFile, digest_of
 from fednats.transport.answer import answer
 from tests import mutations
+from tests.makers import evaluation
+from tests.makers import evaluation_sum as evaluated_by
 from tests.participants import Participants
 
 ROOM_BYTES = 256 * 2**20
@@ -127,7 +131,7 @@ AGGREGATE = Aggregate(
     staleness_max=0,
     payload=UPDATE.payload,
 )
-EVALUATION = Evaluation(run="r", region="north", site="a", version=0, n_samples=5, metrics={"auc": 0.5, "loss": 1.0})
+EVALUATION = evaluation("a", auc=0.5)
 MESSAGES: tuple[Message, ...] = (
     Chunk(parts=(b"\x00\x05", b"\x01\x02")),
     MANIFEST,
@@ -135,7 +139,7 @@ MESSAGES: tuple[Message, ...] = (
     UPDATE,
     AGGREGATE,
     EVALUATION,
-    EvaluationSum(run="r", region="north", version=0, n_sites=2, n_samples=9, metrics={"auc": 0.5}),
+    evaluated_by("north"),
     Reject(run="r", node="hub", subject="s", sender="a", reason="x", detail="", n_bytes=1, data=b"x"),
 )
 ANNOUNCED = VersionAnnounced(
@@ -287,7 +291,7 @@ class Decoders:
             if isinstance(command, Combine):
                 head = head_of("r", "north", command.combination, weigh(command.combination, 500), PAYLOAD)
                 wire.unpack(wire.pack(head), Aggregate)
-            if isinstance(command, PublishEvaluation):
+            if isinstance(command, SumEvaluations):
                 wire.pack(evaluation_sum(command))
 
     def manifest(self, rng: random.Random) -> None:
@@ -306,8 +310,8 @@ class Decoders:
 
     def presence(self, rng: random.Random) -> None:
         """Keys and values of the presence bucket."""
-        value = mutations.mutated(rng, [b"waiting", b"0.1.0"])
-        _is_there({rng.choice(("site.a", "..", "", "site")): value}, "site", "a")
+        said = Presence(release="0.1.0", waits=True, declined={"site.a": "hours"}).model_dump_json().encode()
+        _parsed(mutations.mutated(rng, [said, b"{" * 100_000, b"[]"]))
 
     def answer(self, rng: random.Random) -> None:
         """JSON where an answer of JetStream is expected."""
@@ -423,16 +427,9 @@ class Decoders:
 INTEGERS = (0, -1, 2**17 - 1, 2**34, 2**51 - 1, 2**62, -(2**63), 127 * 500)
 
 
-def evaluation_sum(command: PublishEvaluation) -> EvaluationSum:
+def evaluation_sum(command: SumEvaluations) -> EvaluationSum:
     """What a region sends up of evaluations."""
-    return EvaluationSum(
-        run="r",
-        region="north",
-        version=command.version,
-        n_sites=command.n_sites,
-        n_samples=command.n_samples,
-        metrics=command.metrics,
-    )
+    return sum_of("r", "north", "k", command.parts, PAYLOAD)
 
 
 def _largest(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Messages and events that several tests need."""
 
 from fednats.config import AggregationSettings, StalenessSettings
-from fednats.messages import Aggregate, Payload, Update
+from fednats.messages import Aggregate, Evaluation, EvaluationSum, Payload, Update
 from fednats.protocol.events import VersionAnnounced
 
 PAYLOAD = Payload(payload_id="p", n_bytes=3, digests=(b"0123456789abcdef",))
@@ -60,4 +60,33 @@ def announcement(
         capacity=capacity,
         max_total_weight=500,
         settings=settings or AggregationSettings(staleness=StalenessSettings(max_staleness=5)),
+    )
+
+
+def evaluation(site: str, version: int = 0, *, auc: float | None = None, n_samples: int = 10) -> Evaluation:
+    """Return encrypted counts, and with ``auc`` a figure that everybody can read."""
+    return Evaluation(
+        run="r",
+        region="north",
+        site=site,
+        version=version,
+        key_id="k",
+        n_classes=2,
+        n_samples=0 if auc is None else n_samples,
+        metrics={} if auc is None else {"auc": auc},
+        payload=PAYLOAD,
+    )
+
+
+def evaluation_sum(region: str, version: int = 0, *, n_sites: int = 2) -> EvaluationSum:
+    return EvaluationSum(
+        run="r",
+        region=region,
+        version=version,
+        key_id="k",
+        n_sites=n_sites,
+        n_classes=2,
+        n_samples=0,
+        metrics={},
+        payload=PAYLOAD,
     )

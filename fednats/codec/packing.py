@@ -58,8 +58,8 @@ class Packing:
         """Values that one vector of slots carries."""
         return self.n_fields * self.n_slots
 
-    def pack(self, values: NDArray[np.int8]) -> NDArray[np.int64]:
-        """Pack ``values``, int8[up to n_values] in [-qmax, qmax], into int64[n_slots]; absent values are zeros.
+    def pack(self, values: NDArray[np.signedinteger]) -> NDArray[np.int64]:
+        """Pack ``values``, integer[up to n_values] in [-qmax, qmax], into int64[n_slots]; absent values are zeros.
 
         Field f of slot s holds value ``f * n_slots + s``.
         """

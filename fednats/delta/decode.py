@@ -1,6 +1,6 @@
 """The coordinator's side: a sum in, the mean delta out. The only module outside crypto that reaches the secret key."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from fednats import wire
 from fednats.codec import sparse
-from fednats.codec.layout import Layout
-from fednats.codec.packing import check_total_weight
+from fednats.codec.layout import Layout, blocks
+from fednats.codec.packing import Packing, check_total_weight
 from fednats.config import DeltaSettings
 from fednats.crypto.secret import SecretKey
 from fednats.delta import scheme
@@ -23,12 +23,16 @@ class Cipher(Protocol):
     def sums(self, parts: tuple[bytes, ...], total_weight: int, n_values: int) -> NDArray[np.int32]:
         """Decode a chunk of ``n_values``; raises `RefusedError` for parts that are no such sum of that weight."""
 
+    def counts(self, parts: tuple[bytes, ...], n_sites: int, n_counts: int) -> NDArray[np.int32]:
+        """Decode at least ``n_counts`` counts; raises `RefusedError` for parts that are no sum of so many sites."""
+
 
 class Decoder:
     """Decodes sums for one run."""
 
     def __init__(self, settings: DeltaSettings, cipher: Cipher, key_id: str) -> None:
         self.values_per_chunk = scheme.values_per_chunk(settings)
+        self._counts_per_chunk = scheme.counts_per_chunk(settings)
         self.key_id = key_id
         self.qmax = scheme.qmax(settings)
         self.max_total_weight = settings.max_total_weight
@@ -48,6 +52,25 @@ class Decoder:
         if sums[n:].any():
             raise RefusedError(Reason.WRONG_SHAPE, f"{np.count_nonzero(sums[n:])} unused fields are not zero")
         return sums[:n]
+
+    def decode_counts(self, chunks: Sequence[bytes], n_sites: int, n_counts: int) -> NDArray[np.int64]:
+        """Sums of the counts of ``n_sites`` sites, int64[n_counts], from all chunks in order.
+
+        Raises:
+            OverflowRefusedError: ``n_sites`` is above ``max_total_weight``.
+            RefusedError: malformed, or no sum of so many sites under this key.
+        """
+        check_total_weight(n_sites, self.max_total_weight)
+        parts = list(blocks(n_counts, self._counts_per_chunk))
+        if len(chunks) != len(parts):
+            raise RefusedError(Reason.WRONG_SHAPE, f"{len(chunks)} chunks for {n_counts} counts, expected {len(parts)}")
+        found = np.empty(n_counts, np.int64)
+        for part, chunk in zip(parts, chunks, strict=True):
+            counts = self._cipher.counts(wire.unpack(chunk, Chunk).parts, n_sites, part.stop - part.start)
+            if counts.size < part.stop - part.start or counts[part.stop - part.start :].any():
+                raise RefusedError(Reason.WRONG_SHAPE, f"{counts.size} counts, expected {part.stop - part.start}")
+            found[part] = counts[: part.stop - part.start]
+        return found
 
     def mean(self, chunks: Iterable[bytes], total_weight: int, layout: Layout, grid: Grid) -> NDArray[np.float32]:
         """Weighted mean delta, float32[n_parameters], from all chunks of one sum in order.
@@ -86,15 +109,20 @@ def decoder(settings: DeltaSettings, secret_key: bytes | None) -> Decoder:
 class _Bfv:
     def __init__(self, bfv: scheme.BfvScheme, key: SecretKey) -> None:
         self._packing = bfv.packing
+        self._counts = bfv.counts
         self._key = key
 
     def sums(self, parts: tuple[bytes, ...], total_weight: int, n_values: int) -> NDArray[np.int32]:
-        expected = -(-n_values // self._packing.n_values)
+        return self._decrypt(self._packing, parts, total_weight, n_values)
+
+    def counts(self, parts: tuple[bytes, ...], n_sites: int, n_counts: int) -> NDArray[np.int32]:
+        return self._decrypt(self._counts, parts, n_sites, n_counts)
+
+    def _decrypt(self, packing: Packing, parts: tuple[bytes, ...], total_weight: int, n: int) -> NDArray[np.int32]:
+        expected = -(-n // packing.n_values)
         if len(parts) != expected or not parts:
-            raise RefusedError(
-                Reason.WRONG_SHAPE, f"{len(parts)} ciphertexts for {n_values} values, expected {expected}"
-            )
-        return np.concatenate([self._packing.unpack(self._key.decrypt(part), total_weight) for part in parts])
+            raise RefusedError(Reason.WRONG_SHAPE, f"{len(parts)} ciphertexts for {n} values, expected {expected}")
+        return np.concatenate([packing.unpack(self._key.decrypt(part), total_weight) for part in parts])
 
 
 class _Plain:
@@ -107,3 +135,6 @@ class _Plain:
         if largest > self._qmax * total_weight:
             raise RefusedError(Reason.MALFORMED, f"a sum of {largest} under total weight {total_weight}")
         return sums
+
+    def counts(self, parts: tuple[bytes, ...], n_sites: int, n_counts: int) -> NDArray[np.int32]:  # noqa: ARG002
+        return sparse.decode(parts, n_counts)

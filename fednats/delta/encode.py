@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fednats import wire
 from fednats.codec import sparse
 from fednats.codec.layout import Layout, Vector, blocks
+from fednats.codec.packing import Packing
 from fednats.codec.quantiser import Quantised, quantise
 from fednats.config import DeltaSettings
 from fednats.crypto.public import PublicKey
@@ -47,6 +48,9 @@ class Cipher(Protocol):
     def parts(self, values: NDArray[np.int8]) -> tuple[bytes, ...]:
         """Encode int8[up to values_per_chunk]."""
 
+    def count_parts(self, counts: NDArray[np.int64]) -> tuple[bytes, ...]:
+        """Encode int64[up to counts_per_chunk]; raises `LocalDataError` for a count that is too large."""
+
 
 class Rounding(Protocol):
     """Real values to integers on the grid."""
@@ -60,6 +64,7 @@ class Encoder:
 
     def __init__(self, settings: DeltaSettings, cipher: Cipher, key_id: str) -> None:
         self.values_per_chunk = scheme.values_per_chunk(settings)
+        self._counts_per_chunk = scheme.counts_per_chunk(settings)
         self.key_id = key_id
         self._cipher = cipher
         self._qmax = scheme.qmax(settings)
@@ -90,6 +95,17 @@ class Encoder:
         return (
             self._chunk(delta, residual, layout.steps(grid.steps, part.start, part.stop), part, rounded)
             for part in parts
+        )
+
+    def encode_counts(self, counts: NDArray[np.int64]) -> tuple[bytes, ...]:
+        """Encode ``counts``, int64[n], none negative, as chunks that add up with those of other sites.
+
+        Raises:
+            LocalDataError: a count is larger than a field holds.
+        """
+        return tuple(
+            wire.pack(Chunk(parts=self._cipher.count_parts(counts[part])))
+            for part in blocks(counts.size, self._counts_per_chunk)
         )
 
     def _chunk(
@@ -131,15 +147,25 @@ def encoder(settings: DeltaSettings, public_key: bytes | None) -> Encoder:
 class _Bfv:
     def __init__(self, bfv: scheme.BfvScheme, key: PublicKey) -> None:
         self._packing = bfv.packing
+        self._counts = bfv.counts
         self._key = key
 
     def parts(self, values: NDArray[np.int8]) -> tuple[bytes, ...]:
-        n = self._packing.n_values
-        return tuple(
-            self._key.encrypt(self._packing.pack(values[start : start + n])) for start in range(0, values.size, n)
-        )
+        return self._encrypt(self._packing, values)
+
+    def count_parts(self, counts: NDArray[np.int64]) -> tuple[bytes, ...]:
+        if (largest := int(counts.max(initial=0))) > self._counts.qmax:
+            raise LocalDataError(f"{largest} test cases are counted together, at most {self._counts.qmax} can be")
+        return self._encrypt(self._counts, counts)
+
+    def _encrypt(self, packing: Packing, values: NDArray[np.signedinteger]) -> tuple[bytes, ...]:
+        n = packing.n_values
+        return tuple(self._key.encrypt(packing.pack(values[start : start + n])) for start in range(0, values.size, n))
 
 
 class _Plain:
     def parts(self, values: NDArray[np.int8]) -> tuple[bytes, ...]:
         return sparse.encode(values)
+
+    def count_parts(self, counts: NDArray[np.int64]) -> tuple[bytes, ...]:
+        return sparse.encode(counts)

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
-from fednats.codec import packing, sparse
+from fednats.codec import sparse
+from fednats.codec.packing import Packing, max_field
 from fednats.codec.quantiser import QMAX
 from fednats.config import DeltaSettings
 from fednats.crypto import parameters
 from fednats.errors import ConfigError
+
+COUNT_FIELDS = 2
+"""Counts to a slot."""
 
 KEY_ID_NONE = "none"
 """Key id of a run without encryption."""
@@ -17,9 +21,11 @@ class BfvScheme:
     """Quantised values packed into the slots of BFV ciphertexts."""
 
     parameters: parameters.Parameters
-    packing: packing.Packing
+    packing: Packing
     values_per_chunk: int
     """Values of every chunk but the last: as many ciphertexts as fit, at least one."""
+    counts: Packing
+    """How counts of evaluations are packed: fewer and wider fields, each site's weight is 1."""
 
 
 def qmax(settings: DeltaSettings) -> int:
@@ -29,7 +35,7 @@ def qmax(settings: DeltaSettings) -> int:
         ConfigError: weighted sums would not fit int32.
     """
     largest = QMAX[settings.value_bits]
-    packing.max_field(largest, settings.max_total_weight)
+    max_field(largest, settings.max_total_weight)
     return largest
 
 
@@ -44,10 +50,20 @@ def bfv(settings: DeltaSettings) -> BfvScheme:
     (70656, 12288, 36864)
     """
     largest, weight = qmax(settings), settings.max_total_weight
-    chosen = parameters.choose(max_field=packing.max_field(largest, weight), max_total_weight=weight)
-    packed = packing.Packing(largest, weight, chosen.n_fields, chosen.poly_modulus_degree)
+    chosen = parameters.choose(max_field=max_field(largest, weight), max_total_weight=weight)
+    packed = Packing(largest, weight, chosen.n_fields, chosen.poly_modulus_degree)
     n_ciphertexts = max(1, settings.chunk_bytes // chosen.ciphertext_bytes)
-    return BfvScheme(chosen, packed, n_ciphertexts * packed.n_values)
+    bits = (chosen.plain_modulus.bit_length() - 1) // COUNT_FIELDS
+    counts = Packing(((1 << bits) - 1) // (2 * weight), weight, COUNT_FIELDS, chosen.poly_modulus_degree)
+    return BfvScheme(chosen, packed, n_ciphertexts * packed.n_values, counts)
+
+
+def counts_per_chunk(settings: DeltaSettings) -> int:
+    """Counts of every chunk of an evaluation but the last."""
+    if settings.cipher == "bfv":
+        scheme = bfv(settings)
+        return scheme.values_per_chunk // scheme.packing.n_values * scheme.counts.n_values
+    return min(sparse.SEGMENT_VALUES, settings.chunk_bytes // sparse.MAX_VALUE_BYTES)
 
 
 def values_per_chunk(settings: DeltaSettings) -> int:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fednats import wire
 from fednats.codec import sparse
+from fednats.codec.layout import blocks
 from fednats.codec.packing import check_total_weight
 from fednats.config import AggregationSettings, DeltaSettings
 from fednats.crypto.public import PublicKey, WeightedSum
@@ -40,6 +41,7 @@ class Summer:
         self.key_id = scheme.KEY_ID_NONE if key is None else key.key_id
         self.values_per_chunk = scheme.values_per_chunk(settings)
         self.max_total_weight = settings.max_total_weight
+        self._settings = settings
         self._qmax = scheme.qmax(settings)
         self._bfv = bfv
         self._key = key
@@ -132,6 +134,35 @@ class Summer:
         if (np.abs(values.astype(np.int64)) > self._qmax).any():
             raise RefusedError(Reason.MALFORMED, f"a value beyond {self._qmax}, the largest of an update")
         return values
+
+    def sum_counts(self, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_counts: int) -> tuple[bytes, ...]:
+        """Sum the chunks of several evaluations, or of sums of evaluations, of so many sites each.
+
+        Raises:
+            OverflowRefusedError: the sites are more than ``max_total_weight``; nothing was added.
+            RefusedChunkError: an evaluation is malformed; ``index`` says which. Leave it out and call again.
+        """
+        total = sum(n_sites)
+        check_total_weight(total, self.max_total_weight)
+        accumulators = [self._count_accumulator(part.stop - part.start, total) for part in self._count_blocks(n_counts)]
+        for index, (chunks, share) in enumerate(zip(inputs, n_sites, strict=True)):
+            if len(chunks) != len(accumulators):
+                text = f"{len(chunks)} chunks, expected {len(accumulators)}"
+                raise RefusedChunkError(Reason.WRONG_SHAPE, text, index)
+            try:
+                for chunk, accumulator in zip(chunks, accumulators, strict=True):
+                    accumulator.add(wire.unpack(chunk, Chunk).parts, 1, share)
+            except RefusedError as error:
+                raise RefusedChunkError(error.reason, error.detail, index) from None
+        return tuple(wire.pack(Chunk(parts=accumulator.parts())) for accumulator in accumulators)
+
+    def _count_blocks(self, n_counts: int) -> list[slice]:
+        return list(blocks(n_counts, scheme.counts_per_chunk(self._settings)))
+
+    def _count_accumulator(self, n_counts: int, n_sites: int) -> Accumulator:
+        if self._bfv is None or self._key is None:
+            return _PlainSum(np.iinfo(np.int32).max // n_sites, n_sites, n_counts)
+        return _BfvSum(self._key, -(-n_counts // self._bfv.counts.n_values))
 
     def _accumulator(self, total_weight: int, n_values: int | None) -> Accumulator:
         if self._bfv is None or self._key is None:

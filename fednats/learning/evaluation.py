@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fednats.codec.layout import Vector
 from fednats.errors import ConfigError, LocalDataError
 from fednats.learning.flat import initial_model, write_vector
+from fednats.learning.scores import MAX_CLASSES, Counts
 from fednats.learning.task import Task
 from fednats.messages import MAX_METRIC
 
@@ -22,6 +23,8 @@ class Evaluated:
 
     metrics: dict[str, float]
     n_samples: int
+    counts: Counts | None
+    """None if the task scores no classes: its outputs are no logits [n, classes], its targets no int64[n]."""
 
 
 class Evaluator:
@@ -49,7 +52,15 @@ class Evaluator:
         metrics = self._task.metrics(scores, targets)
         if not (np.abs(list(metrics.values())) <= MAX_METRIC).all():
             raise LocalDataError(f"metrics are not finite, or above {MAX_METRIC:g}: {metrics}")
-        return Evaluated(metrics=metrics, n_samples=len(targets))
+        return Evaluated(metrics, len(targets), _counts(scores, targets))
+
+
+def _counts(scores: Tensor, targets: Tensor) -> Counts | None:
+    if scores.ndim != 2 or not 2 <= scores.shape[1] <= MAX_CLASSES:  # noqa: PLR2004 - [n, classes]
+        return None
+    if targets.ndim != 1 or targets.is_floating_point() or not 0 <= targets.min() <= targets.max() < scores.shape[1]:
+        return None
+    return Counts.of(scores.double().numpy(), targets.long().numpy())
 
 
 def evaluate(task: Task, weights: Vector) -> Evaluated:

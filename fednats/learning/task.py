@@ -136,6 +136,13 @@ def make_task(path: str, options: Mapping[str, Any]) -> Task:
     return cls(**options)
 
 
+def task_file(path: str) -> Path:
+    """Return the file that holds the code of the task that ``path`` names; nothing of it is run."""
+    if path in SHIPPED:
+        return Path(__file__).parent / "tasks" / f"{path.replace('-', '_')}.py"
+    return Path(path.rpartition(":")[0])
+
+
 def load_task(path: str) -> type[Task]:
     """Find a task class: the name of a shipped one, or ``path/to/file.py:ClassName``.
 

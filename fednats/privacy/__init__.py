@@ -1,0 +1,1 @@
+"""What leaves a hospital, and on which terms: its own policy."""

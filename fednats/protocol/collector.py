@@ -28,6 +28,7 @@ from fednats.protocol.events import (
     ContributionArrived,
     DeadlineReached,
     EvaluationArrived,
+    EvaluationsSummed,
     Event,
     Part,
     PresenceChanged,
@@ -36,6 +37,7 @@ from fednats.protocol.events import (
     RunClosed,
     Settle,
     StartTimer,
+    SumEvaluations,
     VersionAnnounced,
     contribution_id,
     evaluation_id,
@@ -77,6 +79,7 @@ class Collector:
         self._heads: dict[str, Update | Aggregate] = {}
         self._early: dict[str, Update | Aggregate] = {}
         self._early_evaluations: list[EvaluationArrived] = []
+        self._summing: dict[int, SumEvaluations] = {}
         self._settled: dict[str, Refuse | None] = {}
         self._sequences: dict[str, Sequences] = {}
 
@@ -104,6 +107,7 @@ class Collector:
         commands: list[Command] = []
         if self.in_flight is not None:
             commands.append(Combine(self.in_flight))
+        commands += self._summing.values()
         if self.state is not State.CLOSED and self._buffer:
             commands += self._start_timer()
         if self._short and self.state is not State.CLOSED:
@@ -178,7 +182,24 @@ class Collector:
             return [Settle((evaluation_id(event.evaluation),))]
         if event.evaluation.version > self.current.version:
             return self._evaluate_early(event)
-        return _give_out(self._tally.add(event.evaluation, self.current.settings.min_sites))
+        summing = self._summing.get(event.evaluation.version)
+        if summing is not None and event.evaluation in summing.parts:
+            return []
+        return self._give_out(self._tally.add(event.evaluation, self.current.settings.min_sites))
+
+    def _summed(self, event: EvaluationsSummed) -> list[Command]:
+        return [Settle(tuple(evaluation_id(part) for part in self._summing.pop(event.version).parts))]
+
+    def _give_out(self, closed: list[Closed]) -> list[Command]:
+        """Have evaluations summed; they are settled once that is done."""
+        commands: list[Command] = []
+        for summing, given_up in closed:
+            if summing is not None:
+                self._summing[summing.version] = summing
+                commands.append(summing)
+            if given_up:
+                commands.append(Settle(given_up))
+        return commands
 
     def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:
         if not self._buffer or self.current is None:
@@ -259,7 +280,7 @@ class Collector:
         settings = self.current.settings
         if self._buffer is not None:
             self._buffer.configure(self._terms(self.current))
-        commands = _give_out(self._tally.complete(settings.min_sites))
+        commands = self._give_out(self._tally.complete(settings.min_sites))
         was_short = self._short
         # each region sends sums of enough sites, or says itself that it cannot
         self._short = not self.present & self._roster.regions and len(self.present) < settings.min_sites
@@ -367,6 +388,7 @@ class Collector:
         (State.WAITING, Configured): _configure,
         (State.WAITING, PresenceChanged): _see,
         (State.WAITING, EvaluationArrived): _evaluate_early,
+        (State.WAITING, EvaluationsSummed): _summed,
         (State.WAITING, DeadlineReached): _ignore,
         (State.WAITING, RunClosed): _close,
         (State.COLLECTING, Configured): _configure,
@@ -374,6 +396,7 @@ class Collector:
         (State.COLLECTING, VersionAnnounced): _announce,
         (State.COLLECTING, ContributionArrived): _arrive,
         (State.COLLECTING, EvaluationArrived): _evaluate,
+        (State.COLLECTING, EvaluationsSummed): _summed,
         (State.COLLECTING, DeadlineReached): _reach_deadline,
         (State.COLLECTING, RunClosed): _close,
         (State.COMBINING, Configured): _configure,
@@ -381,6 +404,7 @@ class Collector:
         (State.COMBINING, VersionAnnounced): _announce,
         (State.COMBINING, ContributionArrived): _arrive,
         (State.COMBINING, EvaluationArrived): _evaluate,
+        (State.COMBINING, EvaluationsSummed): _summed,
         (State.COMBINING, DeadlineReached): _reach_deadline,
         (State.COMBINING, Combined): _combined,
         (State.COMBINING, CombineFailed): _combine_failed,
@@ -390,20 +414,12 @@ class Collector:
         (State.CLOSED, VersionAnnounced): _announce_closed,
         (State.CLOSED, ContributionArrived): _arrive_closed,
         (State.CLOSED, EvaluationArrived): _evaluate,
+        (State.CLOSED, EvaluationsSummed): _summed,
         (State.CLOSED, DeadlineReached): _ignore,
         (State.CLOSED, Combined): _combined_closed,
         (State.CLOSED, CombineFailed): _combine_failed_closed,
         (State.CLOSED, RunClosed): _ignore,
     }
-
-
-def _give_out(closed: list[Closed]) -> list[Command]:
-    commands: list[Command] = []
-    for evaluation, ids in closed:
-        if evaluation is not None:
-            commands.append(evaluation)
-        commands.append(Settle(ids))
-    return commands
 
 
 def _contribution(head: Update | Aggregate) -> Contribution:

@@ -14,10 +14,10 @@ from fednats.protocol.events import (
     Combined,
     Command,
     Configured,
+    EvaluationsSummed,
     Event,
     FinalEvaluationOverdue,
     KeepBest,
-    PublishEvaluation,
     RunClosed,
     VersionAnnounced,
     WallTimeReached,
@@ -96,9 +96,8 @@ class Coordinator:
         if isinstance(event, FinalEvaluationOverdue):
             return self._close()
         commands = self.collector.handle(event)
-        for command in list(commands):
-            if isinstance(command, PublishEvaluation):
-                commands += self._record(command)
+        if isinstance(event, EvaluationsSummed) and event.n_sites:
+            commands += self._record(event)
         if isinstance(event, VersionAnnounced) and self.version >= self._stop.max_versions:
             commands += self._finish("max_versions reached")
         return commands
@@ -139,7 +138,7 @@ class Coordinator:
             if identity in event.norms and identity not in event.quarantined:
                 self.norms.add(part.head.region, event.norms[identity])
 
-    def _record(self, summed: PublishEvaluation) -> list[Command]:
+    def _record(self, summed: EvaluationsSummed) -> list[Command]:
         evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics)
         self.evaluated[summed.version] = evaluated
         commands: list[Command] = []

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
-from fednats.messages import MAX_COUNT, Evaluation, EvaluationSum
-from fednats.protocol.events import PublishEvaluation, evaluation_id
+from fednats.messages import Evaluation, EvaluationSum
+from fednats.protocol.events import SumEvaluations, evaluation_id
 
 PATIENCE_VERSIONS = 5
 """A version whose evaluations are incomplete is summed as it is when this many newer ones have been evaluated."""
@@ -12,8 +12,8 @@ PATIENCE_VERSIONS = 5
 FORGOTTEN_VERSIONS = 20
 """So far behind, a version's evaluations are given up."""
 
-Closed = tuple[PublishEvaluation | None, tuple[str, ...]]
-"""A version's summed evaluations, None if they are too few to be sent, and the ids that are settled with it."""
+Closed = tuple[SumEvaluations | None, tuple[str, ...]]
+"""A version's evaluations to be summed, or None and the ids of what is given up."""
 
 
 class EvaluationTally:
@@ -21,7 +21,7 @@ class EvaluationTally:
 
     A version is given out when every source has reported; when at least ``min_sites`` sites have, and with them
     everybody who is present; or when so many have and it is `PATIENCE_VERSIONS` behind the newest evaluated one. One
-    that is `FORGOTTEN_VERSIONS` behind is dropped. Each metric is weighted by number of samples.
+    that is `FORGOTTEN_VERSIONS` behind is dropped.
     """
 
     def __init__(self, sources: AbstractSet[str]) -> None:
@@ -66,24 +66,10 @@ class EvaluationTally:
         while self._done_below in self._done:
             self._done.discard(self._done_below)
             self._done_below += 1
-        ids = tuple(evaluation_id(evaluation) for evaluation in reported.values())
-        n_sites = _n_sites(reported)
-        if n_sites < min_sites:
-            return (None, ids)
-        return (_weighted_mean(version, n_sites, list(reported.values())), ids)
+        if _n_sites(reported) < min_sites:
+            return (None, tuple(evaluation_id(evaluation) for evaluation in reported.values()))
+        return (SumEvaluations(version, tuple(reported[source] for source in sorted(reported))), ())
 
 
 def _n_sites(reported: Mapping[str, Evaluation | EvaluationSum]) -> int:
     return sum(1 if isinstance(evaluation, Evaluation) else evaluation.n_sites for evaluation in reported.values())
-
-
-def _weighted_mean(
-    version: int, n_sites: int, evaluations: list[Evaluation] | list[EvaluationSum] | list[Evaluation | EvaluationSum]
-) -> PublishEvaluation:
-    n_samples = sum(evaluation.n_samples for evaluation in evaluations)
-    names = set.intersection(*(set(evaluation.metrics) for evaluation in evaluations))
-    metrics = {
-        name: sum(evaluation.metrics[name] * evaluation.n_samples for evaluation in evaluations) / n_samples
-        for name in sorted(names)
-    }
-    return PublishEvaluation(version, min(n_sites, MAX_COUNT), min(n_samples, MAX_COUNT), metrics)

@@ -107,6 +107,19 @@ class CombineFailed(Event):
     """Contributions that the stream has lost, and that are taken in again if they are delivered again."""
 
 
+class EvaluationsSummed(Event):
+    """What `SumEvaluations` asked for is done."""
+
+    kind: ClassVar[str] = "evaluations_summed"
+
+    version: int
+    n_sites: int
+    """That are in the sum; 0 if too few could be summed, and nothing was sent."""
+    n_samples: int
+    metrics: dict[str, float] = {}
+    """Read at the root: of all their test cases pooled."""
+
+
 class RunClosed(Event):
     """The run is over; nothing is combined any more."""
 
@@ -138,6 +151,7 @@ EVENTS: dict[str, type[Event]] = {
         DeadlineReached,
         Combined,
         CombineFailed,
+        EvaluationsSummed,
         RunClosed,
         FinalEvaluationOverdue,
         WallTimeReached,
@@ -212,13 +226,11 @@ class ReportWaiting:
 
 
 @dataclass(frozen=True, slots=True)
-class PublishEvaluation:
-    """Send these summed evaluations upwards, or at the root put them on record."""
+class SumEvaluations:
+    """Sum these and send the sum upwards, or at the root read it; then say `EvaluationsSummed`."""
 
     version: int
-    n_sites: int
-    n_samples: int
-    metrics: dict[str, float]
+    parts: tuple[Evaluation | EvaluationSum, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,15 +256,7 @@ class CloseRun:
 
 
 Command = (
-    Combine
-    | Settle
-    | Refuse
-    | StartTimer
-    | ReportWaiting
-    | PublishEvaluation
-    | KeepBest
-    | AwaitFinalEvaluation
-    | CloseRun
+    Combine | Settle | Refuse | StartTimer | ReportWaiting | SumEvaluations | KeepBest | AwaitFinalEvaluation | CloseRun
 )
 
 

@@ -11,6 +11,7 @@ from fednats.subjects import HUB
 _FILES = {
     "ca.pem": "the federation's authority: what the servers' certificates are verified with",
     "signers.toml": "whose signatures count in this federation, and whose no longer do",
+    "policy.toml": "what the daemon may do, whatever a run asks for; yours to make stricter",
     "model.key": "**secret**: opens the models, which only the coordinator and the hospitals may read",
     "server.conf": "this server's name, addresses and store",
     "accounts.conf": "who may connect here, and what each may do",

@@ -22,6 +22,14 @@ from fednats.subjects import HUB
 STATE = Path("state")
 SIGNERS_FILE = "signers.toml"
 MODEL_KEY_FILE = "model.key"
+POLICY_FILE = "policy.toml"
+POLICY = """\
+# What this hospital's daemon may do, whatever a run asks for: the hospital's own word, for it to make stricter.
+# sites/policy.toml shows all lines, sites/README.md says what each holds the daemon to.
+
+encrypted = {encrypted}
+min_sites = {min_sites}
+"""
 
 
 def write_coordinator(plan: Plan, kits: Kits, keys: Mapping[str, str], he: Mapping[str, Path], files: Files) -> None:
@@ -73,10 +81,16 @@ def write_site(plan: Plan, region: RegionPlan, site: str, kits: Kits, he: Mappin
         region=region.name,
         bus=_bus(plan, region.name, "site", site),
         model_key_file=Path(MODEL_KEY_FILE),
+        policy_file=Path(POLICY_FILE),
         task=_task(plan.site_tasks.get(site, plan.task), kits.site(site), files),
         **he,
     )
     _write(kits.site(site) / "site.toml", settings, files)
+    policy = kits.site(site) / POLICY_FILE
+    if not policy.exists():  # from then on it is the hospital's
+        encrypted = str(plan.run.delta.cipher != "none").lower()
+        text = POLICY.format(encrypted=encrypted, min_sites=plan.run.aggregation.min_sites)
+        files.public(policy, text.encode())
 
 
 def _bus(plan: Plan, node: str, role: str, name: str) -> BusSettings:

@@ -1,13 +1,14 @@
 """The aggregator of a region: adds what it cannot read, and sends up only sums of enough distinct sites."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from fednats import subjects
+from fednats import subjects, wire
 from fednats.config import AggregatorSettings
 from fednats.errors import BusError, Reason, RefusedError
-from fednats.messages import Aggregate, Control, EvaluationSum, ModelManifest, Update
+from fednats.messages import Aggregate, Control, Evaluation, EvaluationSum, ModelManifest, Payload, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.admission import Roster
@@ -18,14 +19,17 @@ from fednats.protocol.events import (
     CombineFailed,
     Command,
     Configured,
+    EvaluationsSummed,
     Event,
-    PublishEvaluation,
     RunClosed,
+    SumEvaluations,
     VersionAnnounced,
+    evaluation_id,
 )
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
+from fednats.services.evaluations import Summing, cases_of, payload_id, sites_of, sum_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
@@ -92,7 +96,12 @@ class AggregatorService:
         self._tier = Tier(daemon, Journal(settings.state_dir / "journal.sqlite"), self._machine, rejects, self._note)
         self._updates = Inbox(region, subjects.updates_stream(run, here), run, identity, daemon.log)
         self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, identity, daemon.log)
-        self._tier.inboxes = {Update: self._updates, Aggregate: self._aggregates}
+        self._tier.inboxes = {
+            Update: self._updates,
+            Evaluation: self._updates,
+            Aggregate: self._aggregates,
+            EvaluationSum: self._aggregates,
+        }
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         self._kept = KeptSums()
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
@@ -220,20 +229,38 @@ class AggregatorService:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     async def _execute(self, command: Command) -> None:
-        if isinstance(command, PublishEvaluation):
-            summed = EvaluationSum(
-                run=self._settings.run,
-                region=self._settings.region,
-                version=command.version,
-                n_sites=command.n_sites,
-                n_samples=command.n_samples,
-                metrics=command.metrics,
-            )
+        if isinstance(command, SumEvaluations):
+            await self._sum_evaluations(command)
+
+    async def _sum_evaluations(self, command: SumEvaluations) -> None:
+        """Sum what sites and regions below counted on their test data, and send the sum up."""
+        fit, current = await self._fit, self._machine.current
+        assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
+
+        async def add(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], n_classes: int) -> tuple[bytes, ...]:
+            summed: tuple[bytes, ...] = await self._worker.call("sum_counts", fit, inputs, n_sites, n_classes)
+            return summed
+
+        summing = Summing(self._tier.chunks, add, fit.key_id, current.settings.min_sites, self._log)
+        parts, made = await summing.run(command)
+        if parts:
+            chunks = made or ()
+            name = payload_id(self._settings.region, command.version)
+            digests = tuple(map(wire.digest, chunks))
+            payload = Payload(payload_id=name, n_bytes=sum(map(len, chunks)), digests=digests)
+            head = sum_of(self._settings.run, self._settings.region, fit.key_id, parts, payload)
+            prefix = subjects.aggregate(self._settings.run, self._settings.region)
             subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
-            identity = f"evaluation.{summed.region}.{summed.version}"
-            signed = self._identity.sign(subject, summed)
-            await self._recorder.record(entry_of("evaluation_sum", summed, version=summed.version))
-            await persist(self._log, lambda: self._uplink.publish(subject, signed, identity))
+            signed = self._identity.sign(subject, head)
+            entry = entry_of("evaluation_sum", head, version=command.version, payload=head.payload)
+            await self._recorder.record(entry)
+            await persist(self._log, lambda: self._uplink.publish_payload(prefix, name, chunks))
+            await persist(self._log, lambda: self._uplink.publish(subject, signed, evaluation_id(head)))
+            self._sent_bytes += entry.n_bytes
+            self._daemon.metrics.sent_bytes.inc(entry.n_bytes)
+        await self._tier.feed(
+            EvaluationsSummed(version=command.version, n_sites=sites_of(parts), n_samples=cases_of(parts))
+        )
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Add the contributions chunk by chunk; publish the sum only when all of it is made.

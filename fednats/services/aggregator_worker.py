@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fednats.config import AggregationSettings, AggregatorSettings, DeltaSettings
 from fednats.delta.sum import Summer, summer
 from fednats.errors import Reason, RefusedError
+from fednats.learning.scores import n_counts
 from fednats.services.answers import Fit
 from fednats.services.keys import held, key_id_of, read_keys
 
@@ -36,6 +37,12 @@ class AggregatorWorker:
             max_total_weight=add.max_total_weight,
             capacity=int(add.max_total_weight ** (levels / delta.tiers)),
         )
+
+    def sum_counts(
+        self, fit: Fit, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_classes: int
+    ) -> tuple[bytes, ...]:
+        """Add the counts of several evaluations, of so many sites each."""
+        return summer(fit.delta, held(self._keys, fit.key_id)).sum_counts(inputs, n_sites, n_counts(n_classes))
 
     def weighted_sum(
         self,

@@ -16,7 +16,19 @@ class Trained:
 
 @dataclass(frozen=True)
 class Scored:
-    """A site's metrics of a version, and how many test cases they are of."""
+    """A site's metrics of a version, how many test cases they are of, and the counts that are sent of them."""
+
+    metrics: dict[str, float]
+    n_samples: int
+    key_id: str
+    n_classes: int
+    """0 if the task scores no classes."""
+    chunks: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Metrics of the test cases of several sites pooled, and how many cases they are."""
 
     metrics: dict[str, float]
     n_samples: int

@@ -4,14 +4,14 @@ import asyncio
 import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings, RunSettings
 from fednats.errors import BusError, Reason, RefusedError
-from fednats.messages import Aggregate, Control
+from fednats.messages import Aggregate, Control, EvaluationSum
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.coordinator import Coordinator, RunState
@@ -23,16 +23,18 @@ from fednats.protocol.events import (
     CombineFailed,
     Command,
     Configured,
+    EvaluationsSummed,
     Event,
     FinalEvaluationOverdue,
     KeepBest,
     Part,
-    PublishEvaluation,
+    SumEvaluations,
     VersionAnnounced,
     WallTimeReached,
     contribution_id,
 )
-from fednats.services.answers import Version
+from fednats.services.answers import Pooled, Version
+from fednats.services.evaluations import Summing, cases_of, mean_metrics, sites_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
@@ -106,7 +108,7 @@ class CoordinatorService:
             daemon, journal, self._machine, Rejects(bus, settings.run, subjects.HUB, daemon.log), self._note
         )
         self._inbox = Inbox(bus, subjects.inbox_stream(settings.run, subjects.HUB), settings.run, identity, daemon.log)
-        self._tier.inboxes = {Aggregate: self._inbox}
+        self._tier.inboxes = {Aggregate: self._inbox, EvaluationSum: self._inbox}
         self._history: list[dict[str, Any]] = []
         self._published_s: dict[int, float] = {}
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
@@ -289,18 +291,18 @@ class CoordinatorService:
         if handled.combination is not None:
             for part in handled.combination.parts:
                 self._count(part)
-        for command in handled.commands:
-            if isinstance(command, PublishEvaluation):
-                self._history.append(
-                    {
-                        "version": command.version,
-                        "published_s": round(self._published_s.get(command.version, 0.0), 3),
-                        "evaluated_s": round(handled.elapsed_s, 3),
-                        "n_sites": command.n_sites,
-                        "n_samples": command.n_samples,
-                        "metrics": command.metrics,
-                    }
-                )
+        event = handled.event
+        if isinstance(event, EvaluationsSummed) and event.n_sites:
+            self._history.append(
+                {
+                    "version": event.version,
+                    "published_s": round(self._published_s.get(event.version, 0.0), 3),
+                    "evaluated_s": round(handled.elapsed_s, 3),
+                    "n_sites": event.n_sites,
+                    "n_samples": event.n_samples,
+                    "metrics": event.metrics,
+                }
+            )
 
     def _note_norms(self, event: Combined) -> None:
         for identity, norm in event.norms.items():
@@ -326,11 +328,8 @@ class CoordinatorService:
 
     async def _execute(self, command: Command) -> None:
         match command:
-            case PublishEvaluation(version, n_sites, n_samples, metrics):
-                self._log.info(
-                    "version_evaluated", version=version, n_sites=n_sites, n_samples=n_samples, metrics=metrics
-                )
-                await self._put_state()
+            case SumEvaluations():
+                await self._read_evaluations(command)
             case KeepBest(version):
                 kept = await self._worker.call("keep_best", version)
                 self._log.info("best_version", version=version, kept=kept)
@@ -345,6 +344,29 @@ class CoordinatorService:
                 await self._put_state()
             case _:
                 raise AssertionError(f"{type(command).__name__} is not a coordinator's command")
+
+    async def _read_evaluations(self, command: SumEvaluations) -> None:
+        """Decrypt what regions summed of their sites' counts: figures of all their test cases pooled."""
+        current = self._machine.collector.current
+        assert current is not None  # noqa: S101 - evaluations are of versions that were announced
+
+        async def pool(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], n_classes: int) -> Pooled:
+            pooled: Pooled = await self._worker.call("pool", inputs, n_sites, n_classes)
+            return pooled
+
+        summing = Summing(self._tier.chunks, pool, current.key_id, current.settings.min_sites, self._log)
+        parts, pooled = await summing.run(command)
+        n_sites, metrics = sites_of(parts), mean_metrics(parts)
+        n_samples = cases_of(parts)
+        if pooled is not None:
+            n_samples, metrics = pooled.n_samples, {**metrics, **pooled.metrics}
+        await self._tier.feed(
+            EvaluationsSummed(version=command.version, n_sites=n_sites, n_samples=n_samples, metrics=metrics)
+        )
+        self._log.info(
+            "version_evaluated", version=command.version, n_sites=n_sites, n_samples=n_samples, metrics=metrics
+        )
+        await self._put_state()
 
     async def _watch_clock(self) -> None:
         if self._run.stop.max_wall_s is not None:

@@ -3,7 +3,9 @@
 One vector of the model's size, the mean delta, is in memory; weights and optimiser state are worked on block by block.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -14,12 +16,13 @@ from fednats.codec.layout import Layout, blocks
 from fednats.config import CoordinatorSettings
 from fednats.crypto.sealing import ModelKey
 from fednats.delta.decode import decoder
-from fednats.errors import Reason, RefusedError
+from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
+from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task import make_task
 from fednats.messages import Aggregate, Grid
-from fednats.services.answers import Version
+from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
 from fednats.services.next_version import Made, NextVersion, first_version
 from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
@@ -123,6 +126,22 @@ class CoordinatorWorker:
         self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
         return self.current()
+
+    def pool(self, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_classes: int) -> Pooled:
+        """Decrypt the summed counts of several regions, and work out the figures of all their test cases pooled.
+
+        Raises:
+            RefusedChunkError: a sum is malformed, or none of so many sites; ``index`` says which.
+        """
+        counts = [self._counts(index, *sent, n_classes) for index, sent in enumerate(zip(inputs, n_sites, strict=True))]
+        pooled = reduce(operator.add, counts)
+        return Pooled(pooled.metrics(), pooled.n_cases)
+
+    def _counts(self, index: int, chunks: Sequence[bytes], n_sites: int, n_classes: int) -> Counts:
+        try:
+            return Counts.from_flat(self._decoder.decode_counts(chunks, n_sites, n_counts(n_classes)), n_classes)
+        except RefusedError as error:
+            raise RefusedChunkError(error.reason, error.detail, index) from None
 
     def keep_best(self, version: int) -> bool:
         """Keep a version as the best one; False if its checkpoint is gone already."""

@@ -18,6 +18,9 @@ READ_AHEAD = 2
 
 Arrived = ContributionArrived | EvaluationArrived
 
+Head = Update | Aggregate | Evaluation | EvaluationSum
+"""What names the chunks of a payload."""
+
 
 class VanishedError(FednatsError):
     """The stream has lost a contribution that was taken in; the node that it came from may send it again."""
@@ -36,7 +39,7 @@ class Inbox:
         self._run = run
         self._identity = identity
         self._log = log
-        self._delivered: dict[str, dict[int, tuple[Delivery, Update | Aggregate | None]]] = {}
+        self._delivered: dict[str, dict[int, tuple[Delivery, Head | None]]] = {}
 
     def open(self, delivery: Delivery) -> Arrived:
         """Verify and parse a delivery and hold its sender to the subject that it may publish on; remember how to settle it.
@@ -49,7 +52,8 @@ class Inbox:
         except RefusedError:
             self._keep(self.unreadable_id(delivery), delivery, None)
             raise
-        self._keep(_identity(event), delivery, event.head if isinstance(event, ContributionArrived) else None)
+        head = event.head if isinstance(event, ContributionArrived) else event.evaluation
+        self._keep(identity_of(head), delivery, head)
         return event
 
     def unreadable_id(self, delivery: Delivery) -> str:
@@ -71,7 +75,7 @@ class Inbox:
             await delivery.term()
             self._forget(identity, delivery)
 
-    async def chunks(self, head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
+    async def chunks(self, head: Head) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of a contribution, each checked against its digest; waits while the bus is away.
 
         They are read by their subjects: it matters not whether the contribution was delivered to this process.
@@ -90,23 +94,23 @@ class Inbox:
                     yield data
         except RefusedError as error:
             if await self._vanished(head):
-                self._log.warning("contribution_vanished", contribution=contribution_id(head), detail=error.detail)
-                raise VanishedError(contribution_id(head), error.detail) from error
+                self._log.warning("contribution_vanished", contribution=identity_of(head), detail=error.detail)
+                raise VanishedError(identity_of(head), error.detail) from error
             raise
 
-    async def _vanished(self, head: Update | Aggregate) -> bool:
+    async def _vanished(self, head: Head) -> bool:
         """Whether the stream was made anew after the contribution came, or does not deliver it to this process (yet)."""
-        arrived = max(self._delivered.get(contribution_id(head), {}), default=None)
+        arrived = max(self._delivered.get(identity_of(head), {}), default=None)
         return arrived is None or arrived < await ask(self._log, lambda: self.bus.first_sequence(self.stream))
 
-    async def _drop(self, head: Update | Aggregate | None) -> None:
+    async def _drop(self, head: Head | None) -> None:
         if head is not None:
             await self.bus.purge(self.stream, subjects.chunks(prefix_of(head), head.payload.payload_id))
 
-    def _deliveries(self, identity: str) -> list[tuple[Delivery, Update | Aggregate | None]]:
+    def _deliveries(self, identity: str) -> list[tuple[Delivery, Head | None]]:
         return list(self._delivered.get(identity, {}).values())
 
-    def _keep(self, identity: str, delivery: Delivery, head: Update | Aggregate | None) -> None:
+    def _keep(self, identity: str, delivery: Delivery, head: Head | None) -> None:
         self._delivered.setdefault(identity, {})[delivery.stream_sequence] = (delivery, head)
 
     def _forget(self, identity: str, delivery: Delivery) -> None:
@@ -117,9 +121,9 @@ class Inbox:
             del self._delivered[identity]
 
 
-def prefix_of(head: Update | Aggregate) -> str:
-    """Return the subject prefix under which ``head`` and its payload were published."""
-    if isinstance(head, Update):
+def prefix_of(head: Head) -> str:
+    """Return the subject prefix under which the payload of ``head`` was published."""
+    if isinstance(head, Update | Evaluation):
         return subjects.update(head.run, head.region, head.site)
     return subjects.aggregate(head.run, head.region)
 
@@ -153,5 +157,6 @@ def _subject(event: Arrived) -> str:
     return subjects.evaluation_sum(evaluation.run, evaluation.region)
 
 
-def _identity(event: Arrived) -> str:
-    return contribution_id(event.head) if isinstance(event, ContributionArrived) else evaluation_id(event.evaluation)
+def identity_of(head: Head) -> str:
+    """Return the id under which ``head`` is delivered and settled."""
+    return evaluation_id(head) if isinstance(head, Evaluation | EvaluationSum) else contribution_id(head)

@@ -15,15 +15,13 @@ import fednats
 from fednats import subjects
 from fednats.config import DaemonSettings
 from fednats.errors import BusError, ConfigError, FednatsError
+from fednats.messages import Presence
 from fednats.services.loop_lag import LoopLag
 from fednats.transport.bus import Bus
 from fednats.web.metrics import Metrics
 from fednats.web.server import serving
 
 PRESENCE_RENEWAL_S = 5.0
-WAITING = b"waiting"
-"""Presence of a service that is there, but cannot contribute until others are, or any more; else it is the release."""
-
 Log = structlog.stdlib.BoundLogger
 
 
@@ -45,11 +43,19 @@ class Daemon:
     loop_lag: LoopLag = field(default_factory=LoopLag)
     waits: Callable[[], bool] = lambda: False
     """Whether it cannot contribute: until others are there, or any more."""
+    declined: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    """By role: which services, this one and those below, take no part in the run, and why."""
 
     @property
     def is_ready(self) -> bool:
         """Whether it has started and its connections stand."""
         return self.ready and all(bus.connected for bus in self.buses)
+
+    @property
+    def presence(self) -> Presence:
+        """What it says of itself on the bus."""
+        declined = {name: why for below in self.declined.values() for name, why in below.items()}
+        return Presence(release=fednats.__version__, waits=self.waits(), declined=declined)
 
     def describe(self) -> dict[str, Any]:
         """Return what /status and the micro service's ``status`` endpoint show."""
@@ -59,6 +65,7 @@ class Daemon:
             "run": self.run,
             "ready": self.is_ready,
             "loop_lag_ms": self.loop_lag.describe(),
+            "declined": self.presence.declined,
             **self.status(),
         }
 
@@ -74,7 +81,7 @@ class Daemon:
         )
         bucket, key = subjects.presence_bucket(self.run), subjects.presence_key(self.role, self.name)
         while True:
-            value = WAITING if self.waits() else fednats.__version__.encode()
+            value = self.presence.model_dump_json().encode()
             for domain in domains or (None,):
                 try:
                     await bus.put(bucket, key, value, domain=domain)

@@ -1,4 +1,4 @@
-"""What reads or writes files, kept off the event loop."""
+"""What reads or writes files, kept off the event loop; and what is sent, held to a pace."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +17,17 @@ async def off_loop(items: Iterator[T]) -> AsyncIterator[T]:
     """Yield ``items``, each of them produced in a thread."""
     while (item := await asyncio.to_thread(next, items, _END)) is not _END:
         yield item  # type: ignore[misc]  # it is not the sentinel
+
+
+async def paced(chunks: AsyncIterator[bytes], max_mbit: float | None) -> AsyncIterator[bytes]:
+    """Yield ``chunks`` at no more than ``max_mbit`` (1e6 bits per second); None: as fast as they are asked for."""
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    async for chunk in chunks:
+        yield chunk
+        if max_mbit is not None:
+            due = max(due, loop.time()) + len(chunk) * 8 / (max_mbit * 1e6)
+            await asyncio.sleep(due - loop.time())
 
 
 @asynccontextmanager

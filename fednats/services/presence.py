@@ -1,11 +1,14 @@
 """Who of those that report here is there, from the presence keys that they renew on the bus."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from fednats import subjects
+from fednats.messages import Presence
 from fednats.protocol.events import Event, PresenceChanged
-from fednats.services.lifecycle import WAITING, Daemon
+from fednats.services.lifecycle import Daemon
 from fednats.transport.bus import Bus
 
 
@@ -38,7 +41,9 @@ async def watch_presence(
     watched = frozenset(names)
     seen: frozenset[str] | None = None
     async for entries in bus.watch(subjects.presence_bucket(daemon.run)):
-        there = frozenset(name for name in watched if _is_there(entries, role, name))
+        said = {name: _parsed(entries.get(subjects.presence_key(role, name))) for name in watched}
+        there = frozenset(name for name, presence in said.items() if presence is not None and not presence.waits)
+        _note_declined(daemon, role, [presence for presence in said.values() if presence is not None])
         if seen is None:
             daemon.log.info("sources_present", present=sorted(there), absent=sorted(watched - there))
         else:
@@ -50,8 +55,22 @@ async def watch_presence(
             await feed(PresenceChanged(present=tuple(sorted(present))))
 
 
-def _is_there(entries: Mapping[str, bytes], role: str, name: str) -> bool:
-    return entries.get(subjects.presence_key(role, name), WAITING) != WAITING
+def _parsed(value: bytes | None) -> Presence | None:
+    """Return what a service says; None if it is not there, or what it says is no presence."""
+    try:
+        return None if value is None else Presence.model_validate_json(value)
+    except ValidationError:
+        return None
+
+
+def _note_declined(daemon: Daemon, role: str, said: Iterable[Presence]) -> None:
+    declined = {name: why for presence in said for name, why in presence.declined.items()}
+    before = daemon.declined.get(role, {})
+    for name, why in declined.items():
+        if before.get(name) != why:
+            daemon.log.warning("takes_no_part", service=name, why=why)
+    daemon.declined[role] = declined
+    daemon.metrics.declined.set(sum(map(len, daemon.declined.values())))
 
 
 def _log_changes(daemon: Daemon, before: frozenset[str], now: frozenset[str]) -> None:

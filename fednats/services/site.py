@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from fednats import subjects
+from fednats import subjects, wire
 from fednats.codec import frames
 from fednats.config import SiteSettings
 from fednats.errors import (
@@ -20,14 +21,18 @@ from fednats.errors import (
     RefusedError,
     TaskError,
 )
-from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
+from fednats.messages import Control, Evaluation, Frame, ModelManifest, Payload, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import EGRESS_FILE, Entry
+from fednats.privacy.policy import read_policy
 from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
+from fednats.protocol.events import evaluation_id
+from fednats.services.answers import Scored
+from fednats.services.evaluations import payload_id
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.off_loop import chunk_file, off_loop
+from fednats.services.off_loop import chunk_file, off_loop, paced
 from fednats.services.persist import RETRY_S
 from fednats.services.recorder import INTERVAL_S, SUMMED_UP, Recorder, entry_of
 from fednats.services.worker import Worker, WorkerDiedError
@@ -46,6 +51,9 @@ RETRY_JOB_S = 30.0
 
 AWAY_S = 5.0
 """So long without the bus, and the site trains on by itself; a shorter break changes nothing."""
+
+LONGEST_NAP_S = 600.0
+"""Outside its hours a site looks at the clock so often: it may be set, and a machine may sleep."""
 
 NOTED_CHUNKS = 32
 """Chunks sent between two notes of how far sending has come: after a restart no more than these are sent again."""
@@ -82,6 +90,7 @@ class SiteService:
         self._identity = identity
         self._bus = bus
         self._worker = worker
+        self._policy = read_policy(settings.policy_file)
         self._outbox = Outbox(outbox_file(settings.state_dir))
         self._recorder = Recorder(daemon, identity, settings.state_dir / EGRESS_FILE)
         self._machine = protocol.Site(self._outbox.last_trained())
@@ -92,7 +101,7 @@ class SiteService:
         self._working = asyncio.Lock()
         self._to_send = asyncio.Event()
         self._sending = asyncio.Lock()
-        self._evaluations: asyncio.Queue[Evaluation] = asyncio.Queue()
+        self._evaluations: asyncio.Queue[tuple[Evaluation, tuple[bytes, ...]]] = asyncio.Queue()
         self._status: dict[str, Any] = {
             "region": settings.region,
             "state": "starting",
@@ -106,7 +115,7 @@ class SiteService:
             "metrics": {},
             "privacy": None,
         }
-        daemon.waits = lambda: not self._machine.trains  # nobody waits for a site whose budget is spent
+        daemon.waits = lambda: bool(daemon.declined) or not self._machine.trains  # nobody waits for who takes no part
         if settings.budget is not None:
             daemon.metrics.epsilon_budget.set(settings.budget.max_epsilon)
         daemon.status = lambda: self._status
@@ -159,6 +168,8 @@ class SiteService:
                 await self._take(record)
             except RefusedError as error:
                 self._count_refused("model_refused", error)
+                if error.reason is Reason.POLICY:
+                    self._decline(error.detail)
             except WorkerDiedError as error:
                 self._log.error("model_not_checked", error=str(error))
 
@@ -178,12 +189,20 @@ class SiteService:
         await self._worker.call("check", manifest)
         if not self._manifests:
             await self._show_spending(manifest)  # of earlier runs and before a restart
+        if self._daemon.declined:
+            self._daemon.declined.clear()
+            self._status["state"] = "waiting"
         self._manifests[manifest.version] = manifest
         while len(self._manifests) > KEPT_MANIFESTS:
             self._manifests.popitem(last=False)
         self._daemon.metrics.version.set(manifest.version)
         self._log.debug("model_seen", version=manifest.version)
         self._start(self._machine.handle(protocol.ModelSeen(manifest.version)))
+
+    def _decline(self, why: str) -> None:
+        """Say on the bus that this site takes no part, and why, until a version comes that it may train on."""
+        self._daemon.declined["site"] = {f"site.{self._settings.site}": why}
+        self._status["state"] = "declined"
 
     async def _load(self, manifest: ModelManifest) -> bool:
         """Have the weights of ``manifest`` on disk; False if a newer version is there already."""
@@ -237,6 +256,8 @@ class SiteService:
     async def _work(self) -> None:
         while True:
             job = await self._jobs.get()
+            if isinstance(job, protocol.Train):
+                await self._opening()
             async with self._working:
                 came_to = await self._attempt(job)
                 self._start(self._machine.handle(came_to))
@@ -244,6 +265,13 @@ class SiteService:
                     self._status["state"] = "waiting" if self._machine.trains else "spent"
             if isinstance(came_to, protocol.Failed):
                 asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
+
+    async def _opening(self) -> None:
+        """Wait for the hours in which the hospital lets it train."""
+        while (wait_s := self._policy.opens_in_s(datetime.now().astimezone())) > 0:
+            self._status["state"] = "outside hours"
+            self._log.info("outside_hours", hours=self._policy.hours, opens_in_s=round(wait_s))
+            await asyncio.sleep(min(wait_s, LONGEST_NAP_S))
 
     def _retry(self) -> None:
         self._start(self._machine.handle(protocol.Retry()))
@@ -275,20 +303,28 @@ class SiteService:
 
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
-        evaluated = await self._worker.call("evaluate", manifest.version)
-        self._status["metrics"] = evaluated.metrics
+        scored: Scored = await self._worker.call("evaluate", manifest)
+        self._status["metrics"] = scored.metrics
         if not self._machine.trains:
             self._status["version"] = manifest.version
-        self._evaluations.put_nowait(
-            Evaluation(
-                run=self._settings.run,
-                region=self._settings.region,
-                site=self._settings.site,
-                version=manifest.version,
-                n_samples=evaluated.n_samples,
-                metrics=evaluated.metrics,
-            )
+        shown = self._policy.plain_metrics
+        digests = tuple(map(wire.digest, scored.chunks))
+        head = Evaluation(
+            run=self._settings.run,
+            region=self._settings.region,
+            site=self._settings.site,
+            version=manifest.version,
+            key_id=scored.key_id,
+            n_classes=scored.n_classes,
+            n_samples=scored.n_samples if shown else 0,
+            metrics=scored.metrics if shown else {},
+            payload=Payload(
+                payload_id=payload_id(self._settings.site, manifest.version),
+                n_bytes=sum(map(len, scored.chunks)),
+                digests=digests,
+            ),
         )
+        self._evaluations.put_nowait((head, scored.chunks))
 
     async def _train(self, manifest: ModelManifest, *, goes_on: bool) -> None:
         self._status["state"] = "training"
@@ -385,7 +421,7 @@ class SiteService:
 
     async def _publish(self, update: Update, first: int, head: bytes, note: Callable[[int], Awaitable[None]]) -> None:
         prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
-        chunks = off_loop(self._outbox.chunks(update.update_id, first))
+        chunks = paced(off_loop(self._outbox.chunks(update.update_id, first)), self._policy.max_mbit)
         await self._bus.publish_payload(prefix, update.update_id, chunks, first=first, stored=note)
         await self._bus.publish(subjects.head(prefix), head, update.update_id)
 
@@ -401,16 +437,22 @@ class SiteService:
         return await self._bus.has_chunk(prefix, update_id, index, chunk)
 
     async def _send_evaluations(self) -> None:
+        """Send the counts, then the head that names them. They are not kept: the next version has others."""
         subject = subjects.evaluation(self._settings.run, self._settings.region, self._settings.site)
+        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
         while True:
-            evaluation = await self._evaluations.get()
-            entry = entry_of("evaluation", evaluation, version=evaluation.version)
-            signed = self._identity.sign(subject, evaluation)
+            head, chunks = await self._evaluations.get()
+            entry = entry_of("evaluation", head, version=head.version, payload=head.payload)
+            signed = self._identity.sign(subject, head)
             try:
                 async with self._recorder.sending(self._bus, entry):
-                    await self._bus.publish(subject, signed, f"evaluation.{evaluation.site}.{evaluation.version}")
+                    await self._bus.publish_payload(prefix, head.payload.payload_id, chunks)
+                    await self._bus.publish(subject, signed, evaluation_id(head))
             except (BusError, LocalStorageError) as error:
-                self._log.warning("evaluation_not_sent", version=evaluation.version, error=str(error))
+                self._log.warning("evaluation_not_sent", version=head.version, error=str(error))
+            else:
+                self._daemon.metrics.sent_bytes.inc(entry.n_bytes)
+                self._status["sent_bytes"] += entry.n_bytes
 
     # --- on record ----------------------------------------------------------------------------------------------------
 

@@ -19,10 +19,11 @@ from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
-from fednats.learning.task import make_task
+from fednats.learning.task import make_task, task_file
 from fednats.learning.trainer import load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
 from fednats.privacy.guard import Guard
+from fednats.privacy.policy import read_policy
 from fednats.privacy.skellam import SkellamRounding
 from fednats.privacy.spending import Spending
 from fednats.privacy.trainer import PrivateTrainer
@@ -53,6 +54,8 @@ class SiteWorker:
         self._settings = settings
         self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
         self._model_key = ModelKey.read(settings.model_key_file, settings.run)
+        self._policy = read_policy(settings.policy_file)
+        self._policy.check_task(task_file(settings.task.path))
         with task_code("loading the task"):
             task = make_task(settings.task.path, settings.task.options)
             model = initial_model(task, seed=0)
@@ -72,14 +75,15 @@ class SiteWorker:
         return self._trainer.n_samples
 
     def check(self, manifest: ModelManifest) -> None:
-        """Refuse a manifest that is not of this site's task or key.
+        """Refuse a manifest that is not of this site's task or key, or asks for more than the hospital allows.
 
         Raises:
-            RefusedError: the parameters, the cipher's key or the grid do not fit.
+            RefusedError: the policy does not allow it; or the parameters, the cipher's key or the grid do not fit.
         """
         if manifest.parameters != self._layout.parameters:
             detail = _difference(manifest, {spec.name: spec.shape for spec in self._layout.parameters})
             raise RefusedError(Reason.WRONG_SHAPE, f"the announced model is not this site's: {detail}")
+        self._policy.check_run(manifest, self._trainer.n_samples)
         public_key = held(self._keys, manifest.key_id)
         if public_key is not None and manifest.delta.cipher == "none":
             raise RefusedError(Reason.POLICY, "the run is not encrypted, but this site has a public_key_file")
@@ -98,11 +102,14 @@ class SiteWorker:
         with local_disk(self._settings.state_dir):
             self._weights.advance(manifest, chain, self._model_key)
 
-    def evaluate(self, version: int) -> Scored:
-        """Evaluate the weights of ``version`` on the test data."""
-        with self._weights.weights(version) as weights, task_code("evaluating"):
+    def evaluate(self, manifest: ModelManifest) -> Scored:
+        """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted counts."""
+        with self._weights.weights(manifest.version) as weights, task_code("evaluating"):
             evaluated = self._evaluator.evaluate(weights)
-        return Scored(evaluated.metrics, evaluated.n_samples)
+        encode, counts = encoder(manifest.delta, held(self._keys, manifest.key_id)), evaluated.counts
+        chunks = () if counts is None else encode.encode_counts(counts.flat())
+        n_classes = 0 if counts is None else counts.n_classes
+        return Scored(evaluated.metrics, evaluated.n_samples, encode.key_id, n_classes, chunks)
 
     def train(self, manifest: ModelManifest, goes_on: bool) -> Trained:  # noqa: FBT001 - a worker's call has no names
         """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fednats.errors import BusError, RefusedError
-from fednats.messages import Aggregate, Update
 from fednats.protocol.collector import REMEMBERED
 from fednats.protocol.events import (
     Combination,
@@ -27,7 +26,7 @@ from fednats.protocol.events import (
     StartTimer,
     contribution_id,
 )
-from fednats.services.inbox import Inbox
+from fednats.services.inbox import Head, Inbox
 from fednats.services.lifecycle import Daemon
 from fednats.services.persist import RETRY_S
 from fednats.services.rejects import Rejects
@@ -79,8 +78,8 @@ class Tier:
         self.daemon = daemon
         self.log = daemon.log
         self.rejects = rejects
-        self.inboxes: Mapping[type[Update | Aggregate], Inbox] = {}
-        """Where contributions of each kind come from."""
+        self.inboxes: Mapping[type[Head], Inbox] = {}
+        """Where contributions and evaluations of each kind come from."""
         self.accepted = 0
         self.refused = 0
         self.refusals: dict[str, int] = {}
@@ -154,12 +153,12 @@ class Tier:
             command = await self._commands.get()
             match command:
                 case Settle(ids):
-                    for inbox in self.inboxes.values():
+                    for inbox in set(self.inboxes.values()):
                         for identity in ids:
                             await self._until_done(inbox.settle, identity)
                 case Refuse(identity, reason, detail):
                     self.log.warning("refused", contribution=identity, reason=reason.value, detail=detail)
-                    for inbox in self.inboxes.values():
+                    for inbox in set(self.inboxes.values()):
                         await self._until_done(inbox.refuse, identity, self.rejects, reason, detail)
                 case StartTimer(delay_s):
                     self._start_timer(delay_s)
@@ -185,8 +184,8 @@ class Tier:
         """Wait until no combination is under way."""
         await self._idle.wait()
 
-    def chunks(self, head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks of a contribution, checked; see `Inbox.chunks`."""
+    def chunks(self, head: Head) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of a contribution or evaluation, checked; see `Inbox.chunks`."""
         return self.inboxes[type(head)].chunks(head)
 
     async def refuse(self, source: str, subject: str, data: bytes, error: RefusedError) -> None:

@@ -194,7 +194,8 @@ def _aggregator(region: str, found: list[Status]) -> Text:
 
 
 def _line(entry: Status, statuses: Mapping[str, Status], elapsed_s: float) -> str:
-    metrics = ", ".join(f"{name} {value:.4f}" for name, value in entry["metrics"].items())
+    shown = {name: value for name, value in entry["metrics"].items() if not name.startswith(("recall_", "share_"))}
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
     accepted = sum(status["n_updates"] for status in _of_role(statuses, "coordinator"))
     return (
         f"version {entry['version']}: {metrics} ({entry['n_sites']} sites, {entry['n_samples']} cases), "

@@ -155,8 +155,9 @@ def _learning(summary: Summary) -> str:
         when = "not reached" if at is None else f"reached after {at:.1f} s"
         reached = f"The target, {name} {target:g}, was {when}."
     caption = (
-        "Each hospital measures every version on its own test cases; shown is the mean over hospitals, weighted by "
-        "number of cases. So it can differ from the table above."
+        "Each hospital scores its own test cases with every version and sends encrypted counts; shown are the figures of "
+        "all their cases pooled, as the coordinator reads them. Scores are counted in bins, so AUC may differ from the "
+        "table above by up to 0.002."
     )
     return f"<p>{reached}</p>" + _figure("curves", curves(summary), caption)
 
@@ -211,7 +212,8 @@ def _left(summary: Summary) -> str:
     return (
         "<p>No patient record: of each training pass only the change of the model's parameters was sent, rounded to "
         f"{summary.value_bits} bits per parameter. {how} Beside it, a hospital tells its region its numbers of cases, "
-        "how many values the rounding cut off, and its own metrics; the region passes on sums and means.</p>"
+        "how many values the rounding cut off, and encrypted counts of how its test cases were scored; the region passes "
+        "on sums.</p>"
     ) + table
 
 
@@ -301,7 +303,7 @@ def curves(summary: Summary) -> Figure:
     _curve(over_version, summary, "version")
     _curve(over_time, summary, "published_s")
     over_version.set_xlabel("model version")
-    over_version.set_ylabel("mean over hospitals")
+    over_version.set_ylabel("all test cases pooled")
     over_version.xaxis.set_major_locator(MaxNLocator(integer=True))
     over_time.set_xlabel("time at which the version was published [s]")
     if summary.time_to_target_s is not None:
@@ -313,7 +315,7 @@ def curves(summary: Summary) -> Figure:
 
 def _curve(axes: Axes, summary: Summary, key: str) -> None:
     history = sorted(summary.history, key=lambda entry: float(entry[key]))
-    names = {name: None for entry in history for name in entry["metrics"]}
+    names = {name: None for entry in history for name in entry["metrics"] if not name.startswith("share_")}
     for name, colour in zip(sorted(names, key=lambda name: name != summary.target_metric), LINES, strict=False):
         points = [(entry[key], entry["metrics"][name]) for entry in history if name in entry["metrics"]]
         width = 2.0 if name == summary.target_metric else 1.2

@@ -62,7 +62,7 @@ class SiteFigures(_Figures):
 class RunFigures(_Figures):
     """What is known of a run from what its daemons say at the end.
 
-    ``history`` is as the coordinator reports it, a mean over hospitals of figures on their own test cases.
+    ``history`` is as the coordinator reads it from encrypted counts, of the test cases of all hospitals pooled.
     """
 
     task: str

@@ -21,6 +21,11 @@ class Metrics:
             "fednats_refused", "What was received and refused, by reason.", ["reason"], registry=self.registry
         )
         self.present = Gauge("fednats_present", "Sites and regions below that are there.", registry=self.registry)
+        self.declined = Gauge(
+            "fednats_declined",
+            "Services, here and below, that take no part by their own policy.",
+            registry=self.registry,
+        )
         self.waiting = Counter(
             "fednats_waiting_for_sites",
             "Times that fewer distinct sites than a sum must have were there, at once or at a deadline.",

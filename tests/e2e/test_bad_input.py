@@ -12,7 +12,7 @@ from pathlib import Path
 from fednats import subjects, wire
 from fednats.config import BusSettings
 from fednats.crypto.signing import unsigned
-from fednats.messages import Chunk, Evaluation, Message, ModelManifest, Payload, Reject, Update
+from fednats.messages import Chunk, Message, ModelManifest, Payload, Reject, Update
 from fednats.permissions import user_name
 from fednats.services.identity import Identity
 from fednats.testbed.connected_bus import until as happens
@@ -21,6 +21,7 @@ from fednats.transport.bus import Bus
 from tests.e2e.conftest import OWN_TASK, MakeFederation
 from tests.e2e.ledgers import all_settled, balanced
 from tests.e2e.until import Statuses, closed, reached, until
+from tests.makers import evaluation
 
 BUS_README = Path(__file__).parents[2] / "bus" / "README.md"
 
@@ -184,11 +185,10 @@ async def send_bad_updates(bus: Bus, identity: Identity, current: ModelManifest)
         await bus.publish(HEAD, data, message_id)
         sent[data] = reason
 
-    evaluation = Evaluation(run="small", region="north", site="nan", version=0, n_samples=1, metrics={})
     await offer("unsigned", "signature", wire.pack(head("unsigned")))
     await announce("garbage", "malformed", b"garbage")
     await announce("truncated", "malformed", wire.pack(head("truncated"))[:-3])
-    await announce("kind", "malformed", evaluation)
+    await announce("kind", "malformed", evaluation("nan"))
     await announce("oversized", "oversized", struct.pack(">2sBBI", b"FN", wire.SCHEMA_VERSION, 1, 2**31))
     await announce("odd-id", "malformed", head("odd").model_copy(update={"update_id": "a b"}))
     await announce("huge", "malformed", head("huge").model_copy(update={"n_samples": 2**63}))

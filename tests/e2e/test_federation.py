@@ -30,6 +30,10 @@ async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_
     assert summary.federated["auc"] > 0.95
     assert summary.federated["accuracy"] > summary.mean_alone["accuracy"] - 0.02
     assert summary.time_to_target_s is not None
+    last = summary.history[-1]  # read from encrypted counts: a fifth of 569 patients
+    assert (last["version"], last["n_sites"], last["n_samples"]) == (6, 4, 116)
+    assert last["metrics"]["auc"] == pytest.approx(summary.federated["auc"], abs=0.002)
+    assert last["metrics"]["accuracy"] == pytest.approx(summary.federated["accuracy"])
     assert summary.wan_bytes > 2 * 6 * 1000
     assert json.loads((output / "summary.json").read_text())["federated"] == summary.federated
     assert "auc" in (output / "report.html").read_text()

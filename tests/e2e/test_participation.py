@@ -161,3 +161,33 @@ async def test_one_region_goes_on_while_the_other_lacks_a_site_or_is_down(
         assert len(sizes_of_sums(federation_running, "south")) > sums
         assert {*sizes_of_sums(federation_running, "north"), *sizes_of_sums(federation_running, "south")} == {2}
     assert changes_of(coordinator, "south")[-4:] == ["source_left", "source_joined"] * 2
+
+
+async def test_a_hospital_whose_policy_the_run_breaks_takes_no_part_and_the_coordinator_sees_why(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("min_sites = 3")
+    federation = make_federation({"north": ["a", "b", "c"]}, aggregation={"goal": 3}, stop=ENDLESS)
+    async with running(federation, tmp_path / "out") as federation_running:
+        await further(federation_running, 1)
+        strict = federation_running.daemons["site-c"]
+        await strict.stop()
+        strict.settings = strict.settings.model_copy(update={"policy_file": policy})
+        await strict.start()
+        seen = await until(federation_running, lambda statuses: bool(statuses["coordinator"].get("declined")))
+        why = "the run sums 2 sites, the policy says min_sites = 3"
+        assert seen["coordinator"]["declined"] == {"site.c": why}
+        before = len(sizes_of_sums(federation_running, "north"))
+        statuses = await further(federation_running, 3)  # the others do not wait for it
+        assert set(sizes_of_sums(federation_running, "north")[before + 1 :]) == {2}
+        assert statuses["site-c"]["state"] == "declined"
+        policy.write_text("min_sites = 2")
+        await strict.stop()
+        await strict.start()
+        await until(federation_running, lambda statuses: not statuses["coordinator"]["declined"])
+        await is_present(federation_running.daemons["aggregator-north"], 3)
+        await further(federation_running, 2)
+        assert sizes_of_sums(federation_running, "north")[-1] == 3
+    told = log_of(federation_running.daemons["coordinator"], "takes_no_part")
+    assert {(line["service"], line["why"]) for line in told} == {("site.c", why)}

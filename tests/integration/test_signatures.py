@@ -27,7 +27,6 @@ from fednats.learning.flat import initial_model, parameters_of
 from fednats.learning.task import make_task
 from fednats.messages import (
     Control,
-    Evaluation,
     Grid,
     Message,
     ModelManifest,
@@ -49,7 +48,7 @@ from fednats.storage.journal import Journal
 from fednats.subjects import HUB
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport.bus import Bus
-from tests.makers import aggregate, announcement, update
+from tests.makers import aggregate, announcement, evaluation, update
 
 RUN = "r"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c", "d")))
@@ -159,7 +158,7 @@ async def test_nobody_speaks_for_a_site(bus: ConnectedBus, tmp_path: Path) -> No
     """Site b with its own user; and whoever runs the bus, and can put anything anywhere, here by the user of a."""
     honest = signed(bus, "site", "a", OF_A, update("a"))
     stranger = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
-    evaluation = Evaluation(run=RUN, region="north", site="a", version=0, n_samples=1, metrics={"auc": 1.0})
+    scored = evaluation("a", auc=1.0)
     of_evaluation = subjects.evaluation(RUN, "north", "a")
     async with receiving(bus, tmp_path, "north") as region:
         with pytest.raises(BusError, match="may not publish"):
@@ -177,7 +176,7 @@ async def test_nobody_speaks_for_a_site(bus: ConnectedBus, tmp_path: Path) -> No
         ]
         for number, data in enumerate(forged):
             await bus.sites["a"].publish(OF_A, data, f"forged-{number}")
-        forged_evaluation = signed(bus, "site", "b", of_evaluation, evaluation)
+        forged_evaluation = signed(bus, "site", "b", of_evaluation, scored)
         await bus.sites["a"].publish(of_evaluation, forged_evaluation, "evaluation")
         await region.refused("signature", 1 + len(forged) + 1)
         assert region.machine.n_buffered == 0

@@ -28,7 +28,7 @@ from fednats.errors import Reason, RefusedError
 from fednats.messages import Aggregate, Evaluation, ModelManifest, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
-from fednats.protocol.events import Combine, ContributionArrived, EvaluationArrived, PublishEvaluation
+from fednats.protocol.events import Combine, ContributionArrived, EvaluationArrived, SumEvaluations
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.tensor_file import TensorFile
 from tests import hostile, mutations
@@ -164,7 +164,7 @@ def test_metrics_that_together_pass_every_limit_do_not_end_the_region() -> None:
         claimed = {"site": site, "n_samples": 2**40, "metrics": {"auc": 1e15}}
         evaluation = hostile.EVALUATION.model_copy(update=claimed)
         commands += machine.handle(EvaluationArrived(evaluation=wire.unpack(wire.pack(evaluation), Evaluation)))
-    (summed,) = (command for command in commands if isinstance(command, PublishEvaluation))
+    (summed,) = (command for command in commands if isinstance(command, SumEvaluations))
     assert hostile.evaluation_sum(summed).metrics["auc"] == pytest.approx(1e15)
     huge = hostile.EVALUATION.model_copy(update={"metrics": {"auc": 1e300}})
     with pytest.raises(RefusedError):

@@ -2,7 +2,7 @@ import pytest
 
 from fednats.config import AggregationSettings, StalenessSettings
 from fednats.errors import Reason
-from fednats.messages import Aggregate, Evaluation, Update
+from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
 from fednats.protocol.events import (
@@ -15,14 +15,15 @@ from fednats.protocol.events import (
     ContributionArrived,
     DeadlineReached,
     EvaluationArrived,
-    PublishEvaluation,
+    EvaluationsSummed,
     Refuse,
     ReportWaiting,
     RunClosed,
     Settle,
     StartTimer,
+    SumEvaluations,
 )
-from tests.makers import aggregate, announcement, update
+from tests.makers import aggregate, announcement, evaluation, update
 
 ROSTER = Roster(run="r", region="north", sites=frozenset({"a", "b", "c"}), regions=frozenset({"fjord", "delta"}))
 
@@ -276,40 +277,45 @@ def test_a_closed_run_settles_everything() -> None:
     assert arrive(machine, update("b")) == [Settle(("b-1",))]
 
 
-def evaluation(site: str, version: int, auc: float, n_samples: int = 10) -> EvaluationArrived:
-    return EvaluationArrived(
-        evaluation=Evaluation(
-            run="r", region="north", site=site, version=version, n_samples=n_samples, metrics={"auc": auc}
-        )
-    )
+def evaluated(machine: Collector, site: str, version: int = 0) -> list[Command]:
+    return machine.handle(EvaluationArrived(evaluation=evaluation(site, version)))
 
 
-def test_evaluations_leave_only_as_means_over_enough_sites() -> None:
+def test_evaluations_leave_only_as_sums_over_enough_sites() -> None:
     machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
     machine.handle(announcement(settings=AggregationSettings(staleness=StalenessSettings(max_staleness=50))))
-    assert machine.handle(evaluation("a", 0, 0.5, n_samples=10)) == []
-    sent, settled = machine.handle(evaluation("b", 0, 0.8, n_samples=20))
-    assert isinstance(sent, PublishEvaluation)
-    assert (sent.version, sent.n_sites, sent.n_samples) == (0, 2, 30)
-    assert sent.metrics == pytest.approx({"auc": 0.7})
-    assert settled == Settle(("evaluation.a.0", "evaluation.b.0"))
-    assert machine.handle(evaluation("a", 0, 0.5)) == [Settle(("evaluation.a.0",))]
+    assert evaluated(machine, "a") == []
+    assert evaluated(machine, "b") == [SumEvaluations(0, (evaluation("a"), evaluation("b")))]
+    done = EvaluationsSummed(version=0, n_sites=2, n_samples=0)
+    assert machine.handle(done) == [Settle(("evaluation.a.0", "evaluation.b.0"))]
+    assert evaluated(machine, "a") == [Settle(("evaluation.a.0",))]
+
+
+def test_a_restart_sums_what_was_not_summed_yet_and_settles_it_then_only() -> None:
+    machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
+    machine.handle(announcement())
+    evaluated(machine, "a")
+    (summing,) = evaluated(machine, "b")
+    assert machine.outstanding() == [summing]
+    assert evaluated(machine, "a") == []  # delivered again: its payload is still needed
+    machine.handle(EvaluationsSummed(version=0, n_sites=2, n_samples=0))
+    assert machine.outstanding() == []
 
 
 def test_an_evaluation_that_is_quicker_than_the_announcement_waits_for_it() -> None:
     machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
-    assert machine.handle(evaluation("a", 0, 0.5)) == []
+    assert evaluated(machine, "a", 0) == []
     machine.handle(announcement(0))
-    assert machine.handle(evaluation("a", 1, 0.5)) == []
-    assert machine.handle(evaluation("b", 1, 0.5)) == []
-    sent = [command for command in machine.handle(announcement(1)) if isinstance(command, PublishEvaluation)]
-    assert [evaluated.version for evaluated in sent] == [1]
+    assert evaluated(machine, "a", 1) == []
+    assert evaluated(machine, "b", 1) == []
+    sent = [command for command in machine.handle(announcement(1)) if isinstance(command, SumEvaluations)]
+    assert [summing.version for summing in sent] == [1]
 
 
 def test_one_site_s_evaluation_never_leaves_alone() -> None:
     machine = Collector(Roster("r", "north", frozenset({"a", "b"}), frozenset()), lambda _: 2)
     machine.handle(announcement())
     machine.handle(announcement(40))
-    commands = [command for version in range(40) for command in machine.handle(evaluation("a", version, 0.5))]
+    commands = [command for version in range(40) for command in evaluated(machine, "a", version)]
     assert commands  # the old ones are settled
-    assert not [command for command in commands if isinstance(command, PublishEvaluation)]
+    assert not [command for command in commands if isinstance(command, SumEvaluations)]

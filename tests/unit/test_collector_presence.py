@@ -3,7 +3,7 @@
 import pytest
 
 from fednats.config import AggregationSettings
-from fednats.messages import Aggregate, Evaluation, Update
+from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
 from fednats.protocol.events import (
@@ -16,13 +16,13 @@ from fednats.protocol.events import (
     DeadlineReached,
     EvaluationArrived,
     PresenceChanged,
-    PublishEvaluation,
     ReportWaiting,
     RunClosed,
     Settle,
     StartTimer,
+    SumEvaluations,
 )
-from tests.makers import aggregate, announcement, update
+from tests.makers import aggregate, announcement, evaluation, update
 
 SITES = frozenset({"a", "b", "c"})
 
@@ -47,8 +47,7 @@ def combination(commands: list[Command]) -> Combination:
 
 
 def evaluate(machine: Collector, site: str, version: int = 0) -> list[Command]:
-    evaluation = Evaluation(run="r", region="north", site=site, version=version, n_samples=10, metrics={"auc": 0.5})
-    return machine.handle(EvaluationArrived(evaluation=evaluation))
+    return machine.handle(EvaluationArrived(evaluation=evaluation(site, version)))
 
 
 def test_two_of_three_go_on_when_the_third_is_away() -> None:
@@ -164,18 +163,15 @@ def test_evaluations_do_not_wait_for_who_is_away() -> None:
     machine = collector()
     evaluate(machine, "a")
     evaluate(machine, "b")
-    published, settled = present(machine, "a", "b")
-    assert isinstance(published, PublishEvaluation)
-    assert published.n_sites == 2
-    assert settled == Settle(("evaluation.a.0", "evaluation.b.0"))
-    assert evaluate(machine, "c") == [Settle(("evaluation.c.0",))]  # too late: a version is published once
+    assert present(machine, "a", "b") == [SumEvaluations(0, (evaluation("a"), evaluation("b")))]
+    assert evaluate(machine, "c") == [Settle(("evaluation.c.0",))]  # too late: a version is summed once
 
 
 def test_evaluations_of_fewer_than_min_sites_stay_here() -> None:
     machine = collector()
     evaluate(machine, "a")
-    assert not [command for command in present(machine, "a") if isinstance(command, PublishEvaluation)]
-    assert isinstance(evaluate(machine, "b")[0], PublishEvaluation)
+    assert not [command for command in present(machine, "a") if isinstance(command, SumEvaluations)]
+    assert isinstance(evaluate(machine, "b")[0], SumEvaluations)
 
 
 @pytest.mark.parametrize("state", [State.COLLECTING, State.COMBINING, State.CLOSED])

@@ -1,5 +1,4 @@
 from fednats.config import AggregationSettings, StopSettings
-from fednats.messages import EvaluationSum
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
@@ -10,13 +9,15 @@ from fednats.protocol.events import (
     Configured,
     ContributionArrived,
     EvaluationArrived,
+    EvaluationsSummed,
     FinalEvaluationOverdue,
     KeepBest,
     Settle,
+    SumEvaluations,
     VersionAnnounced,
     WallTimeReached,
 )
-from tests.makers import aggregate, announcement
+from tests.makers import aggregate, announcement, evaluation_sum
 
 REGIONS = frozenset({"fjord", "delta"})
 
@@ -34,17 +35,16 @@ def version(number: int) -> VersionAnnounced:
 
 
 def evaluate(machine: Coordinator, number: int, auc: float, regions: frozenset[str] = REGIONS) -> list[Command]:
-    return [
-        command
-        for region in sorted(regions)
-        for command in machine.handle(
-            EvaluationArrived(
-                evaluation=EvaluationSum(
-                    run="r", region=region, version=number, n_sites=2, n_samples=10, metrics={"auc": auc}
-                )
-            )
-        )
-    ]
+    """Have the regions report, and the sum read as this AUC where one is asked for."""
+    commands = []
+    for region in sorted(regions):
+        commands += machine.handle(EvaluationArrived(evaluation=evaluation_sum(region, number)))
+    for command in list(commands):
+        if isinstance(command, SumEvaluations):
+            n_sites = sum(2 for _ in command.parts)
+            done = EvaluationsSummed(version=command.version, n_sites=n_sites, n_samples=10, metrics={"auc": auc})
+            commands += machine.handle(done)
+    return commands
 
 
 def apply(machine: Coordinator, region: str, number: int) -> list[Command]:
@@ -120,3 +120,12 @@ def test_a_restart_finishes_what_was_closing() -> None:
     assert machine.outstanding() == [AwaitFinalEvaluation(30.0)]
     machine.handle(FinalEvaluationOverdue())
     assert machine.outstanding() == [CloseRun(1, "max_versions reached")]
+
+
+def test_evaluations_that_could_not_be_read_are_no_figure() -> None:
+    machine = coordinator(target=0.8)
+    for region in sorted(REGIONS):
+        machine.handle(EvaluationArrived(evaluation=evaluation_sum(region, 0)))
+    (settled,) = machine.handle(EvaluationsSummed(version=0, n_sites=0, n_samples=0))
+    assert settled == Settle(("evaluation.delta.0", "evaluation.fjord.0"))
+    assert machine.evaluated == {}

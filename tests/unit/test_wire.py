@@ -7,9 +7,9 @@ import zstandard
 from fednats import wire
 from fednats.errors import Reason, RefusedError
 from fednats.messages import Chunk, Evaluation, Update
-from tests.makers import update
+from tests.makers import evaluation, update
 
-EVALUATION = Evaluation(run="r", region="north", site="a", version=3, n_samples=5, metrics={"auc": 0.75})
+EVALUATION = evaluation("a", 3, auc=0.75)
 
 
 def packed(body: object, *, encoding: int = 0, version: int = wire.SCHEMA_VERSION, length: int | None = None) -> bytes:

@@ -1,0 +1,136 @@
+"""A hospital's own word on what its daemon may do: ``policy.toml``, beside its settings.
+
+Whatever a run announces, the site does no more than this. A run that asks for more is refused: the site goes on
+following the bus, trains on nothing, evaluates nothing, and says why (see `Daemon.refusals`).
+"""
+
+import hashlib
+from datetime import datetime, time, timedelta
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from fednats.config import Settings, load
+from fednats.errors import ConfigError, Reason, RefusedError
+from fednats.messages import ModelManifest
+
+
+class Policy(Settings):
+    """What a hospital allows. What is not in the file is as strict as here."""
+
+    task_sha256: tuple[str, ...] = Field(
+        (), description="SHA-256 of the files of task code that may run, in hexadecimal; empty: any"
+    )
+    encrypted: bool = Field(default=True, description='refuse runs with cipher = "none"')
+    min_sites: int = Field(2, ge=1, description="distinct sites in every sum that leaves the region")
+    min_samples: int = Field(1, ge=1, description="own training cases below which nothing is trained")
+    min_noise_multiplier: float = Field(
+        0.0, ge=0, description="of DP-SGD: a run that trains with less noise, or without, is refused"
+    )
+    parameters: tuple[str, ...] = Field(("*",), description="patterns of the names of tensors whose changes may leave")
+    plain_metrics: bool = Field(
+        default=False, description="send this site's own metrics readably to its region, beside the encrypted counts"
+    )
+    hours: tuple[str, ...] = Field((), description='local times to train in, as "20:00-06:00"; empty: any')
+    max_mbit: float | None = Field(
+        None, gt=0, description="1e6 bits per second that updates are sent at; none: no limit"
+    )
+
+    @field_validator("task_sha256")
+    @classmethod
+    def _hexadecimal(cls, digests: tuple[str, ...]) -> tuple[str, ...]:
+        for digest in digests:
+            if len(digest) != 64 or set(digest) - set("0123456789abcdef"):  # noqa: PLR2004 - 32 bytes
+                raise ValueError(f"{digest!r} is no SHA-256; take what `sha256sum FILE` prints")
+        return digests
+
+    @field_validator("hours")
+    @classmethod
+    def _spans(cls, hours: tuple[str, ...]) -> tuple[str, ...]:
+        for span in hours:
+            _span(span)
+        return hours
+
+    def check_task(self, file: Path) -> None:
+        """Refuse a file of code before any of it runs.
+
+        Raises:
+            ConfigError: it cannot be read, or is not among ``task_sha256``.
+        """
+        if not self.task_sha256:
+            return
+        try:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(f"task: {file} cannot be read ({error.strerror})") from error
+        if digest not in self.task_sha256:
+            raise ConfigError(
+                f"policy: {file} has SHA-256 {digest}, which task_sha256 does not list; read the code, then add it"
+            )
+
+    def check_run(self, manifest: ModelManifest, n_samples: int) -> None:
+        """Refuse a run that asks for more than is allowed; ``n_samples`` is the size of the site's training data.
+
+        Raises:
+            RefusedError: ``policy``.
+        """
+        if self.encrypted and manifest.delta.cipher == "none":
+            raise _refusal('the run is not encrypted (cipher = "none"), the policy says encrypted = true')
+        if manifest.aggregation.min_sites < self.min_sites:
+            raise _refusal(
+                f"the run sums {manifest.aggregation.min_sites} sites, the policy says min_sites = {self.min_sites}"
+            )
+        if n_samples < self.min_samples:
+            raise _refusal(f"there are {n_samples} training cases, the policy says min_samples = {self.min_samples}")
+        noise = 0.0 if manifest.training.dp is None else manifest.training.dp.noise_multiplier
+        if noise < self.min_noise_multiplier:
+            raise _refusal(
+                f"the run's noise_multiplier is {noise:g}, the policy says min_noise_multiplier = {self.min_noise_multiplier:g}"
+            )
+        for spec in manifest.parameters:
+            if not any(fnmatchcase(spec.name, pattern) for pattern in self.parameters):
+                raise _refusal(f"the run trains {spec.name}, which is none of the policy's parameters")
+
+    def opens_in_s(self, now: datetime) -> float:
+        """Seconds until training is allowed; 0 if it is allowed ``now``, a local time.
+
+        >>> Policy(hours=("20:00-06:00",)).opens_in_s(datetime(2026, 1, 1, 18, 30))
+        5400.0
+        >>> Policy(hours=("20:00-06:00",)).opens_in_s(datetime(2026, 1, 1, 5, 59))
+        0.0
+        """
+        return min((_until(now, *_span(span)) for span in self.hours), default=0.0)
+
+
+NO_POLICY = Policy(encrypted=False, min_sites=1)
+"""Allows whatever a run announces."""
+
+
+def read_policy(file: Path | None) -> Policy:
+    """Read ``policy.toml``; no file is `NO_POLICY`. The environment changes nothing in it.
+
+    Raises:
+        ConfigError: naming the file, the key and what is wrong with it.
+    """
+    return NO_POLICY if file is None else load(file, Policy, environment={})
+
+
+def _until(now: datetime, begin: time, end: time) -> float:
+    at = now.time()
+    if (begin <= at < end) if begin < end else (at >= begin or at < end):
+        return 0.0
+    opening = datetime.combine(now.date(), begin, now.tzinfo)
+    return ((opening if opening > now else opening + timedelta(days=1)) - now).total_seconds()
+
+
+def _span(text: str) -> tuple[time, time]:
+    begin, _, end = text.partition("-")
+    try:
+        return time.fromisoformat(begin), time.fromisoformat(end)
+    except ValueError:
+        raise ValueError(f'{text!r} is no span of hours; write it as "20:00-06:00"') from None
+
+
+def _refusal(detail: str) -> RefusedError:
+    return RefusedError(Reason.POLICY, detail)

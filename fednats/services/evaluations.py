@@ -1,0 +1,139 @@
+"""Evaluations that are summed: whose chunks can be read and added, and what is known of all of them together."""
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from fednats import wire
+from fednats.errors import FednatsError, Reason, RefusedChunkError, RefusedError
+from fednats.messages import MAX_COUNT, Evaluation, EvaluationSum, Payload
+from fednats.protocol.events import SumEvaluations, evaluation_id
+from fednats.services.inbox import VanishedError
+from fednats.services.worker import WorkerDiedError
+
+Part = Evaluation | EvaluationSum
+Read = Callable[[Part], AsyncGenerator[bytes, None]]
+Sum = TypeVar("Sum")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An evaluation and its chunks."""
+
+    part: Part
+    chunks: tuple[bytes, ...]
+
+
+class Summing(Generic[Sum]):
+    """Sums evaluations in the worker process; ``add`` takes their chunks, the number of sites and that of classes.
+
+    Whatever cannot be summed is left out, and said to be: a part that is damaged, lost, for another key, or of other
+    classes than most.
+    """
+
+    def __init__(
+        self,
+        read: Read,
+        add: Callable[[Sequence[tuple[bytes, ...]], Sequence[int], int], Awaitable[Sum]],
+        key_id: str,
+        min_sites: int,
+        log: Any,
+    ) -> None:
+        self._read = read
+        self._add = add
+        self._key_id = key_id
+        self._min_sites = min_sites
+        self._log = log
+
+    async def run(self, summing: SumEvaluations) -> tuple[list[Part], Sum | None]:
+        """Return the evaluations that were summed, and the sum; none where they are of too few sites."""
+        loaded = await self._load(summing)
+        while sites_of([each.part for each in loaded]) >= self._min_sites:
+            if not loaded[0].part.n_classes:
+                return [each.part for each in loaded], None
+            try:
+                return [each.part for each in loaded], await self._sum(loaded)
+            except RefusedChunkError as error:
+                self._leave_out(loaded.pop(error.index).part, error)
+            except WorkerDiedError:
+                loaded = [each for each in loaded if await self._survives(each)]
+        return [], None
+
+    async def _load(self, summing: SumEvaluations) -> list[Loaded]:
+        ((n_classes, _),) = Counter(part.n_classes for part in summing.parts).most_common(1)
+        loaded = []
+        for part in summing.parts:
+            try:
+                self._check(part, n_classes)
+                async with aclosing(self._read(part)) as chunks:
+                    loaded.append(Loaded(part, tuple([chunk async for chunk in chunks])))
+            except (RefusedError, VanishedError) as error:
+                self._leave_out(part, error)
+        return loaded
+
+    def _check(self, part: Part, n_classes: int) -> None:
+        if part.n_classes != n_classes:
+            raise RefusedError(Reason.WRONG_SHAPE, f"{part.n_classes} classes, most have {n_classes}")
+        if part.key_id != self._key_id:
+            raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {part.key_id}, this is {self._key_id}")
+        if isinstance(part, EvaluationSum) and part.n_sites < self._min_sites:
+            raise RefusedError(
+                Reason.TOO_FEW_SITES, f"a sum of {part.n_sites} sites, at least {self._min_sites} must be"
+            )
+
+    async def _sum(self, loaded: Sequence[Loaded]) -> Sum:
+        n_sites = [sites_of([each.part]) for each in loaded]
+        return await self._add([each.chunks for each in loaded], n_sites, loaded[0].part.n_classes)
+
+    async def _survives(self, loaded: Loaded) -> bool:
+        """Whether summing this one alone leaves the worker process alive."""
+        try:
+            await self._sum([loaded])
+        except WorkerDiedError as error:
+            self._leave_out(loaded.part, error)
+            return False
+        except RefusedError:
+            pass  # refused by name when all are summed
+        return True
+
+    def _leave_out(self, part: Part, error: FednatsError) -> None:
+        self._log.warning("evaluation_left_out", evaluation=evaluation_id(part), detail=str(error))
+
+
+def payload_id(source: str, version: int) -> str:
+    """Name the counts of one version that a site or region sends: the same after a restart, no other sender's."""
+    return wire.digest(f"evaluation.{source}.{version}".encode()).hex()
+
+
+def sum_of(run: str, region: str, key_id: str, parts: Sequence[Part], payload: Payload) -> EvaluationSum:
+    """Return the head of the sum of ``parts``, which are of one version and at least one."""
+    return EvaluationSum(
+        run=run,
+        region=region,
+        version=parts[0].version,
+        key_id=key_id,
+        n_sites=sites_of(parts),
+        n_classes=parts[0].n_classes,
+        n_samples=cases_of(parts),
+        metrics=mean_metrics(parts),
+        payload=payload,
+    )
+
+
+def sites_of(parts: Sequence[Part]) -> int:
+    """Count the distinct sites in ``parts``."""
+    return min(sum(1 if isinstance(part, Evaluation) else part.n_sites for part in parts), MAX_COUNT)
+
+
+def cases_of(parts: Sequence[Part]) -> int:
+    """Count the test cases that metrics are of."""
+    return min(sum(part.n_samples for part in parts), MAX_COUNT)
+
+
+def mean_metrics(parts: Sequence[Part]) -> dict[str, float]:
+    """Return the means, weighted by number of samples, of the metrics that all of ``parts`` give."""
+    n_samples = sum(part.n_samples for part in parts)
+    names = set.intersection(*(set(part.metrics) for part in parts)) if n_samples else set()
+    return {name: sum(part.metrics[name] * part.n_samples for part in parts) / n_samples for name in sorted(names)}
