@@ -86,3 +86,14 @@ def test_the_tests_that_the_table_of_faults_names_are_there() -> None:
     written = "".join(file.read_text() for file in (ROOT / "tests" / "e2e").glob("test_*.py"))
     assert {name for name in named if f"def {name}(" not in written} == set()
     assert len(named) > 20
+
+
+@pytest.mark.parametrize(
+    "document", ["SECURITY.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+)
+def test_the_files_that_a_document_names_are_there(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"`((?:tests|fednats|sites|bus)/[\w/]+\.\w+)`", text))
+    linked = set(re.findall(r"\]\(([^)#:]+)", text))
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+    assert {link for link in linked if not ((ROOT / document).parent / link).exists()} == set()
