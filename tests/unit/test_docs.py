@@ -5,6 +5,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fednats.config import SiteSettings, parse
 from fednats.provision.plan import LeafAddress, ServerAddress
 from fednats.testbed.federation import FederationSettings
