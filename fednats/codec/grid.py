@@ -77,6 +77,8 @@ def _factor(fill: float, saturation: float, fullest: float, qmax: int) -> float:
     0.03125
     """
     if saturation > SATURATION_HIGH and fill >= fullest / 2:
+        if fill < COARSE[qmax] / 4:
+            return 1.0  # so small a mean of values of which many are clipped is not to be: somebody claims what is not
         return next(factor for share, factor in _GROW if saturation > share)
     if fill > FULL:
         return 2.0

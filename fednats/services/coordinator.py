@@ -237,7 +237,11 @@ class CoordinatorService:
                 return [CombineFailed(combination_id=identity, refused=refused)]
             heads = [part.head for part in parts.values()]
             await self._recorder.record(*map(accepted, heads))
-            version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
+            try:
+                version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
+            except RefusedError as error:
+                refused = dict.fromkeys(parts, (error.reason, error.detail))
+                return [CombineFailed(combination_id=identity, refused=refused)]
         done = Combined(combination_id=identity, norms=version.norms, quarantined=version.quarantined)
         return [await self._announce(version), done]
 

@@ -73,7 +73,7 @@ def audited(output: Path) -> dict[str, list[Record]]:
                 "verify",
                 file,
                 "--signers",
-                *output.glob("bus/keys/signers.toml"),
+                output / "kits" / "coordinator" / "signers.toml",
             ],
             capture_output=True,
             text=True,
@@ -87,9 +87,9 @@ def audited(output: Path) -> dict[str, list[Record]]:
 def assert_sealed(output: Path, run: str) -> None:
     """Assert that what the servers have of the newest model are sealed chunks, and nothing of what is in them."""
     folder = checkpoints_folder(output / "coordinator")
-    newest, key = newest_checkpoint(folder), ModelKey.read(output / "keys" / "model.key", run)
+    newest, key = newest_checkpoint(folder), ModelKey.read(output / "kits" / "coordinator" / "model.key", run)
     assert newest is not None
-    stored = [file.read_bytes() for file in (output / "bus").glob("**/*") if file.is_file()]
+    stored = [file.read_bytes() for file in (output / "kits").glob("**/store/**/*") if file.is_file()]
     for frame in newest.frames:
         identity = frame.payload.payload_id
         for position, sealed in enumerate(read_chunks(frame_file(folder, identity))):

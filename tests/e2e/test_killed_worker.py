@@ -14,6 +14,7 @@ import tenseal as ts
 from fednats import subjects, wire
 from fednats.messages import Aggregate, Chunk, ModelManifest, Payload, Update
 from fednats.permissions import user_name
+from fednats.services.identity import Identity
 from fednats.testbed.launch import running
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation
@@ -68,12 +69,12 @@ async def test_a_ciphertext_that_kills_the_worker_is_refused_by_name_and_the_oth
         servers = federation_running.servers
         async with Bus.connect(servers.site("north", "c"), user_name("site", "c")) as bus:
             current = await steady(bus)
-            await send_update(bus, current, kills_when_added(context(tmp_path)))
+            await send_update(bus, servers.identity("site", "c"), current, kills_when_added(context(tmp_path)))
         before = await until(
             federation_running, lambda statuses: "ciphertext" in statuses["aggregator-north"]["refusals"]
         )
         async with Bus.connect(servers.uplink("north"), user_name("uplink", "north")) as bus:
-            await send_sum(bus, current, kills_when_added(context(tmp_path)))
+            await send_sum(bus, servers.identity("aggregator", "north"), current, kills_when_added(context(tmp_path)))
         before = await until(federation_running, lambda statuses: "ciphertext" in statuses["coordinator"]["refusals"])
         await until(federation_running, reached(before["coordinator"]["version"] + 3))
         observer = servers.observer("north")
@@ -91,10 +92,10 @@ def n_starts(log: Path) -> int:
 
 
 def context(tmp_path: Path) -> ts.Context:
-    return ts.context_from((tmp_path / "out" / "keys" / "participants.public").read_bytes(), n_threads=1)
+    return ts.context_from((tmp_path / "out" / "kits" / "coordinator" / "epoch-1.public").read_bytes(), n_threads=1)
 
 
-async def send_update(bus: Bus, current: ModelManifest, ciphertext: bytes) -> None:
+async def send_update(bus: Bus, identity: Identity, current: ModelManifest, ciphertext: bytes) -> None:
     prefix = subjects.update("small", "north", "c")
     chunk = wire.pack(Chunk(parts=(ciphertext,)))
     await bus.publish_payload(prefix, "killing", [chunk])
@@ -111,10 +112,10 @@ async def send_update(bus: Bus, current: ModelManifest, ciphertext: bytes) -> No
         saturated=0,
         payload=Payload(payload_id="killing", n_bytes=len(chunk), digests=(wire.digest(chunk),)),
     )
-    await bus.publish(subjects.head(prefix), wire.pack(head), "killing")
+    await bus.publish(subjects.head(prefix), identity.sign(subjects.head(prefix), head), "killing")
 
 
-async def send_sum(bus: Bus, current: ModelManifest, ciphertext: bytes) -> None:
+async def send_sum(bus: Bus, identity: Identity, current: ModelManifest, ciphertext: bytes) -> None:
     prefix = subjects.aggregate("small", "north")
     chunk = wire.pack(Chunk(parts=(ciphertext,)))
     await bus.publish_payload(prefix, "killing", [chunk])
@@ -135,4 +136,4 @@ async def send_sum(bus: Bus, current: ModelManifest, ciphertext: bytes) -> None:
         staleness_max=0,
         payload=Payload(payload_id="killing", n_bytes=len(chunk), digests=(wire.digest(chunk),)),
     )
-    await bus.publish(subjects.head(prefix), wire.pack(head), "killing")
+    await bus.publish(subjects.head(prefix), identity.sign(subjects.head(prefix), head), "killing")

@@ -134,4 +134,4 @@ async def test_a_model_that_cannot_be_trained_with_noise_is_refused_before_anyth
     federation = make_federation({"north": ["a", "b"]}, task=f"{file}:Normed", training=TRAINING)
     with pytest.raises(TaskError, match=r"1 \(BatchNorm1d\): use nn.GroupNorm"):
         await run_federation(federation.model_copy(update={"options": {"number": None}}), tmp_path / "out")
-    assert not (tmp_path / "out" / "bus").exists()
+    assert not (tmp_path / "out" / "kits").exists()

@@ -10,6 +10,7 @@ from fednats.delta.encode import encoder
 from fednats.messages import Aggregate, ModelManifest, Payload
 from fednats.permissions import user_name
 from fednats.protocol.outliers import MIN_HISTORY
+from fednats.services.identity import Identity
 from fednats.testbed.launch import running
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation
@@ -26,11 +27,14 @@ async def test_a_sum_that_stands_out_is_quarantined_and_a_restart_knows_it(
     async with running(federation, out) as federation_running:
         await until(federation_running, reached(MIN_HISTORY + 2))
         servers = federation_running.servers
+        public_key = out / "kits" / "region-north" / "epoch-1.public"
         async with (
             Bus.connect(servers.site("north", "a"), user_name("site", "a")) as site,
             Bus.connect(servers.uplink("north"), user_name("uplink", "north")) as uplink,
         ):
-            await send_poison(uplink, await steady(site), (out / "keys" / "participants.public").read_bytes())
+            await send_poison(
+                uplink, servers.identity("aggregator", "north"), await steady(site), public_key.read_bytes()
+            )
         statuses = await until(federation_running, lambda statuses: "outlier" in statuses["coordinator"]["refusals"])
         (shown,) = statuses["coordinator"]["quarantined"]
         assert shown["aggregate_id"] == "poison"
@@ -53,7 +57,7 @@ async def test_a_sum_that_stands_out_is_quarantined_and_a_restart_knows_it(
     assert statuses["coordinator"]["best"]["metrics"]["auc"] > 0.9
 
 
-async def send_poison(bus: Bus, current: ModelManifest, public_key: bytes) -> None:
+async def send_poison(bus: Bus, identity: Identity, current: ModelManifest, public_key: bytes) -> None:
     """Send, in the region's name, a sum of honest form whose values are all at the end of the grid."""
     layout = Layout(current.parameters)
     steps = layout.steps(current.grid.steps, 0, layout.n_parameters)
@@ -81,4 +85,4 @@ async def send_poison(bus: Bus, current: ModelManifest, public_key: bytes) -> No
         staleness_max=0,
         payload=Payload(payload_id="poison", n_bytes=sum(map(len, chunks)), digests=digests),
     )
-    await bus.publish(subjects.head(prefix), wire.pack(head), "poison")
+    await bus.publish(subjects.head(prefix), identity.sign(subjects.head(prefix), head), "poison")

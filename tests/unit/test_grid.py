@@ -90,3 +90,15 @@ def test_frozen_tensors_keep_their_steps() -> None:
     grid = grids.initial(LAYOUT, np.zeros(LAYOUT.n_parameters, dtype=np.float32), qmax=127)
     mean = np.zeros(LAYOUT.n_parameters, dtype=np.float32)
     assert grids.adapt(grid, LAYOUT, mean, 0, 1000, qmax=127) is grid
+
+
+@pytest.mark.parametrize("qmax", [127, 7])
+def test_a_site_that_claims_clipped_values_for_ever_makes_the_grid_coarse_and_no_more(qmax: int) -> None:
+    rng = np.random.default_rng(0)
+    scale = np.repeat(SCALES, [part.stop - part.start for part in LAYOUT.slices])
+    grid = Grid(grid_id="first", steps=tuple(2.0 ** round(math.log2(4 * each / qmax)) for each in SCALES))
+    steps = np.array(grid.steps)
+    for _ in range(60):
+        mean = (scale * rng.normal(size=LAYOUT.n_parameters)).astype(np.float32)
+        grid = grids.adapt(grid, LAYOUT, mean, 2**40, LAYOUT.n_parameters * N_SITES, qmax)
+    assert (np.array(grid.steps) / steps <= 2.0**10).all()  # eight times a quarter of the coarsest, and no more
