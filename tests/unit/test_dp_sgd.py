@@ -134,7 +134,7 @@ def test_the_noise_is_there_and_as_large_as_it_is_accounted() -> None:
     of = settings(rate=1.0, noise_multiplier=200.0, max_grad_norm=0.5)
     noisy = delta(wide, of)
     assert noisy.std() == pytest.approx(200.0 * 0.5 / 40, rel=0.05)
-    assert abs(noisy.mean()) < 0.1
+    assert abs(noisy.mean()) < 0.2  # seven deviations
 
 
 def test_noise_sampling_and_dropout_do_not_follow_from_the_run_s_seed() -> None:

@@ -81,7 +81,7 @@ def test_every_value_gets_the_noise_that_is_accounted() -> None:
             rounded(delta, clip_norm=0.1, noise_multiplier=0.1)[0] - rounded(delta, clip_norm=0.1, randomness=SILENT)[0]
         )
         for part in LAYOUT.slices:
-            assert noise[part].std() == pytest.approx(0.01, rel=0.4 if part.stop == N else 0.06)
+            assert noise[part].std() == pytest.approx(0.01, rel=0.7 if part.stop == N else 0.1)
         assert abs(noise.mean()) < 0.001
 
 
