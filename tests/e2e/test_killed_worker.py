@@ -104,7 +104,7 @@ async def send_update(bus: Bus, identity: Identity, current: ModelManifest, ciph
         region="north",
         site="c",
         update_id="killing",
-        sequence=1,
+        sequence=500,  # none that the site itself has used
         base_version=current.version,
         grid_id=current.grid.grid_id,
         key_id=current.key_id,
