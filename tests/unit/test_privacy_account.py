@@ -11,6 +11,7 @@ import pytest
 
 from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, BudgetSettings, DeltaSettings, SiteSettings, TrainingSettings, parse
+from fednats.crypto import sealing
 from fednats.errors import BudgetSpentError, ConfigError, LocalDataError, LocalStorageError
 from fednats.learning.flat import initial_model, initial_vector, parameters_of
 from fednats.learning.task import make_task
@@ -113,12 +114,15 @@ def test_a_file_that_is_no_account_is_named(tmp_path: Path) -> None:
 
 
 def site(tmp_path: Path, **changes: object) -> SiteSettings:
+    (tmp_path / "model.key").write_bytes(sealing.generate())
     raw = {
         "run": "r",
         "site": "a",
         "region": "north",
         "state_dir": tmp_path / "run-1" / "state",
-        "bus": {"url": "nats://127.0.0.1:4222"},
+        "signers_file": tmp_path / "signers.toml",
+        "model_key_file": tmp_path / "model.key",
+        "bus": {"url": "tls://127.0.0.1:4222"},
         "task": {"path": "breast-cancer", "options": OPTIONS},
     }
     return parse({**raw, **changes}, SiteSettings, source="site")
@@ -132,7 +136,7 @@ def manifest(*, training: dict[str, Any] | None = None, delta: dict[str, Any] | 
         task="breast-cancer",
         seed=0,
         parameters=parameters,
-        weights_digest=b"",
+        weights_digest=bytes(16),
         frames=(),
         grid=Grid(grid_id="g", steps=(2.0**-8,) * len(parameters)),
         grid_ids=("g",),
