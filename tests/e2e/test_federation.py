@@ -16,7 +16,7 @@ from fednats.provision.servers import config_file
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
 from tests.e2e.conftest import MakeFederation
-from tests.e2e.ledgers import assert_sealed, audited, balanced
+from tests.e2e.ledgers import assert_no_secret_is_logged, assert_sealed, audited, balanced
 from tests.e2e.until import closed, reached, until
 
 
@@ -46,6 +46,7 @@ async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_
     }
     assert all(np.isfinite(array).all() for array in model.values())
     assert_sealed(output, "small")
+    assert_no_secret_is_logged(output)
     recorded = audited(output)
     assert len(recorded) == 1 + 2 + 4
     left = {record.digest for name in ("site-a", "site-b") for record in recorded[name] if record.what == "update"}

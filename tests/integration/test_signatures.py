@@ -190,7 +190,7 @@ async def test_who_has_no_key_does_not_get_onto_the_bus(bus: ConnectedBus, tmp_p
     seed = tmp_path / "stranger.nk"
     seed.write_bytes(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
     settings = bus.servers.site("north", "a").model_copy(update={"nkey_seed_file": seed})
-    with pytest.raises(BusError, match="uthorization|check nkey_seed_file"):
+    with pytest.raises(BusError, match=r"uthorization|check nkey_seed_file"):
         async with Bus.connect(settings, "site.a"):
             pass
 
