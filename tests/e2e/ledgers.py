@@ -104,15 +104,14 @@ def assert_sealed(output: Path, run: str) -> None:
 def assert_no_secret_is_logged(output: Path) -> None:
     """Assert that no log of daemon or server has key material in it, in any form that a log would show it in."""
     kits = output / "kits"
-    secrets = {
-        file: file.read_bytes() for file in kits.glob("**/*") if file.is_file() and file.stat().st_mode & 0o077 == 0
-    }
+    private = [file for file in kits.glob("*/*") if file.is_file() and file.stat().st_mode & 0o077 == 0]
+    secrets = {file: file.read_bytes() for file in private}
     kinds = {file.suffix or file.name for file in secrets}
     assert {".nk", ".secret", ".key", ".conf"} <= kinds, f"the search knows of {kinds}"
     logs = {file: file.read_bytes() for file in output.glob("**/*.log")}
     assert len(logs) == len(list(output.glob("*/daemon.log"))) + len(list(kits.glob("**/server.log")))
     for secret in secrets.values():
-        part = secret[-48:-16] if len(secret) > 64 else secret[:32]
+        part = secret[len(secret) // 3 :][:32]
         forms = (part, part.hex().encode(), base64.b64encode(part)[:40], repr(part)[2:-1].encode())
         for file, text in logs.items():
             assert not any(form in text for form in forms), file
