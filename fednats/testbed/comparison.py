@@ -41,7 +41,7 @@ async def compare(federation: FederationSettings, weights: NDArray[np.float32], 
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_one_thread) as pool:
         pooled = loop.run_in_executor(pool, _train_pooled, federation, n_steps)
         alone = [loop.run_in_executor(pool, _train_one, federation, site, n_steps) for site in federation.sites]
-        federated = loop.run_in_executor(pool, _evaluate, federation, weights)
+        federated = loop.run_in_executor(pool, evaluate_pooled, federation, weights)
         results = await asyncio.gather(*alone)
         return Comparison(
             federated=await federated, alone=dict(zip(federation.sites, results, strict=True)), pooled=await pooled
@@ -60,13 +60,14 @@ def _tasks(federation: FederationSettings) -> list[Task]:
 def _train_one(federation: FederationSettings, site: str, n_steps: int) -> Metrics:
     settings = federation.task_of(site)
     task = make_task(settings.path, settings.options)
-    return _evaluate(federation, train_alone(task, federation.training, n_steps, federation.seed))
+    return evaluate_pooled(federation, train_alone(task, federation.training, n_steps, federation.seed))
 
 
 def _train_pooled(federation: FederationSettings, n_steps: int) -> Metrics:
     pooled = Pooled(_tasks(federation))
-    return _evaluate(federation, train_alone(pooled, federation.training, n_steps, federation.seed))
+    return evaluate_pooled(federation, train_alone(pooled, federation.training, n_steps, federation.seed))
 
 
-def _evaluate(federation: FederationSettings, weights: NDArray[np.float32]) -> Metrics:
+def evaluate_pooled(federation: FederationSettings, weights: NDArray[np.float32]) -> Metrics:
+    """Return the metrics of ``weights``, float32[n], on the test cases of all hospitals together."""
     return evaluate(Pooled(_tasks(federation)), weights).metrics
