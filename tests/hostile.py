@@ -429,7 +429,7 @@ INTEGERS = (0, -1, 2**17 - 1, 2**34, 2**51 - 1, 2**62, -(2**63), 127 * 500)
 
 def evaluation_sum(command: SumEvaluations) -> EvaluationSum:
     """What a region sends up of evaluations."""
-    return sum_of("r", "north", "k", command.parts, PAYLOAD)
+    return sum_of("r", "north", command.parts, PAYLOAD)
 
 
 def _largest(value: Any) -> Any:

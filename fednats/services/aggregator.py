@@ -29,7 +29,7 @@ from fednats.protocol.events import (
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
-from fednats.services.evaluations import Summing, cases_of, payload_id, sites_of, sum_of
+from fednats.services.evaluations import Part, Summing, cases_of, payload_id, sites_of, sum_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
@@ -237,18 +237,19 @@ class AggregatorService:
         fit, current = await self._fit, self._machine.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
 
-        async def add(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], n_classes: int) -> tuple[bytes, ...]:
-            summed: tuple[bytes, ...] = await self._worker.call("sum_counts", fit, inputs, n_sites, n_classes)
+        async def add(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: Part) -> tuple[bytes, ...]:
+            summed: tuple[bytes, ...] = await self._worker.call("sum_counts", fit, inputs, n_sites, like.n_classes)
             return summed
 
-        summing = Summing(self._tier.chunks, add, fit.key_id, current.settings.min_sites, self._log)
+        key_ids = (current.key_id, *current.older_key_ids)
+        summing = Summing(self._tier.chunks, add, key_ids, current.settings.min_sites, self._log)
         parts, made = await summing.run(command)
         if parts:
             chunks = made or ()
             name = payload_id(self._settings.region, command.version)
             digests = tuple(map(wire.digest, chunks))
             payload = Payload(payload_id=name, n_bytes=sum(map(len, chunks)), digests=digests)
-            head = sum_of(self._settings.run, self._settings.region, fit.key_id, parts, payload)
+            head = sum_of(self._settings.run, self._settings.region, parts, payload)
             prefix = subjects.aggregate(self._settings.run, self._settings.region)
             subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
             signed = self._identity.sign(subject, head)

@@ -34,6 +34,7 @@ from fednats.protocol.events import (
     contribution_id,
 )
 from fednats.services.answers import Pooled, Version
+from fednats.services.evaluations import Part as EvaluationPart
 from fednats.services.evaluations import Summing, cases_of, mean_metrics, sites_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
@@ -354,11 +355,12 @@ class CoordinatorService:
         current = self._machine.collector.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced
 
-        async def pool(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], n_classes: int) -> Pooled:
-            pooled: Pooled = await self._worker.call("pool", inputs, n_sites, n_classes)
+        async def pool(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: EvaluationPart) -> Pooled:
+            pooled: Pooled = await self._worker.call("pool", inputs, n_sites, like.n_classes, like.key_id)
             return pooled
 
-        summing = Summing(self._tier.chunks, pool, current.key_id, current.settings.min_sites, self._log)
+        key_ids = (current.key_id, *current.older_key_ids)
+        summing = Summing(self._tier.chunks, pool, key_ids, current.settings.min_sites, self._log)
         parts, pooled = await summing.run(command)
         n_sites, metrics = sites_of(parts), mean_metrics(parts)
         n_samples = cases_of(parts)

@@ -127,21 +127,21 @@ class CoordinatorWorker:
         self._mean = np.zeros(0, np.float32)
         return self.current()
 
-    def pool(self, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_classes: int) -> Pooled:
+    def pool(self, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_classes: int, key_id: str) -> Pooled:
         """Decrypt the summed counts of several regions, and work out the figures of all their test cases pooled.
 
         Raises:
             RefusedChunkError: a sum is malformed, or none of so many sites; ``index`` says which.
         """
-        counts = [self._counts(index, *sent, n_classes) for index, sent in enumerate(zip(inputs, n_sites, strict=True))]
+        decode = self._decoders[key_id]
+        counts = []
+        for index, (chunks, n) in enumerate(zip(inputs, n_sites, strict=True)):
+            try:
+                counts.append(Counts.from_flat(decode.decode_counts(chunks, n, n_counts(n_classes)), n_classes))
+            except RefusedError as error:
+                raise RefusedChunkError(error.reason, error.detail, index) from None
         pooled = reduce(operator.add, counts)
         return Pooled(pooled.metrics(), pooled.n_cases)
-
-    def _counts(self, index: int, chunks: Sequence[bytes], n_sites: int, n_classes: int) -> Counts:
-        try:
-            return Counts.from_flat(self._decoder.decode_counts(chunks, n_sites, n_counts(n_classes)), n_classes)
-        except RefusedError as error:
-            raise RefusedChunkError(error.reason, error.detail, index) from None
 
     def keep_best(self, version: int) -> bool:
         """Keep a version as the best one; False if its checkpoint is gone already."""

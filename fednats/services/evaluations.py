@@ -1,7 +1,7 @@
 """Evaluations that are summed: whose chunks can be read and added, and what is known of all of them together."""
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -26,24 +26,28 @@ class Loaded:
     chunks: tuple[bytes, ...]
 
 
-class Summing(Generic[Sum]):
-    """Sums evaluations in the worker process; ``add`` takes their chunks, the number of sites and that of classes.
+Add = Callable[[Sequence[tuple[bytes, ...]], Sequence[int], Part], Awaitable[Sum]]
+"""Takes the chunks of evaluations, the number of sites in each, and one of them: all have its classes and its key."""
 
-    Whatever cannot be summed is left out, and said to be: a part that is damaged, lost, for another key, or of other
-    classes than most.
+
+class Summing(Generic[Sum]):
+    """Sums evaluations in the worker process.
+
+    Whatever cannot be summed is left out, and said to be: a part that is damaged, lost, for none of ``key_ids``, or of
+    other classes or for another key than most.
     """
 
     def __init__(
         self,
         read: Read,
-        add: Callable[[Sequence[tuple[bytes, ...]], Sequence[int], int], Awaitable[Sum]],
-        key_id: str,
+        add: Add[Sum],
+        key_ids: Collection[str],
         min_sites: int,
         log: Any,
     ) -> None:
         self._read = read
         self._add = add
-        self._key_id = key_id
+        self._key_ids = key_ids
         self._min_sites = min_sites
         self._log = log
 
@@ -62,22 +66,25 @@ class Summing(Generic[Sum]):
         return [], None
 
     async def _load(self, summing: SumEvaluations) -> list[Loaded]:
-        ((n_classes, _),) = Counter(part.n_classes for part in summing.parts).most_common(1)
+        kinds = Counter((part.n_classes, part.key_id) for part in summing.parts if part.key_id in self._key_ids)
+        kind = kinds.most_common(1)[0][0] if kinds else None
         loaded = []
         for part in summing.parts:
             try:
-                self._check(part, n_classes)
+                self._check(part, kind)
                 async with aclosing(self._read(part)) as chunks:
                     loaded.append(Loaded(part, tuple([chunk async for chunk in chunks])))
             except (RefusedError, VanishedError) as error:
                 self._leave_out(part, error)
         return loaded
 
-    def _check(self, part: Part, n_classes: int) -> None:
-        if part.n_classes != n_classes:
-            raise RefusedError(Reason.WRONG_SHAPE, f"{part.n_classes} classes, most have {n_classes}")
-        if part.key_id != self._key_id:
-            raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {part.key_id}, this is {self._key_id}")
+    def _check(self, part: Part, kind: tuple[int, str] | None) -> None:
+        if part.key_id not in self._key_ids:
+            known = " or ".join(self._key_ids)
+            raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {part.key_id}, this is {known}")
+        if (part.n_classes, part.key_id) != kind:
+            text = f"{part.n_classes} classes for key {part.key_id}, most are of {kind}"
+            raise RefusedError(Reason.WRONG_SHAPE, text)
         if isinstance(part, EvaluationSum) and part.n_sites < self._min_sites:
             raise RefusedError(
                 Reason.TOO_FEW_SITES, f"a sum of {part.n_sites} sites, at least {self._min_sites} must be"
@@ -85,7 +92,7 @@ class Summing(Generic[Sum]):
 
     async def _sum(self, loaded: Sequence[Loaded]) -> Sum:
         n_sites = [sites_of([each.part]) for each in loaded]
-        return await self._add([each.chunks for each in loaded], n_sites, loaded[0].part.n_classes)
+        return await self._add([each.chunks for each in loaded], n_sites, loaded[0].part)
 
     async def _survives(self, loaded: Loaded) -> bool:
         """Whether summing this one alone leaves the worker process alive."""
@@ -107,13 +114,13 @@ def payload_id(source: str, version: int) -> str:
     return wire.digest(f"evaluation.{source}.{version}".encode()).hex()
 
 
-def sum_of(run: str, region: str, key_id: str, parts: Sequence[Part], payload: Payload) -> EvaluationSum:
+def sum_of(run: str, region: str, parts: Sequence[Part], payload: Payload) -> EvaluationSum:
     """Return the head of the sum of ``parts``, which are of one version and at least one."""
     return EvaluationSum(
         run=run,
         region=region,
         version=parts[0].version,
-        key_id=key_id,
+        key_id=parts[0].key_id,
         n_sites=sites_of(parts),
         n_classes=parts[0].n_classes,
         n_samples=cases_of(parts),
