@@ -12,6 +12,7 @@ import tomli_w
 
 from fednats import subjects, wire
 from fednats.config import AggregatorSettings, DaemonSettings, SiteSettings
+from fednats.crypto.signing import unsigned
 from fednats.messages import ModelManifest
 from fednats.permissions import user_name
 from fednats.provision.kits import provision, provisioned, rotate
@@ -166,4 +167,4 @@ async def announced(now: Running) -> ModelManifest:
         stream = subjects.models_stream(now.servers.run, "north")
         record = await bus.last(stream, subjects.head(subjects.model(now.servers.run)))
     assert record is not None
-    return wire.unpack(record.data, ModelManifest)
+    return wire.unpack(unsigned(record.data), ModelManifest)
