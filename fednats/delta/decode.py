@@ -24,7 +24,7 @@ class Cipher(Protocol):
         """Decode a chunk of ``n_values``; raises `RefusedError` for parts that are no such sum of that weight."""
 
     def counts(self, parts: tuple[bytes, ...], n_sites: int, n_counts: int) -> NDArray[np.int32]:
-        """Decode at least ``n_counts`` counts; raises `RefusedError` for parts that are no sum of so many sites."""
+        """Decode ``n_counts``, and what fills up the last slots; raises `RefusedError` for no such sum of so many sites."""
 
 
 class Decoder:
@@ -67,8 +67,9 @@ class Decoder:
         found = np.empty(n_counts, np.int64)
         for part, chunk in zip(parts, chunks, strict=True):
             counts = self._cipher.counts(wire.unpack(chunk, Chunk).parts, n_sites, part.stop - part.start)
-            if counts.size < part.stop - part.start or counts[part.stop - part.start :].any():
-                raise RefusedError(Reason.WRONG_SHAPE, f"{counts.size} counts, expected {part.stop - part.start}")
+            unused = counts[part.stop - part.start :]
+            if unused.any():
+                raise RefusedError(Reason.WRONG_SHAPE, f"{np.count_nonzero(unused)} unused counts are not zero")
             found[part] = counts[: part.stop - part.start]
         return found
 

@@ -144,7 +144,8 @@ class Summer:
         """
         total = sum(n_sites)
         check_total_weight(total, self.max_total_weight)
-        accumulators = [self._count_accumulator(part.stop - part.start, total) for part in self._count_blocks(n_counts)]
+        parts = blocks(n_counts, scheme.counts_per_chunk(self._settings))
+        accumulators = [self._count_accumulator(part.stop - part.start, total) for part in parts]
         for index, (chunks, share) in enumerate(zip(inputs, n_sites, strict=True)):
             if len(chunks) != len(accumulators):
                 text = f"{len(chunks)} chunks, expected {len(accumulators)}"
@@ -155,9 +156,6 @@ class Summer:
             except RefusedError as error:
                 raise RefusedChunkError(error.reason, error.detail, index) from None
         return tuple(wire.pack(Chunk(parts=accumulator.parts())) for accumulator in accumulators)
-
-    def _count_blocks(self, n_counts: int) -> list[slice]:
-        return list(blocks(n_counts, scheme.counts_per_chunk(self._settings)))
 
     def _count_accumulator(self, n_counts: int, n_sites: int) -> Accumulator:
         if self._bfv is None or self._key is None:

@@ -12,7 +12,7 @@ import pytest
 import tenseal as ts
 
 from fednats import subjects, wire
-from fednats.messages import Aggregate, Chunk, ModelManifest, Payload, Update
+from fednats.messages import Chunk, ModelManifest, Payload, Update
 from fednats.permissions import user_name
 from fednats.services.identity import Identity
 from fednats.testbed.launch import running
@@ -21,6 +21,7 @@ from tests.e2e.conftest import MakeFederation
 from tests.e2e.test_bad_input import rejects, steady
 from tests.e2e.until import reached, until
 from tests.killing import kills_when_added
+from tests.makers import aggregate
 
 CARELESS = '''
 import importlib.util
@@ -119,21 +120,14 @@ async def send_sum(bus: Bus, identity: Identity, current: ModelManifest, ciphert
     prefix = subjects.aggregate("small", "north")
     chunk = wire.pack(Chunk(parts=(ciphertext,)))
     await bus.publish_payload(prefix, "killing", [chunk])
-    head = Aggregate(
-        run="small",
-        region="north",
-        aggregate_id="killing",
-        model_version=current.version,
-        grid_id=current.grid.grid_id,
-        key_id=current.key_id,
-        total_weight=10,
-        mass=100.0,
-        n_sites=2,
-        n_updates=2,
-        n_samples=100,
-        saturated=0,
-        staleness_sum=0,
-        staleness_max=0,
-        payload=Payload(payload_id="killing", n_bytes=len(chunk), digests=(wire.digest(chunk),)),
+    head = aggregate("north", version=current.version).model_copy(
+        update={
+            "run": "small",
+            "aggregate_id": "killing",
+            "grid_id": current.grid.grid_id,
+            "key_id": current.key_id,
+            "total_weight": 10,
+            "payload": Payload(payload_id="killing", n_bytes=len(chunk), digests=(wire.digest(chunk),)),
+        }
     )
     await bus.publish(subjects.head(prefix), identity.sign(subjects.head(prefix), head), "killing")

@@ -7,7 +7,7 @@ import numpy as np
 from fednats import subjects, wire
 from fednats.codec.layout import Layout
 from fednats.delta.encode import encoder
-from fednats.messages import Aggregate, ModelManifest, Payload
+from fednats.messages import ModelManifest, Payload
 from fednats.permissions import user_name
 from fednats.protocol.outliers import MIN_HISTORY
 from fednats.services.identity import Identity
@@ -17,6 +17,7 @@ from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.test_bad_input import steady
 from tests.e2e.until import closed, reached, until
+from tests.makers import aggregate
 
 
 async def test_a_sum_that_stands_out_is_quarantined_and_a_restart_knows_it(
@@ -68,21 +69,14 @@ async def send_poison(bus: Bus, identity: Identity, current: ModelManifest, publ
     prefix = subjects.aggregate("small", "north")
     await bus.publish_payload(prefix, "poison", chunks)
     digests = tuple(wire.digest(chunk) for chunk in chunks)
-    head = Aggregate(
-        run="small",
-        region="north",
-        aggregate_id="poison",
-        model_version=current.version,
-        grid_id=current.grid.grid_id,
-        key_id=current.key_id,
-        total_weight=1,
-        mass=100.0,
-        n_sites=2,
-        n_updates=2,
-        n_samples=100,
-        saturated=0,
-        staleness_sum=0,
-        staleness_max=0,
-        payload=Payload(payload_id="poison", n_bytes=sum(map(len, chunks)), digests=digests),
+    head = aggregate("north", version=current.version).model_copy(
+        update={
+            "run": "small",
+            "aggregate_id": "poison",
+            "grid_id": current.grid.grid_id,
+            "key_id": current.key_id,
+            "total_weight": 1,
+            "payload": Payload(payload_id="poison", n_bytes=sum(map(len, chunks)), digests=digests),
+        }
     )
     await bus.publish(subjects.head(prefix), identity.sign(subjects.head(prefix), head), "poison")

@@ -114,7 +114,7 @@ def test_an_evaluation_that_is_none_is_refused_and_named() -> None:
 def test_a_sum_of_other_sites_than_it_says_is_refused() -> None:
     encode, decode = encoder(BFV, PUBLIC), decoder(BFV, SECRET)
     alone = encode.encode_counts(Counts.of(*cases(50, 2, 1.0, seed=1)).flat())
-    with pytest.raises(RefusedError, match="counts"):
+    with pytest.raises(RefusedError, match=r"unused counts|slots"):
         decode.decode_counts(alone, 2, n_counts(2))
 
 
