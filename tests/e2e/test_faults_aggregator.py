@@ -60,7 +60,9 @@ async def test_killed_with_half_a_buffer(make_federation: MakeFederation, tmp_pa
         ledger = await balanced(output)
         await all_settled(federation_running, "north")
     assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] == 4 * 3
-    assert statuses[NORTH]["accepted"] == 4 * 3, "it counts on from before it was killed"
+    assert statuses[NORTH]["accepted"] >= 4 * 3, (
+        "it counts on from before it was killed"
+    )  # more, if it heard late of the end
 
 
 async def test_killed_between_publishing_a_sum_and_hearing_that_it_is_stored(
