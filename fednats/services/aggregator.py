@@ -46,6 +46,7 @@ from fednats.storage.journal import Journal
 from fednats.storage.local_disk import local_disk
 from fednats.transport import streams
 from fednats.transport.bus import Bus
+from fednats.wire import MessageT
 
 if TYPE_CHECKING:
     from fednats.services.aggregator_worker import AggregatorWorker
@@ -233,7 +234,16 @@ class AggregatorService:
             await self._sum_evaluations(command)
 
     async def _sum_evaluations(self, command: SumEvaluations) -> None:
-        """Sum what sites and regions below counted on their test data, and send the sum up."""
+        """Sum what sites and regions below counted on their test data, and send the sum up, once.
+
+        A second sum of others of them would tell the node above the difference.
+        """
+        subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
+        published = await self._newest(subject, EvaluationSum)
+        if published is not None and published.version == command.version:  # before the daemon could write that down
+            done = EvaluationsSummed(version=command.version, n_sites=published.n_sites, n_samples=published.n_samples)
+            await self._tier.feed(done)
+            return
         fit, current = await self._fit, self._machine.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
 
@@ -251,7 +261,6 @@ class AggregatorService:
             payload = Payload(payload_id=name, n_bytes=sum(map(len, chunks)), digests=digests)
             head = sum_of(self._settings.run, self._settings.region, parts, payload)
             prefix = subjects.aggregate(self._settings.run, self._settings.region)
-            subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
             signed = self._identity.sign(subject, head)
             entry = entry_of("evaluation_sum", head, version=command.version, payload=head.payload)
             await self._recorder.record(entry)
@@ -270,7 +279,10 @@ class AggregatorService:
         """
         identity = combination.combination_id
         prefix = subjects.aggregate(self._settings.run, self._settings.region)
-        if await self._is_published(prefix, identity):  # and the daemon was killed before it could write that down
+        published = await self._newest(subjects.head(prefix), Aggregate)
+        if (
+            published is not None and published.aggregate_id == identity
+        ):  # and the daemon was killed before it could write that down
             return [Combined(combination_id=identity)]
         fit = await self._fit  # after a restart, once the models are seen again
         weights = weigh(combination, fit.capacity)
@@ -309,16 +321,14 @@ class AggregatorService:
         await self._forget_old(prefix)
         return [Combined(combination_id=identity)]
 
-    async def _is_published(self, prefix: str, identity: str) -> bool:
+    async def _newest(self, subject: str, kind: type[MessageT]) -> MessageT | None:
+        """Return what this region published last on ``subject``."""
         stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
-        record = await ask(self._log, lambda: self._uplink.last(stream, subjects.head(prefix)))
+        record = await ask(self._log, lambda: self._uplink.last(stream, subject))
         try:
-            return (
-                record is not None
-                and self._identity.open(record.subject, record.data, Aggregate).aggregate_id == identity
-            )
+            return None if record is None else self._identity.open(subject, record.data, kind)
         except RefusedError:
-            return False
+            return None
 
     # --- sums that were made ------------------------------------------------------------------------------------------
 
