@@ -284,13 +284,6 @@ class DaemonSettings(Settings):
     drain_s: float = Field(20.0, gt=0, description="time that SIGTERM leaves for work under way")
 
 
-class BudgetSettings(Settings):
-    """A hospital's own word: how much all runs together may learn of any one of its records."""
-
-    max_epsilon: float = Field(gt=0, description="a local pass that would go beyond it is not made")
-    delta: Delta = 1e-5
-
-
 class SiteSettings(DaemonSettings):
     """``fednats site --config FILE``."""
 
@@ -298,6 +291,7 @@ class SiteSettings(DaemonSettings):
     region: Token
     bus: BusSettings
     model_key_file: File = Field(description="seals the models for coordinator and sites; 32 bytes, the same for all")
+    older_model_key_file: File | None = Field(None, description="the one of the epoch before")
     public_key_file: File | None = Field(None, description="HE public context; needed unless the run is unencrypted")
     older_public_key_file: File | None = Field(None, description="the one of the epoch before, while it is announced")
     task: TaskSettings
@@ -306,9 +300,6 @@ class SiteSettings(DaemonSettings):
     )
     max_outbox: int = Field(
         4, ge=1, description="updates kept unsent; of more, the oldest goes back into the error feedback"
-    )
-    budget: BudgetSettings | None = Field(
-        None, description="over all runs; none: what is spent is counted, not limited"
     )
     privacy_state: Path | None = Field(
         None, description="what was spent on this hospital's data, over all runs; none: beside state_dir"
@@ -343,6 +334,7 @@ class CoordinatorSettings(DaemonSettings):
     regions: tuple[Token, ...] = Field(min_length=1, description="regions directly below the hub")
     bus: BusSettings
     model_key_file: File = Field(description="seals the models for coordinator and sites; 32 bytes, the same for all")
+    older_model_key_file: File | None = Field(None, description="the one of the epoch before")
     secret_key_file: File | None = None
     older_secret_key_file: File | None = Field(None, description="of the epoch before: what is under way in it counts")
     leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")

@@ -29,7 +29,7 @@ from fednats.codec.packing import Packing
 from fednats.config import AggregationSettings, DeltaSettings, TrainingSettings
 from fednats.crypto import sealing, secret
 from fednats.crypto.public import PublicKey
-from fednats.crypto.sealing import ModelKey
+from fednats.crypto.sealing import ModelKeys
 from fednats.crypto.secret import SecretKey
 from fednats.delta import scheme
 from fednats.delta.decode import decoder
@@ -220,7 +220,7 @@ class Decoders:
         participants = Participants(self._folder)
         self._region = participants.identity("aggregator.north")
         self._signers = {True: participants.signer("site.a"), False: participants.signer("aggregator.north")}
-        self._model_key = ModelKey(sealing.generate(), "r")
+        self._model_keys = ModelKeys([sealing.generate()], "r")
         self._model = self._folder / "model.safetensors"
         with TensorFile.create(self._model, [(s.name, s.shape) for s in SPECS], {"version": "1"}):
             pass
@@ -419,9 +419,9 @@ class Decoders:
         frame.unlink(missing_ok=True)
         with ChunkFile(frame) as file:
             hostile = mutations.hostile_message(rng, [Chunk(parts=(self._weights.tobytes(),))])
-            sealed = self._model_key.seal(KEYFRAME.payload.payload_id, 0, hostile)
+            sealed = self._model_keys.seal(KEYFRAME.payload.payload_id, 0, hostile)
             file.append(mutations.mutated(rng, [sealed]) if rng.random() < 0.1 else sealed)
-        local.advance(manifest, (KEYFRAME,), self._model_key)
+        local.advance(manifest, (KEYFRAME,), self._model_keys)
 
 
 INTEGERS = (0, -1, 2**17 - 1, 2**34, 2**51 - 1, 2**62, -(2**63), 127 * 500)

@@ -1,4 +1,4 @@
-"""Chunks of a model, sealed for those who take part: ChaCha20-Poly1305 (RFC 8439) with the key of the run.
+"""Chunks of a model, sealed for those who take part: ChaCha20-Poly1305 (RFC 8439) with the key of the epoch.
 
 Coordinator and sites have the key, aggregators and bus operators have not. A sealed chunk is the id of the key, a nonce
 and the ciphertext with its tag. Bound to it are run, payload and position, so that a chunk cannot stand for another.
@@ -8,6 +8,7 @@ are 2^-33. The key id names the epoch of the key: who holds another key can say 
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -25,34 +26,31 @@ OVERHEAD_BYTES = KEY_ID_BYTES + NONCE_BYTES + TAG_BYTES
 _DOMAIN = "fednats model chunk 1"
 
 
-class ModelKey:
-    """Seals and opens chunks of the models of one run."""
+class ModelKeys:
+    """Seals chunks of the models of one run with the newest key, opens those of all that are held."""
 
-    def __init__(self, key: bytes, run: str) -> None:
-        """Take ``key``. Raises ValueError unless it has 32 bytes."""
-        self._cipher = ChaCha20Poly1305(key)
+    def __init__(self, keys: Sequence[bytes], run: str) -> None:
+        """Take ``keys``, the newest first. Raises ValueError unless each has 32 bytes."""
+        self._ciphers = {key_id(key): ChaCha20Poly1305(key) for key in keys}
+        self.newest = key_id(keys[0])
+        """Id of the key that seals."""
         self._run = run
-        self.key_id = hashlib.blake2b(key, digest_size=KEY_ID_BYTES, person=b"fednats model id").digest()
-        """Says which key it is, and nothing of it."""
 
     @classmethod
-    def read(cls, path: Path, run: str) -> "ModelKey":
-        """Read a key file of 32 bytes.
+    def read(cls, newest: Path, older: Path | None, run: str) -> "ModelKeys":
+        """Read the key files of this epoch and of the one before, 32 bytes each.
 
         Raises:
-            ConfigError: it cannot be read, or is no key.
+            ConfigError: one cannot be read, or is no key.
         """
-        try:
-            return cls(path.read_bytes(), run)
-        except OSError as error:
-            raise ConfigError(f"model_key_file: {path} cannot be read ({error.strerror})") from error
-        except ValueError:
-            raise ConfigError(f"model_key_file: {path} does not have {KEY_BYTES} bytes; give the run's key") from None
+        files = {"model_key_file": newest, "older_model_key_file": older}
+        return cls([_read(path, setting) for setting, path in files.items() if path is not None], run)
 
     def seal(self, payload_id: str, position: int, chunk: bytes) -> bytes:
         """Return chunk number ``position`` of a payload, sealed."""
         nonce = os.urandom(NONCE_BYTES)
-        return self.key_id + nonce + self._cipher.encrypt(nonce, chunk, self._bound(payload_id, position))
+        cipher = self._ciphers[self.newest]
+        return self.newest + nonce + cipher.encrypt(nonce, chunk, self._bound(payload_id, position))
 
     def opened(self, payload_id: str, position: int, sealed: bytes) -> bytes:
         """Return what was sealed as chunk number ``position`` of that payload.
@@ -60,16 +58,16 @@ class ModelKey:
         Raises:
             RefusedError: ``wrong_key``: it was sealed with another key; ``seal``: it is not that chunk, or was altered.
         """
-        key_id, nonce = sealed[:KEY_ID_BYTES], sealed[KEY_ID_BYTES : KEY_ID_BYTES + NONCE_BYTES]
+        sealed_with, nonce = key_id_of(sealed), sealed[KEY_ID_BYTES : KEY_ID_BYTES + NONCE_BYTES]
         what = f"chunk {position} of {payload_id}"
         if len(sealed) < OVERHEAD_BYTES:
             raise RefusedError(Reason.SEAL, f"{what}: {len(sealed)} bytes, shorter than a seal")
-        if key_id != self.key_id:
-            raise RefusedError(
-                Reason.WRONG_KEY, f"{what} is sealed with key {key_id.hex()}, model_key_file holds {self.key_id.hex()}"
-            )
+        cipher = self._ciphers.get(sealed_with)
+        if cipher is None:
+            held = " and ".join(each.hex() for each in self._ciphers)
+            raise RefusedError(Reason.WRONG_KEY, f"{what} is sealed with key {sealed_with.hex()}, here is {held}")
         try:
-            return self._cipher.decrypt(nonce, sealed[KEY_ID_BYTES + NONCE_BYTES :], self._bound(payload_id, position))
+            return cipher.decrypt(nonce, sealed[KEY_ID_BYTES + NONCE_BYTES :], self._bound(payload_id, position))
         except InvalidTag:
             raise RefusedError(Reason.SEAL, f"{what} is not what was sealed as such") from None
 
@@ -80,3 +78,23 @@ class ModelKey:
 def generate() -> bytes:
     """Make a key, 32 bytes."""
     return ChaCha20Poly1305.generate_key()
+
+
+def key_id(key: bytes) -> bytes:
+    """Return what says which key it is, and nothing of it: 8 bytes."""
+    return hashlib.blake2b(key, digest_size=KEY_ID_BYTES, person=b"fednats model id").digest()
+
+
+def key_id_of(sealed: bytes) -> bytes:
+    """Return the id of the key that a chunk is sealed with."""
+    return sealed[:KEY_ID_BYTES]
+
+
+def _read(path: Path, setting: str) -> bytes:
+    try:
+        key = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{setting}: {path} cannot be read ({error.strerror})") from error
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"{setting}: {path} does not have {KEY_BYTES} bytes; give the run's key")
+    return key

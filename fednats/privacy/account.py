@@ -12,9 +12,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
-from fednats.config import BudgetSettings
 from fednats.errors import BudgetSpentError, LocalStorageError
 from fednats.privacy import rdp
+from fednats.privacy.policy import Budget
 from fednats.storage.journal import open_database
 
 Level = Literal["record", "site"]
@@ -52,7 +52,7 @@ class Account:
         self._path = path
         self._connection = open_database(path, _SCHEMA)
 
-    def charge(self, run: str, version: int, charges: Sequence[Charge], budget: BudgetSettings | None) -> None:
+    def charge(self, run: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
         """Book ``charges`` for a pass on ``version`` of ``run``; durable on return.
 
         Raises:
@@ -67,7 +67,7 @@ class Account:
                 [(run, version, *astuple(one)) for one in charges],
             )
 
-    def check(self, charges: Sequence[Charge], budget: BudgetSettings | None) -> None:
+    def check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         """Raise BudgetSpentError if ``charges`` could not be booked now."""
         with self._reading():
             self._check(charges, budget)
@@ -87,7 +87,7 @@ class Account:
         """Close the file."""
         self._connection.close()
 
-    def _check(self, charges: Sequence[Charge], budget: BudgetSettings | None) -> None:
+    def _check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         if budget is None:
             return
         cost = self._cost("record")

@@ -6,6 +6,7 @@ from fednats.codec.layout import Layout
 from fednats.config import DeltaSettings, SiteSettings
 from fednats.errors import BudgetSpentError
 from fednats.messages import Grid, ModelManifest
+from fednats.privacy.policy import Budget
 from fednats.privacy.spending import LevelSpent, Spending
 
 if TYPE_CHECKING:
@@ -15,15 +16,16 @@ if TYPE_CHECKING:
 class Guard:
     """Keeps a site's account; the file is opened when a run, or the site's budget, asks for it."""
 
-    def __init__(self, settings: SiteSettings) -> None:
+    def __init__(self, settings: SiteSettings, budget: Budget | None) -> None:
         self._settings = settings
+        self._budget = budget
         self._opened: Account | None = None
         self._last: dict[Level, float] = {}
 
     def concerns(self, manifest: ModelManifest) -> bool:
         """Whether anything is booked in a run like this."""
         dp = manifest.training.dp is not None or manifest.delta.dp is not None
-        return dp or self._settings.budget is not None
+        return dp or self._budget is not None
 
     def charge_pass(self, manifest: ModelManifest, sample_rate: float, layout: Layout) -> None:
         """Book the pass on ``manifest`` that begins now.
@@ -44,7 +46,7 @@ class Guard:
             self._charge(manifest, [Charge("record", "gaussian", dp.noise_multiplier, sample_rate, n_steps)])
         else:
             charges = self._of_update(manifest.delta, layout, manifest.grid, dp_sgd=False)
-            self._account.check(charges, self._settings.budget)
+            self._account.check(charges, self._budget)
 
     def charge_update(self, newest: ModelManifest, layout: Layout, *, dp_sgd: bool) -> None:
         """Book the update that is encoded now on the grid of ``newest``; ``dp_sgd``: its pass was booked. Raises likewise."""
@@ -57,7 +59,7 @@ class Guard:
         """Return what was spent, at the delta of the budget or else of the run; None where nothing is booked."""
         if not self.concerns(manifest):
             return None
-        budget, record, site = self._settings.budget, manifest.training.dp, manifest.delta.dp
+        budget, record, site = self._budget, manifest.training.dp, manifest.delta.dp
         of_record = next(settings for settings in (budget, record, site) if settings is not None)
         return Spending(
             record=self._spent("record", of_record.delta),
@@ -78,7 +80,7 @@ class Guard:
         from fednats.privacy.skellam import smallest_variance  # noqa: PLC0415 - as above
 
         if delta.dp is None:
-            if self._settings.budget is not None and not dp_sgd:
+            if self._budget is not None and not dp_sgd:
                 raise BudgetSpentError(
                     "this site has a budget, and the run adds no noise: what a pass tells of a record has no bound;"
                     " this site does not train in this run, unless training.dp or delta.dp is set there"
@@ -93,7 +95,7 @@ class Guard:
     def _charge(self, manifest: ModelManifest, charges: "list[Charge]") -> None:
         from fednats.privacy import rdp  # noqa: PLC0415 - as above
 
-        self._account.charge(self._settings.run, manifest.version, charges, self._settings.budget)
+        self._account.charge(self._settings.run, manifest.version, charges, self._budget)
         spent = self.spending(manifest)
         for one in charges:
             level = None if spent is None else spent.record if one.level == "record" else spent.site

@@ -11,9 +11,16 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from fednats.config import Settings, load
+from fednats.config import Delta, Settings, load
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.messages import ModelManifest
+
+
+class Budget(Settings):
+    """``[budget]``: how much all runs together may learn of any one of the hospital's records."""
+
+    max_epsilon: float = Field(gt=0, description="a local pass that would go beyond it is not made")
+    delta: Delta = 1e-5
 
 
 class Policy(Settings):
@@ -28,6 +35,9 @@ class Policy(Settings):
     min_noise_multiplier: float = Field(
         0.0, ge=0, description="of DP-SGD: a run that trains with less noise, or without, is refused"
     )
+    min_site_noise_multiplier: float = Field(
+        0.0, ge=0, description="of the noise on whole deltas: a run with less of it, or without, is refused"
+    )
     parameters: tuple[str, ...] = Field(("*",), description="patterns of the names of tensors whose changes may leave")
     plain_metrics: bool = Field(
         default=False, description="send this site's own metrics readably to its region, beside the encrypted counts"
@@ -36,6 +46,7 @@ class Policy(Settings):
     max_mbit: float | None = Field(
         None, gt=0, description="1e6 bits per second that updates are sent at; none: no limit"
     )
+    budget: Budget | None = Field(None, description="over all runs; none: what is spent is counted, not limited")
 
     @field_validator("task_sha256")
     @classmethod
@@ -83,11 +94,13 @@ class Policy(Settings):
             )
         if n_samples < self.min_samples:
             raise _refusal(f"there are {n_samples} training cases, the policy says min_samples = {self.min_samples}")
-        noise = 0.0 if manifest.training.dp is None else manifest.training.dp.noise_multiplier
-        if noise < self.min_noise_multiplier:
-            raise _refusal(
-                f"the run's noise_multiplier is {noise:g}, the policy says min_noise_multiplier = {self.min_noise_multiplier:g}"
-            )
+        for table, dp, rule, least in (
+            ("training.dp", manifest.training.dp, "min_noise_multiplier", self.min_noise_multiplier),
+            ("delta.dp", manifest.delta.dp, "min_site_noise_multiplier", self.min_site_noise_multiplier),
+        ):
+            noise = 0.0 if dp is None else dp.noise_multiplier
+            if noise < least:
+                raise _refusal(f"{table}.noise_multiplier is {noise:g}, the policy says {rule} = {least:g}")
         for spec in manifest.parameters:
             if not any(fnmatchcase(spec.name, pattern) for pattern in self.parameters):
                 raise _refusal(f"the run trains {spec.name}, which is none of the policy's parameters")

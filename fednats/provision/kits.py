@@ -1,19 +1,18 @@
 """Make the kits of a federation: a folder for each participant with what it may hold, and nothing else."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from fednats.config import parse
-from fednats.crypto import sealing
 from fednats.errors import ConfigError
 from fednats.permissions import user_name
-from fednats.provision import encryption, nkey, readme, servers, services
+from fednats.provision import epochs, nkey, readme, servers, services
 from fednats.provision.authority import CA_FILE, Authority
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits, Plan
 from fednats.provision.registry import Registry
-from fednats.provision.services import MODEL_KEY_FILE, SIGNERS_FILE
+from fednats.provision.services import SIGNERS_FILE
 from fednats.subjects import HUB
 
 
@@ -54,18 +53,17 @@ def provision(
 
 
 def rotate(out: Path) -> list[Path]:
-    """Begin a new epoch: a new pair of keys for homomorphic encryption; return the files that were changed.
+    """Begin a new epoch: a new model key and a new pair of keys for homomorphic encryption; return the files changed.
 
     Raises:
-        ConfigError: nothing was provisioned there, or the run is not encrypted.
+        ConfigError: nothing was provisioned there.
     """
     kits, files = Kits(out), Files()
     plan = provisioned(kits)
     registry = Registry.read(kits.authority / "registry.toml", plan.name)
-    if registry is None or plan.run.delta.cipher == "none":
-        raise ConfigError(f"{out}: there is no key to rotate; cipher is {plan.run.delta.cipher!r}")
+    if registry is None:
+        raise ConfigError(f"{kits.authority / 'registry.toml'} is not there; restore it from a copy of the folder")
     registry = registry.model_copy(update={"epoch": registry.epoch + 1})
-    encryption.make_pair(plan.run.delta, registry.epoch, kits, files)
     registry.write(kits.authority / "registry.toml", files)
     _write(plan, registry, kits, files)
     return files.changed
@@ -155,19 +153,19 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
     files.public(kits.authority / "plan.json", plan.model_dump_json(indent=2).encode())
     authority = Authority(kits.authority, plan.name, files)
     if plan.run.delta.cipher == "bfv":
-        encryption.make_pair(plan.run.delta, registry.epoch, kits, files)
-    model_key = _model_key(kits, files)
+        epochs.make_pair(plan.run.delta, registry.epoch, kits, files)
+    epochs.make_model_key(registry.epoch, kits, files)
     keys, signers = registry.keys, registry.signers()
 
     def common(kit: Path) -> Mapping[str, Path]:
-        """Write what is in every service's kit; return the settings of its public keys."""
+        """Write what is in every service's kit; return its settings of the epochs' public keys."""
         files.public(kit / CA_FILE, authority.pem)
         files.public(kit / SIGNERS_FILE, signers)
         return _public_keys(plan, registry, kits, kit, files)
 
     common(kits.coordinator)
-    files.private(kits.coordinator / MODEL_KEY_FILE, model_key)
-    services.write_coordinator(plan, kits, keys, _secret_keys(plan, registry), files)
+    of_epochs = {**_secret_keys(plan, registry), **_model_keys(registry, kits, kits.coordinator, files)}
+    services.write_coordinator(plan, kits, keys, of_epochs, files)
     files.public(kits.server(HUB) / CA_FILE, authority.pem)
     servers.write_hub(plan, kits, keys, authority, files)
     for region in plan.regions:
@@ -179,37 +177,39 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
             services.write_aggregator(plan, region, kits, keys, public, files)
         for site in region.sites:
             if user_name("site", site) in keys:
-                public = common(kits.site(site))
-                files.private(kits.site(site) / MODEL_KEY_FILE, model_key)
-                services.write_site(plan, region, site, kits, public, files)
+                kit = kits.site(site)
+                of_epochs = {**common(kit), **_model_keys(registry, kits, kit, files)}
+                services.write_site(plan, region, site, kits, of_epochs, files)
     readme.write(plan, registry, kits, files)
 
 
 def _public_keys(plan: Plan, registry: Registry, kits: Kits, kit: Path, files: Files) -> Mapping[str, Path]:
     if plan.run.delta.cipher == "none":
         return {}
-    epochs = _epochs(registry)
-    settings = ("public_key_file", "older_public_key_file")
-    return {setting: encryption.hand_out(n, kits, kit, files) for setting, n in zip(settings, epochs, strict=False)}
+    return {
+        setting: epochs.hand_out_public_key(epoch, kits, kit, files)
+        for setting, epoch in _epochs("public_key_file", registry)
+    }
 
 
 def _secret_keys(plan: Plan, registry: Registry) -> Mapping[str, Path]:
     if plan.run.delta.cipher == "none":
         return {}
-    settings = ("secret_key_file", "older_secret_key_file")
-    return {setting: Path(encryption.secret_file(n)) for setting, n in zip(settings, _epochs(registry), strict=False)}
+    return {setting: Path(epochs.secret_file(epoch)) for setting, epoch in _epochs("secret_key_file", registry)}
 
 
-def _epochs(registry: Registry) -> tuple[int, ...]:
-    """Return the epochs whose keys are in use, the newest first."""
-    return tuple(n for n in (registry.epoch, registry.epoch - 1) if n > 0)
+def _model_keys(registry: Registry, kits: Kits, kit: Path, files: Files) -> Mapping[str, Path]:
+    return {
+        setting: epochs.hand_out_model_key(epoch, kits, kit, files)
+        for setting, epoch in _epochs("model_key_file", registry)
+    }
 
 
-def _model_key(kits: Kits, files: Files) -> bytes:
-    kept = kits.authority / MODEL_KEY_FILE
-    if not kept.exists():
-        files.private(kept, sealing.generate())
-    return kept.read_bytes()
+def _epochs(setting: str, registry: Registry) -> Iterator[tuple[str, int]]:
+    """Yield the settings that name keys in use, with their epochs: of this one, and of the one before."""
+    yield setting, registry.epoch
+    if registry.epoch > 1:
+        yield f"older_{setting}", registry.epoch - 1
 
 
 def provisioned(kits: Kits) -> Plan:

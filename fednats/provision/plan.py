@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from fednats.config import RunSettings, Settings, TaskSettings, Token
 from fednats.permissions import user_name
+from fednats.privacy.policy import Policy
 from fednats.subjects import HUB
 
 LOOPBACK = "127.0.0.1"
@@ -93,6 +94,7 @@ class Plan(Settings):
     bus: ServerAddress = ServerAddress()
     task: TaskSettings = Field(description="the coordinator's")
     site_tasks: Mapping[Token, TaskSettings] = Field({}, description="by site; none: the coordinator's")
+    site_policies: Mapping[Token, Policy] = Field({}, description="by site: its first; none: no stricter than the run")
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Plan":
@@ -113,6 +115,12 @@ class Plan(Settings):
     def region(self, name: str) -> RegionPlan:
         """Return the region ``name``."""
         return next(region for region in self.regions if region.name == name)
+
+    def policy_of(self, site: str) -> Policy:
+        """Return what a site's ``policy.toml`` begins with; from then on the file is the hospital's."""
+        run = self.run
+        of_run = Policy(encrypted=run.delta.cipher != "none", min_sites=run.aggregation.min_sites)
+        return self.site_policies.get(site, of_run)
 
     def children_of(self, node: str | None) -> tuple[str, ...]:
         """Names of the regions directly below the region ``node``, or the hub (None)."""

@@ -12,7 +12,6 @@ _FILES = {
     "ca.pem": "the federation's authority: what the servers' certificates are verified with",
     "signers.toml": "whose signatures count in this federation, and whose no longer do",
     "policy.toml": "what the daemon may do, whatever a run asks for; yours to make stricter",
-    "model.key": "**secret**: opens the models, which only the coordinator and the hospitals may read",
     "server.conf": "this server's name, addresses and store",
     "accounts.conf": "who may connect here, and what each may do",
     "server.pem": "this server's certificate",
@@ -59,6 +58,8 @@ def _what(name: str) -> str | None:
     if name.endswith(".nk"):
         holder = "this daemon" if not name.startswith("observer") else "who watches with the `nats` CLI"
         return f"**secret**: the key of {holder}, to connect and to sign with"
+    if name.startswith("model-"):
+        return "**secret**: opens the models of its epoch, which only the coordinator and the hospitals may read"
     if name.endswith(".secret"):
         return "**secret**: decrypts sums of hospitals"
     if name.endswith(".public"):
@@ -135,7 +136,7 @@ _AUTHORITY = """# Who provisioned {run}
 |---|---|
 | `ca.key` | **secret**: makes certificates for this federation's servers |
 | `ca.pem` | its certificate, in every kit |
-| `model.key` | **secret**: what coordinator and hospitals open models with |
+| `model-*.key` | **secret**: what coordinator and hospitals open models with, one for each epoch |
 | `registry.toml` | everybody's public key, and those that were revoked |
 | `plan.json` | the federation as it was provisioned last |
 | `epoch-*.public` | the public keys for homomorphic encryption; the secret ones are in the coordinator's kit only |

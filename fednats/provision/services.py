@@ -21,18 +21,17 @@ from fednats.subjects import HUB
 
 STATE = Path("state")
 SIGNERS_FILE = "signers.toml"
-MODEL_KEY_FILE = "model.key"
 POLICY_FILE = "policy.toml"
 POLICY = """\
 # What this hospital's daemon may do, whatever a run asks for: the hospital's own word, for it to make stricter.
 # sites/policy.toml shows all lines, sites/README.md says what each holds the daemon to.
 
-encrypted = {encrypted}
-min_sites = {min_sites}
 """
 
 
-def write_coordinator(plan: Plan, kits: Kits, keys: Mapping[str, str], he: Mapping[str, Path], files: Files) -> None:
+def write_coordinator(
+    plan: Plan, kits: Kits, keys: Mapping[str, str], of_epochs: Mapping[str, Path], files: Files
+) -> None:
     """Write ``coordinator.toml``, and the task's code beside it."""
     settings = CoordinatorSettings(
         run=plan.name,
@@ -41,16 +40,15 @@ def write_coordinator(plan: Plan, kits: Kits, keys: Mapping[str, str], he: Mappi
         regions=_with_key("aggregator", plan.children_of(None), keys),
         leaves=plan.leaves,
         bus=_bus(plan, HUB, "coordinator", HUB),
-        model_key_file=Path(MODEL_KEY_FILE),
         task=_task(plan.task, kits.coordinator, files),
         settings=plan.run,
-        **he,
+        **of_epochs,
     )
     _write(kits.coordinator / "coordinator.toml", settings, files)
 
 
 def write_aggregator(
-    plan: Plan, region: RegionPlan, kits: Kits, keys: Mapping[str, str], he: Mapping[str, Path], files: Files
+    plan: Plan, region: RegionPlan, kits: Kits, keys: Mapping[str, str], of_epochs: Mapping[str, Path], files: Files
 ) -> None:
     """Write ``aggregator.toml``."""
     settings = AggregatorSettings(
@@ -66,12 +64,14 @@ def write_aggregator(
         leaves=plan.leaves,
         bus=_bus(plan, region.name, "aggregator", region.name),
         uplink=_bus(plan, region.name, "uplink", region.name),
-        **he,
+        **of_epochs,
     )
     _write(kits.region(region.name) / "aggregator.toml", settings, files)
 
 
-def write_site(plan: Plan, region: RegionPlan, site: str, kits: Kits, he: Mapping[str, Path], files: Files) -> None:
+def write_site(
+    plan: Plan, region: RegionPlan, site: str, kits: Kits, of_epochs: Mapping[str, Path], files: Files
+) -> None:
     """Write ``site.toml``, and the task's code beside it."""
     settings = SiteSettings(
         run=plan.name,
@@ -80,17 +80,17 @@ def write_site(plan: Plan, region: RegionPlan, site: str, kits: Kits, he: Mappin
         site=site,
         region=region.name,
         bus=_bus(plan, region.name, "site", site),
-        model_key_file=Path(MODEL_KEY_FILE),
         policy_file=Path(POLICY_FILE),
         task=_task(plan.site_tasks.get(site, plan.task), kits.site(site), files),
-        **he,
+        **of_epochs,
     )
     _write(kits.site(site) / "site.toml", settings, files)
     policy = kits.site(site) / POLICY_FILE
     if not policy.exists():  # from then on it is the hospital's
-        encrypted = str(plan.run.delta.cipher != "none").lower()
-        text = POLICY.format(encrypted=encrypted, min_sites=plan.run.aggregation.min_sites)
-        files.public(policy, text.encode())
+        first = plan.policy_of(site)
+        lines = {"encrypted": first.encrypted, "min_sites": first.min_sites}
+        lines |= first.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        files.public(policy, (POLICY + tomli_w.dumps(lines)).encode())
 
 
 def _bus(plan: Plan, node: str, role: str, name: str) -> BusSettings:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fednats.codec import grid as grids
 from fednats.codec.layout import Layout, blocks
 from fednats.config import CoordinatorSettings
-from fednats.crypto.sealing import ModelKey
+from fednats.crypto.sealing import ModelKeys
 from fednats.delta.decode import decoder
 from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
@@ -38,7 +38,7 @@ class CoordinatorWorker:
         keys = read_keys(settings.secret_key_file, settings.older_secret_key_file, "secret_key_file")
         self._decoder, *older = (decoder(run.delta, key) for key in keys or (None,))
         self._decoders = {held.key_id: held for held in (self._decoder, *older)}
-        self._model_key = ModelKey.read(settings.model_key_file, settings.run)
+        self._model_keys = ModelKeys.read(settings.model_key_file, settings.older_model_key_file, settings.run)
         self._chunk_bytes = run.delta.chunk_bytes
         self._state_dir = settings.state_dir
         self._max_staleness = run.aggregation.staleness.max_staleness
@@ -53,7 +53,7 @@ class CoordinatorWorker:
             weights = FlatModel(model)
             noise = 0.0 if run.delta.dp is None else run.delta.dp.deviation
             grid = grids.initial(self._layout, weights, self._decoder.qmax, noise)
-            stored = first_version(self._checkpoints, self._model_key, weights, grid, self._chunk_bytes)
+            stored = first_version(self._checkpoints, self._model_keys, weights, grid, self._chunk_bytes)
         self._checkpoints.weights(stored.version).close()
         self._checkpoints.state(stored.version).close()
         self._current = stored
@@ -119,7 +119,7 @@ class CoordinatorWorker:
             raise RefusedError(Reason.NOT_FINITE, "the mean delta is not finite")
         adapted = self._adapted_grids(heads)
         self._mean *= np.float32(scale)
-        making = NextVersion(self._checkpoints, self._model_key, self._current, self._layout, self._chunk_bytes)
+        making = NextVersion(self._checkpoints, self._model_keys, self._current, self._layout, self._chunk_bytes)
         with local_disk(self._state_dir):
             made = Made(combination_id, dict(norms), dict(quarantined))
             self._current = making.make(self._optimizer, self._mean, made, adapted)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from fednats import wire
 from fednats.codec import frames
 from fednats.codec.layout import Difference, Layout, Vector, blocks
-from fednats.crypto.sealing import ModelKey
+from fednats.crypto import sealing
+from fednats.crypto.sealing import ModelKeys
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import DIGEST_BYTES, Chunk, Frame, Grid
 from fednats.storage.checkpoints import Checkpoint, Checkpoints
@@ -39,10 +40,10 @@ class NextVersion:
     """Makes one version from ``current``."""
 
     def __init__(
-        self, checkpoints: Checkpoints, key: ModelKey, current: Checkpoint, layout: Layout, chunk_bytes: int
+        self, checkpoints: Checkpoints, keys: ModelKeys, current: Checkpoint, layout: Layout, chunk_bytes: int
     ) -> None:
         self._checkpoints = checkpoints
-        self._key = key
+        self._keys = keys
         self._current = current
         self._layout = layout
         self._chunk_bytes = chunk_bytes
@@ -61,11 +62,11 @@ class NextVersion:
             steps = frames.steps(self._layout.means(Difference(state, published), np.square))
             difference, digest = self._round(state, published, steps, weights, f"v{version}-{made_by[:8]}")
         kept = (*self._current.frames, difference)
-        if _keyframe_is_due(kept):
+        if _keyframe_is_due(kept) or self._key_is_new():
             kept = (
                 *kept,
                 write_keyframe(
-                    self._checkpoints, self._key, weights, version, f"k{version}-{made_by[:8]}", self._chunk_bytes
+                    self._checkpoints, self._keys, weights, version, f"k{version}-{made_by[:8]}", self._chunk_bytes
                 ),
             )
         checkpoint = Checkpoint(
@@ -79,6 +80,12 @@ class NextVersion:
         )
         self._checkpoints.commit(checkpoint, weights, state)
         return checkpoint
+
+    def _key_is_new(self) -> bool:
+        """Whether the newest keyframe cannot be read by who has the newest key alone."""
+        keyframe = next(frame for frame in reversed(self._current.frames) if frame.is_keyframe)
+        sealed = next(self._checkpoints.frame(keyframe.payload.payload_id))
+        return sealing.key_id_of(sealed) != self._keys.newest
 
     def _step(
         self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], before: TensorFile, after: TensorFile
@@ -106,12 +113,14 @@ class NextVersion:
                 reached = frames.follow(base, multiples, of_values)
                 weights.write(part.start, reached)
                 digest.update(reached.tobytes())
-                _append(file, self._key, payload_id, position, multiples.tobytes())
+                _append(file, self._keys, payload_id, position, multiples.tobytes())
         frame = Frame(version=self._current.version + 1, steps=steps, payload=file.payload(payload_id))
         return frame, digest.digest()
 
 
-def first_version(checkpoints: Checkpoints, key: ModelKey, initial: Vector, grid: Grid, chunk_bytes: int) -> Checkpoint:
+def first_version(
+    checkpoints: Checkpoints, keys: ModelKeys, initial: Vector, grid: Grid, chunk_bytes: int
+) -> Checkpoint:
     """Commit version 0 with the weights ``initial``; durable on return."""
     weights, state = checkpoints.create(0)
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -120,25 +129,25 @@ def first_version(checkpoints: Checkpoints, key: ModelKey, initial: Vector, grid
         weights.write(block.start, values)
         state.write(block.start, values)
         digest.update(values.tobytes())
-    keyframe = write_keyframe(checkpoints, key, weights, 0, "k0-first", chunk_bytes)
+    keyframe = write_keyframe(checkpoints, keys, weights, 0, "k0-first", chunk_bytes)
     checkpoint = Checkpoint(version=0, made_by="", weights_digest=digest.digest(), grids=(grid,), frames=(keyframe,))
     checkpoints.commit(checkpoint, weights, state)
     return checkpoint
 
 
 def write_keyframe(
-    checkpoints: Checkpoints, key: ModelKey, weights: Vector, version: int, payload_id: str, chunk_bytes: int
+    checkpoints: Checkpoints, keys: ModelKeys, weights: Vector, version: int, payload_id: str, chunk_bytes: int
 ) -> Frame:
     """Write all of ``weights`` as a frame."""
     with checkpoints.create_frame(payload_id) as file:
         for position, part in enumerate(blocks(len(weights), chunk_bytes // frames.VALUE_BYTES)):
-            _append(file, key, payload_id, position, weights[part].tobytes())
+            _append(file, keys, payload_id, position, weights[part].tobytes())
     return Frame(version=version, steps=(), payload=file.payload(payload_id))
 
 
-def _append(file: ChunkFile, key: ModelKey, payload_id: str, position: int, values: bytes) -> None:
+def _append(file: ChunkFile, keys: ModelKeys, payload_id: str, position: int, values: bytes) -> None:
     """Write a chunk as it is published: what is published again, after a restart, is this file."""
-    file.append(key.seal(payload_id, position, wire.pack(Chunk(parts=(values,)))))
+    file.append(keys.seal(payload_id, position, wire.pack(Chunk(parts=(values,)))))
 
 
 def _keyframe_is_due(kept: Sequence[Frame]) -> bool:

@@ -118,8 +118,8 @@ class SiteService:
             "privacy": None,
         }
         daemon.waits = lambda: bool(daemon.declined) or not self._machine.trains  # nobody waits for who takes no part
-        if settings.budget is not None:
-            daemon.metrics.epsilon_budget.set(settings.budget.max_epsilon)
+        if self._policy.budget is not None:
+            daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
         daemon.status = lambda: self._status
         daemon.buses.append(bus)
 
@@ -359,7 +359,7 @@ class SiteService:
         self._to_send.set()
 
     async def _show_spending(self, manifest: ModelManifest, *, spent: bool = False) -> None:
-        if manifest.training.dp is None and manifest.delta.dp is None and self._settings.budget is None:
+        if manifest.training.dp is None and manifest.delta.dp is None and self._policy.budget is None:
             return
         try:
             spending: Spending = await self._worker.call("spending", manifest)

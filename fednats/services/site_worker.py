@@ -14,7 +14,7 @@ import torch
 from fednats import wire
 from fednats.codec.layout import Difference, Layout, Vector, blocks
 from fednats.config import SiteSettings
-from fednats.crypto.sealing import ModelKey
+from fednats.crypto.sealing import ModelKeys
 from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
 from fednats.learning.evaluation import Evaluator
@@ -53,7 +53,7 @@ class SiteWorker:
         torch.set_num_threads(1)
         self._settings = settings
         self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
-        self._model_key = ModelKey.read(settings.model_key_file, settings.run)
+        self._model_keys = ModelKeys.read(settings.model_key_file, settings.older_model_key_file, settings.run)
         self._policy = read_policy(settings.policy_file)
         self._policy.check_task(task_file(settings.task.path))
         with task_code("loading the task"):
@@ -66,7 +66,7 @@ class SiteWorker:
         self._outbox = Outbox(outbox_file(settings.state_dir))
         self._weights = LocalModel(model_folder(settings.state_dir))
         self._local = settings.state_dir / "local.safetensors"
-        self._guard = Guard(settings)
+        self._guard = Guard(settings, self._policy.budget)
         self._pass: Pass | None = None
 
     def prepare(self) -> int:
@@ -100,7 +100,7 @@ class SiteWorker:
     def advance(self, manifest: ModelManifest, chain: tuple[Frame, ...]) -> None:
         """Make the weights of ``manifest`` along frames that were fetched; raises as `LocalModel.advance`."""
         with local_disk(self._settings.state_dir):
-            self._weights.advance(manifest, chain, self._model_key)
+            self._weights.advance(manifest, chain, self._model_keys)
 
     def evaluate(self, manifest: ModelManifest) -> Scored:
         """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted counts."""

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgpack
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fednats.errors import ConfigError, RefusedError
 from fednats.messages import Frame, Grid, ParameterSpec
-from fednats.storage.chunk_file import ChunkFile
+from fednats.storage.chunk_file import ChunkFile, read_chunks
 from fednats.storage.tensor_file import TensorFile, sync_folder
 from fednats.wire import unpack_values
 
@@ -68,6 +68,10 @@ class Checkpoints:
         path = frame_file(self._directory, payload_id)
         path.unlink(missing_ok=True)
         return ChunkFile(path)
+
+    def frame(self, payload_id: str) -> Iterator[bytes]:
+        """Yield the chunks of a frame."""
+        return read_chunks(frame_file(self._directory, payload_id))
 
     def commit(self, checkpoint: Checkpoint, weights: TensorFile, state: TensorFile) -> None:
         """Close the files of a version and make it the newest; durable on return. Removes what is no longer needed."""

@@ -9,7 +9,7 @@ from fednats import wire
 from fednats.codec import frames
 from fednats.codec.layout import Layout, blocks
 from fednats.config import MIN_CHUNK_BYTES
-from fednats.crypto.sealing import ModelKey
+from fednats.crypto.sealing import ModelKeys
 from fednats.errors import Reason, RefusedError
 from fednats.messages import Chunk, Frame, ModelManifest
 from fednats.storage.chunk_file import read_chunks
@@ -61,11 +61,11 @@ class LocalModel:
                 f" the model needs {most} in {n_chunks} at most",
             )
 
-    def advance(self, manifest: ModelManifest, chain: Sequence[Frame], key: ModelKey) -> None:
+    def advance(self, manifest: ModelManifest, chain: Sequence[Frame], keys: ModelKeys) -> None:
         """Make the weights of ``manifest`` from the version held along ``chain``, whose frames were fetched.
 
         Raises:
-            RefusedError: the frames are malformed or not sealed with ``key``, or what they lead to has another digest than
+            RefusedError: the frames are malformed or not sealed with one of ``keys``, or what they lead to has another digest than
                 was announced. Everything fetched is then forgotten, so that the next attempt starts from a keyframe.
         """
         held = self.held
@@ -76,7 +76,7 @@ class LocalModel:
                 if not chain[0].is_keyframe:
                     _copy(self.weights(held), made)
                 for frame in chain:
-                    self._apply(frame, layout, made, key)
+                    self._apply(frame, layout, made, keys)
                 made.sync()
                 digest = digest_of(made)
         except RefusedError:
@@ -88,10 +88,10 @@ class LocalModel:
         self._forget()
         partial.rename(self._file(manifest.version))
 
-    def _apply(self, frame: Frame, layout: Layout, made: TensorFile, key: ModelKey) -> None:
+    def _apply(self, frame: Frame, layout: Layout, made: TensorFile, keys: ModelKeys) -> None:
         start = 0
         for position, sealed in enumerate(read_chunks(self.frame_file(frame))):
-            part = _only_part(key.opened(frame.payload.payload_id, position, sealed))
+            part = _only_part(keys.opened(frame.payload.payload_id, position, sealed))
             stop = start + len(part) // (frames.VALUE_BYTES if frame.is_keyframe else 1)
             if stop > layout.n_parameters or (frame.is_keyframe and len(part) % frames.VALUE_BYTES):
                 raise RefusedError(Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: too many values")

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from fednats.config import (
     AggregationSettings,
-    BudgetSettings,
     DefenceSettings,
     DeltaSettings,
     RunSettings,
@@ -23,6 +22,7 @@ from fednats.config import (
 )
 from fednats.errors import ConfigError
 from fednats.learning.task import Task, load_task
+from fednats.privacy.policy import Policy
 from fednats.provision.plan import LeafAddress, Plan, RegionPlan, ServerAddress
 from fednats.subjects import HUB
 from fednats.testbed.wan import WanSettings
@@ -42,7 +42,9 @@ class SiteInFederation(Settings):
     region: Token
     options: dict[str, Any] = Field({}, description="options of the task at this site, over the common ones")
     slow_factor: float = Field(1.0, ge=1, description="local training takes this many times as long")
-    budget: BudgetSettings | None = Field(None, description="largest epsilon of each of its records; none: no limit")
+    policy: Policy | None = Field(
+        None, description="what the policy.toml of its kit begins with; none: what the run asks"
+    )
     wan: WanSettings | None = Field(None, description="between it and its region's nats-server; none: a good link")
 
 
@@ -156,6 +158,7 @@ class FederationSettings(Settings):
             bus=self.bus,
             task=self.task_of(None),
             site_tasks={name: self.task_of(name) for name in self.sites},
+            site_policies={name: site.policy for name, site in self.sites.items() if site.policy is not None},
         )
 
     def task_of(self, site: str | None) -> TaskSettings:

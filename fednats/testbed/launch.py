@@ -129,7 +129,7 @@ def _daemons(federation: FederationSettings, output: Path, servers: BusServers) 
         daemon("aggregator", f"aggregator-{name}", servers.aggregator_settings(name)) for name in federation.regions
     ]
     for name, site in federation.sites.items():
-        own = {"task": federation.task_of(name), "slow_factor": site.slow_factor, "budget": site.budget}
+        own = {"task": federation.task_of(name), "slow_factor": site.slow_factor}
         daemons.append(daemon("site", f"site-{name}", servers.site_settings(name), **own))
     return daemons
 

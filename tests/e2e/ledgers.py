@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fednats import subjects
-from fednats.crypto.sealing import ModelKey
+from fednats.crypto.sealing import ModelKeys
 from fednats.permissions import user_name
 from fednats.privacy.audit import audit
 from fednats.privacy.egress import Record
@@ -88,13 +88,14 @@ def audited(output: Path) -> dict[str, list[Record]]:
 def assert_sealed(output: Path, run: str) -> None:
     """Assert that what the servers have of the newest model are sealed chunks, and nothing of what is in them."""
     folder = checkpoints_folder(output / "coordinator")
-    newest, key = newest_checkpoint(folder), ModelKey.read(output / "kits" / "coordinator" / "model.key", run)
+    newest = newest_checkpoint(folder)
+    keys = ModelKeys.read(output / "kits" / "coordinator" / "model-1.key", None, run)
     assert newest is not None
     stored = [file.read_bytes() for file in (output / "kits").glob("**/store/**/*") if file.is_file()]
     for frame in newest.frames:
         identity = frame.payload.payload_id
         for position, sealed in enumerate(read_chunks(frame_file(folder, identity))):
-            plain = key.opened(identity, position, sealed)
+            plain = keys.opened(identity, position, sealed)
             assert any(sealed in data for data in stored), "the search finds what is there"
             assert not any(plain[len(plain) // 2 :][:32] in data for data in stored)
     weights = weights_file(folder, newest.version).read_bytes()

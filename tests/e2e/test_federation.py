@@ -21,7 +21,7 @@ from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import assert_no_secret_is_logged, assert_sealed, audited, balanced
-from tests.e2e.until import closed, reached, until
+from tests.e2e.until import closed, closed_at, reached, until
 
 
 async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_path: Path) -> None:
@@ -54,10 +54,10 @@ async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_
     assert {record.digest for record in taken} <= left
     assert len(taken) >= 2
     assert {record.version for record in recorded["coordinator"] if record.what == "model"} == set(range(7))
-    model_key = (output / "kits" / "coordinator" / "model.key").read_bytes()
+    model_key = (output / "kits" / "coordinator" / "model-1.key").read_bytes()
     holders = [file for file in output.glob("**/*") if file.is_file() and model_key in file.read_bytes()]
     assert {file.parent.name for file in holders} == {"authority", "coordinator", *(f"site-{name}" for name in "abcd")}
-    assert {file.name for file in holders} == {"model.key"}
+    assert {file.name for file in holders} == {"model-1.key"}
     held = output / "kits" / "coordinator" / "epoch-1.secret"
     secret = held.read_bytes()
     holders = [file for file in output.glob("**/*") if file.is_file() and secret[:4096] in file.read_bytes()]
@@ -134,7 +134,7 @@ async def test_killed_daemons_come_back_and_nothing_counts_twice(
             before = await until(federation_running, reached(at_version))
             await federation_running.daemons[name].kill()
             await federation_running.daemons[name].start()
-        statuses = await until(federation_running, closed)
+        statuses = await until(federation_running, closed_at("site-a", "aggregator-north", "coordinator"))
         ledger = await balanced(tmp_path / "out")
     assert statuses["coordinator"]["version"] == 12
     assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] >= 24

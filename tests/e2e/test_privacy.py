@@ -9,9 +9,9 @@ import aiohttp
 import numpy as np
 import pytest
 
-from fednats.config import BudgetSettings
 from fednats.errors import TaskError
 from fednats.privacy import rdp
+from fednats.privacy.policy import Budget, Policy
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
 from fednats.testbed.summary import spent
@@ -56,7 +56,7 @@ async def test_a_site_whose_budget_is_spent_stays_a_consumer_and_nobody_waits_fo
     )
     step = rdp.sampled_gaussian(4.0, min(1.0, 64 / n_cases(tmp_path / "a.csv")))
     budget = rdp.epsilon((5 * ALLOWED + 2) * step, 1e-5)
-    limited = federation.sites["a"].model_copy(update={"budget": BudgetSettings(max_epsilon=budget)})
+    limited = federation.sites["a"].model_copy(update={"policy": Policy(budget=Budget(max_epsilon=budget))})
     federation = federation.model_copy(update={"sites": {**federation.sites, "a": limited}})
     output = tmp_path / "out"
 

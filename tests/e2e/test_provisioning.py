@@ -152,9 +152,11 @@ async def renewed(now: Running, daemon: DaemonProcess) -> None:
     else:
         kit = now.servers.coordinator_settings()
     keys = {
-        key: getattr(kit, key) for key in type(kit).model_fields if key.endswith(("public_key_file", "secret_key_file"))
+        key: getattr(kit, key)
+        for key in type(kit).model_fields
+        if key.endswith(("public_key_file", "secret_key_file", "model_key_file"))
     }
-    assert len(keys) == 2
+    assert all(path is not None and path.exists() for path in keys.values())
     await daemon.stop()
     daemon.settings = daemon.settings.model_copy(update=keys)
     await daemon.start()

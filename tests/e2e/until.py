@@ -37,6 +37,11 @@ def closed(statuses: Statuses) -> bool:
     return statuses.get("coordinator", {}).get("state") == "closed"
 
 
+def closed_at(*names: str) -> Callable[[Statuses], bool]:
+    """Whether these daemons know that the run is closed."""
+    return lambda statuses: all(statuses.get(name, {}).get("state") == "closed" for name in names)
+
+
 def reached(version: int) -> Callable[[Statuses], bool]:
     """Whether the coordinator is at ``version`` or beyond."""
     return lambda statuses: int(statuses.get("coordinator", {}).get("version", -1)) >= version

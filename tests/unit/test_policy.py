@@ -1,6 +1,7 @@
 """A hospital's own word: what it does not allow is refused, by name, before anything runs or leaves."""
 
 import hashlib
+import re
 import tomllib
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -9,11 +10,11 @@ from typing import Literal
 
 import pytest
 
-from fednats.config import AggregationSettings, DeltaSettings, TrainingSettings
+from fednats.config import AggregationSettings, DeltaSettings, SitePrivacySettings, TrainingSettings
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.learning.task import load_task, task_file
 from fednats.messages import Grid, ModelManifest, ParameterSpec
-from fednats.privacy.policy import NO_POLICY, Policy, read_policy
+from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
 from fednats.services.off_loop import paced
 
 SHIPPED = Path(__file__).parents[2] / "sites" / "policy.toml"
@@ -45,7 +46,9 @@ def asked(aggregation: AggregationSettings | None = None, delta: DeltaSettings |
 
 def test_the_shipped_file_shows_the_defaults() -> None:
     assert read_policy(SHIPPED) == Policy()
-    assert set(tomllib.loads(SHIPPED.read_text().replace("# max_mbit", "max_mbit"))) == set(Policy.model_fields)
+    every_line = re.sub(r"^# (?=max_mbit|\[budget\]|max_epsilon|delta)", "", SHIPPED.read_text(), flags=re.MULTILINE)
+    assert set(tomllib.loads(every_line)) == set(Policy.model_fields)
+    assert set(tomllib.loads(every_line)["budget"]) == set(Budget.model_fields)
 
 
 def test_without_a_file_nothing_is_refused() -> None:
@@ -59,7 +62,8 @@ def test_without_a_file_nothing_is_refused() -> None:
         ("", "none", "not encrypted"),
         ("min_sites = 3", "bfv", "sums 2 sites, the policy says min_sites = 3"),
         ("min_samples = 41", "bfv", "40 training cases, the policy says min_samples = 41"),
-        ("min_noise_multiplier = 0.5", "bfv", "noise_multiplier is 0, the policy says min_noise_multiplier = 0.5"),
+        ("min_noise_multiplier = 0.5", "bfv", r"training\.dp\.noise_multiplier is 0, .* min_noise_multiplier = 0\.5"),
+        ("min_site_noise_multiplier = 2", "bfv", r"delta\.dp\.noise_multiplier is 0, .* min_site_noise_multiplier = 2"),
         ('parameters = ["head.*"]', "bfv", "trains body.weight"),
     ],
 )
@@ -72,8 +76,9 @@ def test_a_run_that_asks_for_more_is_refused(
 
 
 def test_a_run_that_asks_for_no_more_is_taken(tmp_path: Path) -> None:
-    text = 'min_sites = 3\nmin_samples = 40\nparameters = ["body.*", "head.bias"]\nencrypted = false'
-    run = asked(aggregation=AggregationSettings(min_sites=3), delta=DeltaSettings(cipher="none"))
+    text = 'min_sites = 3\nmin_samples = 40\nparameters = ["body.*", "head.bias"]\nencrypted = false\nmin_site_noise_multiplier = 2'
+    delta = DeltaSettings(cipher="none", dp=SitePrivacySettings(noise_multiplier=2.0))
+    run = asked(aggregation=AggregationSettings(min_sites=3), delta=delta)
     written(tmp_path, text).check_run(run, n_samples=40)
 
 
@@ -118,6 +123,7 @@ def test_training_waits_for_its_hours(hours: tuple[str, ...], at: str, wait_s: f
         ('hours = ["8 to 5"]', "no span of hours"),
         ('task_sha256 = ["abc"]', "is no SHA-256"),
         ("max_mbit = 0", "max_mbit"),
+        ("[budget]\ndelta = 1e-6", "budget.max_epsilon: missing"),
         ("allow_all = true", "allow_all: unknown setting"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fednats.codec.layout import Layout
-from fednats.config import AggregationSettings, BudgetSettings, DeltaSettings, SiteSettings, TrainingSettings, parse
+from fednats.config import AggregationSettings, DeltaSettings, SiteSettings, TrainingSettings, parse
 from fednats.crypto import sealing
 from fednats.errors import BudgetSpentError, ConfigError, LocalDataError, LocalStorageError
 from fednats.learning.flat import initial_model, initial_vector, parameters_of
@@ -19,6 +19,7 @@ from fednats.messages import Grid, ModelManifest
 from fednats.privacy import rdp
 from fednats.privacy.account import Account, Charge
 from fednats.privacy.guard import Guard
+from fednats.privacy.policy import Budget
 from fednats.services.site_worker import SiteWorker
 from fednats.storage.local_model import model_folder
 from fednats.storage.tensor_file import TensorFile
@@ -65,7 +66,7 @@ def test_a_charge_is_on_the_disk_before_it_returns(tmp_path: Path) -> None:
 
 
 def test_a_pass_beyond_the_budget_is_refused_and_not_booked(tmp_path: Path) -> None:
-    budget = BudgetSettings(max_epsilon=1.2 * EPSILON)
+    budget = Budget(max_epsilon=1.2 * EPSILON)
     account = Account(tmp_path / "privacy.sqlite")
     account.charge("r", 0, [PASS], budget)
     for _ in range(2):
@@ -78,7 +79,7 @@ def test_a_pass_beyond_the_budget_is_refused_and_not_booked(tmp_path: Path) -> N
 
 def test_two_runs_share_one_budget(tmp_path: Path) -> None:
     one, other = (Account(tmp_path / "privacy.sqlite") for _ in range(2))
-    budget = BudgetSettings(max_epsilon=2.5 * EPSILON)
+    budget = Budget(max_epsilon=2.5 * EPSILON)
     n_made = 0
 
     def until_refused() -> None:
@@ -158,7 +159,7 @@ def test_the_account_lies_beside_the_state_of_a_run_unless_told_otherwise(tmp_pa
 
 
 def test_a_run_without_noise_at_a_site_without_budget_keeps_no_account(tmp_path: Path) -> None:
-    guard = Guard(site(tmp_path))
+    guard = Guard(site(tmp_path), None)
     guard.charge_pass(manifest(), 0.2, LAYOUT)
     guard.charge_update(manifest(), LAYOUT, dp_sgd=False)
     assert guard.spending(manifest()) is None
@@ -166,7 +167,7 @@ def test_a_run_without_noise_at_a_site_without_budget_keeps_no_account(tmp_path:
 
 
 def test_a_run_without_noise_is_not_trained_in_at_a_site_with_a_budget(tmp_path: Path) -> None:
-    guard = Guard(site(tmp_path, budget={"max_epsilon": 100.0}))
+    guard = Guard(site(tmp_path), Budget(max_epsilon=100.0))
     with pytest.raises(BudgetSpentError, match="the run adds no noise"):
         guard.charge_pass(manifest(), 0.2, LAYOUT)
     with pytest.raises(BudgetSpentError, match="the run adds no noise"):
@@ -177,7 +178,7 @@ def test_a_run_without_noise_is_not_trained_in_at_a_site_with_a_budget(tmp_path:
 
 
 def test_noise_on_the_whole_delta_also_hides_a_record_at_twice_the_distance(tmp_path: Path) -> None:
-    guard = Guard(site(tmp_path))
+    guard = Guard(site(tmp_path), None)
     run = manifest(delta=SKELLAM)
     guard.charge_pass(run, 0.2, LAYOUT)
     assert guard.spending(run).record.epsilon == 0.0  # type: ignore[union-attr]  # nothing is released yet
@@ -194,7 +195,7 @@ def test_noise_on_the_whole_delta_also_hides_a_record_at_twice_the_distance(tmp_
 
 def test_with_both_a_record_is_charged_for_dp_sgd_alone(tmp_path: Path) -> None:
     """What comes after DP-SGD, noise included, tells no more of a record."""
-    guard = Guard(site(tmp_path))
+    guard = Guard(site(tmp_path), None)
     run = manifest(training=DP_SGD, delta=SKELLAM)
     guard.charge_pass(run, 0.2, LAYOUT)
     guard.charge_update(run, LAYOUT, dp_sgd=True)
@@ -206,7 +207,7 @@ def test_with_both_a_record_is_charged_for_dp_sgd_alone(tmp_path: Path) -> None:
 
 
 def test_no_bound_is_null_in_json(tmp_path: Path) -> None:
-    guard = Guard(site(tmp_path))
+    guard = Guard(site(tmp_path), None)
     run = manifest(training={"dp": {"noise_multiplier": 0.0}})
     guard.charge_pass(run, 0.2, LAYOUT)
     spent = guard.spending(run)
@@ -257,11 +258,13 @@ def test_what_cannot_be_trained_with_noise_is_not_charged(tmp_path: Path) -> Non
 
 def test_a_second_run_at_the_same_hospital_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     run = manifest(training={"dp": {"noise_multiplier": 1.0}})
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[budget]\nmax_epsilon = 5.0")
     spent = []
 
     def until_refused() -> None:
         for number in range(50):
-            settings = site(tmp_path, state_dir=tmp_path / f"run-{number // 2}", budget={"max_epsilon": 5.0})
+            settings = site(tmp_path, state_dir=tmp_path / f"run-{number // 2}", policy_file=policy)
             made = worker(settings)
             made.train(run, False)  # noqa: FBT003 - as the daemon calls it
             made.encode(run)

@@ -10,6 +10,7 @@ from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings
 from fednats.crypto.public import PublicKey
 from fednats.delta import scheme
 from fednats.errors import ConfigError
+from fednats.privacy.policy import Budget, Policy, read_policy
 from fednats.provision import nkey
 from fednats.provision.kits import provision, rotate
 from fednats.provision.new_key import new_key
@@ -45,7 +46,7 @@ def test_each_kit_has_what_its_holder_may_have(tmp_path: Path) -> None:
     everybody = {"coordinator", "region-north", "region-south", "site-a", "site-b", "site-c", "site-d"}
     assert {path.name for path in tmp_path.iterdir()} == everybody | {"authority", "hub"}
     assert holders(tmp_path, (kits.coordinator / "epoch-1.secret").read_bytes()[:4096]) == {"coordinator"}
-    model_key = (kits.authority / "model.key").read_bytes()
+    model_key = (kits.authority / "model-1.key").read_bytes()
     assert len(model_key) == 32
     sites = {f"site-{name}" for name in "abcd"}
     assert holders(tmp_path, model_key) == {"authority", "coordinator"} | sites
@@ -296,15 +297,16 @@ def test_a_rotation_makes_a_pair_and_keeps_the_one_before(tmp_path: Path) -> Non
     before = contents(tmp_path)
     rotate(tmp_path)
     assert signers(tmp_path)["epoch"] == 2
-    assert {name: before[name] for name in before if ".secret" in name or ".public" in name}.items() <= contents(
-        tmp_path
-    ).items()
+    kept = {name: before[name] for name in before if name.endswith((".secret", ".public", ".key"))}
+    assert kept.items() <= contents(tmp_path).items()
     kits = Kits(tmp_path)
     secret = (kits.coordinator / "epoch-2.secret").read_bytes()
     assert holders(tmp_path, secret[:4096]) == {"coordinator"}
     coordinator = load(kits.coordinator / "coordinator.toml", CoordinatorSettings, {})
     assert coordinator.secret_key_file == kits.coordinator / "epoch-2.secret"
     assert coordinator.older_secret_key_file == kits.coordinator / "epoch-1.secret"
+    assert coordinator.model_key_file == kits.coordinator / "model-2.key"
+    assert coordinator.older_model_key_file == kits.coordinator / "model-1.key"
     for kit, name, cls in (
         (kits.site("a"), "site", SiteSettings),
         (kits.region("north"), "aggregator", AggregatorSettings),
@@ -314,15 +316,38 @@ def test_a_rotation_makes_a_pair_and_keeps_the_one_before(tmp_path: Path) -> Non
             kit / "epoch-2.public",
             kit / "epoch-1.public",
         )
+    hospital = load(kits.site("a") / "site.toml", SiteSettings, {})
+    assert hospital.model_key_file.read_bytes() == coordinator.model_key_file.read_bytes()
+    assert hospital.older_model_key_file == kits.site("a") / "model-1.key"
     rotate(tmp_path)
     coordinator = load(kits.coordinator / "coordinator.toml", CoordinatorSettings, {})
     assert coordinator.older_secret_key_file == kits.coordinator / "epoch-2.secret"
     assert provision(plan(cipher="bfv"), tmp_path) == []
 
 
-def test_rotation_needs_an_encrypted_run(tmp_path: Path) -> None:
+def test_who_was_revoked_gets_no_key_of_the_next_epoch(tmp_path: Path) -> None:
+    provision(plan(), tmp_path)
+    provision(plan(), tmp_path, revoke=["site.b"])
+    rotate(tmp_path)
+    secret = (tmp_path / "authority" / "model-2.key").read_bytes()
+    assert holders(tmp_path, secret) == {"authority", "coordinator", "site-a", "site-c", "site-d"}
+
+
+def test_the_first_policy_of_a_kit_is_the_federation_file_s_and_then_the_hospital_s(tmp_path: Path) -> None:
+    lines = {"a": {"min_samples": 50, "budget": {"max_epsilon": 3.0}}}
+    provision(plan(cipher="bfv", site_policies=lines), tmp_path)
+    file = Kits(tmp_path).site("a") / "policy.toml"
+    assert read_policy(file) == Policy(min_samples=50, budget=Budget(max_epsilon=3.0))
+    assert read_policy(Kits(tmp_path).site("b") / "policy.toml") == Policy()
+    file.write_text("min_sites = 5")
+    assert provision(plan(cipher="bfv", site_policies=lines), tmp_path) == []
+    assert read_policy(file) == Policy(min_sites=5)
+
+
+def test_rotation_needs_kits(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run `fednats provision` first"):
         rotate(tmp_path)
     provision(plan(), tmp_path)
-    with pytest.raises(ConfigError, match="there is no key to rotate"):
+    (tmp_path / "authority" / "registry.toml").unlink()
+    with pytest.raises(ConfigError, match=r"registry\.toml is not there"):
         rotate(tmp_path)

@@ -7,17 +7,17 @@ import pytest
 
 from fednats import wire
 from fednats.config import RunSettings
-from fednats.crypto.sealing import OVERHEAD_BYTES, ModelKey, generate
+from fednats.crypto.sealing import OVERHEAD_BYTES, ModelKeys, generate
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.messages import Chunk
 from fednats.services.coordinator import fit_messages
 
 SECRET = generate()
-KEY = ModelKey(SECRET, "r")
+KEY = ModelKeys([SECRET], "r")
 CHUNK = wire.pack(Chunk(parts=(b"weights" * 100,)))
 
 
-def reason(key: ModelKey, payload_id: str, position: int, sealed: bytes) -> Reason:
+def reason(key: ModelKeys, payload_id: str, position: int, sealed: bytes) -> Reason:
     with pytest.raises(RefusedError) as raised:
         key.opened(payload_id, position, sealed)
     assert payload_id in raised.value.detail
@@ -26,7 +26,7 @@ def reason(key: ModelKey, payload_id: str, position: int, sealed: bytes) -> Reas
 
 def test_who_has_the_key_reads_what_was_sealed() -> None:
     sealed = KEY.seal("v1", 3, CHUNK)
-    assert ModelKey(SECRET, "r").opened("v1", 3, sealed) == CHUNK
+    assert ModelKeys([SECRET], "r").opened("v1", 3, sealed) == CHUNK
     assert len(sealed) == len(CHUNK) + OVERHEAD_BYTES
     assert CHUNK[:8] not in sealed
 
@@ -41,11 +41,21 @@ def test_a_chunk_cannot_stand_for_another(payload_id: str, position: int) -> Non
 
 
 def test_a_chunk_is_of_one_run() -> None:
-    assert reason(ModelKey(SECRET, "other"), "v1", 3, KEY.seal("v1", 3, CHUNK)) is Reason.SEAL
+    assert reason(ModelKeys([SECRET], "other"), "v1", 3, KEY.seal("v1", 3, CHUNK)) is Reason.SEAL
 
 
 def test_another_epoch_s_key_is_told_from_an_altered_chunk() -> None:
-    assert reason(ModelKey(generate(), "r"), "v1", 3, KEY.seal("v1", 3, CHUNK)) is Reason.WRONG_KEY
+    assert reason(ModelKeys([generate()], "r"), "v1", 3, KEY.seal("v1", 3, CHUNK)) is Reason.WRONG_KEY
+
+
+def test_with_two_epochs_keys_the_newest_seals_and_either_opens(tmp_path: Path) -> None:
+    (tmp_path / "old.key").write_bytes(SECRET)
+    (tmp_path / "new.key").write_bytes(new := generate())
+    both = ModelKeys.read(tmp_path / "new.key", tmp_path / "old.key", "r")
+    assert both.opened("v1", 3, KEY.seal("v1", 3, CHUNK)) == CHUNK
+    sealed = both.seal("v1", 3, CHUNK)
+    assert ModelKeys([new], "r").opened("v1", 3, sealed) == CHUNK
+    assert reason(KEY, "v1", 3, sealed) is Reason.WRONG_KEY
 
 
 def test_every_flipped_byte_is_noticed() -> None:
@@ -62,9 +72,9 @@ def test_every_flipped_byte_is_noticed() -> None:
 def test_a_key_file_of_another_size_is_named(tmp_path: Path, size: int) -> None:
     (tmp_path / "model.key").write_bytes(os.urandom(size))
     with pytest.raises(ConfigError, match=r"model\.key does not have 32 bytes"):
-        ModelKey.read(tmp_path / "model.key", "r")
+        ModelKeys.read(tmp_path / "model.key", None, "r")
     with pytest.raises(ConfigError, match=r"absent\.key cannot be read"):
-        ModelKey.read(tmp_path / "absent.key", "r")
+        ModelKeys.read(tmp_path / "absent.key", None, "r")
 
 
 def test_the_largest_sealed_chunk_fits_the_server_s_largest_message() -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from fednats.codec import frames, grid
 from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, ServerSettings, TrainingSettings
-from fednats.crypto.sealing import ModelKey, generate
+from fednats.crypto.sealing import ModelKeys, generate
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
@@ -25,7 +25,8 @@ PARAMETERS = (ParameterSpec(name="weight", shape=(100, 70)), ParameterSpec(name=
 LAYOUT = Layout(PARAMETERS)
 CHUNK_BYTES = 4096
 N = LAYOUT.n_parameters
-KEY = ModelKey(generate(), "r")
+SECRET = generate()
+KEYS = ModelKeys([SECRET], "r")
 
 
 class Origin:
@@ -33,19 +34,20 @@ class Origin:
 
     def __init__(self, directory: Path, settings: ServerSettings | None = None) -> None:
         self.directory = directory
+        self.keys = KEYS
         self.optimizer = ServerOptimizer(settings or ServerSettings())
         self.checkpoints = Checkpoints(directory, PARAMETERS, self.optimizer.slots)
         self.rng = np.random.default_rng(0)
         weights = self.rng.normal(size=N).astype(np.float32)
         self.exact = weights.copy()
-        first = first_version(self.checkpoints, KEY, weights, grid.initial(LAYOUT, weights, 127), CHUNK_BYTES)
+        first = first_version(self.checkpoints, self.keys, weights, grid.initial(LAYOUT, weights, 127), CHUNK_BYTES)
         self.made = [first]
 
     def step(self, scale: float = 0.01) -> Checkpoint:
         delta = (scale * self.rng.normal(size=N)).astype(np.float32)
         self.exact += delta
         current = self.made[-1]
-        making = NextVersion(self.checkpoints, KEY, current, LAYOUT, CHUNK_BYTES)
+        making = NextVersion(self.checkpoints, self.keys, current, LAYOUT, CHUNK_BYTES)
         made = Made(f"combination{current.version}")
         self.made.append(making.make(self.optimizer, delta, made, current.grids))
         return self.made[-1]
@@ -61,7 +63,7 @@ class Site:
     def __init__(self, directory: Path, origin: Origin) -> None:
         self.model = LocalModel(directory)
         self.origin = origin
-        self.key = KEY
+        self.keys = KEYS
         self.fetched_bytes = 0
 
     def take(self, checkpoint: Checkpoint) -> NDArray[np.float32]:
@@ -71,7 +73,7 @@ class Site:
                 for chunk in read_chunks(frame_file(self.origin.directory, frame.payload.payload_id)):
                     file.append(chunk)
             self.fetched_bytes += frame.payload.n_bytes
-        self.model.advance(manifest(checkpoint), chain, self.key)
+        self.model.advance(manifest(checkpoint), chain, self.keys)
         with self.model.weights(checkpoint.version) as weights:
             return weights[0:N]
 
@@ -197,13 +199,33 @@ def test_without_the_run_s_key_a_frame_says_nothing(origin: Origin, tmp_path: Pa
     for plain in (origin.weights(0)[:8].tobytes(), b"chunk", b"\x28\xb5\x2f\xfd"):  # the last begins what zstd made
         assert plain not in published
     site = Site(tmp_path / "site", origin)
-    site.key = ModelKey(generate(), "r")
+    site.keys = ModelKeys([generate()], "r")
     with pytest.raises(RefusedError) as refused:
         site.take(origin.made[0])
     assert refused.value.reason is Reason.WRONG_KEY
-    assert "model_key_file holds" in refused.value.detail
-    site.key = KEY
+    assert "is sealed with key" in refused.value.detail
+    site.keys = KEYS
     np.testing.assert_array_equal(site.take(origin.made[0]), origin.weights(0))
+
+
+def test_after_a_rotation_the_new_key_alone_is_enough(origin: Origin, tmp_path: Path) -> None:
+    for _ in range(2):
+        origin.step()
+    stays = Site(tmp_path / "stays", origin)
+    stays.take(origin.made[-1])
+    new = generate()
+    origin.keys = stays.keys = ModelKeys([new, SECRET], "r")
+    for _ in range(2):
+        checkpoint = origin.step()
+        joins = Site(tmp_path / f"joins-{checkpoint.version}", origin)
+        joins.keys = ModelKeys([new], "r")
+        for site in (stays, joins):
+            np.testing.assert_array_equal(site.take(checkpoint), origin.weights(checkpoint.version))
+    assert sum(frame.is_keyframe for frame in checkpoint.frames) == 2, "one more, once"
+    revoked = Site(tmp_path / "revoked", origin)
+    with pytest.raises(RefusedError) as refused:
+        revoked.take(checkpoint)
+    assert refused.value.reason is Reason.WRONG_KEY
 
 
 def test_frames_that_were_exchanged_on_the_way_are_refused(origin: Origin, tmp_path: Path) -> None:
