@@ -1,7 +1,8 @@
 """Several quantised values to one integer slot, so that adding slots adds every value.
 
-Field ``f`` of a slot holds ``value + qmax``, never negative, so a field has nothing to borrow from its neighbour, and is
-wide enough for any weighted sum of total weight up to ``max_total_weight``, so it carries nothing into it either.
+Field ``f`` of a slot holds ``value + qmax + 1``, at least 1, so that in a weighted sum of total weight W a field is at least W,
+has room for the sum's dither of up to W / 2 to either side, and nothing to borrow from its neighbour; and it is wide enough
+for W up to ``max_total_weight``, so it carries nothing into it either.
 """
 
 from dataclasses import dataclass
@@ -23,10 +24,15 @@ def max_field(qmax: int, max_total_weight: int) -> int:
     >>> max_field(127, 500).bit_length(), max_field(7, 500).bit_length()
     (17, 13)
     """
-    if qmax * max_total_weight > np.iinfo(np.int32).max:
-        limit = np.iinfo(np.int32).max // qmax
+    if (qmax + 1) * max_total_weight > np.iinfo(np.int32).max:
+        limit = np.iinfo(np.int32).max // (qmax + 1)
         raise ConfigError(f"max_total_weight is {max_total_weight}; sums are 32-bit integers, lower it to {limit}")
-    return 2 * qmax * max_total_weight
+    return (2 * qmax + 1) * max_total_weight + max_dither(max_total_weight)
+
+
+def max_dither(total_weight: int) -> int:
+    """Largest magnitude of a sum's dither: half a step of its mean."""
+    return total_weight // 2
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,21 @@ class Packing:
 
         Field f of slot s holds value ``f * n_slots + s``.
         """
-        fields = np.full(self.n_values, self.qmax, dtype=np.int64)
+        fields = np.full(self.n_values, self.qmax + 1, dtype=np.int64)
         fields[: values.size] += values
+        return self._slots(fields)
+
+    def pack_dither(self, dither: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Pack what is added to the fields of a sum, int64[up to n_values] of either sign, into int64[n_slots]."""
+        fields = np.zeros(self.n_values, dtype=np.int64)
+        fields[: dither.size] = dither
+        return self._slots(fields)
+
+    def _slots(self, fields: NDArray[np.int64]) -> NDArray[np.int64]:
         slots = np.zeros(self.n_slots, dtype=np.int64)
         for field in reversed(fields.reshape(self.n_fields, self.n_slots)):
             slots <<= self.field_bits
-            slots |= field
+            slots += field
         return slots
 
     def unpack(self, slots: NDArray[np.int64], total_weight: int) -> NDArray[np.int32]:
@@ -80,19 +95,20 @@ class Packing:
                 encrypted for another key, or tampered with).
         """
         check_total_weight(total_weight, self.max_total_weight)
-        limit = 2 * self.qmax * total_weight
+        dither = max_dither(total_weight)
+        least, most = total_weight - dither, (2 * self.qmax + 1) * total_weight + dither
         mask = (1 << self.field_bits) - 1
         fields = np.empty((self.n_fields, self.n_slots), dtype=np.int64)
         for index in range(self.n_fields):
             fields[index] = (slots >> (index * self.field_bits)) & mask
         beyond = slots >> (self.n_fields * self.field_bits)
-        n_wrong = int(np.count_nonzero((fields > limit).any(axis=0) | (beyond != 0)))
+        n_wrong = int(np.count_nonzero(((fields < least) | (fields > most)).any(axis=0) | (beyond != 0)))
         if n_wrong:
             raise RefusedError(
                 Reason.CIPHERTEXT,
                 f"{n_wrong} of {self.n_slots} slots are no sum of total weight {total_weight}: wrong key, or damaged",
             )
-        return (fields.reshape(-1) - self.qmax * total_weight).astype(np.int32)
+        return (fields.reshape(-1) - (self.qmax + 1) * total_weight).astype(np.int32)
 
 
 def check_total_weight(total_weight: int, max_total_weight: int) -> None:

@@ -72,7 +72,7 @@ class Parameters:
     def failure_log2(self) -> float:
         """Upper bound on log2 P(some ciphertext of the worst admitted sum decrypts wrongly).
 
-        >>> choose(max_field=2 * 127 * 500, max_total_weight=500).failure_log2 < -40
+        >>> choose(max_field=255 * 500 + 250, max_total_weight=500).failure_log2 < -40
         True
         """
         tail = self._threshold() / (self.max_total_weight * noise_parameter(self.poly_modulus_degree))
@@ -81,8 +81,8 @@ class Parameters:
 
     def _threshold(self) -> float:
         q = math.prod(_primes(self.poly_modulus_degree, self.coeff_mod_bit_sizes)[:-1])
-        # encoding rounds q/t * m to an integer: up to half a unit per weight, not random
-        return q / (2 * self.plain_modulus) - self.max_total_weight / 2
+        # encoding rounds q/t * m to an integer: up to half a unit per weight, and for the dither, not random
+        return q / (2 * self.plain_modulus) - (self.max_total_weight + 1) / 2
 
     def _bound(self) -> float:
         return self.max_total_weight * noise_parameter(self.poly_modulus_degree) * _tail(self.poly_modulus_degree)
@@ -119,7 +119,7 @@ def choose(*, max_field: int, max_total_weight: int) -> Parameters:
     Raises:
         ConfigError: no parameters at 128-bit security carry such a sum.
 
-    >>> parameters = choose(max_field=2 * 127 * 500, max_total_weight=500)
+    >>> parameters = choose(max_field=255 * 500 + 250, max_total_weight=500)
     >>> parameters.poly_modulus_degree, parameters.coeff_mod_bit_sizes, parameters.n_fields, parameters.field_bits
     (4096, (52, 17, 24), 3, 17)
     """

@@ -77,6 +77,12 @@ class WeightedSum:
             raise RefusedError(Reason.CIPHERTEXT, f"cannot be added ({error})") from None
         self._sum = total
 
+    def add_plain(self, slots: NDArray[np.int64]) -> None:
+        """Add ``slots``, int64[poly_modulus_degree] of either sign, each at most half the plain modulus, to the sum."""
+        if self._sum is None:
+            raise ValueError("nothing was added that this could be added to")
+        self._sum = self._sum + slots.tolist()
+
     def to_bytes(self) -> bytes:
         """Bytes of the sum, a ciphertext like those it was made of."""
         if self._sum is None:

@@ -7,6 +7,7 @@ digests in it. Ed25519 is deterministic: what is sent again is the same to the b
 """
 
 import base64
+import hashlib
 import struct
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fednats.errors import ConfigError, Reason, RefusedError
 SIGNATURE_BYTES = 64
 
 _MESSAGE = b"fednats signed message 1"
+_SECRET = b"fednats secret 1"
 _LENGTH = struct.Struct(">I")
 _KEY_BYTES = 32
 _PUBLIC = struct.Struct("<B32sH")
@@ -49,6 +51,10 @@ class Signer:
             return cls(path.read_text(encoding="ascii").strip())
         except (OSError, ValueError) as error:
             raise ConfigError(f"{setting}: {path} is not an nkey seed ({type(error).__name__}); give one") from None
+
+    def secret(self, purpose: bytes) -> bytes:
+        """Return a secret for one purpose, 32 bytes: it follows from the seed, which does not follow from it."""
+        return hashlib.blake2b(purpose, key=self._key.private_bytes_raw(), digest_size=32, person=_SECRET).digest()
 
     def sign(self, subject: str, packed: bytes) -> bytes:
         """Return ``packed`` as it is published on ``subject``: with its signature behind it."""

@@ -54,7 +54,7 @@ def bfv(settings: DeltaSettings) -> BfvScheme:
     packed = Packing(largest, weight, chosen.n_fields, chosen.poly_modulus_degree)
     n_ciphertexts = max(1, settings.chunk_bytes // chosen.ciphertext_bytes)
     bits = (chosen.plain_modulus.bit_length() - 1) // COUNT_FIELDS
-    counts = Packing(((1 << bits) - 1) // (2 * weight), weight, COUNT_FIELDS, chosen.poly_modulus_degree)
+    counts = Packing(((1 << bits) - 1) // (2 * weight) - 1, weight, COUNT_FIELDS, chosen.poly_modulus_degree)
     return BfvScheme(chosen, packed, n_ciphertexts * packed.n_values, counts)
 
 

@@ -1,6 +1,6 @@
 """The aggregator's side: chunks of several updates (or of sums) into one chunk, without reading them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from fednats import wire
 from fednats.codec import sparse
 from fednats.codec.layout import blocks
-from fednats.codec.packing import check_total_weight
+from fednats.codec.packing import Packing, check_total_weight, max_dither
 from fednats.config import AggregationSettings, DeltaSettings
 from fednats.crypto.public import PublicKey, WeightedSum
 from fednats.delta import robust, scheme
 from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.messages import Chunk
+
+Dither = Callable[[int, int], NDArray[np.int64]]
 
 
 class Accumulator(Protocol):
@@ -27,6 +29,9 @@ class Accumulator(Protocol):
         Raises:
             RefusedError: parts that are none.
         """
+
+    def dither(self, noise: NDArray[np.int64]) -> None:
+        """Add ``noise``, int64[n_values], to the sum."""
 
     def parts(self) -> tuple[bytes, ...]:
         """Parts of the sum."""
@@ -53,8 +58,13 @@ class Summer:
         total_weight: int,
         n_values: int | None = None,
         carried: Sequence[int] | None = None,
+        dither: Dither | None = None,
     ) -> bytes:
         """Sum ``chunks`` (the same part of several updates, or sums of updates), each times its integer weight.
+
+        A weighted sum of small integers can tell each of them: ``427 a + 44 b`` has one solution for a and b below 128. So a
+        sum that is encrypted gets a ``dither`` of up to half a step of the mean of its updates, uniform, which leaves
+        the mean unbiased and hides everything below its last digit. Sums that are summed again have theirs already.
 
         Args:
             chunks: packed `fednats.messages.Chunk`, at least one; one is held decoded at a time.
@@ -64,6 +74,8 @@ class Summer:
                 chunk gets the others refused.
             carried: total weight that is already in each chunk, 1 for an update. Where values can be seen they are held
                 to what such a chunk can have at most; without it to what the whole sum can.
+            dither: draws it, int64[n] from so many values and their largest magnitude; it needs ``n_values``. Without
+                encryption the region sees the updates themselves, and none is added.
 
         Raises:
             OverflowRefusedError: ``total_weight`` is above ``max_total_weight``; nothing was added.
@@ -85,6 +97,10 @@ class Summer:
                 )
             except RefusedError as error:
                 raise RefusedChunkError(error.reason, f"chunk {index}: {error.detail}", index) from None
+        if dither is not None and n_values is not None:
+            inputs = zip(weights, carried or [1] * len(weights), strict=True)
+            of_updates = sum(weight for weight, share in inputs if share == 1)
+            accumulator.dither(dither(n_values, max_dither(of_updates)))
         return wire.pack(Chunk(parts=accumulator.parts()))
 
     def squares(self, chunks: Sequence[bytes], n_values: int) -> tuple[float, ...]:
@@ -160,12 +176,12 @@ class Summer:
     def _count_accumulator(self, n_counts: int, n_sites: int) -> Accumulator:
         if self._bfv is None or self._key is None:
             return _PlainSum(np.iinfo(np.int32).max // n_sites, n_sites, n_counts)
-        return _BfvSum(self._key, -(-n_counts // self._bfv.counts.n_values))
+        return _BfvSum(self._key, self._bfv.counts, n_counts)
 
     def _accumulator(self, total_weight: int, n_values: int | None) -> Accumulator:
         if self._bfv is None or self._key is None:
             return _PlainSum(self._qmax, total_weight, self.values_per_chunk if n_values is None else n_values)
-        return _BfvSum(self._key, None if n_values is None else -(-n_values // self._bfv.packing.n_values))
+        return _BfvSum(self._key, self._bfv.packing, n_values)
 
 
 @lru_cache(maxsize=2)  # loading a key takes as long as adding a chunk
@@ -182,9 +198,10 @@ def summer(settings: DeltaSettings, public_key: bytes | None) -> Summer:
 
 
 class _BfvSum:
-    def __init__(self, key: PublicKey, n_ciphertexts: int | None) -> None:
+    def __init__(self, key: PublicKey, packing: Packing, n_values: int | None) -> None:
         self._key = key
-        self._n_ciphertexts = n_ciphertexts
+        self._packing = packing
+        self._n_ciphertexts = None if n_values is None else -(-n_values // packing.n_values)
         self._sums: list[WeightedSum] = []
 
     def add(self, parts: tuple[bytes, ...], weight: int, _share: int) -> None:
@@ -199,6 +216,11 @@ class _BfvSum:
                 total.add(ciphertext, weight)
             except RefusedError as error:
                 raise RefusedError(error.reason, f"ciphertext {index}: {error.detail}") from None
+
+    def dither(self, noise: NDArray[np.int64]) -> None:
+        n = self._packing.n_values
+        for index, total in enumerate(self._sums):
+            total.add_plain(self._packing.pack_dither(noise[index * n : (index + 1) * n]))
 
     def parts(self) -> tuple[bytes, ...]:
         return tuple(total.to_bytes() for total in self._sums)
@@ -218,6 +240,9 @@ class _PlainSum:
                 Reason.MALFORMED, f"a weighted value of {largest}, what brings a weight of {share} has at most {limit}"
             )
         self._sum += term
+
+    def dither(self, noise: NDArray[np.int64]) -> None:
+        """Change nothing: who adds here sees what is added."""
 
     def parts(self) -> tuple[bytes, ...]:
         if np.abs(self._sum).max(initial=0) > self._limit:

@@ -1,16 +1,37 @@
 """What the head of a sum says, worked out from what is in the sum: by the region that makes it, and by who verifies it."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from fednats.messages import MAX_COUNT, MAX_MASS, Aggregate, Payload, Update
 from fednats.protocol.events import Combination, Part
 from fednats.protocol.weights import apportion
 
+MAX_SHARE = 0.9
+"""Largest share of one site's updates in a sum, whatever the run's settings would give them: the sum is not to be theirs."""
+
 
 def weigh(combination: Combination, capacity: int) -> tuple[int, ...]:
     """Return the integer weight of each part; with the weights already in the parts they sum to at most ``capacity``."""
-    masses = [part.mass for part in combination.parts]
-    return apportion(masses, [carried_weight(part) for part in combination.parts], capacity)
+    return apportion(_masses(combination.parts), [carried_weight(part) for part in combination.parts], capacity)
+
+
+def _masses(parts: Sequence[Part]) -> list[float]:
+    """Return the mass of each part; those of a site that has more than its share are lowered together."""
+    of_sites: defaultdict[str, float] = defaultdict(float)
+    for part in parts:
+        if isinstance(part.head, Update):
+            of_sites[part.head.site] += part.mass
+    total = sum(part.mass for part in parts)
+    for site, mass in of_sites.items():  # no more than one can have more than half
+        most = (total - mass) * MAX_SHARE / (1 - MAX_SHARE)
+        if 0 < most < mass:
+            return [part.mass * (most / mass if _is_of(part, site) else 1.0) for part in parts]
+    return [part.mass for part in parts]
+
+
+def _is_of(part: Part, site: str) -> bool:
+    return isinstance(part.head, Update) and part.head.site == site
 
 
 def carried_weight(part: Part) -> int:

@@ -38,6 +38,7 @@ class Adder:
     ) -> None:
         self._worker = worker
         self._fit = fit
+        self._combination_id = combination.combination_id
         self._parts = combination.parts
         self._weights = weights
         self._read = read
@@ -109,5 +110,7 @@ class Adder:
         if self._fit.aggregation.robust != "none" and self._of_updates:
             summed = await self._worker.call("robust_sum", self._fit, position, chunks, weights, self._factors)
         else:  # a region over regions adds their sums as ever: what was done about single updates is done in them
-            summed = await self._worker.call("weighted_sum", self._fit, position, chunks, weights, carried)
+            summed = await self._worker.call(
+                "weighted_sum", self._fit, position, chunks, weights, carried, self._combination_id
+            )
         return summed

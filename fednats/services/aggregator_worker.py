@@ -1,20 +1,26 @@
 """What an aggregator does in its worker process: add ciphertexts."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from fednats.config import AggregationSettings, AggregatorSettings, DeltaSettings
+from fednats.crypto import keystream
+from fednats.crypto.signing import Signer
 from fednats.delta.sum import Summer, summer
 from fednats.errors import Reason, RefusedError
 from fednats.learning.scores import n_counts
 from fednats.services.answers import Fit
 from fednats.services.keys import held, key_id_of, read_keys
 
+DITHER = b"dither of sums"
+
 
 class AggregatorWorker:
-    """Holds the public keys."""
+    """Holds the public keys, and the secret that the dither of this region's sums follows from."""
 
     def __init__(self, settings: AggregatorSettings) -> None:
         self._depth = settings.depth
+        self._dither_secret = Signer.read(settings.bus.nkey_seed_file, "bus.nkey_seed_file").secret(DITHER)
         self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
 
     def fit(self, delta: DeltaSettings, aggregation: AggregationSettings, n_parameters: int, announced: str) -> Fit:
@@ -51,16 +57,19 @@ class AggregatorWorker:
         chunks: Sequence[bytes],
         weights: Sequence[int],
         carried: Sequence[int],
+        combination_id: str,
     ) -> bytes:
         """Add the chunk at ``position`` of several contributions, each times its integer weight.
 
         All are for one key, whichever: adding needs its parameters only, and those are the same in all epochs.
-        ``carried`` is the total weight that is already in each: 1 for an update.
+        ``carried`` is the total weight that is already in each: 1 for an update. The same combination gets the same
+        dither, so that a sum that is made again after a crash is the same to the bit.
         """
         add = summer(fit.delta, held(self._keys, fit.key_id))
         n_values = _n_values(fit, add, position)
         total_weight = sum(weight * size for weight, size in zip(weights, carried, strict=True))
-        return add.weighted_sum(chunks, weights, total_weight, n_values, carried)
+        dither = partial(keystream.uniform, self._dither_secret, f"{combination_id}/{position}")
+        return add.weighted_sum(chunks, weights, total_weight, n_values, carried, dither)
 
     def squares(self, fit: Fit, position: int, chunks: Sequence[bytes]) -> tuple[float, ...]:
         """Return the sum of squares of the integers in the chunk at ``position`` of several updates."""

@@ -32,7 +32,7 @@ from fednats.protocol.events import (
     StartTimer,
     contribution_id,
 )
-from fednats.protocol.weights import apportion
+from fednats.protocol.sums import weigh
 from fednats.testbed.virtual_world import Version, Weights, World
 
 Send = Callable[[Event], None]
@@ -150,7 +150,7 @@ class RegionNode:
         world = self._world
         add = summer(world.settings.delta, None)
         heads = [part.head for part in combination.parts if isinstance(part.head, Update)]
-        weights = apportion([part.mass for part in combination.parts], [1] * len(heads), add.max_total_weight)
+        weights = weigh(combination, add.max_total_weight)
         payloads = [world.payloads.pop(head.update_id) for head in heads]
         chunks = self._sum(list(zip(*payloads, strict=True)), weights)
         identity = combination.combination_id

@@ -61,7 +61,7 @@ def weighted(keys: Keys, ciphertexts: list[bytes], weights: list[int]) -> bytes:
 
 @pytest.mark.parametrize(
     ("qmax", "max_total_weight", "bytes_per_value"),
-    [(127, 500, 5.75), (127, 515, 5.75), (127, 4000, 6.75), (7, 73, 3.125), (7, 500, 4.375), (127, 16_000_000, 16.25)],
+    [(127, 500, 5.75), (127, 513, 5.83), (127, 4000, 6.75), (7, 64, 3.125), (7, 500, 4.375), (127, 16_000_000, 16.25)],
 )
 def test_parameters_are_secure_never_fail_and_carry_the_sum(
     qmax: int, max_total_weight: int, bytes_per_value: float
@@ -75,7 +75,7 @@ def test_parameters_are_secure_never_fail_and_carry_the_sum(
     largest = sum(2 * qmax * max_total_weight << (parameters.field_bits * f) for f in range(parameters.n_fields))
     assert largest < parameters.plain_modulus
     assert parameters.plain_modulus % (2 * parameters.poly_modulus_degree) == 1
-    assert parameters.ciphertext_bytes / parameters.values_per_ciphertext == bytes_per_value
+    assert parameters.ciphertext_bytes / parameters.values_per_ciphertext == pytest.approx(bytes_per_value, abs=0.005)
 
 
 def test_the_security_table_is_seals() -> None:

@@ -244,7 +244,7 @@ def test_without_a_key_encryption_is_a_configuration_error() -> None:
 @pytest.mark.parametrize("cipher", ["bfv", "none"])
 def test_sums_beyond_32_bits_are_a_configuration_error(cipher: Literal["bfv", "none"]) -> None:
     settings = DeltaSettings(cipher=cipher, max_total_weight=20_000_000)
-    with pytest.raises(ConfigError, match="16909320"):
+    with pytest.raises(ConfigError, match="16777215"):
         encoder(settings, None)
 
 

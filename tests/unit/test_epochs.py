@@ -24,6 +24,7 @@ from fednats.services.aggregator_worker import AggregatorWorker
 from fednats.services.coordinator_worker import CoordinatorWorker
 from fednats.services.keys import held, read_keys
 from tests.makers import aggregate
+from tests.participants import seed
 
 BUS = BusSettings(url="tls://127.0.0.1:4222")
 
@@ -52,6 +53,12 @@ def test_the_announced_key_is_chosen_else_the_newest(pairs: list[tuple[bytes, by
         read_keys(None, old, "public_key_file")
 
 
+def seed_file(folder: Path) -> Path:
+    file = folder / "aggregator.north.nk"
+    file.write_text(seed())
+    return file
+
+
 def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
     old, new = files(tmp_path, [pairs[0][1], pairs[1][1]])
     settings = AggregatorSettings(
@@ -59,7 +66,7 @@ def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, byt
         state_dir=tmp_path,
         signers_file=tmp_path / "signers.toml",
         region="north",
-        bus=BUS,
+        bus=BUS.model_copy(update={"nkey_seed_file": seed_file(tmp_path)}),
         uplink=BUS,
         public_key_file=new,
         older_public_key_file=old,
