@@ -8,9 +8,9 @@ from pathlib import Path
 from fednats import subjects, wire
 from fednats.crypto.signing import unsigned
 from fednats.errors import BusError
-from fednats.messages import Aggregate, Update
+from fednats.messages import Aggregate, EvaluationSum, Update
 from fednats.permissions import user_name
-from fednats.protocol.events import Combined, ContributionArrived
+from fednats.protocol.events import Combined, ContributionArrived, EvaluationsSummed
 from fednats.storage.journal import read_journal
 from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate
@@ -20,8 +20,9 @@ from fednats.testbed.ledger import APPLIED
 from fednats.testbed.sent import read_outbox
 from fednats.testbed.wan import WanSettings
 from fednats.transport.bus import Bus, Record
+from fednats.wire import MessageT
 from tests.e2e.conftest import MakeFederation
-from tests.e2e.ledgers import all_settled, balanced, figures
+from tests.e2e.ledgers import all_settled, audited, balanced, figures
 from tests.e2e.until import closed, reached, until
 
 RUN = "small"
@@ -34,6 +35,12 @@ def summed(output: Path) -> list[str]:
     """Ids of the sums that the region has journalled as published."""
     entries = read_journal(output / NORTH / "journal.sqlite")
     return [entry.event.combination_id for entry in entries if isinstance(entry.event, Combined)]
+
+
+def evaluated(output: Path) -> list[int]:
+    """Versions whose evaluations the region has journalled as summed."""
+    entries = read_journal(output / NORTH / "journal.sqlite")
+    return [entry.event.version for entry in entries if isinstance(entry.event, EvaluationsSummed)]
 
 
 async def test_killed_with_half_a_buffer(make_federation: MakeFederation, tmp_path: Path) -> None:
@@ -74,7 +81,7 @@ async def test_killed_between_publishing_a_sum_and_hearing_that_it_is_stored(
         servers = federation_running.servers
         direct = servers.uplink("north").model_copy(update={"url": servers.node("north").url})
         async with Bus.connect(direct, user_name("uplink", "north")) as bus:
-            published = await first_sum(bus)
+            published = (await first(bus, subjects.head(subjects.aggregate(RUN, "north")), Aggregate)).aggregate_id
         await federation_running.daemons[NORTH].kill()
         assert published not in summed(output)
         await federation_running.daemons[NORTH].start()
@@ -86,19 +93,40 @@ async def test_killed_between_publishing_a_sum_and_hearing_that_it_is_stored(
     assert f'"aggregate_id": "{published}"' not in log, "it was there already, and is made again"
 
 
-async def first_sum(bus: Bus) -> str:
-    """Return the id of the first sum, as soon as the region's server has it."""
-    stream, head = subjects.aggregates_stream(RUN, "north"), subjects.head(subjects.aggregate(RUN, "north"))
+async def test_killed_between_publishing_evaluations_and_hearing_that_they_are_stored(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    """Two sums of one version, of other hospitals, would tell the coordinator their difference."""
+    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 3})
+    output = tmp_path / "out"
+    async with running(federation, output, links={"uplink-north": SLOW}) as federation_running:
+        servers = federation_running.servers
+        direct = servers.uplink("north").model_copy(update={"url": servers.node("north").url})
+        async with Bus.connect(direct, user_name("uplink", "north")) as bus:
+            published = await first(bus, subjects.evaluation_sum(RUN, "north"), EvaluationSum)
+        await federation_running.daemons[NORTH].kill()
+        assert published.version not in evaluated(output)
+        await federation_running.daemons[NORTH].start()
+        await until(federation_running, closed)
+        await balanced(output)
+    assert evaluated(output).count(published.version) == 1
+    sent = [record for record in audited(output)[NORTH] if record.what == "evaluation_sum"]
+    assert [record.version for record in sent].count(published.version) == 1, "it was there already"
+
+
+async def first(bus: Bus, subject: str, kind: type[MessageT]) -> MessageT:
+    """Return the first message on ``subject``, as soon as the region's server has it."""
+    stream = subjects.aggregates_stream(RUN, "north")
 
     async def look() -> Record | None:
         try:
-            return await bus.last(stream, head)
+            return await bus.last(stream, subject)
         except BusError:  # the aggregator has not made the stream yet
             return None
 
     record = await happens(look, patience_s=120)
     assert record is not None
-    return wire.unpack(unsigned(record.data), Aggregate).aggregate_id
+    return wire.unpack(unsigned(record.data), kind)
 
 
 async def test_killed_between_publishing_a_sum_and_acknowledging_its_updates(
