@@ -172,8 +172,6 @@ class SiteService:
                 self._count_refused("model_refused", error)
                 if error.reason is Reason.POLICY:
                     self._decline(error.detail)
-            except WorkerDiedError as error:
-                self._log.error("model_not_checked", error=str(error))
 
     async def _take(self, record: Record) -> None:
         if record.subject == subjects.control(self._settings.run):
@@ -188,7 +186,7 @@ class SiteService:
             raise RefusedError(Reason.REPLAYED, f"version {manifest.version} came after version {newest}")
         if manifest.delta.cipher == "none" and not self._manifests:
             self._log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
-        await self._worker.call("check", manifest)
+        await self._worker.persist(self._log, "check", manifest)
         if not self._manifests:
             await self._show_spending(manifest)  # of earlier runs and before a restart
         if self._daemon.declined:
