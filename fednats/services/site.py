@@ -16,6 +16,7 @@ from fednats.config import SiteSettings
 from fednats.errors import (
     BudgetSpentError,
     BusError,
+    FednatsError,
     LocalDataError,
     LocalStorageError,
     Reason,
@@ -126,6 +127,7 @@ class SiteService:
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
         await self._recorder.begin(SUMMED_UP)
+        await asyncio.to_thread(self._outbox.release)
         n_samples = await self._worker.call("prepare")
         self._log.info("data_loaded", n_samples=n_samples)
         self._daemon.ready = True
@@ -341,7 +343,7 @@ class SiteService:
             return  # the run closed meanwhile: nobody takes updates any more
         self._status["state"] = "encrypting"
         newest = self._manifests[max(self._manifests)]
-        update: Update = await self._worker.call("encode", newest)
+        update = await self._encode(newest)
         await self._show_spending(newest)
         self._log.info(
             "update_stored",
@@ -355,6 +357,16 @@ class SiteService:
         )
         self._status["outbox"] = await asyncio.to_thread(self._outbox.counts)
         self._to_send.set()
+
+    async def _encode(self, newest: ModelManifest) -> Update:
+        """Have the pass encoded and stored; if that fails, nothing makes room for it."""
+        try:
+            update: Update = await self._worker.call("encode", newest)
+        except FednatsError:
+            await asyncio.to_thread(self._outbox.release)
+            self._to_send.set()
+            raise
+        return update
 
     async def _show_spending(self, manifest: ModelManifest, *, spent: bool = False) -> None:
         if manifest.training.dp is None and manifest.delta.dp is None and self._policy.budget is None:
