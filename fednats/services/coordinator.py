@@ -260,7 +260,8 @@ class CoordinatorService:
         await self._recorder.record(*map(accepted, heads))
         version: Version
         try:
-            version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
+            async with self._publisher.publishing:
+                version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
         except RefusedError as error:
             raise SumsRefusedError(dict.fromkeys(parts, (error.reason, error.detail))) from None
         return version
