@@ -40,7 +40,7 @@ from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, entry_of
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
-from fednats.services.worker import Worker, WorkerDiedError
+from fednats.services.worker import Worker
 from fednats.storage.chunk_file import read_chunks
 from fednats.storage.journal import Journal
 from fednats.storage.local_disk import local_disk
@@ -200,13 +200,9 @@ class AggregatorService:
                 f"sums of {manifest.aggregation.min_sites} sites are asked for, this region's min_sites is"
                 f" {self._settings.min_sites}",
             )
-        try:
-            fit = await self._worker.call(
-                "fit", manifest.delta, manifest.aggregation, manifest.n_parameters, manifest.key_id
-            )
-        except WorkerDiedError as error:
-            self._log.error("model_not_checked", version=manifest.version, error=str(error))
-            return
+        fit: Fit = await self._worker.persist(
+            self._log, "fit", manifest.delta, manifest.aggregation, manifest.n_parameters, manifest.key_id
+        )
         if fit.key_id != manifest.key_id:
             raise RefusedError(
                 Reason.WRONG_KEY, f"announced for key {manifest.key_id}, public_key_file holds {fit.key_id}"

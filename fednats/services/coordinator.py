@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings, RunSettings
-from fednats.errors import BusError, Reason, RefusedError
+from fednats.errors import BusError, FednatsError, Reason, RefusedError
 from fednats.messages import Aggregate, Control, EvaluationSum
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
@@ -81,8 +81,13 @@ def fit_messages(run: RunSettings, max_payload_bytes: int) -> RunSettings:
 SHOWN_QUARANTINED = 20
 """Newest quarantined sums that /status shows."""
 
-Refusals = dict[str, tuple[Reason, str]]
-"""Why each of these contributions cannot be used."""
+
+class SumsRefusedError(FednatsError):
+    """Sums of a combination turned out bad when they were decrypted; ``refused`` says which, and why."""
+
+    def __init__(self, refused: dict[str, tuple[Reason, str]]) -> None:
+        super().__init__(f"sums are refused: {refused}")
+        self.refused = refused
 
 
 class CoordinatorService:
@@ -117,6 +122,8 @@ class CoordinatorService:
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus)
         self._told_closed = False
+        self._stepping = asyncio.Lock()
+        """Held while the mean is in the worker process: other jobs may end the process."""
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
         daemon.status = self._status
         daemon.buses.append(bus)
@@ -153,7 +160,7 @@ class CoordinatorService:
                 "follow signers": self._identity.follow_signers(self._log),
                 "execute": self._tier.execute(self._execute),
                 "combine": self._tier.combine(self._combine),
-                "publish again": self._publisher.publish_again(lambda: self._worker.call("current")),
+                "publish again": self._publisher.publish_again(lambda: self._worker.persist(self._log, "current")),
                 "watch the clock": self._watch_clock(),
                 "watch regions": watch_presence(
                     self._daemon,
@@ -220,31 +227,44 @@ class CoordinatorService:
         A version is made even if nothing is left: sites that wait for one go on.
         """
         identity = combination.combination_id
-        version: Version = await self._worker.call("current")
+        version: Version = await self._worker.persist(self._log, "current")
         if older := sum(part.head.key_id != version.key_id for part in combination.parts):
             self._log.info("older_key_in_use", n_sums=older)  # it has not drained yet
         if version.made_by != identity:  # else it was applied before a restart, and only the publishing is left
-            parts = {part.head.aggregate_id: part for part in combination.parts if isinstance(part.head, Aggregate)}
             try:
-                refused, norms = await self._decrypt(list(parts.values()))
-                quarantined = {} if refused else self._machine.outliers(combination, norms)
-                if quarantined:
-                    self._say_quarantined(parts, norms, quarantined)
-                    parts = {name: part for name, part in parts.items() if name not in quarantined}
-                    refused, _ = await self._decrypt(list(parts.values()))
+                async with self._stepping:
+                    version = await self._step(combination)
             except VanishedError as error:
                 return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
-            if refused:
-                return [CombineFailed(combination_id=identity, refused=refused)]
-            heads = [part.head for part in parts.values()]
-            await self._recorder.record(*map(accepted, heads))
-            try:
-                version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
-            except RefusedError as error:
-                refused = dict.fromkeys(parts, (error.reason, error.detail))
-                return [CombineFailed(combination_id=identity, refused=refused)]
+            except SumsRefusedError as error:
+                return [CombineFailed(combination_id=identity, refused=error.refused)]
         done = Combined(combination_id=identity, norms=version.norms, quarantined=version.quarantined)
         return [await self._announce(version), done]
+
+    async def _step(self, combination: Combination) -> Version:
+        """Make the next version of what is sound and no outlier.
+
+        Raises:
+            SumsRefusedError: a sum is bad.
+            VanishedError: a sum is gone.
+        """
+        identity = combination.combination_id
+        parts = {part.head.aggregate_id: part for part in combination.parts if isinstance(part.head, Aggregate)}
+        norms = await self._decrypt(list(parts.values()))
+        quarantined = self._machine.outliers(combination, norms)
+        if quarantined:
+            self._say_quarantined(parts, norms, quarantined)
+            parts = {name: part for name, part in parts.items() if name not in quarantined}
+            await self._decrypt(list(parts.values()))
+        heads = [part.head for part in parts.values()]
+        await self._recorder.record(*map(accepted, heads))
+        version: Version
+        try:
+            async with self._publisher.publishing:
+                version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
+        except RefusedError as error:
+            raise SumsRefusedError(dict.fromkeys(parts, (error.reason, error.detail))) from None
+        return version
 
     def _say_quarantined(self, parts: Mapping[str, Part], norms: Mapping[str, float], why: Mapping[str, str]) -> None:
         for identity, detail in why.items():
@@ -253,25 +273,20 @@ class CoordinatorService:
                 "sum_quarantined", aggregate_id=identity, region=region, norm=norms[identity], detail=detail
             )
 
-    async def _decrypt(self, parts: list[Part]) -> tuple[Refusals, dict[str, float]]:
-        """Decrypt the sums into one mean; return what is refused, and the L2 norm of each sum.
-
-        Raises:
-            VanishedError: a sum is gone.
-        """
+    async def _decrypt(self, parts: list[Part]) -> dict[str, float]:
+        """Decrypt the sums into one mean; return the L2 norm of each sum. Raises as `_step`."""
         try:
             return await self._decrypt_together(parts)
         except WorkerDiedError:
             for part in parts:
                 try:
-                    refused, _ = await self._decrypt_together([part])
+                    await self._decrypt_together([part])
                 except WorkerDiedError as error:  # the sum that, decrypted alone, ends the worker process
                     refused = {contribution_id(part.head): (Reason.CIPHERTEXT, str(error))}
-                if refused:
-                    return refused, {}
+                    raise SumsRefusedError(refused) from None
             return await self._decrypt_together(parts)
 
-    async def _decrypt_together(self, parts: list[Part]) -> tuple[Refusals, dict[str, float]]:
+    async def _decrypt_together(self, parts: list[Part]) -> dict[str, float]:
         await self._worker.call("begin")
         total = sum(part.mass for part in parts)
         norms: dict[str, float] = {}
@@ -282,10 +297,10 @@ class CoordinatorService:
                     squares += await self._worker.call("decrypt", part.head, part.mass / total, position, data)
                     position += 1
             except RefusedError as error:
-                return {identity: (error.reason, error.detail)}, {}
+                raise SumsRefusedError({identity: (error.reason, error.detail)}) from None
             norms[identity] = math.sqrt(squares)
             self._figures["received_bytes"] += part.head.payload.n_bytes
-        return {}, norms
+        return norms
 
     def _note(self, handled: Handled) -> None:
         """Keep the figures that operators see, now or from the journal."""
@@ -336,7 +351,8 @@ class CoordinatorService:
             case SumEvaluations():
                 await self._read_evaluations(command)
             case KeepBest(version):
-                kept = await self._worker.call("keep_best", version)
+                async with self._stepping:
+                    kept = await self._worker.persist(self._log, "keep_best", version)
                 self._log.info("best_version", version=version, kept=kept)
             case AwaitFinalEvaluation(delay_s):
                 self._log.info("run_finishing", reason=self._machine.reason, version=self._machine.version)
@@ -356,7 +372,8 @@ class CoordinatorService:
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced
 
         async def pool(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: EvaluationPart) -> Pooled:
-            pooled: Pooled = await self._worker.call("pool", inputs, n_sites, like.n_classes, like.key_id)
+            async with self._stepping:
+                pooled: Pooled = await self._worker.call("pool", inputs, n_sites, like.n_classes, like.key_id)
             return pooled
 
         key_ids = (current.key_id, *current.older_key_ids)

@@ -34,7 +34,8 @@ class ModelPublisher:
         self._bus = bus
         self._stream = subjects.models_stream(settings.run, subjects.HUB)
         self._prefix = subjects.model(settings.run)
-        self._publishing = asyncio.Lock()
+        self.publishing = asyncio.Lock()
+        """Held while a version's frames are read; who makes the next one, which removes some, holds it too."""
         self._closed: Control | None = None
         self._frames: set[str] = set()
         """Payload ids of the frames that are in the stream."""
@@ -42,23 +43,23 @@ class ModelPublisher:
 
     async def publish(self, version: Version) -> ModelManifest:
         """Publish ``version``; returns when everybody can have it."""
-        async with self._publishing:
+        async with self.publishing:
             return await self._publish(version)
 
     async def close(self, control: Control) -> None:
         """Tell everybody that the run is over."""
-        async with self._publishing:
+        async with self.publishing:
             self._closed = control
             await self._tell_closed(control)
 
     async def publish_again(self, current: Callable[[], Awaitable[Version]]) -> None:
         """Publish the ``current`` version again whenever the hub had lost its streams, for ever.
 
-        It is asked for here: the next one may just have been made, and with it frames of the last one removed.
+        It is asked for here: the next one may just have been made.
         """
         async for stream in self._bus.recreated():
             if stream == self._stream:
-                async with self._publishing:
+                async with self.publishing:
                     self._frames.clear()
                     version = await current()
                     await self._publish(version)

@@ -16,6 +16,7 @@ from fednats.config import SiteSettings
 from fednats.errors import (
     BudgetSpentError,
     BusError,
+    FednatsError,
     LocalDataError,
     LocalStorageError,
     Reason,
@@ -126,6 +127,7 @@ class SiteService:
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
         await self._recorder.begin(SUMMED_UP)
+        await asyncio.to_thread(self._outbox.release)
         n_samples = await self._worker.call("prepare")
         self._log.info("data_loaded", n_samples=n_samples)
         self._daemon.ready = True
@@ -172,8 +174,6 @@ class SiteService:
                 self._count_refused("model_refused", error)
                 if error.reason is Reason.POLICY:
                     self._decline(error.detail)
-            except WorkerDiedError as error:
-                self._log.error("model_not_checked", error=str(error))
 
     async def _take(self, record: Record) -> None:
         if record.subject == subjects.control(self._settings.run):
@@ -188,7 +188,7 @@ class SiteService:
             raise RefusedError(Reason.REPLAYED, f"version {manifest.version} came after version {newest}")
         if manifest.delta.cipher == "none" and not self._manifests:
             self._log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
-        await self._worker.call("check", manifest)
+        await self._worker.persist(self._log, "check", manifest)
         if not self._manifests:
             await self._show_spending(manifest)  # of earlier runs and before a restart
         if self._daemon.declined:
@@ -343,7 +343,7 @@ class SiteService:
             return  # the run closed meanwhile: nobody takes updates any more
         self._status["state"] = "encrypting"
         newest = self._manifests[max(self._manifests)]
-        update: Update = await self._worker.call("encode", newest)
+        update = await self._encode(newest)
         await self._show_spending(newest)
         self._log.info(
             "update_stored",
@@ -357,6 +357,16 @@ class SiteService:
         )
         self._status["outbox"] = await asyncio.to_thread(self._outbox.counts)
         self._to_send.set()
+
+    async def _encode(self, newest: ModelManifest) -> Update:
+        """Have the pass encoded and stored; if that fails, nothing makes room for it."""
+        try:
+            update: Update = await self._worker.call("encode", newest)
+        except FednatsError:
+            await asyncio.to_thread(self._outbox.release)
+            self._to_send.set()
+            raise
+        return update
 
     async def _show_spending(self, manifest: ModelManifest, *, spent: bool = False) -> None:
         if manifest.training.dp is None and manifest.delta.dp is None and self._policy.budget is None:

@@ -30,7 +30,7 @@ from fednats.privacy.trainer import PrivateTrainer
 from fednats.services.answers import Scored, Trained
 from fednats.services.keys import held, key_id_of, read_keys
 from fednats.storage.local_disk import local_disk
-from fednats.storage.local_model import LocalModel, model_folder
+from fednats.storage.local_model import LocalModel, model_folder, read_or_drop
 from fednats.storage.outbox import ChunkKey, Outbox, outbox_file
 from fednats.storage.tensor_file import TensorFile
 
@@ -191,7 +191,7 @@ class SiteWorker:
     def _start(self, version: int, *, goes_on: bool) -> TensorFile:
         """Open what a pass on ``version`` starts from."""
         if goes_on and self._local.exists():
-            local = TensorFile.read(self._local)
+            local = read_or_drop(self._local)
             if local.metadata.get("version") == str(version):
                 return local
             local.close()

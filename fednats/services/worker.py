@@ -1,7 +1,8 @@
 """One long-lived process beside a daemon, for training and cryptography, so that the event loop is never held up.
 
 The process is spawned, not forked, and owns what is heavy: torch, TenSEAL, the data. It ends with its daemon, also when
-that is killed. A worker that dies (hostile ciphertext, out of memory) is replaced; what it was doing fails.
+that is killed. A worker that dies (hostile ciphertext, out of memory) is replaced; what it was doing fails, and nothing
+else: a job reaches the process only when the one before it is done.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from fednats.errors import FednatsError
+from fednats.services.persist import RETRY_S
 
 JobsT = TypeVar("JobsT")
 
@@ -40,6 +42,7 @@ class Worker(Generic[JobsT]):
         self._make = make
         self._args = args
         self._pool = self._start()
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> "Worker[JobsT]":
         return self
@@ -60,16 +63,24 @@ class Worker(Generic[JobsT]):
         Raises:
             WorkerDiedError: the process ended.
         """
-        pool = self._pool
-        try:
-            return await asyncio.get_running_loop().run_in_executor(pool, _run, method, args)
-        except BrokenProcessPool:
-            if self._pool is pool:  # else another call that was under way has replaced it
-                pool.shutdown(wait=False)
+        async with self._turn:
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._pool, _run, method, args)
+            except BrokenProcessPool:
+                self._pool.shutdown(wait=False)
                 self._pool = self._start()
-            raise WorkerDiedError(
-                f"the worker process ended in {method!r}; see the system's log for a signal or memory"
-            ) from None
+                raise WorkerDiedError(
+                    f"the worker process ended in {method!r}; see the system's log for a signal or memory"
+                ) from None
+
+    async def persist(self, log: Any, method: str, *args: object) -> Any:
+        """Run ``method`` as `call` does, and again until no process ends in it: for what must be known to go on."""
+        while True:
+            try:
+                return await self.call(method, *args)
+            except WorkerDiedError as error:
+                log.warning("worker_died", error=str(error), retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
 
     def _start(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")

@@ -10,7 +10,7 @@ from fednats.codec import frames
 from fednats.codec.layout import Layout, blocks
 from fednats.config import MIN_CHUNK_BYTES
 from fednats.crypto.sealing import ModelKeys
-from fednats.errors import Reason, RefusedError
+from fednats.errors import ConfigError, LocalStorageError, Reason, RefusedError
 from fednats.messages import Chunk, Frame, ModelManifest
 from fednats.storage.chunk_file import read_chunks
 from fednats.storage.tensor_file import TensorFile, digest_of
@@ -41,8 +41,8 @@ class LocalModel:
         return {path.stem.removeprefix("frame-"): path.stat().st_size for path in files}
 
     def weights(self, version: int) -> TensorFile:
-        """Open the weights of ``version``. Raises ConfigError if they are missing or damaged."""
-        return TensorFile.read(self._file(version))
+        """Open the weights of ``version``. Raises as `read_or_drop`; they are then fetched again."""
+        return read_or_drop(self._file(version))
 
     @staticmethod
     def check(frame: Frame, n_parameters: int) -> None:
@@ -65,6 +65,7 @@ class LocalModel:
         """Make the weights of ``manifest`` from the version held along ``chain``, whose frames were fetched.
 
         Raises:
+            LocalStorageError: the version held is damaged; it is dropped.
             RefusedError: the frames are malformed or not sealed with one of ``keys``, or what they lead to has another digest than
                 was announced. Everything fetched is then forgotten, so that the next attempt starts from a keyframe.
         """
@@ -85,8 +86,8 @@ class LocalModel:
         if digest != manifest.weights_digest:
             self._forget()
             raise RefusedError(Reason.CHECKSUM, f"version {manifest.version} differs from its digest")
-        self._forget()
         partial.rename(self._file(manifest.version))
+        self._forget(but=self._file(manifest.version))
 
     def _apply(self, frame: Frame, layout: Layout, made: TensorFile, keys: ModelKeys) -> None:
         start = 0
@@ -106,9 +107,10 @@ class LocalModel:
                 Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: {start} of {layout.n_parameters} values"
             )
 
-    def _forget(self) -> None:
+    def _forget(self, but: Path | None = None) -> None:
         for path in [*self._directory.glob("frame-*.chunks"), *self._directory.glob("version-*.safetensors")]:
-            path.unlink()
+            if path != but:
+                path.unlink()
 
     def _file(self, version: int) -> Path:
         return self._directory / f"version-{version}.safetensors"
@@ -117,6 +119,21 @@ class LocalModel:
 def model_folder(state_dir: Path) -> Path:
     """Return where a site keeps its copy of the model."""
     return state_dir / "model"
+
+
+def read_or_drop(path: Path) -> TensorFile:
+    """Open a file that can be had again.
+
+    Raises:
+        LocalStorageError: it is missing or damaged; it is removed, so that the next attempt does without it.
+    """
+    try:
+        return TensorFile.read(path)
+    except ConfigError as error:
+        path.unlink(missing_ok=True)
+        raise LocalStorageError(
+            f"{path}: cannot be read as a model ({error.__cause__}); it was removed, and the next attempt makes it anew"
+        ) from error
 
 
 def _only_part(data: bytes) -> bytes:

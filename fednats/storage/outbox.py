@@ -79,7 +79,7 @@ class Outbox:
         """Begin an update, dropping what an unfinished one left.
 
         Returns the update that it takes the place of, if ``max_waiting`` wait already: the oldest whose sending has not
-        begun. Until the new one is stored, that one is neither sent nor dropped.
+        begun. Until the new one is stored, or given up by `release`, that one is neither sent nor dropped.
         """
         newest = self._newest()
         with self._transaction() as connection:
@@ -137,6 +137,11 @@ class Outbox:
         """Return the base version of the newest update, -1 for none."""
         (newest,) = self._read("SELECT COALESCE(MAX(base_version), -1) FROM outgoing")
         return int(newest)
+
+    def release(self) -> None:
+        """No update is in the making: one that was to make room for it is sent like the others."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE outgoing SET claimed = 0 WHERE claimed = 1")
 
     def pending(self) -> list[Update]:
         """Return the updates that are not yet acknowledged by the bus, oldest first."""

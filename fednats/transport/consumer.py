@@ -9,7 +9,6 @@ it has handed out, so a delivery may stay unsettled for hours, and comes again s
 """
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
@@ -197,6 +196,10 @@ class Consumer:
     async def _keep_in_work(self) -> None:
         while True:
             await asyncio.sleep(IN_WORK_INTERVAL_S)
-            for delivery in tuple(self.unsettled.values()):
-                with contextlib.suppress(AwayError):
+            try:
+                for delivery in tuple(self.unsettled.values()):
                     await delivery.in_work()
+            except AwayError:
+                pass  # the connection says so
+            except BusError as error:
+                self.connection.log.warning("not_said_to_be_in_work", stream=self._stream, error=str(error))

@@ -90,11 +90,13 @@ class Upkeep:
             await asyncio.sleep(PULSE_INTERVAL_S)
             await self._connection.wait_connected()
             pulses = {spec.pulse for spec in self._specs.values() if isinstance(spec, StreamSpec) and spec.pulse}
-            for pulse in pulses:
-                try:
+            try:
+                for pulse in pulses:
                     await self._connection.emit(pulse, b"")
-                except AwayError:
-                    break
+            except AwayError:
+                pass  # the connection says so
+            except BusError as error:
+                self._connection.log.warning("pulse_not_sent", error=str(error))
 
     def _start(self, name: str, body: Awaitable[None]) -> None:
         async def live() -> None:

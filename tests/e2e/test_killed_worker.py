@@ -18,8 +18,9 @@ from fednats.services.identity import Identity
 from fednats.testbed.launch import running
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation
+from tests.e2e.ledgers import balanced
 from tests.e2e.test_bad_input import rejects, steady
-from tests.e2e.until import reached, until
+from tests.e2e.until import ENDLESS, end_after, reached, until
 from tests.killing import kills_when_added
 from tests.makers import aggregate
 
@@ -65,15 +66,13 @@ async def test_a_ciphertext_that_kills_the_worker_is_refused_by_name_and_the_oth
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(CARELESS)
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(__file__).parents[2]}")
-    federation = make_federation({"north": ["a", "b", "c"]}, stop={"max_versions": 100})
+    federation = make_federation({"north": ["a", "b", "c"]}, stop=ENDLESS)
     async with running(federation, tmp_path / "out") as federation_running:
         servers = federation_running.servers
         async with Bus.connect(servers.site("north", "c"), user_name("site", "c")) as bus:
             current = await steady(bus)
             await send_update(bus, servers.identity("site", "c"), current, kills_when_added(context(tmp_path)))
-        before = await until(
-            federation_running, lambda statuses: "ciphertext" in statuses["aggregator-north"]["refusals"]
-        )
+        await until(federation_running, lambda statuses: "ciphertext" in statuses["aggregator-north"]["refusals"])
         async with Bus.connect(servers.uplink("north"), user_name("uplink", "north")) as bus:
             await send_sum(bus, servers.identity("aggregator", "north"), current, kills_when_added(context(tmp_path)))
         before = await until(federation_running, lambda statuses: "ciphertext" in statuses["coordinator"]["refusals"])
@@ -86,6 +85,12 @@ async def test_a_ciphertext_that_kills_the_worker_is_refused_by_name_and_the_oth
         for name in ("aggregator-north", "coordinator"):
             assert not federation_running.daemons[name].ended
             assert n_starts(tmp_path / "out" / name / "daemon.log") == 1
+        statuses = await end_after(federation_running, 2)
+        ledger = await balanced(tmp_path / "out")
+    refused = {name: statuses[name]["refusals"]["ciphertext"] for name in ("aggregator-north", "coordinator")}
+    assert refused == {"aggregator-north": 1, "coordinator": 1}, "nothing honest"
+    (note,) = ledger.notes
+    assert "update killing came in the name of c" in note
 
 
 def n_starts(log: Path) -> int:

@@ -12,9 +12,7 @@ from fednats.testbed.launch import Running, running
 from fednats.testbed.processes import DaemonProcess
 from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
-from tests.e2e.until import Statuses, reached, until
-
-ENDLESS = {"max_versions": 100_000}
+from tests.e2e.until import ENDLESS, Statuses, reached, until
 
 PATIENCE_S = 60.0
 """For a daemon to start, or for its presence to run out."""

@@ -13,6 +13,9 @@ from fednats.testbed.launch import COORDINATOR, Running
 
 Statuses = Mapping[str, Mapping[str, Any]]
 
+ENDLESS = {"max_versions": 100_000}
+"""Of a run that a test ends itself, with `end_after`."""
+
 LIMIT_S = 120.0
 _POLL_S = 0.1
 

@@ -5,11 +5,24 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 
+from fednats.config import AggregationSettings, DeltaSettings
 from fednats.errors import ConfigError, Reason, RefusedError
+from fednats.messages import Aggregate, Update
+from fednats.protocol.events import Combination, Part
+from fednats.services.adder import Adder, PartRefusedError
+from fednats.services.answers import Fit
 from fednats.services.worker import Worker, WorkerDiedError
+from tests.makers import update
+
+KILLING = b"killing"
 
 
 class Jobs:
@@ -33,6 +46,17 @@ class Jobs:
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
+
+    def die_once(self, mark: Path) -> str:
+        if not mark.exists():
+            mark.touch()
+            self.die()
+        return "answer"
+
+    def weighted_sum(self, _fit: Fit, _position: int, chunks: list[bytes], _weights: object, _carried: object) -> bytes:
+        if KILLING in chunks:
+            self.die()
+        return b"".join(chunks)
 
 
 def make_jobs(start: int) -> Jobs:
@@ -71,6 +95,68 @@ async def test_a_worker_that_crashes_is_replaced() -> None:
             await worker.call("die")
         assert await worker.call("pid") != first
         assert await worker.call("add", 1) == 6
+
+
+async def test_what_waits_for_its_turn_outlives_the_job_that_ends_the_process() -> None:
+    async with Worker(make_jobs, 5) as worker:
+        jobs = [worker.call("die"), worker.call("add", 1), worker.call("die"), worker.call("add", 1)]
+        became = await asyncio.gather(*jobs, return_exceptions=True)
+    assert [WorkerDiedError if isinstance(each, WorkerDiedError) else each for each in became] == [
+        WorkerDiedError,
+        6,
+        WorkerDiedError,
+        6,
+    ]
+
+
+async def test_what_must_be_known_is_asked_again_after_a_death(tmp_path: Path) -> None:
+    async with Worker(make_jobs, 5) as worker:
+        with structlog.testing.capture_logs() as lines:
+            assert await worker.persist(structlog.get_logger(), "die_once", tmp_path / "mark") == "answer"
+    assert [line["event"] for line in lines] == ["worker_died"]
+
+
+@asynccontextmanager
+async def dying(worker: Worker[Jobs]) -> AsyncIterator[None]:
+    """Have the worker die again and again of what another task asks of it."""
+
+    async def die() -> None:
+        while True:
+            with suppress(WorkerDiedError):
+                await worker.call("die")
+
+    task = asyncio.create_task(die())
+    await asyncio.sleep(0)  # it asks first
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def summed(worker: Worker[Any], **sent: bytes) -> bytes:
+    """Have a region sum the updates that these sites sent."""
+
+    async def read(head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
+        assert isinstance(head, Update)
+        yield sent[head.site]
+
+    parts = tuple(Part(update(site), mass=1.0, staleness=0) for site in sent)
+    combination = Combination("c", 0, parts, scale=1.0, n_sites=len(parts))
+    fit = Fit(DeltaSettings(), AggregationSettings(), 1, "k", 1, 500, 500)
+    adder = Adder(worker, fit, combination, (1,) * len(parts), read)
+    return b"".join([chunk async for chunk in adder.chunks()])
+
+
+async def test_honest_updates_are_summed_while_something_else_ends_the_process() -> None:
+    async with Worker(make_jobs, 5) as worker, dying(worker):
+        assert await summed(worker, a=b"honest", b=b"too") == b"honesttoo"
+
+
+async def test_of_a_sum_only_the_update_that_ends_the_process_is_refused() -> None:
+    async with Worker(make_jobs, 5) as worker, dying(worker):
+        with pytest.raises(PartRefusedError) as refused:
+            await summed(worker, a=b"honest", b=KILLING, c=b"too")
+    assert (refused.value.part_id, refused.value.reason) == ("b-1", Reason.CIPHERTEXT)
 
 
 async def test_the_event_loop_runs_on_while_the_worker_works() -> None:

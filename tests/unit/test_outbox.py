@@ -98,6 +98,18 @@ def test_an_update_that_was_to_make_room_stays_if_the_newer_one_is_never_stored(
     assert residual(outbox) == [0.0] * 4
 
 
+def test_an_update_that_was_to_make_room_is_sent_after_a_crash(outbox: Outbox, tmp_path: Path) -> None:
+    store(outbox, [1, 2, 3, 4], 0.5)
+    begin(outbox, [0, 0, 0, 0], 0.25, max_waiting=1)
+    restarted = Outbox(tmp_path / "outbox.sqlite")
+    restarted.release()
+    assert restarted.offer("a-1") == 0
+    assert list(restarted.chunks("a-1")) == [b"chunk0", b"chunk1"]
+    assert residual(restarted) == [0.5] * 4
+    store(restarted, [0, 0, 0, 0], 0.25, max_waiting=1)
+    assert [head.update_id for head in restarted.pending()] == ["a-1", "a-2"], "it is under way, and not dropped"
+
+
 def test_an_update_that_may_be_at_the_bus_already_is_never_dropped(outbox: Outbox) -> None:
     store(outbox, [1, 2, 3, 4], 0.0)
     store(outbox, [1, 2, 3, 4], 0.0)

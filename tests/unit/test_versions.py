@@ -1,6 +1,7 @@
 """Versions from the coordinator's files to a site's: keyframes, differences, the same bits at both ends."""
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from fednats.codec import frames, grid
 from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, ServerSettings, TrainingSettings
 from fednats.crypto.sealing import ModelKeys, generate
-from fednats.errors import ConfigError, Reason, RefusedError
+from fednats.errors import ConfigError, LocalStorageError, Reason, RefusedError
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
 from fednats.services.next_version import LONGEST_CHAIN, Made, NextVersion, first_version
@@ -69,13 +70,23 @@ class Site:
     def take(self, checkpoint: Checkpoint) -> NDArray[np.float32]:
         chain = frames.cheapest(checkpoint.frames, self.model.held, checkpoint.version, self.model.fetched())
         for frame in chain:
+            first = keep_sound(self.model.frame_file(frame), frame.payload.digests)
+            chunks = read_chunks(frame_file(self.origin.directory, frame.payload.payload_id))
             with ChunkFile(self.model.frame_file(frame)) as file:
-                for chunk in read_chunks(frame_file(self.origin.directory, frame.payload.payload_id)):
+                for chunk in islice(chunks, first, None):
                     file.append(chunk)
-            self.fetched_bytes += frame.payload.n_bytes
+                    self.fetched_bytes += len(chunk)
         self.model.advance(manifest(checkpoint), chain, self.keys)
         with self.model.weights(checkpoint.version) as weights:
             return weights[0:N]
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL."""
+
+
+def killed(*_: object, **__: object) -> None:
+    raise KilledError
 
 
 def manifest(checkpoint: Checkpoint) -> ModelManifest:
@@ -192,6 +203,39 @@ def test_a_frame_that_was_tampered_with_is_refused_and_forgotten(origin: Origin,
     assert site.model.held == -1
     assert not site.model.fetched()
     np.testing.assert_array_equal(site.take(origin.made[-1]), origin.weights(1))
+
+
+def test_a_copy_that_was_damaged_on_disk_is_dropped_and_fetched_again(origin: Origin, tmp_path: Path) -> None:
+    site = Site(tmp_path / "site", origin)
+    site.take(origin.made[0])
+    (copy,) = (tmp_path / "site").glob("version-*")
+    for damaged in (copy.read_bytes()[:-4], b""):
+        copy.write_bytes(damaged)
+        with pytest.raises(LocalStorageError, match=r"version-0\.safetensors.*removed"):
+            site.model.weights(0)
+        np.testing.assert_array_equal(site.take(origin.made[0]), origin.weights(0))
+    copy.write_bytes(b"")
+    with pytest.raises(LocalStorageError, match=r"version-0\.safetensors.*removed"):
+        site.take(origin.step())
+    np.testing.assert_array_equal(site.take(origin.made[-1]), origin.weights(1))
+
+
+def test_a_site_killed_while_it_takes_a_version_needs_no_keyframe(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path / "site", origin)
+    site.take(origin.made[0])
+    origin.step()
+    for kills_at in ("rename", "unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, kills_at, killed)
+            with pytest.raises(KilledError):
+                site.take(origin.made[-1])
+        site = Site(tmp_path / "site", origin)
+        assert site.model.held == (0 if kills_at == "rename" else 1)
+    origin.step()
+    np.testing.assert_array_equal(site.take(origin.made[-1]), origin.weights(2))
+    assert site.fetched_bytes == origin.made[-1].frames[-1].payload.n_bytes, "one difference"
 
 
 def test_without_the_run_s_key_a_frame_says_nothing(origin: Origin, tmp_path: Path) -> None:
