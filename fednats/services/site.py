@@ -114,13 +114,14 @@ class SiteService:
             "sent_bytes": 0,
             "received_bytes": 0,
             "train_s": 0.0,
-            "metrics": {},
             "privacy": None,
         }
+        self._metrics: dict[str, float] = {}
         daemon.waits = lambda: bool(daemon.declined) or not self._machine.trains  # nobody waits for who takes no part
         if self._policy.budget is not None:
             daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
         daemon.status = lambda: self._status
+        daemon.private = lambda: {"metrics": self._metrics}
         daemon.buses.append(bus)
 
     async def live(self) -> None:
@@ -306,7 +307,7 @@ class SiteService:
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
         scored: Scored = await self._worker.call("evaluate", manifest)
-        self._status["metrics"] = scored.metrics
+        self._metrics = scored.metrics
         if not self._machine.trains:
             self._status["version"] = manifest.version
         shown = self._policy.plain_metrics
