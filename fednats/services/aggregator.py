@@ -254,6 +254,11 @@ class AggregatorService:
         key_ids = (current.key_id, *current.older_key_ids)
         summing = Summing(self._tier.chunks, add, key_ids, current.settings.min_sites, self._log)
         parts, made = await summing.run(command)
+        spoilt_by = tuple(
+            evaluation_id(part) for part in command.parts if isinstance(part, Evaluation) and part not in parts
+        )
+        if spoilt_by:
+            parts = []
         if parts:
             chunks = made or ()
             name = payload_id(self._settings.region, command.version)
@@ -269,7 +274,9 @@ class AggregatorService:
             self._sent_bytes += entry.n_bytes
             self._daemon.metrics.sent_bytes.inc(entry.n_bytes)
         await self._tier.feed(
-            EvaluationsSummed(version=command.version, n_sites=sites_of(parts), n_samples=cases_of(parts))
+            EvaluationsSummed(
+                version=command.version, n_sites=sites_of(parts), n_samples=cases_of(parts), spoilt_by=spoilt_by
+            )
         )
 
     async def _combine(self, combination: Combination) -> list[Event]:
