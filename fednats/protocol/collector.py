@@ -184,7 +184,7 @@ class Collector:
         if event.evaluation.version > self.current.version:
             return self._evaluate_early(event)
         summing = self._summing.get(event.evaluation.version)
-        if summing is not None and event.evaluation in summing.parts:
+        if summing is not None and evaluation_id(event.evaluation) in map(evaluation_id, summing.parts):
             return []
         if self._tally.is_closed(event.evaluation.version):
             return [Settle((evaluation_id(event.evaluation),))]
