@@ -75,6 +75,14 @@ def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
+def message_id(signed: bytes) -> str:
+    """Return the id of a signed message: the same when it is sent again, and nobody else can make it in advance.
+
+    A stream drops what comes under an id that it has seen, whoever sent that, on whichever of its subjects.
+    """
+    return digest(signed).hex()
+
+
 def unpack_values(body: bytes) -> Any:
     """Unpack msgpack that somebody else may have written; lists become tuples.
 

@@ -33,6 +33,7 @@ from fednats.protocol.events import (
     Part,
     PresenceChanged,
     Refuse,
+    ReportNotEvaluated,
     ReportWaiting,
     RunClosed,
     Settle,
@@ -183,22 +184,32 @@ class Collector:
         if event.evaluation.version > self.current.version:
             return self._evaluate_early(event)
         summing = self._summing.get(event.evaluation.version)
-        if summing is not None and event.evaluation in summing.parts:
+        if summing is not None and evaluation_id(event.evaluation) in map(evaluation_id, summing.parts):
             return []
+        if self._tally.is_closed(event.evaluation.version):
+            return [Settle((evaluation_id(event.evaluation),))]
         return self._give_out(self._tally.add(event.evaluation, self.current.settings.min_sites))
 
     def _summed(self, event: EvaluationsSummed) -> list[Command]:
-        return [Settle(tuple(evaluation_id(part) for part in self._summing.pop(event.version).parts))]
+        parts = {evaluation_id(part): part for part in self._summing.pop(event.version).parts}
+        if not event.spoilt_by:
+            return [Settle(tuple(parts))]
+        assert self.current is not None  # noqa: S101 - else nothing was to be summed
+        others = [part for identity, part in parts.items() if identity not in event.spoilt_by]
+        again = self._tally.again(event.version, others, self.current.settings.min_sites)
+        return [Settle(event.spoilt_by), *self._give_out(again)]
 
     def _give_out(self, closed: list[Closed]) -> list[Command]:
         """Have evaluations summed; they are settled once that is done."""
         commands: list[Command] = []
-        for summing, given_up in closed:
-            if summing is not None:
-                self._summing[summing.version] = summing
-                commands.append(summing)
-            if given_up:
-                commands.append(Settle(given_up))
+        for each in closed:
+            if each.summing is None:
+                commands.append(ReportNotEvaluated(each.version, len(each.given_up)))
+            else:
+                self._summing[each.version] = each.summing
+                commands.append(each.summing)
+            if each.given_up:
+                commands.append(Settle(each.given_up))
         return commands
 
     def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:

@@ -1,9 +1,11 @@
 """Sum evaluations of one version over distinct sites, so that no site's own figures go on."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 from fednats.messages import Evaluation, EvaluationSum
+from fednats.protocol.cohorts import Cohorts
 from fednats.protocol.events import SumEvaluations, evaluation_id
 
 PATIENCE_VERSIONS = 5
@@ -12,21 +14,31 @@ PATIENCE_VERSIONS = 5
 FORGOTTEN_VERSIONS = 20
 """So far behind, a version's evaluations are given up."""
 
-Closed = tuple[SumEvaluations | None, tuple[str, ...]]
-"""A version's evaluations to be summed, or None and the ids of what is given up."""
+Part = Evaluation | EvaluationSum
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """What becomes of evaluations of a version: some are summed, or none; the others are given up."""
+
+    version: int
+    summing: SumEvaluations | None
+    given_up: tuple[str, ...]
 
 
 class EvaluationTally:
     """Collect evaluations by version; give each version out once.
 
-    A version is given out when every source has reported; when at least ``min_sites`` sites have, and with them
-    everybody who is present; or when so many have and it is `PATIENCE_VERSIONS` behind the newest evaluated one. One
-    that is `FORGOTTEN_VERSIONS` behind is dropped.
+    Of which sites it may be is up to `Cohorts`. A version is given out when every source has reported; when at least
+    ``min_sites`` sites have, with them everybody who is present, and no block is made or split by it; or when so many have
+    and it is `PATIENCE_VERSIONS` behind the newest evaluated one. One that is `FORGOTTEN_VERSIONS` behind is dropped.
     """
 
     def __init__(self, sources: AbstractSet[str]) -> None:
         self.expect(sources, sources)
-        self._open: dict[int, dict[str, Evaluation | EvaluationSum]] = {}
+        self._open: dict[int, dict[str, Part]] = {}
+        self._cohorts = Cohorts()
+        self._newest = 0
         self._done_below = 0
         self._done: set[int] = set()
 
@@ -35,41 +47,59 @@ class EvaluationTally:
         self._sources = frozenset(sources)
         self._present = frozenset(present)
 
-    def add(self, evaluation: Evaluation | EvaluationSum, min_sites: int) -> list[Closed]:
-        """Count ``evaluation``; return what that completes."""
-        version = evaluation.version
-        if version < self._done_below or version in self._done:
-            return [(None, (evaluation_id(evaluation),))]
-        source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
-        self._open.setdefault(version, {})[source] = evaluation
+    def is_closed(self, version: int) -> bool:
+        """Whether ``version`` was given out, or up."""
+        return version not in self._open and (version < self._done_below or version in self._done)
+
+    def add(self, evaluation: Part, min_sites: int) -> list[Closed]:
+        """Count ``evaluation``, of a version that is not closed; return what that completes."""
+        self._newest = max(self._newest, evaluation.version)
+        self._open.setdefault(evaluation.version, {})[_source(evaluation)] = evaluation
+        return self.complete(min_sites)
+
+    def again(self, version: int, parts: Collection[Part], min_sites: int) -> list[Closed]:
+        """Take ``parts`` in again: nothing came of the sum that they were given out for, because of others in it."""
+        if parts:
+            self._open[version] = {_source(part): part for part in parts}
         return self.complete(min_sites)
 
     def complete(self, min_sites: int) -> list[Closed]:
         """Return what is complete."""
-        newest = max(self._open, default=0)
-        return [
-            self._close(version, min_sites)
-            for version in sorted(self._open)
-            if self._is_complete(version, newest, min_sites)
-        ]
+        closed = (self._close(version, min_sites) for version in sorted(self._open))
+        return [each for each in closed if each is not None]
 
-    def _is_complete(self, version: int, newest: int, min_sites: int) -> bool:
-        reported = self._open[version]
-        if self._sources <= reported.keys() or version <= newest - FORGOTTEN_VERSIONS:
-            return True
-        enough = _n_sites(reported) >= min_sites
-        return enough and (self._present <= reported.keys() or version <= newest - PATIENCE_VERSIONS)
+    def _close(self, version: int, min_sites: int) -> Closed | None:
+        """Give ``version`` out, or up; None if it is worth waiting for others."""
+        reported, n_behind = self._open[version], self._newest - version
+        asked = {source: min_sites for source, part in reported.items() if isinstance(part, Evaluation)}
+        cohort = self._cohorts.largest(asked)
+        sites = frozenset[str]().union(*cohort)
+        parts = tuple(reported[source] for source in sorted(reported) if source in sites or source not in asked)
+        enough = _n_sites(parts) >= min_sites
+        everybody = self._sources <= reported.keys()
+        nothing_new = self._present <= reported.keys() and set(cohort) <= set(self._cohorts.blocks)
+        if not (everybody or n_behind >= FORGOTTEN_VERSIONS) and not (
+            enough and (nothing_new or n_behind >= PATIENCE_VERSIONS)
+        ):
+            return None
+        del self._open[version]
+        self._finish(version)
+        if not enough:
+            return Closed(version, None, tuple(map(evaluation_id, reported.values())))
+        self._cohorts.give_out(cohort, asked)
+        left_out = tuple(evaluation_id(part) for part in reported.values() if part not in parts)
+        return Closed(version, SumEvaluations(version, parts), left_out)
 
-    def _close(self, version: int, min_sites: int) -> Closed:
-        reported = self._open.pop(version)
+    def _finish(self, version: int) -> None:
         self._done.add(version)
         while self._done_below in self._done:
             self._done.discard(self._done_below)
             self._done_below += 1
-        if _n_sites(reported) < min_sites:
-            return (None, tuple(evaluation_id(evaluation) for evaluation in reported.values()))
-        return (SumEvaluations(version, tuple(reported[source] for source in sorted(reported))), ())
 
 
-def _n_sites(reported: Mapping[str, Evaluation | EvaluationSum]) -> int:
-    return sum(1 if isinstance(evaluation, Evaluation) else evaluation.n_sites for evaluation in reported.values())
+def _source(part: Part) -> str:
+    return part.site if isinstance(part, Evaluation) else part.region
+
+
+def _n_sites(parts: Collection[Part]) -> int:
+    return sum(1 if isinstance(part, Evaluation) else part.n_sites for part in parts)

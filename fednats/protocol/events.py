@@ -118,6 +118,8 @@ class EvaluationsSummed(Event):
     n_samples: int
     metrics: dict[str, float] = {}
     """Read at the root: of all their test cases pooled."""
+    spoilt_by: tuple[str, ...] = ()
+    """Evaluations of sites, by id, that could not be summed: so nothing was sent, for without them it is another sum."""
 
 
 class RunClosed(Event):
@@ -226,6 +228,15 @@ class ReportWaiting:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportNotEvaluated:
+    """No sum could be made of the evaluations of this version: of too few sites, or of others than sums before."""
+
+    version: int
+    n_evaluations: int
+    """That had come."""
+
+
+@dataclass(frozen=True, slots=True)
 class SumEvaluations:
     """Sum these and send the sum upwards, or at the root read it; then say `EvaluationsSummed`."""
 
@@ -256,7 +267,16 @@ class CloseRun:
 
 
 Command = (
-    Combine | Settle | Refuse | StartTimer | ReportWaiting | SumEvaluations | KeepBest | AwaitFinalEvaluation | CloseRun
+    Combine
+    | Settle
+    | Refuse
+    | StartTimer
+    | ReportWaiting
+    | ReportNotEvaluated
+    | SumEvaluations
+    | KeepBest
+    | AwaitFinalEvaluation
+    | CloseRun
 )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fednats import subjects, wire
 from fednats.config import AggregatorSettings
 from fednats.errors import BusError, Reason, RefusedError
-from fednats.messages import Aggregate, Control, Evaluation, EvaluationSum, ModelManifest, Payload, Update
+from fednats.messages import Aggregate, Control, Evaluation, EvaluationSum, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.admission import Roster
@@ -29,7 +29,7 @@ from fednats.protocol.events import (
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
-from fednats.services.evaluations import Part, Summing, cases_of, payload_id, sites_of, sum_of
+from fednats.services.evaluations import Part, Summing, cases_of, payload_of, sites_of, sum_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
@@ -250,22 +250,27 @@ class AggregatorService:
         key_ids = (current.key_id, *current.older_key_ids)
         summing = Summing(self._tier.chunks, add, key_ids, current.settings.min_sites, self._log)
         parts, made = await summing.run(command)
+        spoilt_by = tuple(
+            evaluation_id(part) for part in command.parts if isinstance(part, Evaluation) and part not in parts
+        )
+        if spoilt_by:
+            parts = []
         if parts:
             chunks = made or ()
-            name = payload_id(self._settings.region, command.version)
-            digests = tuple(map(wire.digest, chunks))
-            payload = Payload(payload_id=name, n_bytes=sum(map(len, chunks)), digests=digests)
+            payload = payload_of(self._settings.region, command.version, chunks)
             head = sum_of(self._settings.run, self._settings.region, parts, payload)
             prefix = subjects.aggregate(self._settings.run, self._settings.region)
             signed = self._identity.sign(subject, head)
             entry = entry_of("evaluation_sum", head, version=command.version, payload=head.payload)
             await self._recorder.record(entry)
-            await persist(self._log, lambda: self._uplink.publish_payload(prefix, name, chunks))
-            await persist(self._log, lambda: self._uplink.publish(subject, signed, evaluation_id(head)))
+            await persist(self._log, lambda: self._uplink.publish_payload(prefix, payload.payload_id, chunks))
+            await persist(self._log, lambda: self._uplink.publish(subject, signed, wire.message_id(signed)))
             self._sent_bytes += entry.n_bytes
             self._daemon.metrics.sent_bytes.inc(entry.n_bytes)
         await self._tier.feed(
-            EvaluationsSummed(version=command.version, n_sites=sites_of(parts), n_samples=cases_of(parts))
+            EvaluationsSummed(
+                version=command.version, n_sites=sites_of(parts), n_samples=cases_of(parts), spoilt_by=spoilt_by
+            )
         )
 
     async def _combine(self, combination: Combination) -> list[Event]:
@@ -300,7 +305,7 @@ class AggregatorService:
         await persist(self._log, lambda: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file))))
         await asyncio.to_thread(file.unlink)
         signed = self._identity.sign(subjects.head(prefix), head)
-        await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), signed, identity))
+        await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), signed, wire.message_id(signed)))
         n_bytes = head.payload.n_bytes + len(signed)
         self._sent_bytes += n_bytes
         self._daemon.metrics.sent_bytes.inc(n_bytes)

@@ -109,9 +109,15 @@ class Summing(Generic[Sum]):
         self._log.warning("evaluation_left_out", evaluation=evaluation_id(part), detail=str(error))
 
 
-def payload_id(source: str, version: int) -> str:
-    """Name the counts of one version that a site or region sends: the same after a restart, no other sender's."""
-    return wire.digest(f"evaluation.{source}.{version}".encode()).hex()
+def payload_of(source: str, version: int, chunks: Sequence[bytes]) -> Payload:
+    """Name and describe the counts of one version that a site or region sends: the same name for the same counts.
+
+    It follows from the counts: with a name that others can make in advance they could send something under it first, and
+    the stream would drop the counts as sent before.
+    """
+    digests = tuple(map(wire.digest, chunks))
+    name = wire.digest(b"".join([f"evaluation.{source}.{version}.".encode(), *digests])).hex()
+    return Payload(payload_id=name, n_bytes=sum(map(len, chunks)), digests=digests)
 
 
 def sum_of(run: str, region: str, parts: Sequence[Part], payload: Payload) -> EvaluationSum:

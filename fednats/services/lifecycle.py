@@ -40,6 +40,8 @@ class Daemon:
     buses: list[Bus] = field(default_factory=list)
     """Connections without which the daemon is not ready."""
     status: Callable[[], Mapping[str, Any]] = dict
+    private: Callable[[], Mapping[str, Any]] = dict
+    """What only its own /status shows, because it is learned from patients' data."""
     loop_lag: LoopLag = field(default_factory=LoopLag)
     waits: Callable[[], bool] = lambda: False
     """Whether it cannot contribute: until others are there, or any more."""
@@ -58,7 +60,7 @@ class Daemon:
         return Presence(release=fednats.__version__, waits=self.waits(), declined=declined)
 
     def describe(self) -> dict[str, Any]:
-        """Return what /status and the micro service's ``status`` endpoint show."""
+        """Return what the micro service's ``status`` endpoint shows, to whoever may ask on the bus."""
         return {
             "role": self.role,
             "name": self.name,
@@ -68,6 +70,10 @@ class Daemon:
             "declined": self.presence.declined,
             **self.status(),
         }
+
+    def describe_here(self) -> dict[str, Any]:
+        """Return what /status shows."""
+        return {**self.describe(), **self.private()}
 
     async def be_seen(self, bus: Bus, *domains: str) -> None:
         """Register as a NATS micro service on ``bus`` and keep the presence key alive, there or in other ``domains``."""
@@ -117,7 +123,9 @@ async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon
         loop.add_signal_handler(number, daemon.stopping.set)
     async with (
         asyncio.TaskGroup() as group,
-        serving(settings.web, settings.state_dir, daemon.metrics, lambda: daemon.is_ready, daemon.describe) as port,
+        serving(
+            settings.web, settings.state_dir, daemon.metrics, lambda: daemon.is_ready, daemon.describe_here
+        ) as port,
     ):
         lag = group.create_task(daemon.loop_lag.watch(daemon.metrics.loop_lag.observe), name="loop lag")
         daemon.log.info("started", web_port=port)

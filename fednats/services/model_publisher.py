@@ -73,9 +73,10 @@ class ModelPublisher:
             n_bytes += await self._publish_frame(frame)
         manifest = self._manifest(version)
         signed = self._identity.sign(subjects.head(self._prefix), manifest)
-        identity = f"v{version.version}-{wire.digest(signed).hex()}"
         await self._recorder.record(entry_of("model", manifest, version=version.version))
-        await persist(self._log, lambda: self._bus.publish(subjects.head(self._prefix), signed, identity))
+        await persist(
+            self._log, lambda: self._bus.publish(subjects.head(self._prefix), signed, wire.message_id(signed))
+        )
         self.sent_bytes += n_bytes + len(signed)
         self._daemon.metrics.sent_bytes.inc(n_bytes + len(signed))
         self._daemon.metrics.version.set(version.version)
@@ -125,7 +126,7 @@ class ModelPublisher:
         subject = subjects.control(self._settings.run)
         signed = self._identity.sign(subject, control)
         await self._recorder.record(entry_of("control", control, version=control.version))
-        await persist(self._log, lambda: self._bus.publish(subject, signed, f"closed.{control.version}"))
+        await persist(self._log, lambda: self._bus.publish(subject, signed, wire.message_id(signed)))
 
     def _manifest(self, version: Version) -> ModelManifest:
         run = self._settings.settings

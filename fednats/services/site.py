@@ -23,15 +23,14 @@ from fednats.errors import (
     RefusedError,
     TaskError,
 )
-from fednats.messages import Control, Evaluation, Frame, ModelManifest, Payload, Update
+from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import EGRESS_FILE, Entry
 from fednats.privacy.policy import read_policy
 from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
-from fednats.protocol.events import evaluation_id
 from fednats.services.answers import Scored
-from fednats.services.evaluations import payload_id
+from fednats.services.evaluations import payload_of
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop, paced
@@ -115,13 +114,14 @@ class SiteService:
             "sent_bytes": 0,
             "received_bytes": 0,
             "train_s": 0.0,
-            "metrics": {},
             "privacy": None,
         }
+        self._metrics: dict[str, float] = {}
         daemon.waits = lambda: bool(daemon.declined) or not self._machine.trains  # nobody waits for who takes no part
         if self._policy.budget is not None:
             daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
         daemon.status = lambda: self._status
+        daemon.private = lambda: {"metrics": self._metrics}
         daemon.buses.append(bus)
 
     async def live(self) -> None:
@@ -306,11 +306,10 @@ class SiteService:
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
         scored: Scored = await self._worker.call("evaluate", manifest)
-        self._status["metrics"] = scored.metrics
+        self._metrics = scored.metrics
         if not self._machine.trains:
             self._status["version"] = manifest.version
         shown = self._policy.plain_metrics
-        digests = tuple(map(wire.digest, scored.chunks))
         head = Evaluation(
             run=self._settings.run,
             region=self._settings.region,
@@ -320,11 +319,7 @@ class SiteService:
             n_classes=scored.n_classes,
             n_samples=scored.n_samples if shown else 0,
             metrics=scored.metrics if shown else {},
-            payload=Payload(
-                payload_id=payload_id(self._settings.site, manifest.version),
-                n_bytes=sum(map(len, scored.chunks)),
-                digests=digests,
-            ),
+            payload=payload_of(self._settings.site, manifest.version, scored.chunks),
         )
         self._evaluations.put_nowait((head, scored.chunks))
 
@@ -436,7 +431,7 @@ class SiteService:
         prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
         chunks = paced(off_loop(self._outbox.chunks(update.update_id, first)), self._policy.max_mbit)
         await self._bus.publish_payload(prefix, update.update_id, chunks, first=first, stored=note)
-        await self._bus.publish(subjects.head(prefix), head, update.update_id)
+        await self._bus.publish(subjects.head(prefix), head, wire.message_id(head))
 
     async def _entry(self, update: Update, first: int) -> Entry:
         """Return what the ledger says of an attempt to send an update from chunk number ``first`` on."""
@@ -462,7 +457,7 @@ class SiteService:
             try:
                 async with self._recorder.sending(self._bus, entry):
                     await self._bus.publish_payload(prefix, head.payload.payload_id, chunks)
-                    await self._bus.publish(subject, signed, evaluation_id(head))
+                    await self._bus.publish(subject, signed, wire.message_id(signed))
             except (BusError, LocalStorageError) as error:
                 self._log.warning("evaluation_not_sent", version=head.version, error=str(error))
             else:

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from fednats.errors import BusError, RefusedError
@@ -21,6 +21,7 @@ from fednats.protocol.events import (
     DeadlineReached,
     Event,
     Refuse,
+    ReportNotEvaluated,
     ReportWaiting,
     Settle,
     StartTimer,
@@ -162,11 +163,8 @@ class Tier:
                         await self._until_done(inbox.refuse, identity, self.rejects, reason, detail)
                 case StartTimer(delay_s):
                     self._start_timer(delay_s)
-                case ReportWaiting(n_contributions, n_present, min_sites):
-                    self.daemon.metrics.waiting.inc()
-                    self.log.warning(
-                        "waiting_for_sites", n_contributions=n_contributions, n_present=n_present, min_sites=min_sites
-                    )
+                case ReportWaiting() | ReportNotEvaluated():
+                    self._say(command)
                 case Combine(combination):
                     self._idle.clear()
                     self._combinations.put_nowait(combination)
@@ -269,6 +267,13 @@ class Tier:
                 await asyncio.sleep(RETRY_S)
             else:
                 return
+
+    def _say(self, command: ReportWaiting | ReportNotEvaluated) -> None:
+        if isinstance(command, ReportWaiting):
+            self.daemon.metrics.waiting.inc()
+            self.log.warning("waiting_for_sites", **asdict(command))
+        else:
+            self.log.info("version_not_evaluated", **asdict(command))
 
     def _start_timer(self, delay_s: float) -> None:
         if self._timer is not None:

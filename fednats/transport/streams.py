@@ -112,7 +112,7 @@ class BucketSpec:
             "max_bytes": self.max_bytes,
             "max_msg_size": max_message_bytes,
             "allow_direct": True,
-            "allow_rollup_hdrs": True,
+            "allow_rollup_hdrs": False,  # else who renews one key may roll all of them up into it
             "deny_delete": True,
         }
         if self.ttl_s is not None:

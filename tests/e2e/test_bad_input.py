@@ -14,6 +14,7 @@ from fednats.config import BusSettings
 from fednats.crypto.signing import unsigned
 from fednats.messages import Chunk, Message, ModelManifest, Payload, Reject, Update
 from fednats.permissions import user_name
+from fednats.protocol.events import evaluation_id
 from fednats.services.identity import Identity
 from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import running
@@ -57,7 +58,9 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
     async with running(federation, tmp_path / "out") as federation_running:
         settings = federation_running.servers.site("north", "nan")
         async with Bus.connect(settings, user_name("site", "nan")) as bus:
-            sent = await send_bad_updates(bus, federation_running.servers.identity("site", "nan"), await steady(bus))
+            current = await steady(bus)
+            await claim_ids(bus, range(current.version, 61))
+            sent = await send_bad_updates(bus, federation_running.servers.identity("site", "nan"), current)
         statuses = await until(federation_running, refused(EXPECTED))
         observer = federation_running.servers.observer("north")
         async with Bus.connect(observer, user_name("observer", "north")) as bus:
@@ -82,6 +85,7 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
     assert all("in the name of nan" in note for note in ledger.notes)
     assert statuses["coordinator"]["version"] == 60
     assert statuses["coordinator"]["refusals"] == {}
+    assert statuses["coordinator"]["history"][-1]["version"] > current.version + 5  # nobody else's evaluations are lost
     assert {"a", "b"} == {name.removeprefix("site-") for name, s in statuses.items() if s.get("updates")}
     assert "wrong_shape" in (tmp_path / "out" / "site-other" / "daemon.log").read_text()
     log = (tmp_path / "out" / "site-nan" / "daemon.log").read_text()
@@ -202,6 +206,17 @@ async def send_bad_updates(bus: Bus, identity: Identity, current: ModelManifest)
     await bus.publish_payload(prefix, "noise", [chunk])
     await announce("noise", "ciphertext", head("noise"))
     return sent
+
+
+async def claim_ids(bus: Bus, versions: range) -> None:
+    """Store something of one's own under the ids by which the stream could take others' evaluations for known."""
+    for version in versions:
+        for site in ("a", "b"):
+            guess = evaluation_id(evaluation(site, version))
+            for message_id in (guess, f"{wire.digest(guess.encode()).hex()}.0"):
+                await bus.publish(
+                    subjects.chunk(subjects.update("small", "north", "nan"), "x", version), b"", message_id
+                )
 
 
 async def test_a_daemon_that_cannot_start_says_why(make_federation: MakeFederation, tmp_path: Path) -> None:

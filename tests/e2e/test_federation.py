@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from fednats import subjects
 from fednats.provision import servers
 from fednats.provision.servers import config_file
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
@@ -19,6 +20,7 @@ from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.comparison import evaluate_pooled
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
+from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import assert_no_secret_is_logged, assert_sealed, audited, balanced
 from tests.e2e.until import closed, closed_at, reached, until
@@ -108,6 +110,10 @@ async def test_a_federation_without_leaves_is_the_same_federation(
         assert not federation_running.servers.leaves
         statuses = await until(federation_running, closed)
         ledger = await balanced(tmp_path / "out")
+        async with Bus.connect(federation_running.servers.observer("north"), "observer.north") as observer:
+            shown = json.loads(await observer.ask(subjects.status("small", "site", "a")))
+    assert statuses["site-a"]["metrics"].keys() >= {"auc", "accuracy"}
+    assert shown.keys() == statuses["site-a"].keys() - {"metrics"}  # a hospital's own figures are for its own port
     assert ledger.accepted[APPLIED] == 6
     assert statuses["coordinator"]["n_updates"] == 6
     last = statuses["coordinator"]["history"][-1]  # read from encrypted counts: a fifth of 569 patients

@@ -201,6 +201,24 @@ async def test_another_sites_key_reads_no_update(bus: ConnectedBus) -> None:
         await assert_nothing_got(thief, bus, "site")
 
 
+async def test_a_site_cannot_take_others_for_absent(bus: ConnectedBus) -> None:
+    """By the header that empties a stream; the bucket is one that an older release made."""
+    region, bucket, own = bus.aggregators["north"], streams.presence(RUN), subjects.presence_key("site", "b")
+    stream = f"KV_{bucket.name}"
+    config = (await region._connection.api(f"STREAM.INFO.{stream}"))["config"]
+    await region._connection.api(f"STREAM.UPDATE.{stream}", {**config, "allow_rollup_hdrs": True})
+    assert not await region.ensure_bucket(bucket)
+    await bus.sites["a"].put(bucket.name, subjects.presence_key("site", "a"), b"{}")
+    async with prober(bus.servers.site("north", "b"), permissions.user_name("site", "b")) as thief:
+        for scope in ("all", "sub"):
+            message = await thief.client.request(
+                f"$KV.{bucket.name}.{own}", b"{}", headers={"Nats-Rollup": scope}, timeout=ANSWER_S
+            )
+            assert "rollup not permitted" in str(json.loads(message.data)["error"])
+        await bus.sites["b"].put(bucket.name, own, b"{}")
+    assert (await region.entries(bucket.name)).keys() >= {"site.a", "site.b"}
+
+
 async def test_an_observers_key_sees_figures_but_no_message(bus: ConnectedBus) -> None:
     async with prober(bus.servers.observer("north"), permissions.user_name("observer", "north")) as watcher:
         info = await watcher.ask(f"$JS.API.STREAM.INFO.{UPDATES}", {})

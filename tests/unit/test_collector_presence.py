@@ -6,6 +6,7 @@ from fednats.config import AggregationSettings
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
+from fednats.protocol.evaluation import PATIENCE_VERSIONS
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -171,11 +172,17 @@ def test_a_node_above_regions_is_short_only_when_all_are_away() -> None:
     assert present(machine) == [ReportWaiting(0, 0, 2)]
 
 
-def test_evaluations_do_not_wait_for_who_is_away() -> None:
+def test_evaluations_of_whom_was_summed_before_do_not_wait_for_who_is_away() -> None:
     machine = collector()
-    evaluate(machine, "a")
-    evaluate(machine, "b")
-    assert present(machine, "a", "b") == [SumEvaluations(0, (evaluation("a"), evaluation("b")))]
+    present(machine, "a", "b")
+    machine.handle(announcement(6))
+    for version in range(PATIENCE_VERSIONS):
+        evaluate(machine, "a", version)
+        assert evaluate(machine, "b", version) == []  # c may be about to come: without it now is without it for good
+    assert evaluate(machine, "a", 5) == [SumEvaluations(0, (evaluation("a", 0), evaluation("b", 0)))] + [
+        SumEvaluations(version, (evaluation("a", version), evaluation("b", version))) for version in range(1, 5)
+    ]
+    assert evaluate(machine, "b", 5) == [SumEvaluations(5, (evaluation("a", 5), evaluation("b", 5)))]
     assert evaluate(machine, "c") == [Settle(("evaluation.c.0",))]  # too late: a version is summed once
 
 
@@ -183,7 +190,8 @@ def test_evaluations_of_fewer_than_min_sites_stay_here() -> None:
     machine = collector()
     evaluate(machine, "a")
     assert not [command for command in present(machine, "a") if isinstance(command, SumEvaluations)]
-    assert isinstance(evaluate(machine, "b")[0], SumEvaluations)
+    evaluate(machine, "b")
+    assert isinstance(evaluate(machine, "c")[0], SumEvaluations)
 
 
 @pytest.mark.parametrize("state", [State.COLLECTING, State.COMBINING, State.CLOSED])
