@@ -63,19 +63,14 @@ class Policy(Settings):
             _span(span)
         return hours
 
-    def check_task(self, file: Path) -> None:
-        """Refuse a file of code before any of it runs.
+    def check_task(self, file: Path, code: bytes) -> None:
+        """Refuse the ``code`` that was read from ``file``, before any of it runs.
 
         Raises:
-            ConfigError: it cannot be read, or is not among ``task_sha256``.
+            ConfigError: it is not among ``task_sha256``.
         """
-        if not self.task_sha256:
-            return
-        try:
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise ConfigError(f"task: {file} cannot be read ({error.strerror})") from error
-        if digest not in self.task_sha256:
+        digest = hashlib.sha256(code).hexdigest()
+        if self.task_sha256 and digest not in self.task_sha256:
             raise ConfigError(
                 f"policy: {file} has SHA-256 {digest}, which task_sha256 does not list; read the code, then add it"
             )

@@ -237,6 +237,16 @@ def test_a_pass_is_booked_before_it_begins_and_again_when_it_is_made_again(tmp_p
         assert Account(settings.privacy_file).n_charges("record") == n_passes
 
 
+def test_a_worker_runs_no_task_that_the_policy_does_not_list(tmp_path: Path) -> None:
+    policy, own = tmp_path / "policy.toml", tmp_path / "own.py"
+    policy.write_text(f'task_sha256 = ["{"0" * 64}"]')
+    own.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for path in ("breast-cancer", f"{own}:Own"):
+        with pytest.raises(ConfigError, match="which task_sha256 does not list"):
+            SiteWorker(site(tmp_path, policy_file=policy, task={"path": path}))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_cannot_be_trained_with_noise_is_not_charged(tmp_path: Path) -> None:
     file = tmp_path / "normed.py"
     file.write_text(
