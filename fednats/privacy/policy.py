@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from fednats.config import Delta, Settings, load
+from fednats.config import Delta, File, Settings, load
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.messages import ModelManifest
 
@@ -45,6 +45,10 @@ class Policy(Settings):
     hours: tuple[str, ...] = Field((), description='local times to train in, as "20:00-06:00"; empty: any')
     max_mbit: float | None = Field(
         None, gt=0, description="1e6 bits per second that updates are sent at; none: no limit"
+    )
+    privacy_account: File | None = Field(
+        None,
+        description="what all runs spent on this hospital's data; needed with a budget, else beside the run's state_dir",
     )
     budget: Budget | None = Field(None, description="over all runs; none: what is spent is counted, not limited")
 
@@ -119,9 +123,17 @@ def read_policy(file: Path | None) -> Policy:
     """Read ``policy.toml``; no file is `NO_POLICY`. The environment changes nothing in it.
 
     Raises:
-        ConfigError: naming the file, the key and what is wrong with it.
+        ConfigError: naming the file, the key and what is wrong with it; or there is a budget and no account for it.
     """
-    return NO_POLICY if file is None else load(file, Policy, environment={})
+    if file is None:
+        return NO_POLICY
+    policy = load(file, Policy, environment={})
+    if policy.budget is not None and policy.privacy_account is None:
+        raise ConfigError(
+            f"{file}: [budget] is over all runs on this hospital's data, and they need one account: name its file,"
+            ' privacy_account = "/var/lib/fednats/privacy.sqlite" or another outside the kits, the same in every kit'
+        )
+    return policy
 
 
 def _until(now: datetime, begin: time, end: time) -> float:

@@ -123,6 +123,13 @@ Set `task.options` in `site.toml` to where your data is (whole paths), then, fro
 
 What it remembers goes to `state/` here. It connects outwards only, to the address in `[bus]`.
 
+A `[budget]` in `policy.toml` limits what all runs together may learn of a record. They need one account for that: name its file
+there, outside this folder and the same in every kit that trains on your data,
+
+    privacy_account = "/var/lib/fednats/privacy.sqlite"
+
+Without that line a daemon with a budget does not start. `policy.toml` is yours: no later kit may replace it.
+
 ## Check
 
 The log says `started`, then `bus_connected`. What it sends is encrypted for the coordinator; nothing here can decrypt it.

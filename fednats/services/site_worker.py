@@ -66,7 +66,7 @@ class SiteWorker:
         self._outbox = Outbox(outbox_file(settings.state_dir))
         self._weights = LocalModel(model_folder(settings.state_dir))
         self._local = settings.state_dir / "local.safetensors"
-        self._guard = Guard(settings, self._policy.budget)
+        self._guard = Guard(settings, self._policy)
         self._pass: Pass | None = None
 
     def prepare(self) -> int:

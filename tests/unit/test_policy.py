@@ -46,7 +46,9 @@ def asked(aggregation: AggregationSettings | None = None, delta: DeltaSettings |
 
 def test_the_shipped_file_shows_the_defaults() -> None:
     assert read_policy(SHIPPED) == Policy()
-    every_line = re.sub(r"^# (?=max_mbit|\[budget\]|max_epsilon|delta)", "", SHIPPED.read_text(), flags=re.MULTILINE)
+    every_line = re.sub(
+        r"^# (?=max_mbit|privacy_account|\[budget\]|max_epsilon|delta)", "", SHIPPED.read_text(), flags=re.MULTILINE
+    )
     assert set(tomllib.loads(every_line)) == set(Policy.model_fields)
     assert set(tomllib.loads(every_line)["budget"]) == set(Budget.model_fields)
 

@@ -337,7 +337,11 @@ def test_the_first_policy_of_a_kit_is_the_federation_file_s_and_then_the_hospita
     lines = {"a": {"min_samples": 50, "budget": {"max_epsilon": 3.0}}}
     provision(plan(cipher="bfv", site_policies=lines), tmp_path)
     file = Kits(tmp_path).site("a") / "policy.toml"
-    assert read_policy(file) == Policy(min_samples=50, budget=Budget(max_epsilon=3.0))
+    with pytest.raises(ConfigError, match="name its file, privacy_account"):  # which only the hospital can
+        read_policy(file)
+    account = tmp_path / "var" / "privacy.sqlite"
+    file.write_text(f'privacy_account = "{account}"\n{file.read_text()}')
+    assert read_policy(file) == Policy(min_samples=50, privacy_account=account, budget=Budget(max_epsilon=3.0))
     assert read_policy(Kits(tmp_path).site("b") / "policy.toml") == Policy()
     file.write_text("min_sites = 5")
     assert provision(plan(cipher="bfv", site_policies=lines), tmp_path) == []
