@@ -48,6 +48,10 @@ Output = Annotated[Path, typer.Option(help="folder for everything the run leaves
 RunsIn = Annotated[Path, typer.Option("--output", help="the --output of a federation that runs now")]
 LinkName = Annotated[str, typer.Argument(metavar="NAME", help="a region, a site, or a link as `link show` names it")]
 Kits = Annotated[Path, typer.Option("--out", metavar="DIR", help="folder of the kits")]
+HePublic = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="public key that the coordinator made itself: `fednats keys new-he`"),
+]
 Wan = Annotated[
     str | None, typer.Option(metavar="KEY=NUMBER,...", help='every leaf link is like this: "delay_ms=150,mbit=20"')
 ]
@@ -161,6 +165,7 @@ def provision(
     public_key: Annotated[
         list[str] | None, typer.Option(metavar="NAME=U...", help="a key whose seed its owner keeps: site.a=U...")
     ] = None,
+    he_public: HePublic = None,
 ) -> None:
     """Make a folder for each participant with only what it may hold; see docs/provisioning.md."""
     from fednats.provision import kits  # noqa: PLC0415
@@ -173,6 +178,7 @@ def provision(
         add_regions=add_region or (),
         revoke=revoke or (),
         public_keys=dict(map(_public_key, public_key or ())),
+        he_public=_he_public(he_public),
     )
     _print_changed(changed, out)
 
@@ -192,11 +198,25 @@ def new(
 
 
 @keys.command()
-def rotate(out: Kits = Path("kits")) -> None:
+def new_he(
+    federation: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="settings that the keys are made for")],
+    epoch: Annotated[int, typer.Option(min=1, help="the epoch that the keys are for; a rotation begins the next")] = 1,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the keys")] = Path(),
+) -> None:
+    """Make the keys for homomorphic encryption at the coordinator; hand in the public one: `--he-public FILE`."""
+    from fednats.provision.new_key import new_pair  # noqa: PLC0415
+    from fednats.testbed.federation import load_federation  # noqa: PLC0415
+
+    held, kept = new_pair(load_federation(federation).delta, epoch, out)
+    typer.echo(f"{held} decrypts: it stays with the coordinator\n{kept} is to be handed in: --he-public {kept}")
+
+
+@keys.command()
+def rotate(out: Kits = Path("kits"), he_public: HePublic = None) -> None:
     """Begin a new epoch of homomorphic encryption; what is under way in the old one still counts."""
     from fednats.provision import kits  # noqa: PLC0415
 
-    _print_changed(kits.rotate(out.absolute()), out)
+    _print_changed(kits.rotate(out.absolute(), he_public=_he_public(he_public)), out)
 
 
 @link.command()
@@ -326,6 +346,12 @@ def _public_key(text: str) -> tuple[str, str]:
     if not equals:
         raise ConfigError(f"--public-key {text}: give NAME=U..., as `fednats keys new NAME` prints it")
     return name, key
+
+
+def _he_public(file: Path | None) -> bytes | None:
+    from fednats.services.keys import read_key  # noqa: PLC0415
+
+    return read_key(file, "--he-public")
 
 
 def _print_changed(changed: Sequence[Path], out: Path) -> None:

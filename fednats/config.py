@@ -301,15 +301,7 @@ class SiteSettings(DaemonSettings):
     max_outbox: int = Field(
         4, ge=1, description="updates kept unsent; of more, the oldest goes back into the error feedback"
     )
-    privacy_state: Path | None = Field(
-        None, description="what was spent on this hospital's data, over all runs; none: beside state_dir"
-    )
     slow_factor: float = Field(1.0, ge=1, description="testbed: local training takes this many times as long")
-
-    @property
-    def privacy_file(self) -> Path:
-        """Where the privacy account is: it belongs to the hospital's data and outlives a run's ``state_dir``."""
-        return self.privacy_state or self.state_dir.parent / f"privacy-{self.site}.sqlite"
 
 
 class AggregatorSettings(DaemonSettings):

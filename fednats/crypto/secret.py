@@ -9,6 +9,8 @@ from fednats.crypto.parameters import Parameters
 from fednats.crypto.public import KEY_ID_BYTES, check_parameters, key_id, load_context
 from fednats.errors import ConfigError
 
+_SAVED = {"save_public_key": True, "save_galois_keys": False, "save_relin_keys": False}
+
 
 def generate(parameters: Parameters) -> tuple[bytes, bytes]:
     """Make a key pair: (secret key, public key). The secret key starts with the id of its public key."""
@@ -19,10 +21,17 @@ def generate(parameters: Parameters) -> tuple[bytes, bytes]:
         coeff_mod_bit_sizes=list(parameters.coeff_mod_bit_sizes),
         n_threads=1,
     )
-    keys = {"save_public_key": True, "save_galois_keys": False, "save_relin_keys": False}
-    public_key = context.serialize(**keys, save_secret_key=False)
-    secret_key = bytes.fromhex(key_id(public_key)) + context.serialize(**keys, save_secret_key=True)
+    public_key = context.serialize(**_SAVED, save_secret_key=False)
+    secret_key = bytes.fromhex(key_id(public_key)) + context.serialize(**_SAVED, save_secret_key=True)
     return secret_key, public_key
+
+
+def public_half(secret_key: bytes) -> bytes:
+    """Return the public key that was made with ``secret_key``. Raises ConfigError: it is none."""
+    public_key: bytes = load_context(secret_key[KEY_ID_BYTES:]).serialize(**_SAVED, save_secret_key=False)
+    if bytes.fromhex(key_id(public_key)) != secret_key[:KEY_ID_BYTES]:
+        raise ConfigError("the secret key does not begin with the id of its public half; restore it from a copy")
+    return public_key
 
 
 class SecretKey:

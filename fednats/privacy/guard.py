@@ -1,24 +1,31 @@
 """What a site asks before it trains and before it releases: may I, and it is booked."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fednats.codec.layout import Layout
 from fednats.config import DeltaSettings, SiteSettings
 from fednats.errors import BudgetSpentError
 from fednats.messages import Grid, ModelManifest
-from fednats.privacy.policy import Budget
+from fednats.privacy.policy import Policy
 from fednats.privacy.spending import LevelSpent, Spending
 
 if TYPE_CHECKING:
     from fednats.privacy.account import Account, Charge, Level
 
 
+def account_file(settings: SiteSettings, policy: Policy) -> Path:
+    """Return where a hospital's account is. It belongs to the data, so who limits what is spent says where."""
+    return policy.privacy_account or settings.state_dir.parent / f"privacy-{settings.site}.sqlite"
+
+
 class Guard:
     """Keeps a site's account; the file is opened when a run, or the site's budget, asks for it."""
 
-    def __init__(self, settings: SiteSettings, budget: Budget | None) -> None:
-        self._settings = settings
-        self._budget = budget
+    def __init__(self, settings: SiteSettings, policy: Policy) -> None:
+        self._run = settings.run
+        self._file = account_file(settings, policy)
+        self._budget = policy.budget
         self._opened: Account | None = None
         self._last: dict[Level, float] = {}
 
@@ -72,7 +79,7 @@ class Guard:
         if self._opened is None:
             from fednats.privacy.account import Account  # noqa: PLC0415 - as below
 
-            self._opened = Account(self._settings.privacy_file)
+            self._opened = Account(self._file)
         return self._opened
 
     def _of_update(self, delta: DeltaSettings, layout: Layout, grid: Grid, *, dp_sgd: bool) -> "list[Charge]":
@@ -95,7 +102,7 @@ class Guard:
     def _charge(self, manifest: ModelManifest, charges: "list[Charge]") -> None:
         from fednats.privacy import rdp  # noqa: PLC0415 - as above
 
-        self._account.charge(self._settings.run, manifest.version, charges, self._budget)
+        self._account.charge(self._run, manifest.version, charges, self._budget)
         spent = self.spending(manifest)
         for one in charges:
             level = None if spent is None else spent.record if one.level == "record" else spent.site

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from fednats.config import Delta, Settings, load
+from fednats.config import Delta, File, Settings, load
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.messages import ModelManifest
 
@@ -46,6 +46,10 @@ class Policy(Settings):
     max_mbit: float | None = Field(
         None, gt=0, description="1e6 bits per second that updates are sent at; none: no limit"
     )
+    privacy_account: File | None = Field(
+        None,
+        description="what all runs spent on this hospital's data; needed with a budget, else beside the run's state_dir",
+    )
     budget: Budget | None = Field(None, description="over all runs; none: what is spent is counted, not limited")
 
     @field_validator("task_sha256")
@@ -63,19 +67,14 @@ class Policy(Settings):
             _span(span)
         return hours
 
-    def check_task(self, file: Path) -> None:
-        """Refuse a file of code before any of it runs.
+    def check_task(self, file: Path, code: bytes) -> None:
+        """Refuse the ``code`` that was read from ``file``, before any of it runs.
 
         Raises:
-            ConfigError: it cannot be read, or is not among ``task_sha256``.
+            ConfigError: it is not among ``task_sha256``.
         """
-        if not self.task_sha256:
-            return
-        try:
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise ConfigError(f"task: {file} cannot be read ({error.strerror})") from error
-        if digest not in self.task_sha256:
+        digest = hashlib.sha256(code).hexdigest()
+        if self.task_sha256 and digest not in self.task_sha256:
             raise ConfigError(
                 f"policy: {file} has SHA-256 {digest}, which task_sha256 does not list; read the code, then add it"
             )
@@ -124,9 +123,17 @@ def read_policy(file: Path | None) -> Policy:
     """Read ``policy.toml``; no file is `NO_POLICY`. The environment changes nothing in it.
 
     Raises:
-        ConfigError: naming the file, the key and what is wrong with it.
+        ConfigError: naming the file, the key and what is wrong with it; or there is a budget and no account for it.
     """
-    return NO_POLICY if file is None else load(file, Policy, environment={})
+    if file is None:
+        return NO_POLICY
+    policy = load(file, Policy, environment={})
+    if policy.budget is not None and policy.privacy_account is None:
+        raise ConfigError(
+            f"{file}: [budget] is over all runs on this hospital's data, and they need one account: name its file,"
+            ' privacy_account = "/var/lib/fednats/privacy.sqlite" or another outside the kits, the same in every kit'
+        )
+    return policy
 
 
 def _until(now: datetime, begin: time, end: time) -> float:

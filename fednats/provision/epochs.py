@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fednats.config import DeltaSettings
 from fednats.crypto import sealing, secret
+from fednats.crypto.public import PublicKey
 from fednats.delta import scheme
 from fednats.errors import ConfigError
 from fednats.provision.files import Files
@@ -25,14 +26,39 @@ def model_key_file(epoch: int) -> str:
     return f"model-{epoch}.key"
 
 
-def make_pair(delta: DeltaSettings, epoch: int, kits: Kits, files: Files) -> None:
-    """Make the pair of ``epoch`` unless it is there: the secret goes to the coordinator and nowhere else."""
+def check_public(delta: DeltaSettings, public_key: bytes) -> None:
+    """Refuse what the coordinator handed in if it is no public key for the run's settings.
+
+    Raises:
+        ConfigError: it is none, one for other settings, or the run needs none.
+    """
+    if delta.cipher == "none":
+        raise ConfigError('--he-public: the run is not encrypted (delta.cipher = "none"), so there is no such key')
+    PublicKey(public_key, scheme.bfv(delta).parameters)
+
+
+def take_public(public_key: bytes, epoch: int, kits: Kits, files: Files) -> None:
+    """Keep the public key that the coordinator made for ``epoch``.
+
+    Raises:
+        ConfigError: the epoch has another key.
+    """
     kept = kits.authority / public_file(epoch)
-    held = kits.coordinator / secret_file(epoch)
+    if kept.exists() and kept.read_bytes() != public_key:
+        raise ConfigError(f"--he-public: {kept} is another key; a new one is for a new epoch: `fednats keys rotate`")
+    files.public(kept, public_key)
+
+
+def make_pair(delta: DeltaSettings, held: Path, kept: Path, files: Files) -> None:
+    """Write the secret key to ``held`` and its public half to ``kept``, as far as they are not there.
+
+    Of a run that was ended in between the secret key is there, and its half is made from it.
+    """
     if kept.exists():
         return
     if held.exists():
-        raise ConfigError(f"{held} is there, but its public half, {kept}, is not; restore it from any kit")
+        files.public(kept, secret.public_half(held.read_bytes()))
+        return
     secret_key, public_key = secret.generate(scheme.bfv(delta).parameters)
     files.private(held, secret_key)
     files.public(kept, public_key)

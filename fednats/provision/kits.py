@@ -24,6 +24,7 @@ def provision(
     add_regions: Collection[str] = (),
     revoke: Collection[str] = (),
     public_keys: Mapping[str, str] | None = None,
+    he_public: bytes | None = None,
 ) -> list[Path]:
     """Make what is not there, keep what is, bring all files up to date; return the files that were changed.
 
@@ -34,6 +35,7 @@ def provision(
         add_regions: likewise regions.
         revoke: who is refused from now on: ``site.NAME``, or ``aggregator.NAME`` for all keys of a region.
         public_keys: by name of the bus user, of keys whose seeds are kept by those who made them.
+        he_public: the public key for homomorphic encryption, if the coordinator made the pair.
 
     Raises:
         ConfigError: the plan does not fit what was provisioned before; the text names the remedy.
@@ -46,27 +48,46 @@ def provision(
         registry = _revoked(registry, name, kits, files)
     admitted = set(plan.users()) if before is None else set(registry.keys) | _added(plan, add_sites, add_regions)
     _check(plan, registry, admitted)
+    if he_public is not None:
+        epochs.check_public(plan.run.delta, he_public)
+        epochs.take_public(he_public, registry.epoch, kits, files)
+        registry = registry.model_copy(update={"own_pairs": True})
     registry = _with_keys(plan, registry, admitted, public_keys or {}, kits, files)
     registry.write(kits.authority / "registry.toml", files)
     _write(plan, registry, kits, files)
     return files.changed
 
 
-def rotate(out: Path) -> list[Path]:
+def rotate(out: Path, *, he_public: bytes | None = None) -> list[Path]:
     """Begin a new epoch: a new model key and a new pair of keys for homomorphic encryption; return the files changed.
 
+    ``he_public`` is the public half of the pair, if the coordinator made it.
+
     Raises:
-        ConfigError: nothing was provisioned there.
+        ConfigError: nothing was provisioned there, or the coordinator has made its pairs so far and this one is missing.
     """
     kits, files = Kits(out), Files()
     plan = provisioned(kits)
     registry = Registry.read(kits.authority / "registry.toml", plan.name)
     if registry is None:
         raise ConfigError(f"{kits.authority / 'registry.toml'} is not there; restore it from a copy of the folder")
-    registry = registry.model_copy(update={"epoch": registry.epoch + 1})
+    epoch = registry.epoch + 1
+    if he_public is not None:
+        epochs.check_public(plan.run.delta, he_public)
+        epochs.take_public(he_public, epoch, kits, files)
+    elif registry.own_pairs:
+        raise _missing_public(epoch)
+    registry = registry.model_copy(update={"epoch": epoch, "own_pairs": he_public is not None})
     registry.write(kits.authority / "registry.toml", files)
     _write(plan, registry, kits, files)
     return files.changed
+
+
+def _missing_public(epoch: int) -> ConfigError:
+    return ConfigError(
+        f"the coordinator makes the keys for homomorphic encryption itself: let it run `fednats keys new-he"
+        f" FEDERATION.toml --epoch {epoch}`, and give the {epochs.public_file(epoch)} that it hands in as --he-public"
+    )
 
 
 # --- who --------------------------------------------------------------------------------------------------------------
@@ -153,7 +174,7 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
     files.public(kits.authority / "plan.json", plan.model_dump_json(indent=2).encode())
     authority = Authority(kits.authority, plan.name, files)
     if plan.run.delta.cipher == "bfv":
-        epochs.make_pair(plan.run.delta, registry.epoch, kits, files)
+        _make_pair(plan, registry, kits, files)
     epochs.make_model_key(registry.epoch, kits, files)
     keys, signers = registry.keys, registry.signers()
 
@@ -181,6 +202,14 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
                 of_epochs = {**common(kit), **_model_keys(registry, kits, kit, files)}
                 services.write_site(plan, region, site, kits, of_epochs, files)
     readme.write(plan, registry, kits, files)
+
+
+def _make_pair(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
+    """Make the pair of the epoch unless it is there: the secret goes to the coordinator and nowhere else."""
+    kept = kits.authority / epochs.public_file(registry.epoch)
+    if registry.own_pairs and not kept.exists():
+        raise _missing_public(registry.epoch)
+    epochs.make_pair(plan.run.delta, kits.coordinator / epochs.secret_file(registry.epoch), kept, files)
 
 
 def _public_keys(plan: Plan, registry: Registry, kits: Kits, kit: Path, files: Files) -> Mapping[str, Path]:

@@ -1,10 +1,10 @@
-"""A key that is made where it is used, so that who provisions never has its seed."""
+"""Keys that are made where they are used, so that who provisions never has their secret halves."""
 
 from pathlib import Path
 
-from fednats.config import Settings, Token, parse
+from fednats.config import DeltaSettings, Settings, Token, parse
 from fednats.errors import ConfigError
-from fednats.provision import nkey
+from fednats.provision import epochs, nkey
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits
 
@@ -31,3 +31,18 @@ def new_key(name: str, folder: Path) -> str:
     seed = nkey.new_seed()
     Files().private(path.absolute(), nkey.seed_text(seed, path).encode())
     return nkey.public_key(seed)
+
+
+def new_pair(delta: DeltaSettings, epoch: int, folder: Path) -> tuple[Path, Path]:
+    """Make the coordinator's pair of an epoch in ``folder``; return the files of the secret key and of the public one.
+
+    Raises:
+        ConfigError: there is a pair, or the run is not encrypted.
+    """
+    if delta.cipher == "none":
+        raise ConfigError('the run is not encrypted (delta.cipher = "none"); it needs no such keys')
+    held, kept = folder / epochs.secret_file(epoch), folder / epochs.public_file(epoch)
+    if kept.exists():
+        raise ConfigError(f"{kept} is there already; a key is never overwritten: give another --out or --epoch")
+    epochs.make_pair(delta, held.absolute(), kept.absolute(), Files())
+    return held, kept

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fednats.permissions import user_name
+from fednats.provision import epochs
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits, Plan
 from fednats.provision.registry import Registry
@@ -29,7 +30,11 @@ def write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
     """Write ``README.md`` into each kit."""
     run = plan.name
     files.public(kits.authority / "README.md", _AUTHORITY.format(run=run).encode())
-    _write(kits.coordinator, f"The coordinator of {run}", [user_name("coordinator", HUB)], kits, files, _COORDINATOR)
+    coordinator = _COORDINATOR
+    held = epochs.secret_file(registry.epoch)
+    if registry.own_pairs and not (kits.coordinator / held).exists():
+        coordinator = _MISSING.format(name=held, how="as `fednats keys new-he` wrote it") + coordinator
+    _write(kits.coordinator, f"The coordinator of {run}", [user_name("coordinator", HUB)], kits, files, coordinator)
     hub = _SERVER.format(config="hub.conf", monitor=plan.server(HUB).monitor_url)
     _write(kits.server(HUB), f"The hub of {run}", [user_name("observer", HUB)], kits, files, hub)
     for region in plan.regions:
@@ -76,7 +81,7 @@ machine that runs it, and keep no second copy.
 """
 
 _MISSING = """
-`{name}` is not in this kit: its key was made where it is used, and only the public half was handed in. Put the seed here
+`{name}` is not in this kit: its key was made where it is used, and only the public half was handed in. Put it here
 under that name, {how}, mode 0600.
 """
 
@@ -122,6 +127,13 @@ Set `task.options` in `site.toml` to where your data is (whole paths), then, fro
     fednats site --config site.toml
 
 What it remembers goes to `state/` here. It connects outwards only, to the address in `[bus]`.
+
+A `[budget]` in `policy.toml` limits what all runs together may learn of a record. They need one account for that: name its file
+there, outside this folder and the same in every kit that trains on your data,
+
+    privacy_account = "/var/lib/fednats/privacy.sqlite"
+
+Without that line a daemon with a budget does not start. `policy.toml` is yours: no later kit may replace it.
 
 ## Check
 

@@ -19,6 +19,8 @@ class Registry(Settings):
     run: Token
     epoch: int = 1
     """Counts the pairs of keys for homomorphic encryption."""
+    own_pairs: bool = False
+    """Whether the coordinator makes these pairs, and hands in public keys only."""
     keys: Mapping[str, str] = {}
     """By name of the bus user."""
     revoked: Mapping[str, tuple[str, ...]] = {}

@@ -19,7 +19,7 @@ from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
-from fednats.learning.task import make_task, task_file
+from fednats.learning.task import make_task
 from fednats.learning.trainer import load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
 from fednats.privacy.guard import Guard
@@ -55,9 +55,9 @@ class SiteWorker:
         self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
         self._model_keys = ModelKeys.read(settings.model_key_file, settings.older_model_key_file, settings.run)
         self._policy = read_policy(settings.policy_file)
-        self._policy.check_task(task_file(settings.task.path))
+        check = self._policy.check_task if self._policy.task_sha256 else None
         with task_code("loading the task"):
-            task = make_task(settings.task.path, settings.task.options)
+            task = make_task(settings.task.path, settings.task.options, check)
             model = initial_model(task, seed=0)
             self._trainer = PrivateTrainer(task, model)
             self._evaluator = Evaluator(task, model)
@@ -66,7 +66,7 @@ class SiteWorker:
         self._outbox = Outbox(outbox_file(settings.state_dir))
         self._weights = LocalModel(model_folder(settings.state_dir))
         self._local = settings.state_dir / "local.safetensors"
-        self._guard = Guard(settings, self._policy.budget)
+        self._guard = Guard(settings, self._policy)
         self._pass: Pass | None = None
 
     def prepare(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fednats.config import (
     AggregationSettings,
@@ -46,6 +46,13 @@ class SiteInFederation(Settings):
         None, description="what the policy.toml of its kit begins with; none: what the run asks"
     )
     wan: WanSettings | None = Field(None, description="between it and its region's nats-server; none: a good link")
+
+    @field_validator("policy")
+    @classmethod
+    def _account_is_the_hospital_s(cls, policy: Policy | None) -> Policy | None:
+        if policy is not None and policy.privacy_account is not None:
+            raise ValueError("privacy_account is a file at the hospital: it names it in its own policy.toml")
+        return policy
 
 
 class FederationSettings(Settings):

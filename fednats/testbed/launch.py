@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fednats.config import DaemonSettings, TaskSettings
 from fednats.errors import FednatsError, InterruptedRunError
 from fednats.learning.task import make_task
+from fednats.provision.plan import Plan
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, region_link, serving
@@ -63,7 +64,7 @@ async def running(
     """
     wans = {**federation.links(), **(links or {})}
     async with (
-        serving(federation.plan(), output / KITS, wans) as servers,
+        serving(_plan(federation, output), output / KITS, wans) as servers,
         serving_links(servers.links, output),
         Daemons(_daemons(federation, output, servers)) as daemons,
     ):
@@ -116,6 +117,16 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
     return statuses
+
+
+def _plan(federation: FederationSettings, output: Path) -> Plan:
+    """Return what the kits are made from; every hospital's privacy account is in the folder of the run."""
+    plan = federation.plan()
+    policies = {
+        name: policy.model_copy(update={"privacy_account": output / f"privacy-{name}.sqlite"})
+        for name, policy in plan.site_policies.items()
+    }
+    return plan.model_copy(update={"site_policies": policies})
 
 
 def _daemons(federation: FederationSettings, output: Path, servers: BusServers) -> list[DaemonProcess]:

@@ -77,6 +77,7 @@ async def test_a_site_whose_budget_is_spent_stays_a_consumer_and_nobody_waits_fo
         assert float(re.findall(r"^fednats_epsilon_spent (\S+)$", text, re.MULTILINE)[0]) < budget
         assert float(re.findall(r"^fednats_epsilon_budget (\S+)$", text, re.MULTILINE)[0]) == pytest.approx(budget)
 
+        assert (output / "privacy-a.sqlite").exists()
         await now.daemons["site-a"].kill()  # the account is not in its memory
         await now.daemons["site-a"].start()
         await until(now, lambda found: is_spent(found) and follows(found, "site-a"))

@@ -47,7 +47,10 @@ def test_the_command_line_provisions_adds_revokes_and_rotates(make_federation: M
     file = tmp_path / "federation.toml"
     file.write_text(tomli_w.dumps(federation.model_dump(mode="json", exclude_none=True)))
     own = fednats("keys", "new", "site.a", "--out", "own", cwd=tmp_path).strip()
-    made = fednats("provision", "federation.toml", "--out", "kits", "--public-key", own, cwd=tmp_path)
+    assert "own/epoch-1.secret" in fednats("keys", "new-he", "federation.toml", "--out", "own", cwd=tmp_path)
+    handed_in = ("--public-key", own, "--he-public", "own/epoch-1.public")
+    made = fednats("provision", "federation.toml", "--out", "kits", *handed_in, cwd=tmp_path)
+    assert ".secret" not in made
     assert "site-b/site.b.nk" in made
     assert "site-a/site.a.nk" not in made
     assert "hand out from kits: coordinator, hub, region-north, site-a, site-b, site-c" in made
@@ -62,8 +65,11 @@ def test_the_command_line_provisions_adds_revokes_and_rotates(make_federation: M
     )
     revoked = fednats("provision", "federation.toml", "--out", "kits", "--revoke", "site.b", cwd=tmp_path)
     assert "region-north/accounts.conf" in revoked
-    rotated = fednats("keys", "rotate", "--out", "kits", cwd=tmp_path)
-    assert "coordinator/epoch-2.secret" in rotated
+    assert "--epoch 2" in fednats("keys", "rotate", "--out", "kits", cwd=tmp_path, code=1)
+    fednats("keys", "new-he", "federation.toml", "--epoch", "2", "--out", "own", cwd=tmp_path)
+    rotated = fednats("keys", "rotate", "--out", "kits", "--he-public", "own/epoch-2.public", cwd=tmp_path)
+    assert "coordinator/epoch-2.public" in rotated
+    assert not list((tmp_path / "kits").rglob("*.secret"))
 
 
 async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeFederation, tmp_path: Path) -> None:

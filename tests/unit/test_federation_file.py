@@ -75,3 +75,10 @@ def test_a_demo_has_noise_if_asked_for_and_only_then(task: str) -> None:
     assert noisy.training.dp.noise_multiplier > 1
     assert noisy.run_settings().training == noisy.training
     assert noisy.sites == plain.sites
+
+
+def test_where_a_hospital_s_account_is_is_not_for_the_federation_file() -> None:
+    sites = {name: {"region": "north" if name in "ab" else "south"} for name in "abcd"}
+    policy = {"budget": {"max_epsilon": 8.0}, "privacy_account": "privacy.sqlite"}
+    with pytest.raises(ConfigError, match="privacy_account is a file at the hospital"):
+        federation(sites={**sites, "a": {"region": "north", "policy": policy}})

@@ -18,8 +18,8 @@ from fednats.learning.task import make_task
 from fednats.messages import Grid, ModelManifest
 from fednats.privacy import rdp
 from fednats.privacy.account import Account, Charge
-from fednats.privacy.guard import Guard
-from fednats.privacy.policy import Budget
+from fednats.privacy.guard import Guard, account_file
+from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
 from fednats.services.site_worker import SiteWorker
 from fednats.storage.local_model import model_folder
 from fednats.storage.tensor_file import TensorFile
@@ -153,21 +153,33 @@ DP_SGD = {"dp": {"noise_multiplier": 4.0}}
 SKELLAM = {"dp": {"noise_multiplier": 4.0, "clip_norm": 0.5}}
 
 
-def test_the_account_lies_beside_the_state_of_a_run_unless_told_otherwise(tmp_path: Path) -> None:
-    assert site(tmp_path).privacy_file == tmp_path / "run-1" / "privacy-a.sqlite"
-    assert site(tmp_path, privacy_state="/elsewhere/a.sqlite").privacy_file == Path("/elsewhere/a.sqlite")
+def test_the_account_lies_beside_the_state_of_a_run_unless_the_policy_says_where(tmp_path: Path) -> None:
+    assert account_file(site(tmp_path), NO_POLICY) == tmp_path / "run-1" / "privacy-a.sqlite"
+    policy = tmp_path / "policy.toml"
+    for line, expected in (("/elsewhere/a.sqlite", Path("/elsewhere/a.sqlite")), ("a.sqlite", tmp_path / "a.sqlite")):
+        policy.write_text(f'privacy_account = "{line}"')
+        assert account_file(site(tmp_path), read_policy(policy)) == expected
+
+
+def test_a_budget_without_an_account_that_outlives_the_kit_is_refused(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[budget]\nmax_epsilon = 5.0")
+    with pytest.raises(
+        ConfigError, match=r"policy\.toml: \[budget\] is over all runs .*: name its file, privacy_account = "
+    ):
+        SiteWorker(site(tmp_path, policy_file=policy))
 
 
 def test_a_run_without_noise_at_a_site_without_budget_keeps_no_account(tmp_path: Path) -> None:
-    guard = Guard(site(tmp_path), None)
+    guard = Guard(site(tmp_path), NO_POLICY)
     guard.charge_pass(manifest(), 0.2, LAYOUT)
     guard.charge_update(manifest(), LAYOUT, dp_sgd=False)
     assert guard.spending(manifest()) is None
-    assert not site(tmp_path).privacy_file.exists()
+    assert not account_file(site(tmp_path), NO_POLICY).exists()
 
 
 def test_a_run_without_noise_is_not_trained_in_at_a_site_with_a_budget(tmp_path: Path) -> None:
-    guard = Guard(site(tmp_path), Budget(max_epsilon=100.0))
+    guard = Guard(site(tmp_path), Policy(budget=Budget(max_epsilon=100.0)))
     with pytest.raises(BudgetSpentError, match="the run adds no noise"):
         guard.charge_pass(manifest(), 0.2, LAYOUT)
     with pytest.raises(BudgetSpentError, match="the run adds no noise"):
@@ -178,7 +190,7 @@ def test_a_run_without_noise_is_not_trained_in_at_a_site_with_a_budget(tmp_path:
 
 
 def test_noise_on_the_whole_delta_also_hides_a_record_at_twice_the_distance(tmp_path: Path) -> None:
-    guard = Guard(site(tmp_path), None)
+    guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(delta=SKELLAM)
     guard.charge_pass(run, 0.2, LAYOUT)
     assert guard.spending(run).record.epsilon == 0.0  # type: ignore[union-attr]  # nothing is released yet
@@ -195,7 +207,7 @@ def test_noise_on_the_whole_delta_also_hides_a_record_at_twice_the_distance(tmp_
 
 def test_with_both_a_record_is_charged_for_dp_sgd_alone(tmp_path: Path) -> None:
     """What comes after DP-SGD, noise included, tells no more of a record."""
-    guard = Guard(site(tmp_path), None)
+    guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(training=DP_SGD, delta=SKELLAM)
     guard.charge_pass(run, 0.2, LAYOUT)
     guard.charge_update(run, LAYOUT, dp_sgd=True)
@@ -207,7 +219,7 @@ def test_with_both_a_record_is_charged_for_dp_sgd_alone(tmp_path: Path) -> None:
 
 
 def test_no_bound_is_null_in_json(tmp_path: Path) -> None:
-    guard = Guard(site(tmp_path), None)
+    guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(training={"dp": {"noise_multiplier": 0.0}})
     guard.charge_pass(run, 0.2, LAYOUT)
     spent = guard.spending(run)
@@ -234,7 +246,17 @@ def test_a_pass_is_booked_before_it_begins_and_again_when_it_is_made_again(tmp_p
     for n_passes in (1, 2):
         with pytest.raises(LocalDataError, match="loss is"):
             made.train(diverging, False)  # noqa: FBT003 - as the daemon calls it
-        assert Account(settings.privacy_file).n_charges("record") == n_passes
+        assert Account(account_file(settings, NO_POLICY)).n_charges("record") == n_passes
+
+
+def test_a_worker_runs_no_task_that_the_policy_does_not_list(tmp_path: Path) -> None:
+    policy, own = tmp_path / "policy.toml", tmp_path / "own.py"
+    policy.write_text(f'task_sha256 = ["{"0" * 64}"]')
+    own.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for path in ("breast-cancer", f"{own}:Own"):
+        with pytest.raises(ConfigError, match="which task_sha256 does not list"):
+            SiteWorker(site(tmp_path, policy_file=policy, task={"path": path}))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_cannot_be_trained_with_noise_is_not_charged(tmp_path: Path) -> None:
@@ -253,18 +275,20 @@ def test_what_cannot_be_trained_with_noise_is_not_charged(tmp_path: Path) -> Non
         values.write(0, initial_vector(task, 0))
     with pytest.raises(Exception, match=r"1 \(BatchNorm1d\): use nn.GroupNorm"):
         SiteWorker(settings).train(manifest(training=DP_SGD), False)  # noqa: FBT003 - as the daemon calls it
-    assert not settings.privacy_file.exists()
+    assert not account_file(settings, NO_POLICY).exists()
 
 
 def test_a_second_run_at_the_same_hospital_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     run = manifest(training={"dp": {"noise_multiplier": 1.0}})
-    policy = tmp_path / "policy.toml"
-    policy.write_text("[budget]\nmax_epsilon = 5.0")
     spent = []
 
     def until_refused() -> None:
         for number in range(50):
-            settings = site(tmp_path, state_dir=tmp_path / f"run-{number // 2}", policy_file=policy)
+            kit = tmp_path / f"kit-{number // 2}"
+            kit.mkdir(exist_ok=True)
+            policy = kit / "policy.toml"
+            policy.write_text(f'privacy_account = "{tmp_path}/all-runs.sqlite"\n[budget]\nmax_epsilon = 5.0')
+            settings = site(tmp_path, run=f"r{number // 2}", state_dir=kit / "state", policy_file=policy)
             made = worker(settings)
             made.train(run, False)  # noqa: FBT003 - as the daemon calls it
             made.encode(run)
@@ -277,7 +301,8 @@ def test_a_second_run_at_the_same_hospital_goes_on_where_the_first_ended(tmp_pat
     assert len(spent) > 2
     assert spent == sorted(set(spent))
     assert spent[-1] <= 5.0
-    assert {path.name for path in tmp_path.glob("privacy-*.sqlite")} == {"privacy-a.sqlite"}
+    assert len(list(tmp_path.glob("kit-*"))) > 1
+    assert not list(tmp_path.glob("kit-*/*.sqlite"))
 
 
 def test_the_update_of_a_private_delta_has_noise_and_leaves_no_noise_behind(tmp_path: Path) -> None:
@@ -289,7 +314,7 @@ def test_the_update_of_a_private_delta_has_noise_and_leaves_no_noise_behind(tmp_
         made.train(run, False)  # noqa: FBT003 - as the daemon calls it
         updates.append(made.encode(run))
     assert all(update.saturated > 100 for update in updates)  # noise 512 steps wide on a grid of 127
-    assert Account(settings.privacy_file).n_charges("site") == 2
+    assert Account(account_file(settings, NO_POLICY)).n_charges("site") == 2
     with sqlite3.connect(settings.state_dir / "outbox.sqlite") as connection:
         (data,) = connection.execute("SELECT data FROM residual WHERE sequence = 2").fetchone()
     assert np.abs(np.frombuffer(data, "<f4")).max() < 2.0**-8

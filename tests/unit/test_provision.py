@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load, parse
-from fednats.crypto.public import PublicKey
+from fednats.config import AggregatorSettings, CoordinatorSettings, DeltaSettings, SiteSettings, load, parse
+from fednats.crypto.public import KEY_ID_BYTES, PublicKey
 from fednats.delta import scheme
 from fednats.errors import ConfigError
 from fednats.privacy.policy import Budget, Policy, read_policy
 from fednats.provision import nkey
 from fednats.provision.kits import provision, rotate
-from fednats.provision.new_key import new_key
+from fednats.provision.new_key import new_key, new_pair
 from fednats.provision.plan import Kits, Plan, RegionPlan
 from fednats.services.keys import read_key
 from fednats.subjects import HUB
@@ -215,6 +215,59 @@ def test_a_region_hands_in_public_keys_only(tmp_path: Path) -> None:
         new_key("north", tmp_path / "own")
 
 
+def test_the_coordinator_hands_in_the_public_key_of_the_encryption_only(tmp_path: Path) -> None:
+    encrypted, kits = plan(cipher="bfv"), Kits(tmp_path / "kits")
+    held, public = new_pair(encrypted.run.delta, 1, tmp_path / "own")
+    assert held.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match="contains the secret key"):
+        provision(encrypted, kits.root, he_public=held.read_bytes()[KEY_ID_BYTES:])
+    provision(encrypted, kits.root, he_public=public.read_bytes())
+    assert not list(kits.root.rglob("*.secret"))
+    assert "`epoch-1.secret` is not in this kit" in (kits.coordinator / "README.md").read_text()
+    site = load(kits.site("a") / "site.toml", SiteSettings, {})
+    assert read_key(site.public_key_file, "") == public.read_bytes()
+    assert provision(encrypted, kits.root, he_public=public.read_bytes()) == provision(encrypted, kits.root) == []
+    held.rename(kits.coordinator / held.name)
+    assert provision(encrypted, kits.root) == [kits.coordinator / "README.md"]
+    _, second = new_pair(encrypted.run.delta, 2, tmp_path / "own")
+    with pytest.raises(ConfigError, match=r"epoch-1\.public is another key; a new one is for a new epoch"):
+        provision(encrypted, kits.root, he_public=second.read_bytes())
+    with pytest.raises(ConfigError, match=r"keys new-he FEDERATION\.toml --epoch 2"):
+        rotate(kits.root)
+    rotate(kits.root, he_public=second.read_bytes())
+    assert [file.name for file in kits.root.rglob("*.secret")] == ["epoch-1.secret"]
+    coordinator = load(kits.coordinator / "coordinator.toml", CoordinatorSettings, {})
+    assert coordinator.secret_key_file == kits.coordinator / "epoch-2.secret"
+    with pytest.raises(ConfigError, match="never overwritten"):
+        new_pair(encrypted.run.delta, 2, tmp_path / "own")
+
+
+def test_a_public_key_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    encrypted = plan(cipher="bfv")
+    other = parse({"value_bits": 4, "max_total_weight": 50}, DeltaSettings, source="test")
+    _, public = new_pair(other, 1, tmp_path / "own")
+    with pytest.raises(ConfigError, match="generate a new pair for these settings"):
+        provision(encrypted, tmp_path / "kits", he_public=public.read_bytes())
+    assert not (tmp_path / "kits").exists()
+    with pytest.raises(ConfigError, match="not encrypted"):
+        provision(plan(), tmp_path / "kits", he_public=public.read_bytes())
+    with pytest.raises(ConfigError, match="not encrypted"):
+        new_pair(plan().run.delta, 1, tmp_path / "own")
+
+
+def test_a_run_that_was_ended_between_the_halves_of_a_pair_is_taken_up(tmp_path: Path) -> None:
+    encrypted, kits = plan(cipher="bfv"), Kits(tmp_path)
+    provision(encrypted, tmp_path)
+    before = contents(tmp_path)
+    for file in tmp_path.rglob("epoch-1.public"):
+        file.unlink()
+    provision(encrypted, tmp_path)
+    assert contents(tmp_path) == before
+    (kits.coordinator / "epoch-1.public").unlink()
+    new_pair(encrypted.run.delta, 1, kits.coordinator)
+    assert contents(tmp_path)["coordinator/epoch-1.public"] == before["authority/epoch-1.public"]
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -337,7 +390,11 @@ def test_the_first_policy_of_a_kit_is_the_federation_file_s_and_then_the_hospita
     lines = {"a": {"min_samples": 50, "budget": {"max_epsilon": 3.0}}}
     provision(plan(cipher="bfv", site_policies=lines), tmp_path)
     file = Kits(tmp_path).site("a") / "policy.toml"
-    assert read_policy(file) == Policy(min_samples=50, budget=Budget(max_epsilon=3.0))
+    with pytest.raises(ConfigError, match="name its file, privacy_account"):  # which only the hospital can
+        read_policy(file)
+    account = tmp_path / "var" / "privacy.sqlite"
+    file.write_text(f'privacy_account = "{account}"\n{file.read_text()}')
+    assert read_policy(file) == Policy(min_samples=50, privacy_account=account, budget=Budget(max_epsilon=3.0))
     assert read_policy(Kits(tmp_path).site("b") / "policy.toml") == Policy()
     file.write_text("min_sites = 5")
     assert provision(plan(cipher="bfv", site_policies=lines), tmp_path) == []

@@ -1,4 +1,5 @@
 import os
+import py_compile
 import sys
 import warnings
 from collections.abc import Iterator
@@ -104,6 +105,59 @@ def test_wrong_options_are_named_with_the_right_ones() -> None:
 def test_own_task_has_no_ready_split() -> None:
     with pytest.raises(ConfigError, match="MyTask has no ready split"):
         load_task(f"{OWN_TASK}:MyTask").sites(3, 0)
+
+
+REVIEWED = (
+    "from fednats.learning.task import Task\n\n\nclass Own(Task):\n    reviewed = True\n\n"
+    "    def model(self): ...\n    def train_data(self): ...\n    def test_data(self): ...\n"
+)
+OTHER = REVIEWED.replace("True", "False")
+
+
+def test_a_compiled_copy_beside_the_reviewed_file_is_not_what_runs(task_file: Path) -> None:
+    task_file.write_text(OTHER)
+    py_compile.compile(str(task_file), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    task_file.write_text(REVIEWED)
+    assert vars(load_task(f"{task_file}:Own"))["reviewed"]
+
+
+def test_a_file_that_is_exchanged_once_it_was_checked_is_not_what_runs(task_file: Path) -> None:
+    task_file.write_text(REVIEWED)
+
+    def check(file: Path, code: bytes) -> None:
+        assert code == REVIEWED.encode()
+        file.write_text(OTHER)
+
+    assert vars(load_task(f"{task_file}:Own", check))["reviewed"]
+
+
+def test_what_the_check_refuses_does_not_run(task_file: Path) -> None:
+    (ran := task_file.with_name("ran")).unlink(missing_ok=True)
+    task_file.write_text(f"open({str(ran)!r}, 'w')")
+
+    def refuse(file: Path, _code: bytes) -> None:
+        raise ConfigError(f"{file} is not on the list")
+
+    with pytest.raises(ConfigError, match="is not on the list"):
+        load_task(f"{task_file}:Own", refuse)
+    assert not ran.exists()
+    with pytest.raises(ConfigError, match=r"heart\.py is not on the list"):
+        load_task("heart", refuse)
+
+
+@pytest.mark.parametrize("beside", ["beside.py", "beside/__init__.py", "beside/inner.py"])
+def test_what_lies_beside_checked_code_is_not_imported(
+    task_file: Path, monkeypatch: pytest.MonkeyPatch, beside: str
+) -> None:
+    task_file.write_text(f"import beside\n{REVIEWED}")
+    other = task_file.parent / beside
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("")
+    monkeypatch.syspath_prepend(task_file.parent)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    with pytest.raises(ConfigError, match=r"beside lies beside hospital_task\.py, and only that file was checked"):
+        load_task(f"{task_file}:Own", lambda _file, _code: None)
+    assert "beside" not in sys.modules
 
 
 # --- heart -----------------------------------------------------------------------------------------------------------
