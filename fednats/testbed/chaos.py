@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import structlog
 
-from fednats.errors import BusError
+from fednats.errors import BusError, UnreachableError
 from fednats.testbed.again import send_region_again, send_site_again
 from fednats.testbed.launch import Running
 
@@ -167,7 +167,7 @@ class Chaos:
                 for daemon in self._running.daemons:
                     if daemon.name in self._down or not daemon.ended:
                         continue
-                    if f'"kind": "{BusError.__name__}"' not in daemon.log_tail():
+                    if f'"kind": "{UnreachableError.__name__}"' not in daemon.log_tail():
                         daemon.check()
                     log.info("started_again", daemon=daemon.name)
                     await daemon.start()

@@ -81,7 +81,7 @@ async def test_clocks_that_are_a_day_off_change_nothing(
 
 
 def job_failures(now: Running, site: str) -> list[dict[str, Any]]:
-    return logged(now, site, "job_failed")
+    return logged(now, f"site-{site}", "job_failed")
 
 
 async def answers(state_dir: Path, page: str) -> int:
