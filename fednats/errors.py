@@ -6,6 +6,7 @@
     |-- ConfigError            a setting, file or task the operator has to mend
     |-- TaskError              the code of a task failed
     |-- BusError               the bus cannot be reached or does not answer
+    |   |-- UnreachableError   a daemon that starts cannot connect
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
     |-- LocalStorageError      this machine's disk does not take what must be on it
     |-- InterruptedRunError    Ctrl-C; everything was stopped
@@ -33,6 +34,10 @@ class TaskError(FednatsError):
 
 class BusError(FednatsError):
     """The bus cannot be reached, does not answer or denies a request."""
+
+
+class UnreachableError(BusError):
+    """A daemon that starts cannot connect, or is refused; once it is connected it waits for the bus instead."""
 
 
 class BusFullError(BusError):

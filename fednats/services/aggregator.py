@@ -35,7 +35,7 @@ from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.kept_sums import KeptSums
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
-from fednats.services.persist import ask, persist
+from fednats.services.persist import ask, ensure, persist
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, entry_of
 from fednats.services.rejects import Rejects
@@ -119,14 +119,10 @@ class AggregatorService:
     async def _live(self) -> None:
         """Make the streams, take up what was under way, then aggregate."""
         s = self._settings
-        for spec in streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves):
-            await self._uplink.ensure_stream(spec)
-        for spec in streams.in_region(s.run, s.region, leaves=s.leaves):
-            await self._region.ensure_stream(spec)
-        for bucket in streams.buckets(s.run):
-            await self._region.ensure_bucket(bucket)
-        if s.regions:
-            await self._uplink.ensure_bucket(streams.presence(s.run))
+        above = streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves)
+        await ensure(self._log, self._uplink, above, (streams.presence(s.run),) if s.regions else ())
+        here = streams.in_region(s.run, s.region, leaves=s.leaves)
+        await ensure(self._log, self._region, here, streams.buckets(s.run))
         await self._recorder.begin()
         n_events = await self._tier.restore()
         while self._unneeded() is not None:

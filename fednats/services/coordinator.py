@@ -40,6 +40,7 @@ from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
+from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted
 from fednats.services.rejects import Rejects
@@ -137,10 +138,8 @@ class CoordinatorService:
     async def _live(self) -> None:
         """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
-        for spec in streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves):
-            await self._bus.ensure_stream(spec)
-        for bucket in streams.buckets(run):
-            await self._bus.ensure_bucket(bucket)
+        at_hub = streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves)
+        await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
         n_events = await self._tier.restore()
         version: Version = await self._worker.call("current")

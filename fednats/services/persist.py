@@ -1,11 +1,14 @@
 """What is sent or asked until the bus takes it: through outages, full streams and streams that are made anew."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from fednats.errors import BusError, BusFullError
-from fednats.transport.answer import NobodyError
+from fednats.transport.answer import AwayError, NobodyError
+from fednats.transport.bus import Bus
+from fednats.transport.streams import BucketSpec, StreamSpec
 
 Answer = TypeVar("Answer")
 
@@ -33,3 +36,26 @@ async def ask(log: Any, question: Callable[[], Awaitable[Answer]]) -> Answer:
         except BusError as error:
             log.warning("bus_waits", error=str(error), retry_s=RETRY_S)
             await asyncio.sleep(RETRY_S)
+
+
+async def ensure(log: Any, bus: Bus, streams: Iterable[StreamSpec], buckets: Iterable[BucketSpec] = ()) -> None:
+    """Have the bus make streams and buckets, in order; again while it is away.
+
+    Raises:
+        BusError: not permitted, or an incompatible change (the text names it).
+    """
+    for stream in streams:
+        await _made(log, partial(bus.ensure_stream, stream))
+    for bucket in buckets:
+        await _made(log, partial(bus.ensure_bucket, bucket))
+
+
+async def _made(log: Any, make: Callable[[], Awaitable[object]]) -> None:
+    while True:
+        try:
+            await make()
+        except (AwayError, NobodyError) as error:
+            log.warning("bus_waits", error=str(error), retry_s=RETRY_S)
+            await asyncio.sleep(RETRY_S)
+        else:
+            return

@@ -1,4 +1,4 @@
-"""Faults at random over a federation that runs: what is killed, cut and sent twice, when and for how long, by a seed."""
+"""Faults at random over a federation that runs: what is killed, wiped, cut, filled and sent twice, when and for how long, by a seed."""
 
 import asyncio
 import random
@@ -8,8 +8,9 @@ from enum import StrEnum
 
 import structlog
 
-from fednats.errors import BusError
+from fednats.errors import BusError, UnreachableError
 from fednats.testbed.again import send_region_again, send_site_again
+from fednats.testbed.hosts import clock_off, fill_disk, free_disk
 from fednats.testbed.launch import Running
 
 SHORTEST_S, LONGEST_S = 1.0, 15.0
@@ -30,14 +31,20 @@ class Kind(StrEnum):
     """A daemon: SIGKILL; started again after a while."""
     KILL_SERVER = "kill-server"
     """The nats-server of a node: SIGKILL; started again, with its store, after a while."""
+    WIPE_SERVER = "wipe-server"
+    """The hub's nats-server: SIGKILL; started again, without its store, after a while."""
     CUT = "cut"
     """A link: all packets vanish; restored after a while."""
     FLAP = "flap"
     """A link: cut and restored every 2 s."""
+    FILL_DISK = "fill-disk"
+    """A site: its disk takes nothing more, for a while."""
+    SET_CLOCK = "set-clock"
+    """A site: SIGKILL; started again with a clock that is a day ahead, and after a while with the right one."""
     REPEAT_SITE = "repeat-site"
-    """What a site has sent of late comes again, with other message ids."""
+    """What a site has sent of late, updates and its newest evaluation, comes again, with other message ids."""
     REPEAT_REGION = "repeat-region"
-    """The newest sum of a region comes again, with another message id."""
+    """The newest sums of a region, of updates and of evaluations, come again, with other message ids."""
 
 
 @dataclass(frozen=True)
@@ -57,30 +64,40 @@ class Fault:
 def plan(targets: Mapping[Kind, list[str]], seed: int, duration_s: float) -> Iterator[Fault]:
     """Draw faults that begin and end within ``duration_s``: several at a time, but one at a target.
 
+    Each kind has its turn before one comes again.
+
     >>> for fault in plan({Kind.CUT: ["region-north"], Kind.KILL: ["coordinator"]}, seed=1, duration_s=12):
     ...     print(fault)
-       1.0 s  cut region-north for 2.7 s
-       4.1 s  kill coordinator for 7.9 s
-       8.1 s  cut region-north for 3.9 s
+       1.0 s  kill coordinator for 7.9 s
+       3.0 s  cut region-north for 9.0 s
     """
     drawn = random.Random(seed)  # no secrets
     free_at_s: dict[tuple[bool, str], float] = {}
+    kinds: list[Kind] = []
     at_s = 0.0
     while (at_s := at_s + drawn.uniform(SHORTEST_PAUSE_S, LONGEST_PAUSE_S)) < duration_s - SHORTEST_S:
-        kind = drawn.choice(list(targets))
+        kinds = kinds or drawn.sample(list(targets), len(targets))
+        kind = kinds.pop()
         target = drawn.choice(targets[kind])
         for_s = min(drawn.uniform(SHORTEST_S, LONGEST_S), duration_s - at_s)
         thing = (kind in {Kind.CUT, Kind.FLAP}, target)  # a site and its link have the same name
-        if free_at_s.get(thing, 0.0) <= at_s:
-            free_at_s[thing] = at_s + for_s + SETTLE_S
-            yield Fault(round(at_s, 1), kind, target, round(for_s, 1))
+        if free_at_s.get(thing, 0.0) > at_s:
+            kinds.insert(0, kind)
+            continue
+        free_at_s[thing] = at_s + for_s + SETTLE_S
+        yield Fault(round(at_s, 1), kind, target, round(for_s, 1))
+
+
+def could_not_connect(last_line: str) -> bool:
+    """Whether a daemon ended because it was started while the bus was away, by the last line of its log."""
+    return f'"kind": "{UnreachableError.__name__}"' in last_line
 
 
 class Chaos:
     """The faults of one seed over one running federation.
 
     A daemon that is started while it cannot reach the bus ends by itself, and is started again, as a service manager
-    would do. One that ends for any other reason ends all with `DaemonDiedError`.
+    would do. One that ends for any other reason, or after it was connected, ends all with `DaemonDiedError`.
     """
 
     def __init__(self, running: Running, seed: int) -> None:
@@ -110,12 +127,17 @@ class Chaos:
 
     def _targets(self) -> dict[Kind, list[str]]:
         regions, links = self._running.servers.plan, list(self._running.links)
+        sites = [site for region in regions.values() for site in region.sites]
+        hosts = [f"site-{site}" for site in sites]
         return {
             Kind.KILL: [daemon.name for daemon in self._running.daemons],
             Kind.KILL_SERVER: list(self._servers),
+            Kind.WIPE_SERVER: [self._running.servers.hub.name],
+            Kind.FILL_DISK: hosts,
+            Kind.SET_CLOCK: hosts,
             Kind.CUT: links,
             Kind.FLAP: links,
-            Kind.REPEAT_SITE: [site for region in regions.values() for site in region.sites],
+            Kind.REPEAT_SITE: sites,
             Kind.REPEAT_REGION: list(regions),
         }
 
@@ -123,10 +145,17 @@ class Chaos:
         match fault.kind:
             case Kind.KILL:
                 await self._kill(fault)
-            case Kind.KILL_SERVER:
-                await self._servers[fault.target].kill()
+            case Kind.KILL_SERVER | Kind.WIPE_SERVER:
+                server = self._servers[fault.target]
+                await server.kill()
+                if fault.kind is Kind.WIPE_SERVER:
+                    await server.wipe()
                 await asyncio.sleep(fault.for_s)
-                await self._servers[fault.target].start()
+                await server.start()
+            case Kind.FILL_DISK:
+                await self._fill_disk(fault)
+            case Kind.SET_CLOCK:
+                await self._set_clock(fault)
             case Kind.CUT:
                 await self._cut(fault.target, fault.for_s)
             case Kind.FLAP:
@@ -146,6 +175,22 @@ class Chaos:
             await daemon.start()
             self._down.discard(fault.target)
 
+    async def _fill_disk(self, fault: Fault) -> None:
+        daemon = self._running.daemons[fault.target]
+        fill_disk(daemon.pid)
+        await asyncio.sleep(fault.for_s)
+        free_disk(daemon.pid)
+
+    async def _set_clock(self, fault: Fault) -> None:
+        daemon = self._running.daemons[fault.target]
+        for environment in (clock_off("+1d"), {}):
+            async with self._starting:
+                await daemon.kill()
+                daemon.environment = environment
+                await daemon.start()
+            if environment:
+                await asyncio.sleep(fault.for_s)
+
     async def _cut(self, link: str, for_s: float) -> None:
         self._running.links[link].cut()
         await asyncio.sleep(for_s)
@@ -160,14 +205,14 @@ class Chaos:
             log.info("not_repeated", target=fault.target, error=str(error))
 
     async def _manage(self) -> None:
-        """Start again what cannot reach the bus, for ever."""
+        """Start again what could not connect, for ever."""
         while True:
             await asyncio.sleep(_WATCH_S)
             async with self._starting:
                 for daemon in self._running.daemons:
                     if daemon.name in self._down or not daemon.ended:
                         continue
-                    if f'"kind": "{BusError.__name__}"' not in daemon.log_tail():
+                    if not could_not_connect(daemon.log_tail()):
                         daemon.check()
                     log.info("started_again", daemon=daemon.name)
                     await daemon.start()

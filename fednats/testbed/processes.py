@@ -29,7 +29,7 @@ class DaemonDiedError(FednatsError):
 class DaemonProcess:
     """One ``fednats ROLE --config FILE``; its settings, log and state are in one folder.
 
-    ``settings`` may be changed; they are written at each start.
+    ``settings`` may be changed; they are written at each start. So may ``environment``, what is set beyond this process's.
     """
 
     def __init__(self, role: str, name: str, settings: DaemonSettings) -> None:
@@ -37,6 +37,7 @@ class DaemonProcess:
         self.name = name
         self.state_dir = settings.state_dir
         self.settings = settings
+        self.environment: Mapping[str, str] = {}
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -66,7 +67,7 @@ class DaemonProcess:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=environment,
+                env={**environment, **self.environment},
                 preexec_fn=die_with_parent if sys.platform == "linux" else None,
             )  # fmt: skip
 
@@ -149,6 +150,10 @@ class Daemons:
         finally:
             if self._session is not None:
                 await self._session.close()
+
+    async def stop(self, role: str) -> None:
+        """Stop those of one role before the others."""
+        await asyncio.gather(*(daemon.stop() for daemon in self._daemons.values() if daemon.role == role))
 
     def check(self) -> None:
         """Raise DaemonDiedError if one has ended."""

@@ -67,7 +67,7 @@ class Bus:
         the user may listen on.
 
         Raises:
-            BusError: not reachable within 10 s, or refused (authorization).
+            UnreachableError: not reachable within 10 s, or refused (authorization).
             ConfigError: the nkey seed file is missing or not a seed, or ``ca_file`` is no certificate.
         """
         async with connection(settings, name) as opened, Upkeep(opened) as upkeep:

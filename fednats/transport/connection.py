@@ -18,7 +18,7 @@ from nats.aio.subscription import Subscription
 
 from fednats import permissions
 from fednats.config import BusSettings
-from fednats.errors import BusError, ConfigError
+from fednats.errors import BusError, ConfigError, UnreachableError
 from fednats.transport.answer import AwayError, NobodyError, answer
 from fednats.transport.flow import Flow
 from fednats.transport.tls import TlsTransport, context
@@ -186,7 +186,8 @@ class Connection:
             # The end of the connection may overtake the server's "authorization violation".
             cut = any(word in self._last_error.casefold() for word in _CUT)
             hint = "; a server that refuses a key may cut the connection: check nkey_seed_file" if cut else ""
-            raise BusError(f"{self._name}: cannot connect to {settings.url} ({self._last_error}){hint}") from error
+            text = f"{self._name}: cannot connect to {settings.url} ({self._last_error}){hint}"
+            raise UnreachableError(text) from error
         self._opening = False
         self._up.set()
         self.log.info("bus_connected", url=settings.url)

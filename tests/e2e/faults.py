@@ -87,8 +87,8 @@ def outbox_of(statuses: Statuses, site: str) -> dict[str, int]:
     return counts
 
 
-def logged(running: Running, site: str, event: str) -> list[dict[str, Any]]:
-    """Return what a site has logged under the name ``event``."""
-    text = running.daemons[f"site-{site}"].log_file.read_text(encoding="utf-8")
+def logged(running: Running, daemon: str, event: str) -> list[dict[str, Any]]:
+    """Return what a daemon has logged under the name ``event``."""
+    text = running.daemons[daemon].log_file.read_text(encoding="utf-8")
     lines = (line for line in text.splitlines() if f'"event": "{event}"' in line)
     return [json.loads(line) for line in lines]

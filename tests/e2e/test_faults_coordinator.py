@@ -15,7 +15,7 @@ from fednats.testbed.ledger import APPLIED
 from fednats.testbed.wan import WanSettings
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation
-from tests.e2e.faults import events, found, wide
+from tests.e2e.faults import events, found, logged, wide
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import closed, reached, until
 
@@ -37,7 +37,10 @@ async def test_a_coordinator_killed_between_applying_and_publishing_publishes_wh
         assert applied.version == version
         weights = weights_file(folder, version).read_bytes()
         assert (await manifest(now, 0)).version == version - 1
+        n_connected = len(logged(now, "coordinator", "bus_connected"))
         await now.daemons["coordinator"].start()
+        await found(now, lambda: logged(now, "coordinator", "bus_connected")[n_connected:] or None)
+        await loses_its_bus_as_it_starts(now)
         told = await manifest(now, version)
         assert (told.version, told.weights_digest) == (version, applied.weights_digest)
         assert weights_file(folder, version).read_bytes() == weights
@@ -67,6 +70,16 @@ async def test_a_coordinator_killed_again_and_again_applies_every_update_once(
     assert set(made) == set(range(11))
     assert statuses["coordinator"]["version"] == 10
     assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] >= 2 * 10
+
+
+async def loses_its_bus_as_it_starts(now: Running) -> None:
+    """Cut the link of a coordinator that has connected and asked for nothing yet; it waits, and goes on."""
+    link = now.links["coordinator"]
+    link.cut()
+    link.restore()  # the connection is reset: it knows at once
+    link.cut()
+    await found(now, lambda: logged(now, "coordinator", "bus_waits") or None)
+    link.restore()
 
 
 def applied_but_not_announced(now: Running) -> int | None:

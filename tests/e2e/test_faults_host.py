@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from fednats.testbed.hosts import clock_off
 from fednats.testbed.launch import Running, running
 from fednats.testbed.ledger import APPLIED
 from fednats.web.server import PORT_FILE
@@ -56,20 +57,14 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
     assert all("Make room on its disk" in failure["error"].replace("make", "Make") for failure in failures)
 
 
-async def test_clocks_that_are_a_day_off_change_nothing(
-    make_federation: MakeFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library = faketime()
+async def test_clocks_that_are_a_day_off_change_nothing(make_federation: MakeFederation, tmp_path: Path) -> None:
     federation = make_federation({"north": ["a", "b", "c"]}, stop={"max_versions": 12})
     async with running(federation, tmp_path / "out") as now:
         await until(now, reached(1))
         for site, offset in (("a", "+1d"), ("b", "-1d")):
             await now.daemons[f"site-{site}"].kill()
-            with monkeypatch.context() as patched:
-                patched.setenv("LD_PRELOAD", str(library))
-                patched.setenv("FAKETIME", offset)
-                patched.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
-                await now.daemons[f"site-{site}"].start()
+            now.daemons[f"site-{site}"].environment = clock_off(offset)
+            await now.daemons[f"site-{site}"].start()
         await until(now, closed)
         ledger = await balanced(tmp_path / "out")
         newest = "SELECT julianday(sent_at) FROM outgoing WHERE sent_at IS NOT NULL ORDER BY sequence DESC LIMIT 1"
@@ -81,7 +76,7 @@ async def test_clocks_that_are_a_day_off_change_nothing(
 
 
 def job_failures(now: Running, site: str) -> list[dict[str, Any]]:
-    return logged(now, site, "job_failed")
+    return logged(now, f"site-{site}", "job_failed")
 
 
 async def answers(state_dir: Path, page: str) -> int:
@@ -108,9 +103,3 @@ def fill(ballast: Path, *, but_for: int) -> None:
     free = os.statvfs(ballast.parent)
     with ballast.open("ab") as file:
         os.posix_fallocate(file.fileno(), 0, file.tell() + free.f_bavail * free.f_frsize - but_for)
-
-
-def faketime() -> Path:
-    found_at = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
-    assert found_at is not None, "this test sets the clock of a process: install Debian's package faketime"
-    return found_at

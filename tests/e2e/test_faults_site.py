@@ -121,7 +121,7 @@ async def test_a_site_trains_on_without_its_link_and_catches_up(
         statuses = await until(now, lambda statuses: outbox_of(statuses, "a").get("waiting") == 0)
         ledger = await balanced(tmp_path / "out")
     assert version < 8
-    assert logged(now, "a", "training_on_without_the_bus")
+    assert logged(now, "site-a", "training_on_without_the_bus")
     assert ledger.updates["refused: Reason.TOO_STALE"] == 0
     assert set(ledger.accepted) <= {APPLIED, "left over above"}
 
@@ -186,7 +186,7 @@ def large_and_plain(make_federation: MakeFederation, folder: Path, n_parameters:
 
 
 def sent(now: Running, site: str) -> list[str]:
-    return [line["update_id"] for line in logged(now, site, "update_sent")]
+    return [line["update_id"] for line in logged(now, f"site-{site}", "update_sent")]
 
 
 def taken(now: Running, region: str) -> set[str]:

@@ -21,7 +21,7 @@ FAR = WanSettings(delay_ms=50)
 @pytest.mark.parametrize(
     "duration_s",
     [
-        pytest.param(15.0, id="short"),
+        pytest.param(30.0, id="short"),
         pytest.param(300.0, id="long", marks=[pytest.mark.long, pytest.mark.timeout(560)]),
     ],
 )
