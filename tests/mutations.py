@@ -12,7 +12,7 @@ from fednats import wire
 from fednats.messages import Message
 
 HEADER = struct.Struct(">2sBBI")
-BOMB_BYTES = wire.MAX_MESSAGE_BYTES
+BOMB_BYTES = LARGEST_BODY_BYTES = wire.MAX_MESSAGE_BYTES
 
 INTERESTING = (0, 1, -1, 127, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**40 + 1, 2**63 - 1, 2**64 - 1, -(2**63))
 FLOATS = (0.0, -0.0, 1e308, -1e308, 5e-324, float("nan"), float("inf"), float("-inf"), 1e-9, 1e15)
@@ -59,12 +59,22 @@ def changed(rng: random.Random, tree: Any) -> Any:
         items = list(tree)
         index = rng.randrange(len(items))
         if rng.random() < 0.1:
-            return items * (2 if len(items) > 20 or any(isinstance(item, bytes) for item in items) else 100)
+            times = 2 if len(items) > 20 or any(isinstance(item, bytes) for item in items) else 100
+            return items * (times if _size(items) * times < LARGEST_BODY_BYTES else 1)
         if rng.random() < 0.1:
             return [*items, strange(rng)]
         items[index] = changed(rng, items[index])
         return items
     return _of_its_type(rng, tree) if rng.random() < 0.6 else strange(rng)
+
+
+def _size(tree: Any) -> int:
+    """Return about how many bytes a tree takes when it is packed."""
+    if isinstance(tree, Mapping):
+        return 1 + sum(_size(key) + _size(value) for key, value in tree.items())
+    if isinstance(tree, list | tuple):
+        return 1 + sum(map(_size, tree))
+    return len(tree) if isinstance(tree, bytes | str) else 9
 
 
 def _of_its_type(rng: random.Random, value: Any) -> Any:
