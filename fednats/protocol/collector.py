@@ -207,7 +207,7 @@ class Collector:
         if self.state is State.COMBINING:
             return self._start_timer()
         commands = self._combine(deadline=True)
-        if not commands:
+        if not commands and self._short:
             commands += self._report_waiting()
         if self._buffer:
             commands += self._start_timer()

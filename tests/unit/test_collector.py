@@ -17,7 +17,6 @@ from fednats.protocol.events import (
     EvaluationArrived,
     EvaluationsSummed,
     Refuse,
-    ReportWaiting,
     RunClosed,
     Settle,
     StartTimer,
@@ -93,8 +92,7 @@ def test_a_deadline_waives_the_goal_but_not_the_distinct_sites() -> None:
     machine = collector()
     machine.handle(announcement(settings=settings))
     assert arrive(machine, update("a")) == [StartTimer(10.0)]
-    assert machine.handle(DeadlineReached()) == [ReportWaiting(1, 5, 2), StartTimer(10.0)]
-    assert machine.handle(DeadlineReached()) == [ReportWaiting(1, 5, 2), StartTimer(10.0)]  # and so at each one
+    assert machine.handle(DeadlineReached()) == [StartTimer(10.0)]  # enough are there, and may be slow
     arrive(machine, update("b"))
     assert combination(machine.handle(DeadlineReached())).n_sites == 2
 

@@ -106,6 +106,18 @@ def test_below_min_sites_every_deadline_says_so() -> None:
         assert machine.handle(DeadlineReached()) == [ReportWaiting(1, 1, 2), StartTimer(5.0)]
 
 
+def test_an_update_left_behind_on_an_old_grid_is_no_lack_of_sites() -> None:
+    machine = collector(deadline_s=5.0)
+    arrive(machine, update("a"))
+    machine.handle(announcement(1, grids=("g0", "g1"), settings=AggregationSettings(goal=3, deadline_s=5.0)))
+    for sequence in range(2, 5):
+        arrive(machine, *(update(site, sequence, version=1, grid="g1") for site in "ab"))
+        made = combination(machine.handle(DeadlineReached()))
+        machine.handle(Combined(combination_id=made.combination_id))
+        assert machine.handle(DeadlineReached()) == [StartTimer(5.0)]
+    assert machine.n_buffered == 1
+
+
 def test_a_restarted_machine_says_again_that_it_waits() -> None:
     machine = collector()
     present(machine, "a")
