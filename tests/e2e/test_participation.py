@@ -12,7 +12,8 @@ from fednats.testbed.launch import Running, running
 from fednats.testbed.processes import DaemonProcess
 from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
-from tests.e2e.until import ENDLESS, Statuses, reached, until
+from tests.e2e.ledgers import balanced
+from tests.e2e.until import ENDLESS, Statuses, end_after, reached, until
 
 PATIENCE_S = 60.0
 """For a daemon to start, or for its presence to run out."""
@@ -87,6 +88,8 @@ async def test_two_of_three_go_on_while_the_third_is_late_or_down(
         await is_present(aggregator, 3)
         await further(federation_running, 3)
         sizes = sizes_of_sums(federation_running, "north")
+        await end_after(federation_running, 2)
+        await balanced(output)
     assert set(sizes[:before]) == {2}
     assert 3 in sizes[before:joined]
     assert set(sizes[away + 1 : alone]) == {2}
@@ -116,6 +119,8 @@ async def test_a_region_under_a_region_is_not_waited_for_while_it_is_down(
         await is_present(europe, 2)
         await further(federation_running, 2)
         assert 4 in sizes_of_sums(federation_running, "europe")[-2:]
+        await end_after(federation_running, 2)
+        await balanced(tmp_path / "out")
 
 
 async def test_one_region_goes_on_while_the_other_lacks_a_site_or_is_down(
@@ -157,8 +162,10 @@ async def test_one_region_goes_on_while_the_other_lacks_a_site_or_is_down(
         await is_present(coordinator, 2)
         await further(federation_running, 2)
         assert len(sizes_of_sums(federation_running, "south")) > sums
+        assert changes_of(coordinator, "south")[-4:] == ["source_left", "source_joined"] * 2
+        await end_after(federation_running, 2)
+        await balanced(output)
         assert {*sizes_of_sums(federation_running, "north"), *sizes_of_sums(federation_running, "south")} == {2}
-    assert changes_of(coordinator, "south")[-4:] == ["source_left", "source_joined"] * 2
 
 
 async def test_a_hospital_whose_policy_the_run_breaks_takes_no_part_and_the_coordinator_sees_why(
@@ -187,5 +194,7 @@ async def test_a_hospital_whose_policy_the_run_breaks_takes_no_part_and_the_coor
         await is_present(federation_running.daemons["aggregator-north"], 3)
         await further(federation_running, 2)
         assert sizes_of_sums(federation_running, "north")[-1] == 3
+        await end_after(federation_running, 2)
+        await balanced(tmp_path / "out")
     told = log_of(federation_running.daemons["coordinator"], "takes_no_part")
     assert {(line["service"], line["why"]) for line in told} == {("site.c", why)}
