@@ -53,11 +53,11 @@ if TYPE_CHECKING:
     from fednats.services.coordinator_worker import CoordinatorWorker
 
 
-def make_worker(settings: CoordinatorSettings) -> "CoordinatorWorker":
+def make_worker(settings: CoordinatorSettings, max_message_bytes: int) -> "CoordinatorWorker":
     """Make the worker's object, in the worker process."""
     from fednats.services.coordinator_worker import CoordinatorWorker  # noqa: PLC0415 - torch is loaded there only
 
-    return CoordinatorWorker(settings)
+    return CoordinatorWorker(settings, max_message_bytes)
 
 
 async def coordinator(daemon: Daemon, settings: CoordinatorSettings) -> None:
@@ -68,7 +68,7 @@ async def coordinator(daemon: Daemon, settings: CoordinatorSettings) -> None:
     identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
     async with Bus.connect(settings.bus, name) as bus:
         fitting = settings.model_copy(update={"settings": fit_messages(settings.settings, bus.max_payload_bytes)})
-        async with Worker(make_worker, fitting) as worker:
+        async with Worker(make_worker, fitting, bus.max_payload_bytes) as worker:
             await CoordinatorService(daemon, fitting, identity, bus, worker).live()
 
 
