@@ -36,6 +36,7 @@ from fednats.protocol.events import (
 from fednats.services.answers import Pooled, Version
 from fednats.services.evaluations import Part as EvaluationPart
 from fednats.services.evaluations import Summing, cases_of, mean_metrics, sites_of
+from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lifecycle import Daemon, until_stopped
@@ -54,11 +55,11 @@ if TYPE_CHECKING:
     from fednats.services.coordinator_worker import CoordinatorWorker
 
 
-def make_worker(settings: CoordinatorSettings) -> "CoordinatorWorker":
+def make_worker(settings: CoordinatorSettings, max_message_bytes: int) -> "CoordinatorWorker":
     """Make the worker's object, in the worker process."""
     from fednats.services.coordinator_worker import CoordinatorWorker  # noqa: PLC0415 - torch is loaded there only
 
-    return CoordinatorWorker(settings)
+    return CoordinatorWorker(settings, max_message_bytes)
 
 
 async def coordinator(daemon: Daemon, settings: CoordinatorSettings) -> None:
@@ -69,7 +70,7 @@ async def coordinator(daemon: Daemon, settings: CoordinatorSettings) -> None:
     identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
     async with Bus.connect(settings.bus, name) as bus:
         fitting = settings.model_copy(update={"settings": fit_messages(settings.settings, bus.max_payload_bytes)})
-        async with Worker(make_worker, fitting) as worker:
+        async with Worker(make_worker, fitting, bus.max_payload_bytes) as worker:
             await CoordinatorService(daemon, fitting, identity, bus, worker).live()
 
 
@@ -116,8 +117,7 @@ class CoordinatorService:
         )
         self._inbox = Inbox(bus, subjects.inbox_stream(settings.run, subjects.HUB), settings.run, identity, daemon.log)
         self._tier.inboxes = {Aggregate: self._inbox, EvaluationSum: self._inbox}
-        self._history: list[dict[str, Any]] = []
-        self._published_s: dict[int, float] = {}
+        self._history = History()
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
@@ -192,7 +192,7 @@ class CoordinatorService:
             },
             "best": None if best is None else {"version": best.version, "metrics": best.metrics},
             "reached_target_at": machine.reached_target_at,
-            "history": self._history,
+            "history": self._history.shown(),
             "sent_bytes": self._publisher.sent_bytes,
             **self._figures,
         }
@@ -303,25 +303,12 @@ class CoordinatorService:
 
     def _note(self, handled: Handled) -> None:
         """Keep the figures that operators see, now or from the journal."""
-        if isinstance(handled.event, VersionAnnounced):
-            self._published_s.setdefault(handled.event.version, handled.elapsed_s)
+        self._history.note(handled)
         if isinstance(handled.event, Combined):
             self._note_norms(handled.event)
         if handled.combination is not None:
             for part in handled.combination.parts:
                 self._count(part)
-        event = handled.event
-        if isinstance(event, EvaluationsSummed) and event.n_sites:
-            self._history.append(
-                {
-                    "version": event.version,
-                    "published_s": round(self._published_s.get(event.version, 0.0), 3),
-                    "evaluated_s": round(handled.elapsed_s, 3),
-                    "n_sites": event.n_sites,
-                    "n_samples": event.n_samples,
-                    "metrics": event.metrics,
-                }
-            )
 
     def _note_norms(self, event: Combined) -> None:
         for identity, norm in event.norms.items():
@@ -401,7 +388,7 @@ class CoordinatorService:
         state = {
             "version": self._machine.version,
             "state": self._state(),
-            "metrics": self._history[-1]["metrics"] if self._history else {},
+            "metrics": self._history.newest_metrics,
         }
         try:
             await self._bus.put(subjects.state_bucket(self._settings.run), "run", json.dumps(state).encode())

@@ -24,7 +24,7 @@ from fednats.learning.task import make_task
 from fednats.messages import Aggregate, Grid
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
-from fednats.services.next_version import Made, NextVersion, first_version
+from fednats.services.next_version import Made, NextVersion, first_version, still_of_use
 from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
 from fednats.storage.local_disk import local_disk
 
@@ -32,7 +32,7 @@ from fednats.storage.local_disk import local_disk
 class CoordinatorWorker:
     """Holds the secret keys, and the mean delta of the combination under way."""
 
-    def __init__(self, settings: CoordinatorSettings) -> None:
+    def __init__(self, settings: CoordinatorSettings, max_message_bytes: int) -> None:
         torch.set_num_threads(1)
         run = settings.settings
         keys = read_keys(settings.secret_key_file, settings.older_secret_key_file, "secret_key_file")
@@ -40,6 +40,7 @@ class CoordinatorWorker:
         self._decoders = {held.key_id: held for held in (self._decoder, *older)}
         self._model_keys = ModelKeys.read(settings.model_key_file, settings.older_model_key_file, settings.run)
         self._chunk_bytes = run.delta.chunk_bytes
+        self._max_message_bytes = max_message_bytes
         self._state_dir = settings.state_dir
         self._max_staleness = run.aggregation.staleness.max_staleness
         self._optimizer = ServerOptimizer(run.server)
@@ -67,7 +68,7 @@ class CoordinatorWorker:
             made_by=self._current.made_by,
             parameters=self._layout.parameters,
             weights_digest=self._current.weights_digest,
-            frames=self._current.frames,
+            frames=still_of_use(self._current.frames, self._max_message_bytes),
             grids=self._current.grids,
             key_id=self._decoder.key_id,
             older_key_ids=tuple(key_id for key_id in self._decoders if key_id != self._decoder.key_id),
@@ -119,7 +120,14 @@ class CoordinatorWorker:
             raise RefusedError(Reason.NOT_FINITE, "the mean delta is not finite")
         adapted = self._adapted_grids(heads)
         self._mean *= np.float32(scale)
-        making = NextVersion(self._checkpoints, self._model_keys, self._current, self._layout, self._chunk_bytes)
+        making = NextVersion(
+            self._checkpoints,
+            self._model_keys,
+            self._current,
+            self._layout,
+            self._chunk_bytes,
+            self._max_message_bytes,
+        )
         with local_disk(self._state_dir):
             made = Made(combination_id, dict(norms), dict(quarantined))
             self._current = making.make(self._optimizer, self._mean, made, adapted)

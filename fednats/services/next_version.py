@@ -24,6 +24,13 @@ KEYFRAME_AFTER = 2.0
 LONGEST_CHAIN = 16
 """Differences after which a keyframe is due whatever they weigh; twice as many are kept for who missed some versions."""
 
+FRAMES_SHARE = 0.5
+"""Of the largest message, for the frames that a manifest lists; the rest is for parameters, grid and settings."""
+
+_LISTED_DIGEST_BYTES = DIGEST_BYTES + 2
+_LISTED_STEP_BYTES = 9
+_LISTED_FRAME_BYTES = 128
+
 
 @dataclass(frozen=True)
 class Made:
@@ -40,13 +47,20 @@ class NextVersion:
     """Makes one version from ``current``."""
 
     def __init__(
-        self, checkpoints: Checkpoints, keys: ModelKeys, current: Checkpoint, layout: Layout, chunk_bytes: int
+        self,
+        checkpoints: Checkpoints,
+        keys: ModelKeys,
+        current: Checkpoint,
+        layout: Layout,
+        chunk_bytes: int,
+        max_message_bytes: int,
     ) -> None:
         self._checkpoints = checkpoints
         self._keys = keys
         self._current = current
         self._layout = layout
         self._chunk_bytes = chunk_bytes
+        self._max_message_bytes = max_message_bytes
 
     def make(
         self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], made: Made, grids: tuple[Grid, ...]
@@ -62,7 +76,7 @@ class NextVersion:
             steps = frames.steps(self._layout.means(Difference(state, published), np.square))
             difference, digest = self._round(state, published, steps, weights, f"v{version}-{made_by[:8]}")
         kept = (*self._current.frames, difference)
-        if _keyframe_is_due(kept) or self._key_is_new():
+        if _keyframe_is_due(kept, self._max_message_bytes) or self._key_is_new():
             kept = (
                 *kept,
                 write_keyframe(
@@ -74,7 +88,7 @@ class NextVersion:
             made_by=made_by,
             weights_digest=digest,
             grids=grids,
-            frames=_still_of_use(kept),
+            frames=still_of_use(kept, self._max_message_bytes),
             norms=made.norms,
             quarantined=made.quarantined,
         )
@@ -150,15 +164,37 @@ def _append(file: ChunkFile, keys: ModelKeys, payload_id: str, position: int, va
     file.append(keys.seal(payload_id, position, wire.pack(Chunk(parts=(values,)))))
 
 
-def _keyframe_is_due(kept: Sequence[Frame]) -> bool:
-    newest = max(index for index, frame in enumerate(kept) if frame.is_keyframe)
-    since = kept[newest + 1 :]
+def _keyframe_is_due(kept: Sequence[Frame], max_message_bytes: int) -> bool:
+    keyframe, *since = _newest_chain(kept)
     n_bytes = sum(frame.payload.n_bytes for frame in since)
-    return n_bytes > KEYFRAME_AFTER * kept[newest].payload.n_bytes or len(since) >= LONGEST_CHAIN
+    return (
+        n_bytes > KEYFRAME_AFTER * keyframe.payload.n_bytes
+        or len(since) >= LONGEST_CHAIN
+        or not _fit((keyframe, *since), max_message_bytes)
+    )
 
 
-def _still_of_use(kept: Sequence[Frame]) -> tuple[Frame, ...]:
-    """Keep the newest differences and the two newest keyframes: one may be half fetched when the next comes."""
+def still_of_use(kept: Sequence[Frame], max_message_bytes: int) -> tuple[Frame, ...]:
+    """Keep the newest differences and the two newest keyframes: one may be half fetched when the next comes.
+
+    Fewer where a manifest that lists them would be no message any more; the newest chain stays.
+    """
     keyframes = [frame for frame in kept if frame.is_keyframe][-2:]
     differences = [frame for frame in kept if not frame.is_keyframe][-2 * LONGEST_CHAIN :]
-    return tuple(frame for frame in kept if frame in keyframes or frame in differences)
+    useful = [frame for frame in kept if frame in keyframes or frame in differences]
+    while len(useful) > len(_newest_chain(useful)) and not _fit(useful, max_message_bytes):
+        del useful[0]
+    return tuple(useful)
+
+
+def _newest_chain(kept: Sequence[Frame]) -> Sequence[Frame]:
+    """Return the newest keyframe and the differences since."""
+    return kept[max(index for index, frame in enumerate(kept) if frame.is_keyframe) :]
+
+
+def _fit(listed: Sequence[Frame], max_message_bytes: int) -> bool:
+    n_bytes = sum(
+        _LISTED_FRAME_BYTES + _LISTED_DIGEST_BYTES * len(frame.payload.digests) + _LISTED_STEP_BYTES * len(frame.steps)
+        for frame in listed
+    )
+    return n_bytes <= FRAMES_SHARE * max_message_bytes

@@ -411,8 +411,12 @@ class SiteService:
         subject = subjects.head(prefix)
         head = self._identity.sign(subject, update)
         if first:
+            await self._bus.wait_connected()
+            # a bus that has lost its store keeps the offered chunk: it must not speak for those before it
+            await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, 0)
             async with self._recorder.sending(self._bus, await self._entry(update, first - 1)):
                 if await self._has(prefix, update.update_id, first - 1):
+                    await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, first)
                     await self._publish(update, first, head, note)
                 else:
                     first = 0  # the bus has lost its store, or forgotten the ids: all of it again

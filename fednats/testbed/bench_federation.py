@@ -6,7 +6,7 @@ from pathlib import Path
 from fednats.config import ServerSettings, TrainingSettings
 from fednats.testbed.federation import FederationSettings, demo_federation
 from fednats.testbed.launch import COORDINATOR, running
-from fednats.testbed.summary import RunFigures, Statuses, run_figures
+from fednats.testbed.summary import RunFigures, Statuses, run_figures, with_newest
 
 SEED = 7
 HIDDEN = (512, 512)
@@ -35,7 +35,7 @@ async def run(settings: FederationSettings, output: Path) -> tuple[Statuses, Run
     async with running(settings, output) as now:
         while statuses.get(COORDINATOR, {}).get("state") != "closed":
             now.daemons.check()
-            statuses = {**statuses, **await now.daemons.statuses()}
+            statuses = with_newest(statuses, await now.daemons.statuses())
             await asyncio.sleep(_POLL_S)
     ordered = {daemon.name: statuses[daemon.name] for daemon in now.daemons}
     return ordered, run_figures(settings, ordered, now.wan_bytes)

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ from fednats.testbed.links import serving_links
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
-from fednats.testbed.summary import Statuses, Summary, run_figures, summarise
+from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
 from fednats.testbed.wan import Wan, WanSettings
 
 POLL_S = 0.5
@@ -100,12 +99,12 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted.set)
-    statuses: dict[str, Mapping[str, Any]] = {}
+    statuses: Statuses = {}
     try:
         with Progress(federation.name, federation.task, federation.stop) as progress:
             while statuses.get(COORDINATOR, {}).get("state") != "closed":
                 running_now.daemons.check()
-                statuses |= await running_now.daemons.statuses()
+                statuses = with_newest(statuses, await running_now.daemons.statuses())
                 progress.update(statuses, time.monotonic() - started)
                 try:
                     async with asyncio.timeout(POLL_S):

@@ -138,6 +138,19 @@ class Summary(RunFigures):
         path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+def with_newest(statuses: Statuses, newest: Statuses) -> Statuses:
+    """Return ``statuses`` with the ``newest``; of its history the coordinator shows only the newest part, so the rest stays."""
+    merged = {**statuses, **newest}
+    known = {
+        entry["version"]: entry
+        for each in (statuses, newest)
+        for entry in each.get("coordinator", {}).get("history", ())
+    }
+    if known:
+        merged["coordinator"] = {**merged["coordinator"], "history": list(known.values())}
+    return merged
+
+
 def run_figures(federation: FederationSettings, statuses: Statuses, wan_bytes: int) -> RunFigures:
     """Put together what all daemons said last (``statuses``) and what crossed the leaf links."""
     coordinator = statuses["coordinator"]

@@ -166,6 +166,8 @@ class Bus:
     ) -> None:
         """Store chunks, as many unacknowledged as fill the link (at most 16 MiB); returns when all are acknowledged.
 
+        The last one is stored after all others: where it is, the payload is whole.
+
         ``chunks`` begin with number ``first``; ``stored`` is told how many of all are acknowledged without a gap, as they
         come. Call it again with the same chunks to resume. Raises as `publish` does.
         """

@@ -26,22 +26,34 @@ async def publish(
     first: int,
     stored: Callable[[int], Awaitable[None]] | None,
 ) -> None:
-    """Publish chunk i as `subjects.chunk` with the message id `chunk_id`; returns when all are stored."""
+    """Publish chunk i as `subjects.chunk` with the message id `chunk_id`; returns when all are stored.
+
+    The last chunk is sent when all others are stored: where it is, the payload is whole.
+    """
     chunk_bytes = 1
+    n_stored = index = first
+    last: bytes | None = None
+
+    def store(chunk: bytes) -> Awaitable[None]:
+        return _store(connection, subjects.chunk(prefix, payload_id, index), chunk, chunk_id(payload_id, index))
 
     async def calls() -> AsyncIterator[Awaitable[None]]:
-        nonlocal chunk_bytes
-        index = first
+        nonlocal chunk_bytes, index, last
         async for chunk in _each(chunks):
             chunk_bytes = max(chunk_bytes, len(chunk))
-            yield _store(connection, subjects.chunk(prefix, payload_id, index), chunk, chunk_id(payload_id, index))
-            index += 1
+            if last is not None:
+                yield store(last)
+                index += 1
+            last = chunk
 
-    n_stored = first
     async for _ in _pipelined(calls(), lambda: connection.up.window.size_bytes / chunk_bytes + 0.5):
         n_stored += 1
         if stored is not None:
             await stored(n_stored)
+    if last is not None:
+        await store(last)
+        if stored is not None:
+            await stored(n_stored + 1)
 
 
 def chunk_id(payload_id: str, index: int) -> str:

@@ -93,7 +93,7 @@ def test_the_coordinator_decrypts_what_either_key_is_for(pairs: list[tuple[bytes
         "secret_key_file": new,
         "older_secret_key_file": old,
     }
-    worker = CoordinatorWorker(parse(raw, CoordinatorSettings, source="test"))
+    worker = CoordinatorWorker(parse(raw, CoordinatorSettings, source="test"), 2**20)
     version = worker.current()
     assert (version.key_id, version.older_key_ids) == (key_id(pairs[1][1]), (key_id(pairs[0][1]),))
     layout, grid = Layout(version.parameters), version.grids[-1]

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from fednats import wire
 from fednats.codec import frames, grid
 from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, ServerSettings, TrainingSettings
@@ -33,8 +34,9 @@ KEYS = ModelKeys([SECRET], "r")
 class Origin:
     """A coordinator's folder of versions."""
 
-    def __init__(self, directory: Path, settings: ServerSettings | None = None) -> None:
+    def __init__(self, directory: Path, settings: ServerSettings | None = None, max_message_bytes: int = 2**20) -> None:
         self.directory = directory
+        self.max_message_bytes = max_message_bytes
         self.keys = KEYS
         self.optimizer = ServerOptimizer(settings or ServerSettings())
         self.checkpoints = Checkpoints(directory, PARAMETERS, self.optimizer.slots)
@@ -48,7 +50,7 @@ class Origin:
         delta = (scale * self.rng.normal(size=N)).astype(np.float32)
         self.exact += delta
         current = self.made[-1]
-        making = NextVersion(self.checkpoints, self.keys, current, LAYOUT, CHUNK_BYTES)
+        making = NextVersion(self.checkpoints, self.keys, current, LAYOUT, CHUNK_BYTES, self.max_message_bytes)
         made = Made(f"combination{current.version}")
         self.made.append(making.make(self.optimizer, delta, made, current.grids))
         return self.made[-1]
@@ -153,6 +155,19 @@ def test_frames_of_no_use_any_more_go(origin: Origin) -> None:
     names = {file.name for file in origin.directory.iterdir()}
     assert len([name for name in names if name.startswith("version-")]) == 2 * KEPT_VERSIONS
     assert [name for name in names if name.startswith("optimizer-")] == ["optimizer-60.safetensors"]
+
+
+@pytest.mark.parametrize("max_message_bytes", [1200, 1800])
+def test_a_manifest_stays_a_message_however_many_versions_there_were(tmp_path: Path, max_message_bytes: int) -> None:
+    origin = Origin(tmp_path / "origin", max_message_bytes=max_message_bytes)
+    follower, newcomers = Site(tmp_path / "site", origin), []
+    for version in range(3 * LONGEST_CHAIN):
+        checkpoint = origin.step()
+        assert len(wire.pack(manifest(checkpoint))) <= max_message_bytes
+        newcomers.append(Site(tmp_path / f"newcomer{version}", origin))
+        for site in (follower, newcomers[-1]):
+            np.testing.assert_array_equal(site.take(checkpoint), origin.weights(checkpoint.version))
+    assert follower.fetched_bytes < sum(newcomer.fetched_bytes for newcomer in newcomers) / 2
 
 
 def test_a_coordinator_that_is_killed_while_it_makes_a_version_makes_it_again(origin: Origin) -> None:
