@@ -58,6 +58,10 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -
         raise RefusedError(Reason.WRONG_SHAPE, f"{len(head.payload.digests)} chunks, the model has {current.n_chunks}")
     if isinstance(head, Aggregate):
         _check_sum(head, current)
+    elif not roster.regions and head.min_sites > len(roster.sites):
+        raise RefusedError(
+            Reason.TOO_FEW_SITES, f"asks for sums of {head.min_sites} sites, {len(roster.sites)} report here"
+        )
 
 
 def _known(head: Update | Aggregate, roster: Roster) -> bool:
@@ -67,10 +71,9 @@ def _known(head: Update | Aggregate, roster: Roster) -> bool:
 
 
 def _check_sum(head: Aggregate, current: VersionAnnounced) -> None:
-    if head.n_sites < current.settings.min_sites:
-        raise RefusedError(
-            Reason.TOO_FEW_SITES, f"a sum of {head.n_sites} sites, at least {current.settings.min_sites} are required"
-        )
+    least = max(current.settings.min_sites, head.min_sites)
+    if head.n_sites < least:
+        raise RefusedError(Reason.TOO_FEW_SITES, f"a sum of {head.n_sites} sites, at least {least} are required")
     if head.total_weight > current.max_total_weight:
         raise RefusedError(
             Reason.OVERWEIGHT, f"total weight {head.total_weight}, the fields hold {current.max_total_weight}"

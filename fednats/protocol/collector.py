@@ -443,6 +443,7 @@ def _contribution(head: Update | Aggregate) -> Contribution:
             head.grid_id,
             float(head.n_samples),
             key_id=head.key_id,
+            min_sites=head.min_sites,
         )
     return Contribution(
         head.aggregate_id,
@@ -453,4 +454,5 @@ def _contribution(head: Update | Aggregate) -> Contribution:
         head.mass,
         head.total_weight,
         head.key_id,
+        head.min_sites,
     )

@@ -71,10 +71,11 @@ class EvaluationTally:
     def _close(self, version: int, min_sites: int) -> Closed | None:
         """Give ``version`` out, or up; None if it is worth waiting for others."""
         reported, n_behind = self._open[version], self._newest - version
-        asked = {source: min_sites for source, part in reported.items() if isinstance(part, Evaluation)}
+        sites = {source: part for source, part in reported.items() if isinstance(part, Evaluation)}
+        asked = {source: max(min_sites, part.min_sites) for source, part in sites.items()}
         cohort = self._cohorts.largest(asked)
-        sites = frozenset[str]().union(*cohort)
-        parts = tuple(reported[source] for source in sorted(reported) if source in sites or source not in asked)
+        summed = frozenset[str]().union(*cohort) | (reported.keys() - sites.keys())
+        parts = tuple(reported[source] for source in sorted(summed))
         enough = _n_sites(parts) >= min_sites
         everybody = self._sources <= reported.keys()
         nothing_new = self._present <= reported.keys() and set(cohort) <= set(self._cohorts.blocks)

@@ -319,6 +319,7 @@ class SiteService:
             n_classes=scored.n_classes,
             n_samples=scored.n_samples if shown else 0,
             metrics=scored.metrics if shown else {},
+            min_sites=self._policy.min_sites,
             payload=payload_of(self._settings.site, manifest.version, scored.chunks),
         )
         self._evaluations.put_nowait((head, scored.chunks))

@@ -183,6 +183,7 @@ class SiteWorker:
             key_id=encode.key_id,
             n_samples=done.n_samples,
             saturated=saturated,
+            min_sites=self._policy.min_sites,
             payload=Payload(payload_id=update_id, n_bytes=n_bytes, digests=tuple(digests)),
         )
         self._outbox.add_update(update, newest.grid.steps, dropped)
