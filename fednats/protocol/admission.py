@@ -35,16 +35,21 @@ def version(head: Update | Aggregate) -> int:
     return head.base_version if isinstance(head, Update) else head.model_version
 
 
+def check_sender(head: Update | Aggregate, roster: Roster) -> None:
+    """Refuse what is of another run, or of who does not report here. Raises as `check`."""
+    if head.run != roster.run:
+        raise RefusedError(Reason.WRONG_RUN, f"run {head.run!r}, this is {roster.run!r}")
+    if not _known(head, roster):
+        raise RefusedError(Reason.WRONG_SENDER, f"{source(head)!r} does not report here")
+
+
 def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -> None:
     """Refuse what cannot be added here.
 
     Raises:
         RefusedError: with the reason.
     """
-    if head.run != roster.run:
-        raise RefusedError(Reason.WRONG_RUN, f"run {head.run!r}, this is {roster.run!r}")
-    if not _known(head, roster):
-        raise RefusedError(Reason.WRONG_SENDER, f"{source(head)!r} does not report here")
+    check_sender(head, roster)
     if head.key_id not in {current.key_id, *current.older_key_ids}:
         raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {head.key_id}, the run uses {current.key_id}")
     if staleness.too_stale(current.version - version(head), current.settings.staleness):

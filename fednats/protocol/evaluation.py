@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fednats.messages import Evaluation, EvaluationSum
 from fednats.protocol.cohorts import Cohorts
-from fednats.protocol.events import SumEvaluations, evaluation_id
+from fednats.protocol.events import SumEvaluations, evaluated_by, evaluation_id
 
 PATIENCE_VERSIONS = 5
 """A version whose evaluations are incomplete is summed as it is when this many newer ones have been evaluated."""
@@ -54,13 +54,13 @@ class EvaluationTally:
     def add(self, evaluation: Part, min_sites: int) -> list[Closed]:
         """Count ``evaluation``, of a version that is not closed; return what that completes."""
         self._newest = max(self._newest, evaluation.version)
-        self._open.setdefault(evaluation.version, {})[_source(evaluation)] = evaluation
+        self._open.setdefault(evaluation.version, {})[evaluated_by(evaluation)] = evaluation
         return self.complete(min_sites)
 
     def again(self, version: int, parts: Collection[Part], min_sites: int) -> list[Closed]:
         """Take ``parts`` in again: nothing came of the sum that they were given out for, because of others in it."""
         if parts:
-            self._open[version] = {_source(part): part for part in parts}
+            self._open[version] = {evaluated_by(part): part for part in parts}
         return self.complete(min_sites)
 
     def complete(self, min_sites: int) -> list[Closed]:
@@ -96,10 +96,6 @@ class EvaluationTally:
         while self._done_below in self._done:
             self._done.discard(self._done_below)
             self._done_below += 1
-
-
-def _source(part: Part) -> str:
-    return part.site if isinstance(part, Evaluation) else part.region
 
 
 def _n_sites(parts: Collection[Part]) -> int:
