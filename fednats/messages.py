@@ -161,6 +161,7 @@ class Update(Message):
     key_id: Token
     n_samples: Positive
     saturated: Count = Field(description="values that the grid clipped")
+    min_sites: Positive = Field(description="distinct sites that the site asks every sum with it to be of")
     payload: Payload
 
 
@@ -183,6 +184,7 @@ class Aggregate(Message):
     saturated: Count
     staleness_sum: Count
     staleness_max: Count
+    min_sites: Positive = Field(description="the most that any of its sites asks for; there are as many")
     payload: Payload
 
 
@@ -199,6 +201,7 @@ class Evaluation(Message):
     n_classes: int = Field(ge=0, le=1000, description="0 for a task that scores no classes: no payload then")
     n_samples: Count = Field(description="of the metrics; 0 without them")
     metrics: Metrics = Field(description="readable by the region; empty unless the site's policy gives them")
+    min_sites: Positive = Field(description="as of an update")
     payload: Payload
 
 
@@ -215,6 +218,7 @@ class EvaluationSum(Message):
     n_classes: int = Field(ge=0, le=1000)
     n_samples: Count
     metrics: Metrics
+    min_sites: Positive = Field(description="as of an aggregate")
     payload: Payload
 
 

@@ -112,6 +112,7 @@ UPDATE = Update(
     key_id="k",
     n_samples=100,
     saturated=0,
+    min_sites=1,
     payload=PAYLOAD.model_copy(update={"digests": (DIGEST,)}),
 )
 AGGREGATE = Aggregate(
@@ -129,6 +130,7 @@ AGGREGATE = Aggregate(
     saturated=0,
     staleness_sum=0,
     staleness_max=0,
+    min_sites=1,
     payload=UPDATE.payload,
 )
 EVALUATION = evaluation("a", auc=0.5)

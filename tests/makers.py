@@ -7,7 +7,9 @@ from fednats.protocol.events import VersionAnnounced
 PAYLOAD = Payload(payload_id="p", n_bytes=3, digests=(b"0123456789abcdef",))
 
 
-def update(site: str, sequence: int = 1, *, version: int = 0, n_samples: int = 100, grid: str = "g0") -> Update:
+def update(
+    site: str, sequence: int = 1, *, version: int = 0, n_samples: int = 100, grid: str = "g0", min_sites: int = 1
+) -> Update:
     return Update(
         run="r",
         region="north",
@@ -19,6 +21,7 @@ def update(site: str, sequence: int = 1, *, version: int = 0, n_samples: int = 1
         key_id="k",
         n_samples=n_samples,
         saturated=0,
+        min_sites=min_sites,
         payload=PAYLOAD,
     )
 
@@ -41,6 +44,7 @@ def aggregate(
         saturated=0,
         staleness_sum=0,
         staleness_max=0,
+        min_sites=1,
         payload=PAYLOAD,
     )
 
@@ -63,7 +67,9 @@ def announcement(
     )
 
 
-def evaluation(site: str, version: int = 0, *, auc: float | None = None, n_samples: int = 10) -> Evaluation:
+def evaluation(
+    site: str, version: int = 0, *, auc: float | None = None, n_samples: int = 10, min_sites: int = 1
+) -> Evaluation:
     """Return encrypted counts, and with ``auc`` a figure that everybody can read."""
     return Evaluation(
         run="r",
@@ -74,6 +80,7 @@ def evaluation(site: str, version: int = 0, *, auc: float | None = None, n_sampl
         n_classes=2,
         n_samples=0 if auc is None else n_samples,
         metrics={} if auc is None else {"auc": auc},
+        min_sites=min_sites,
         payload=PAYLOAD,
     )
 
@@ -88,5 +95,6 @@ def evaluation_sum(region: str, version: int = 0, *, n_sites: int = 2) -> Evalua
         n_classes=2,
         n_samples=0,
         metrics={},
+        min_sites=1,
         payload=PAYLOAD,
     )

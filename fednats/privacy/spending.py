@@ -34,6 +34,11 @@ class Spending:
     """None in a run without noise on whole deltas."""
     max_epsilon: float | None
 
+    @property
+    def epsilon(self) -> float | None:
+        """What was spent of the privacy of any one record; None if that has no bound."""
+        return _finite(self.record.epsilon)
+
     def describe(self, *, spent: bool) -> dict[str, Any]:
         """Return what ``/status`` shows under ``privacy``; ``spent``: the next pass would go beyond the budget."""
         return {

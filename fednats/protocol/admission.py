@@ -35,16 +35,21 @@ def version(head: Update | Aggregate) -> int:
     return head.base_version if isinstance(head, Update) else head.model_version
 
 
+def check_sender(head: Update | Aggregate, roster: Roster) -> None:
+    """Refuse what is of another run, or of who does not report here. Raises as `check`."""
+    if head.run != roster.run:
+        raise RefusedError(Reason.WRONG_RUN, f"run {head.run!r}, this is {roster.run!r}")
+    if not _known(head, roster):
+        raise RefusedError(Reason.WRONG_SENDER, f"{source(head)!r} does not report here")
+
+
 def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -> None:
     """Refuse what cannot be added here.
 
     Raises:
         RefusedError: with the reason.
     """
-    if head.run != roster.run:
-        raise RefusedError(Reason.WRONG_RUN, f"run {head.run!r}, this is {roster.run!r}")
-    if not _known(head, roster):
-        raise RefusedError(Reason.WRONG_SENDER, f"{source(head)!r} does not report here")
+    check_sender(head, roster)
     if head.key_id not in {current.key_id, *current.older_key_ids}:
         raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {head.key_id}, the run uses {current.key_id}")
     if staleness.too_stale(current.version - version(head), current.settings.staleness):
@@ -58,6 +63,10 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -
         raise RefusedError(Reason.WRONG_SHAPE, f"{len(head.payload.digests)} chunks, the model has {current.n_chunks}")
     if isinstance(head, Aggregate):
         _check_sum(head, current)
+    elif not roster.regions and head.min_sites > len(roster.sites):
+        raise RefusedError(
+            Reason.TOO_FEW_SITES, f"asks for sums of {head.min_sites} sites, {len(roster.sites)} report here"
+        )
 
 
 def _known(head: Update | Aggregate, roster: Roster) -> bool:
@@ -67,10 +76,9 @@ def _known(head: Update | Aggregate, roster: Roster) -> bool:
 
 
 def _check_sum(head: Aggregate, current: VersionAnnounced) -> None:
-    if head.n_sites < current.settings.min_sites:
-        raise RefusedError(
-            Reason.TOO_FEW_SITES, f"a sum of {head.n_sites} sites, at least {current.settings.min_sites} are required"
-        )
+    least = max(current.settings.min_sites, head.min_sites)
+    if head.n_sites < least:
+        raise RefusedError(Reason.TOO_FEW_SITES, f"a sum of {head.n_sites} sites, at least {least} are required")
     if head.total_weight > current.max_total_weight:
         raise RefusedError(
             Reason.OVERWEIGHT, f"total weight {head.total_weight}, the fields hold {current.max_total_weight}"

@@ -34,6 +34,8 @@ class Contribution:
     """Sum of the integer weights already in it."""
     key_id: str = ""
     """Key that it is encrypted for."""
+    min_sites: int = 1
+    """Distinct sites that it asks a sum with it to be of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +107,17 @@ class Buffer:
     def take(self, version: int, *, deadline: bool = False) -> Flush | None:
         """Take out and weigh what is ready at model ``version``, or return None.
 
-        At a ``deadline`` the goal is waived, never the minimum of distinct sites.
+        At a ``deadline`` the goal is waived, never the minimum of distinct sites, nor what a contribution asks for.
         """
         ready = [
-            group
+            content
             for group in self._groups()
-            if _distinct_sites(group) >= self._settings.min_sites and (deadline or self._reached(group))
+            if _distinct_sites(content := _content(group)) >= self._settings.min_sites
+            and (deadline or self._reached(group, content))
         ]
         if not ready:
             return None
-        selected = self._within_capacity(max(ready, key=len))
+        selected = _content(self._within_capacity(max(ready, key=len)))
         if _distinct_sites(selected) < self._settings.min_sites:
             return None
         for contribution in selected:
@@ -132,10 +135,13 @@ class Buffer:
             groups.setdefault((contribution.grid_id, contribution.key_id), []).append(contribution)
         return list(groups.values())
 
-    def _reached(self, group: list[Contribution]) -> bool:
+    def _reached(self, group: list[Contribution], content: list[Contribution]) -> bool:
+        """Whether nobody is waited for: who asks for more sites than are in ``group`` waits, and the others go on."""
+        sources = {contribution.source for contribution in group}
         if self._terms.goal == "all":
-            return self._terms.sources <= {contribution.source for contribution in group}
-        return len(group) >= min(self._terms.goal, len(self._terms.present))
+            return self._terms.sources <= sources
+        waiting = sources - {contribution.source for contribution in content}
+        return len(content) >= min(self._terms.goal, len(self._terms.present - waiting))
 
     def _within_capacity(self, group: list[Contribution]) -> list[Contribution]:
         """Keep what fits, every source's first contribution before any source's second."""
@@ -169,6 +175,13 @@ class Buffer:
             )
             for contribution in contributions
         ]
+
+
+def _content(group: list[Contribution]) -> list[Contribution]:
+    """Return those of ``group`` that may be summed together: each is then in a sum of as many sites as it asks for."""
+    while (content := [each for each in group if each.min_sites <= _distinct_sites(group)]) != group:
+        group = content
+    return group
 
 
 def _distinct_sites(group: list[Contribution]) -> int:

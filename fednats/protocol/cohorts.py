@@ -50,7 +50,7 @@ class Cohorts:
         return frozenset(sorted(there)[:n_taken]) if n_taken >= least else frozenset()
 
     def _newcomers(self, asked: Mapping[str, int]) -> Block:
-        new = sorted(asked.keys() - frozenset[str]().union(*self._blocks), key=lambda site: (asked[site], site))
-        while new and asked[new[-1]] > len(new):
-            new.pop()
+        new = asked.keys() - frozenset[str]().union(*self._blocks)
+        while (content := {site for site in new if asked[site] <= len(new)}) != new:
+            new = content
         return frozenset(new)

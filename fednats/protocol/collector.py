@@ -17,6 +17,7 @@ from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
 from fednats.protocol import admission
 from fednats.protocol.admission import Roster
 from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal, Terms
+from fednats.protocol.early import MAX_AHEAD, MAX_EARLY, Early
 from fednats.protocol.evaluation import Closed, EvaluationTally
 from fednats.protocol.events import (
     Combination,
@@ -41,15 +42,13 @@ from fednats.protocol.events import (
     SumEvaluations,
     VersionAnnounced,
     contribution_id,
+    evaluated_by,
     evaluation_id,
 )
 from fednats.protocol.sequences import Sequences
 
 REMEMBERED = 100_000
 """Settled ids kept to recognise a late duplicate."""
-
-MAX_EARLY = 1_000
-"""Contributions on a grid, and evaluations of a version, not announced here yet that are held; more are refused."""
 
 
 class State(Enum):
@@ -78,8 +77,8 @@ class Collector:
         self._buffer: Buffer | None = None
         self._tally = EvaluationTally(roster.sources)
         self._heads: dict[str, Update | Aggregate] = {}
-        self._early: dict[str, Update | Aggregate] = {}
-        self._early_evaluations: list[EvaluationArrived] = []
+        self._early: Early[Update | Aggregate] = Early()
+        self._early_evaluations: Early[EvaluationArrived] = Early()
         self._summing: dict[int, SumEvaluations] = {}
         self._settled: dict[str, Refuse | None] = {}
         self._sequences: dict[str, Sequences] = {}
@@ -137,12 +136,12 @@ class Collector:
         commands += [
             self._refuse_expired(contribution, event.version) for contribution in self._buffer.expire(event.version)
         ]
-        early, self._early = self._early, {}
-        for head in early.values():
-            commands += self._admit(head, may_be_early=admission.version(head) > event.version)
-        evaluations, self._early_evaluations = self._early_evaluations, []
-        for evaluation in evaluations:
-            commands += self._evaluate(evaluation)
+        for head in self._early.take().values():
+            ahead = admission.version(head) - event.version
+            commands += self._admit(head, may_be_early=0 < ahead <= MAX_AHEAD)
+        for identity, early in self._early_evaluations.take().items():
+            ahead = early.evaluation.version - event.version
+            commands += self._evaluate(early) if ahead <= MAX_AHEAD else [Settle((identity,))]
         return commands + self._combine()
 
     def _configure(self, event: Configured) -> list[Command]:
@@ -155,19 +154,26 @@ class Collector:
 
     def _evaluate_early(self, event: EvaluationArrived) -> list[Command]:
         """Keep what is of a version not announced here yet; a site may be quicker than this node."""
-        if len(self._early_evaluations) >= MAX_EARLY:
-            return [Settle((evaluation_id(event.evaluation),))]
-        self._early_evaluations.append(event)
-        return []
+        identity = evaluation_id(event.evaluation)
+        held = self._reports_here(event.evaluation) and self._early_evaluations.hold(
+            evaluated_by(event.evaluation), identity, event
+        )
+        return [] if held else [Settle((identity,))]
 
     def _arrive_early(self, event: ContributionArrived) -> list[Command]:
-        identity = contribution_id(event.head)
-        if len(self._early) >= MAX_EARLY and identity not in self._early:
-            return [
-                self._refuse(identity, Reason.WRONG_GRID, f"no version is known here, and {MAX_EARLY} wait for one")
-            ]
-        self._early[identity] = event.head
-        return []
+        return self._hold(event.head)
+
+    def _hold(self, head: Update | Aggregate) -> list[Command]:
+        """Keep what is on a grid not announced here yet; a site may know a newer version than this node."""
+        identity = contribution_id(head)
+        try:
+            admission.check_sender(head, self._roster)
+        except RefusedError as error:
+            return [self._refuse(identity, error.reason, error.detail)]
+        if self._early.hold(admission.source(head), identity, head):
+            return []
+        detail = f"grid {head.grid_id} is not known here, and {MAX_EARLY} of {admission.source(head)} wait for theirs"
+        return [self._refuse(identity, Reason.WRONG_GRID, detail)]
 
     def _arrive(self, event: ContributionArrived) -> list[Command]:
         return self._admit(event.head) + self._combine()
@@ -260,9 +266,8 @@ class Collector:
     def _close(self, _event: RunClosed) -> list[Command]:
         """Give up what is buffered; a combination under way is finished."""
         self.state = State.CLOSED
-        ids = (*self._heads, *self._early)
+        ids = (*self._heads, *self._early.take())
         self._heads.clear()
-        self._early.clear()
         self._buffer = None
         for identity in ids:
             self._remember(identity)
@@ -313,9 +318,8 @@ class Collector:
             return [self._settled[identity] or Settle((identity,))]
         if identity in self._heads or self._is_in_flight(identity):
             return []
-        if head.grid_id not in self.current.grid_ids and may_be_early and len(self._early) < MAX_EARLY:
-            self._early[identity] = head  # a site may know a newer version than this node; the next one decides
-            return []
+        if head.grid_id not in self.current.grid_ids and may_be_early:
+            return self._hold(head)
         try:
             admission.check(head, self._roster, self.current)
             self._check_sequence(head)
@@ -370,8 +374,7 @@ class Collector:
         )
 
     def _reports_here(self, evaluation: Evaluation | EvaluationSum) -> bool:
-        source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
-        return evaluation.run == self._roster.run and source in self._roster.sources
+        return evaluation.run == self._roster.run and evaluated_by(evaluation) in self._roster.sources
 
     def _is_in_flight(self, identity: str) -> bool:
         return self.in_flight is not None and any(
@@ -443,6 +446,7 @@ def _contribution(head: Update | Aggregate) -> Contribution:
             head.grid_id,
             float(head.n_samples),
             key_id=head.key_id,
+            min_sites=head.min_sites,
         )
     return Contribution(
         head.aggregate_id,
@@ -453,4 +457,5 @@ def _contribution(head: Update | Aggregate) -> Contribution:
         head.mass,
         head.total_weight,
         head.key_id,
+        head.min_sites,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fednats.messages import Evaluation, EvaluationSum
 from fednats.protocol.cohorts import Cohorts
-from fednats.protocol.events import SumEvaluations, evaluation_id
+from fednats.protocol.events import SumEvaluations, evaluated_by, evaluation_id
 
 PATIENCE_VERSIONS = 5
 """A version whose evaluations are incomplete is summed as it is when this many newer ones have been evaluated."""
@@ -54,13 +54,13 @@ class EvaluationTally:
     def add(self, evaluation: Part, min_sites: int) -> list[Closed]:
         """Count ``evaluation``, of a version that is not closed; return what that completes."""
         self._newest = max(self._newest, evaluation.version)
-        self._open.setdefault(evaluation.version, {})[_source(evaluation)] = evaluation
+        self._open.setdefault(evaluation.version, {})[evaluated_by(evaluation)] = evaluation
         return self.complete(min_sites)
 
     def again(self, version: int, parts: Collection[Part], min_sites: int) -> list[Closed]:
         """Take ``parts`` in again: nothing came of the sum that they were given out for, because of others in it."""
         if parts:
-            self._open[version] = {_source(part): part for part in parts}
+            self._open[version] = {evaluated_by(part): part for part in parts}
         return self.complete(min_sites)
 
     def complete(self, min_sites: int) -> list[Closed]:
@@ -71,10 +71,11 @@ class EvaluationTally:
     def _close(self, version: int, min_sites: int) -> Closed | None:
         """Give ``version`` out, or up; None if it is worth waiting for others."""
         reported, n_behind = self._open[version], self._newest - version
-        asked = {source: min_sites for source, part in reported.items() if isinstance(part, Evaluation)}
+        sites = {source: part for source, part in reported.items() if isinstance(part, Evaluation)}
+        asked = {source: max(min_sites, part.min_sites) for source, part in sites.items()}
         cohort = self._cohorts.largest(asked)
-        sites = frozenset[str]().union(*cohort)
-        parts = tuple(reported[source] for source in sorted(reported) if source in sites or source not in asked)
+        summed = frozenset[str]().union(*cohort) | (reported.keys() - sites.keys())
+        parts = tuple(reported[source] for source in sorted(summed))
         enough = _n_sites(parts) >= min_sites
         everybody = self._sources <= reported.keys()
         nothing_new = self._present <= reported.keys() and set(cohort) <= set(self._cohorts.blocks)
@@ -95,10 +96,6 @@ class EvaluationTally:
         while self._done_below in self._done:
             self._done.discard(self._done_below)
             self._done_below += 1
-
-
-def _source(part: Part) -> str:
-    return part.site if isinstance(part, Evaluation) else part.region
 
 
 def _n_sites(parts: Collection[Part]) -> int:

@@ -287,5 +287,9 @@ def contribution_id(head: Update | Aggregate) -> str:
 
 def evaluation_id(evaluation: Evaluation | EvaluationSum) -> str:
     """Return the id under which an evaluation is delivered and settled."""
-    source = evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region
-    return f"evaluation.{source}.{evaluation.version}"
+    return f"evaluation.{evaluated_by(evaluation)}.{evaluation.version}"
+
+
+def evaluated_by(evaluation: Evaluation | EvaluationSum) -> str:
+    """Return the site or region that an evaluation comes from."""
+    return evaluation.site if isinstance(evaluation, Evaluation) else evaluation.region

@@ -59,6 +59,7 @@ def head_of(run: str, region: str, combination: Combination, weights: Sequence[i
         saturated=_count(head.saturated for head in heads),
         staleness_sum=_count(_staleness_sum(part) for part in combination.parts),
         staleness_max=min(max(_staleness_max(part) for part in combination.parts), MAX_COUNT),
+        min_sites=max(head.min_sites for head in heads),
         payload=payload,
     )
 

@@ -85,10 +85,9 @@ class Summing(Generic[Sum]):
         if (part.n_classes, part.key_id) != kind:
             text = f"{part.n_classes} classes for key {part.key_id}, most are of {kind}"
             raise RefusedError(Reason.WRONG_SHAPE, text)
-        if isinstance(part, EvaluationSum) and part.n_sites < self._min_sites:
-            raise RefusedError(
-                Reason.TOO_FEW_SITES, f"a sum of {part.n_sites} sites, at least {self._min_sites} must be"
-            )
+        least = max(self._min_sites, part.min_sites)
+        if isinstance(part, EvaluationSum) and part.n_sites < least:
+            raise RefusedError(Reason.TOO_FEW_SITES, f"a sum of {part.n_sites} sites, at least {least} must be")
 
     async def _sum(self, loaded: Sequence[Loaded]) -> Sum:
         n_sites = [sites_of([each.part]) for each in loaded]
@@ -131,6 +130,7 @@ def sum_of(run: str, region: str, parts: Sequence[Part], payload: Payload) -> Ev
         n_classes=parts[0].n_classes,
         n_samples=cases_of(parts),
         metrics=mean_metrics(parts),
+        min_sites=max(part.min_sites for part in parts),
         payload=payload,
     )
 

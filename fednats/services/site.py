@@ -1,7 +1,6 @@
 """The site: take the newest model, evaluate it, train on it, send the encrypted delta."""
 
 import asyncio
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -96,7 +95,6 @@ class SiteService:
         self._recorder = Recorder(daemon, identity, settings.state_dir / EGRESS_FILE)
         self._machine = protocol.Site(self._outbox.last_trained())
         self._models = subjects.models_stream(settings.run, settings.region)
-        self._epsilon: float | None = None
         self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
         self._local = LocalModel(model_folder(settings.state_dir))
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
@@ -319,6 +317,7 @@ class SiteService:
             n_classes=scored.n_classes,
             n_samples=scored.n_samples if shown else 0,
             metrics=scored.metrics if shown else {},
+            min_sites=self._policy.min_sites,
             payload=payload_of(self._settings.site, manifest.version, scored.chunks),
         )
         self._evaluations.put_nowait((head, scored.chunks))
@@ -371,7 +370,6 @@ class SiteService:
         except (LocalStorageError, WorkerDiedError) as error:
             self._log.warning("spending_not_shown", error=str(error))
             return
-        self._epsilon = spending.record.epsilon if math.isfinite(spending.record.epsilon) else None
         self._daemon.metrics.epsilon_spent.set(spending.record.epsilon)
         self._status["privacy"] = spending.describe(spent=spent)
 
@@ -441,8 +439,9 @@ class SiteService:
         """Return what the ledger says of an attempt to send an update from chunk number ``first`` on."""
         n_bytes = await asyncio.to_thread(self._outbox.n_bytes, update.update_id, first)
         left = update.payload.model_copy(update={"n_bytes": n_bytes, "digests": update.payload.digests[first:]})
+        epsilon = await asyncio.to_thread(self._outbox.epsilon, update.update_id)
         entry = entry_of(
-            "update", update, version=update.base_version, name=update.update_id, payload=left, epsilon=self._epsilon
+            "update", update, version=update.base_version, name=update.update_id, payload=left, epsilon=epsilon
         )
         return replace(entry, detail=f"from chunk {first} on") if first else entry
 

@@ -157,6 +157,7 @@ class SiteWorker:
     def _encode(self, done: "Pass", delta: Vector, newest: ModelManifest) -> Update:
         encode = encoder(newest.delta, held(self._keys, newest.key_id))
         self._guard.charge_update(newest, self._layout, dp_sgd=done.dp_sgd)
+        spending = self._guard.spending(newest)
         sequence, dropped = self._outbox.next_sequence(), self._outbox.begin(self._settings.max_outbox)
         update_id = uuid.uuid4().hex
         rng = np.random.default_rng(done.seed)
@@ -183,9 +184,10 @@ class SiteWorker:
             key_id=encode.key_id,
             n_samples=done.n_samples,
             saturated=saturated,
+            min_sites=self._policy.min_sites,
             payload=Payload(payload_id=update_id, n_bytes=n_bytes, digests=tuple(digests)),
         )
-        self._outbox.add_update(update, newest.grid.steps, dropped)
+        self._outbox.add_update(update, newest.grid.steps, dropped, None if spending is None else spending.epsilon)
         return update
 
     def _start(self, version: int, *, goes_on: bool) -> TensorFile:

@@ -30,7 +30,7 @@ from fednats.storage.journal import open_database
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS outgoing (sequence INTEGER PRIMARY KEY, update_id TEXT UNIQUE NOT NULL,
     base_version INTEGER NOT NULL, head BLOB NOT NULL, steps BLOB NOT NULL, claimed INTEGER NOT NULL DEFAULT 0,
-    sent_chunks INTEGER NOT NULL DEFAULT 0, offered_at TEXT, sent_at TEXT, dropped_at TEXT);
+    epsilon REAL, sent_chunks INTEGER NOT NULL DEFAULT 0, offered_at TEXT, sent_at TEXT, dropped_at TEXT);
 CREATE TABLE IF NOT EXISTS chunk (update_id TEXT NOT NULL, position INTEGER NOT NULL, start INTEGER NOT NULL,
     data BLOB NOT NULL, quantised BLOB NOT NULL, PRIMARY KEY (update_id, position)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS chunk_start ON chunk (update_id, start);
@@ -118,12 +118,18 @@ class Outbox:
             )
             connection.execute("INSERT INTO residual VALUES (?, ?, ?)", (key.sequence, key.start, left))
 
-    def add_update(self, update: Update, steps: tuple[float, ...], dropped: Dropped | None) -> None:
-        """Store the head of an update on a grid of ``steps``: its chunks and its residual count from now on."""
+    def add_update(
+        self, update: Update, steps: tuple[float, ...], dropped: Dropped | None, epsilon: float | None = None
+    ) -> None:
+        """Store the head of an update on a grid of ``steps``: its chunks and its residual count from now on.
+
+        ``epsilon`` is what was spent of any one record's privacy with it; None without differential privacy.
+        """
+        named = (update.sequence, update.update_id, update.base_version)
         with self._transaction() as connection:
             connection.execute(
-                "INSERT INTO outgoing (sequence, update_id, base_version, head, steps) VALUES (?, ?, ?, ?, ?)",
-                (update.sequence, update.update_id, update.base_version, wire.pack(update), msgpack.packb(steps)),
+                "INSERT INTO outgoing (sequence, update_id, base_version, head, steps, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
+                (*named, wire.pack(update), msgpack.packb(steps), epsilon),
             )
             if dropped is not None:
                 connection.execute(
@@ -172,6 +178,12 @@ class Outbox:
         while (row := self._connection.execute(query, (update_id, position)).fetchone()) is not None:
             yield row[0]
             position += 1
+
+    def epsilon(self, update_id: str) -> float | None:
+        """Return what was spent when an update was made; None without differential privacy."""
+        query = "SELECT epsilon FROM outgoing WHERE update_id = ?"
+        (epsilon,) = self._connection.execute(query, (update_id,)).fetchone()
+        return None if epsilon is None else float(epsilon)
 
     def n_bytes(self, update_id: str, first: int = 0) -> int:
         """Return the size of the chunks of an update from number ``first`` on."""

@@ -32,7 +32,7 @@ from fednats.protocol.events import (
     StartTimer,
     contribution_id,
 )
-from fednats.protocol.sums import weigh
+from fednats.protocol.sums import head_of, weigh
 from fednats.testbed.virtual_world import Version, Weights, World
 
 Send = Callable[[Event], None]
@@ -101,6 +101,7 @@ class SiteNode:
             key_id=encode.key_id,
             n_samples=self._learner.n_samples,
             saturated=n_saturated,
+            min_sites=1,
             payload=world.keep(identity, chunks),
         )
         self._send(ContributionArrived(head=head))
@@ -154,23 +155,7 @@ class RegionNode:
         payloads = [world.payloads.pop(head.update_id) for head in heads]
         chunks = self._sum(list(zip(*payloads, strict=True)), weights)
         identity = combination.combination_id
-        head = Aggregate(
-            run=world.settings.name,
-            region=self._name,
-            aggregate_id=identity,
-            model_version=combination.version,
-            grid_id=heads[0].grid_id,
-            key_id=add.key_id,
-            total_weight=sum(weights),
-            mass=sum(part.mass for part in combination.parts),
-            n_sites=combination.n_sites,
-            n_updates=len(heads),
-            n_samples=sum(head.n_samples for head in heads),
-            saturated=sum(head.saturated for head in heads),
-            staleness_sum=sum(part.staleness for part in combination.parts),
-            staleness_max=max(part.staleness for part in combination.parts),
-            payload=world.keep(identity, chunks),
-        )
+        head = head_of(world.settings.name, self._name, combination, weights, world.keep(identity, chunks))
         self.combined.append(combination)
         self._send(ContributionArrived(head=head))
         self.feed(Combined(combination_id=identity))

@@ -177,6 +177,7 @@ async def send_bad_updates(bus: Bus, identity: Identity, current: ModelManifest)
             "key_id": current.key_id,
             "n_samples": 50,
             "saturated": 0,
+            "min_sites": 2,
             "payload": Payload(payload_id=update_id, n_bytes=len(chunk), digests=(wire.digest(chunk),)),
         }
         return Update.model_validate({**fields, **changes})

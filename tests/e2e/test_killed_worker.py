@@ -116,6 +116,7 @@ async def send_update(bus: Bus, identity: Identity, current: ModelManifest, ciph
         key_id=current.key_id,
         n_samples=50,
         saturated=0,
+        min_sites=2,
         payload=Payload(payload_id="killing", n_bytes=len(chunk), digests=(wire.digest(chunk),)),
     )
     await bus.publish(subjects.head(prefix), identity.sign(subjects.head(prefix), head), "killing")

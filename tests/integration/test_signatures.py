@@ -30,6 +30,7 @@ from fednats.messages import (
     Grid,
     Message,
     ModelManifest,
+    Payload,
     Reject,
 )
 from fednats.privacy.audit import audit
@@ -45,6 +46,7 @@ from fednats.services.rejects import Rejects
 from fednats.services.site import site
 from fednats.services.tier import Tier
 from fednats.storage.journal import Journal
+from fednats.storage.outbox import ChunkKey, Outbox, outbox_file
 from fednats.subjects import HUB
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport.bus import Bus
@@ -296,7 +298,7 @@ async def a_site(bus: ConnectedBus, directory: Path) -> AsyncIterator[Daemon]:
         bus=bus.servers.site("north", "a"),
         task=TaskSettings(path=TASK, options={"csv": str(directory / "a.csv")}),
     )
-    settings.state_dir.mkdir()
+    settings.state_dir.mkdir(exist_ok=True)
     daemon = Daemon("site", "a", RUN, LOG)
     running = asyncio.create_task(site(daemon, settings))
     try:
@@ -345,3 +347,24 @@ async def test_a_site_takes_models_and_control_of_the_coordinator_only(bus: Conn
     assert [record.what for record in ledger.records] == ["started", "other"]  # it was told of a model and stopped
     assert ledger.n_bytes["other"] == daemon.buses[0].sent[1] > 0
     assert daemon.metrics.registry.get_sample_value("fednats_ledger_records") == 2.0
+
+
+async def test_an_update_of_before_a_restart_is_on_record_with_the_epsilon_that_was_spent_on_it(
+    bus: ConnectedBus, tmp_path: Path
+) -> None:
+    """It is sent before the site has seen any model, and knows whether the run adds noise."""
+    chunk = b"two values"
+    payload = Payload(payload_id="a-1", n_bytes=len(chunk), digests=(wire.digest(chunk),))
+    (tmp_path / "state").mkdir()
+    outbox = Outbox(outbox_file(tmp_path / "state"))
+    outbox.add_chunk(ChunkKey("a-1", 1, 0, 0), chunk, np.zeros(2, np.int8), np.zeros(2, np.float32))
+    outbox.add_update(update("a").model_copy(update={"payload": payload}), (1.0,), None, epsilon=2.5)
+    outbox.close()
+    async with a_site(bus, tmp_path):
+
+        async def sent() -> bool:
+            return await bus.aggregators["north"].last(subjects.updates_stream(RUN, "north"), OF_A) is not None
+
+        await until(sent)
+    records = audit(tmp_path / "state" / EGRESS_FILE).records
+    assert [record.epsilon for record in records if record.what == "update"] == [2.5]

@@ -22,6 +22,7 @@ from fednats.privacy.guard import Guard, account_file
 from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
 from fednats.services.site_worker import SiteWorker
 from fednats.storage.local_model import model_folder
+from fednats.storage.outbox import Outbox, outbox_file
 from fednats.storage.tensor_file import TensorFile
 
 PASS = Charge("record", "gaussian", 4.0, 0.2, 20)
@@ -291,9 +292,10 @@ def test_a_second_run_at_the_same_hospital_goes_on_where_the_first_ended(tmp_pat
             settings = site(tmp_path, run=f"r{number // 2}", state_dir=kit / "state", policy_file=policy)
             made = worker(settings)
             made.train(run, False)  # noqa: FBT003 - as the daemon calls it
-            made.encode(run)
+            update = made.encode(run)
             spending = made.spending(run)
             assert spending is not None
+            assert Outbox(outbox_file(settings.state_dir)).epsilon(update.update_id) == spending.record.epsilon
             spent.append(spending.record.epsilon)
 
     with pytest.raises(BudgetSpentError):

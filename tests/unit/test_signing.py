@@ -43,6 +43,12 @@ def test_what_the_sender_signed_is_taken_and_is_the_same_each_time(them: Partici
     assert them.identity("aggregator.north").open(HEAD, signed, Update) == update("a")
 
 
+def test_nobody_can_publish_under_the_id_of_another_s_message_first(them: Participants) -> None:
+    """A stream takes a message under an id that it knows for one sent again, whoever sent it."""
+    ids = [wire.message_id(them.signer(name).sign(HEAD, PACKED)) for name in ("site.a", "site.b", "site.a")]
+    assert ids[0] == ids[2] != ids[1]
+
+
 def test_a_key_is_read_as_nkeys_reads_it(them: Participants) -> None:
     theirs = nkeys.from_seed(bytearray(them.seeds["site.a"], "ascii"))
     assert them.signer("site.a").public_key == theirs.public_key.decode()

@@ -16,7 +16,7 @@ from fednats.errors import Reason, RefusedError
 from fednats.learning.scores import Counts, n_counts
 from fednats.messages import Evaluation
 from fednats.protocol.events import SumEvaluations
-from fednats.services.evaluations import Part, Summing, sites_of
+from fednats.services.evaluations import Part, Summing, payload_of, sites_of
 from tests.makers import evaluation
 
 BFV = DeltaSettings()
@@ -86,6 +86,14 @@ async def test_other_keys_and_other_classes_than_most_are_left_out() -> None:
     assert (names, left_out) == ("ab", ["evaluation.c.0", "evaluation.d.0"])
     names, _, left_out = await summed([head("a"), head("b"), head("c", key_id="older")], key_ids=(KEY_ID, "older"))
     assert (names, left_out) == ("ab", ["evaluation.c.0"])
+
+
+def test_the_name_of_counts_cannot_be_made_without_them() -> None:
+    name = payload_of("a", 3, SENT["a"]).payload_id
+    assert name == payload_of("a", 3, SENT["a"]).payload_id  # of what is sent again
+    again = encoder(BFV, PUBLIC).encode_counts(OWN["a"].flat())
+    others = [payload_of("a", 3, again), payload_of("a", 4, SENT["a"]), payload_of("b", 3, SENT["a"])]
+    assert len({name, *(other.payload_id for other in others)}) == 4
 
 
 async def test_too_few_are_not_summed() -> None:
