@@ -46,8 +46,21 @@ def _placed_task(path: str, info: ValidationInfo) -> str:
     return f"{_placed(Path(file), info)}:{name}" if colon else path
 
 
+def _closed(path: Path, info: ValidationInfo) -> Path:
+    try:
+        mode = path.stat().st_mode & 0o777
+    except OSError:
+        return path  # whoever reads it says so
+    if info.context is not None and mode & 0o077:
+        raise ValueError(f"{path} is secret, and others may read it (mode {mode:o}): chmod 600 {path}")
+    return path
+
+
 File = Annotated[Path, AfterValidator(_placed)]
 """A path; a relative one in a settings file begins where that file is."""
+
+SecretFile = Annotated[File, AfterValidator(_closed)]
+"""A file that nobody but its owner may read; settings from a file are refused while others may."""
 
 
 class Settings(BaseModel):
@@ -253,7 +266,7 @@ class BusSettings(Settings):
 
     url: str = Field(pattern=r"^tls://", description="tls://host:port")
     ca_file: File | None = Field(None, description="authority that vouches for the server; none: those of the system")
-    nkey_seed_file: File | None = Field(None, description="file with the nkey seed of the service's bus user")
+    nkey_seed_file: SecretFile | None = Field(None, description="file with the nkey seed of the service's bus user")
     domain: Token | None = Field(None, description="JetStream domain; none is the one of the server connected to")
 
 
@@ -290,8 +303,10 @@ class SiteSettings(DaemonSettings):
     site: Token
     region: Token
     bus: BusSettings
-    model_key_file: File = Field(description="seals the models for coordinator and sites; 32 bytes, the same for all")
-    older_model_key_file: File | None = Field(None, description="the one of the epoch before")
+    model_key_file: SecretFile = Field(
+        description="seals the models for coordinator and sites; 32 bytes, the same for all"
+    )
+    older_model_key_file: SecretFile | None = Field(None, description="the one of the epoch before")
     public_key_file: File | None = Field(None, description="HE public context; needed unless the run is unencrypted")
     older_public_key_file: File | None = Field(None, description="the one of the epoch before, while it is announced")
     task: TaskSettings
@@ -325,10 +340,14 @@ class CoordinatorSettings(DaemonSettings):
 
     regions: tuple[Token, ...] = Field(min_length=1, description="regions directly below the hub")
     bus: BusSettings
-    model_key_file: File = Field(description="seals the models for coordinator and sites; 32 bytes, the same for all")
-    older_model_key_file: File | None = Field(None, description="the one of the epoch before")
-    secret_key_file: File | None = None
-    older_secret_key_file: File | None = Field(None, description="of the epoch before: what is under way in it counts")
+    model_key_file: SecretFile = Field(
+        description="seals the models for coordinator and sites; 32 bytes, the same for all"
+    )
+    older_model_key_file: SecretFile | None = Field(None, description="the one of the epoch before")
+    secret_key_file: SecretFile | None = None
+    older_secret_key_file: SecretFile | None = Field(
+        None, description="of the epoch before: what is under way in it counts"
+    )
     leaves: bool = Field(default=True, description="whether regions have servers of their own; else all is at the hub")
     task: TaskSettings
     settings: RunSettings

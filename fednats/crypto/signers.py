@@ -28,9 +28,16 @@ class Roster(Settings):
     """``signers.toml``: participants, ``site.NAME``, ``aggregator.REGION``, ``coordinator.hub``, each with its public nkey."""
 
     run: Token
-    epoch: int = Field(ge=1, description="counts up whenever the file is made anew")
+    epoch: int = Field(ge=1, description="of the keys that encrypt updates and seal models: counts their rotations")
     keys: dict[str, PublicNkey]
-    revoked: dict[str, PublicNkey] = Field({}, description="keys that are refused, whatever else is said of them")
+    revoked: dict[str, tuple[PublicNkey, ...]] = Field(
+        {}, description="all keys that are refused, whatever else is said of them, by whose they were; the newest last"
+    )
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """All revoked keys."""
+        return frozenset(key for keys in self.revoked.values() for key in keys)
 
 
 class Signers:
@@ -75,10 +82,9 @@ class Signers:
         return verified(key, subject, data)
 
     def _take(self, roster: Roster) -> None:
-        revoked = set(roster.revoked.values())
         self._roster = roster
         self._keys: dict[str, Ed25519PublicKey] = {
-            name: public_key(nkey) for name, nkey in roster.keys.items() if nkey not in revoked
+            name: public_key(nkey) for name, nkey in roster.keys.items() if nkey not in roster.refused
         }
 
 

@@ -129,7 +129,7 @@ def _check_signers(found: Audit, rosters: Sequence[Roster]) -> None:
     for by, key in dict.fromkeys((record.by, record.key) for record in found.records):
         lines = [record.sequence for record in found.records if (record.by, record.key) == (by, key)]
         where = f"records {lines[0]} to {lines[-1]}"
-        if any(roster.revoked.get(by) == key for roster in rosters):
+        if any(key in roster.revoked.get(by, ()) for roster in rosters):
             found.notes.append(f"{where} are signed with a key of {by} that has been revoked")
         elif all(roster.keys.get(by) != key for roster in rosters):
             found.findings.append(f"{where} are signed with {key}, which is not the key of {by}")

@@ -103,7 +103,7 @@ class EgressLedger:
         self._run = run
         self._using = threading.Lock()
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             self.n_bytes = os.fstat(self._file).st_size
             removed, last = self._mend()
             _sync_folder(path.parent)

@@ -1,8 +1,8 @@
 """Replays: which numbers of a site's updates have been taken in, after the anti-replay window of RFC 4303, section 3.4.3.
 
-A site numbers its updates. They come in order but for those that a daemon was killed with: these are delivered again
-seconds later, and others may have come first. So a number below the newest is no replay unless it was taken in already,
-and everything more than `WINDOW` below the newest is one.
+A site numbers its updates, the first by its clock (`fednats.storage.outbox.first_number`). They come in order but for
+those that a daemon was killed with: these are delivered again seconds later, and others may have come first. So a number
+below the newest is no replay unless it was taken in already, and everything more than `WINDOW` below the newest is one.
 """
 
 from fednats.errors import Reason, RefusedError

@@ -3,7 +3,8 @@
 While the bus is away no newer version can come. The site then trains on, from where it has come to by itself: what it
 makes waits in its outbox.
 
-When its privacy budget is spent it trains no more. It goes on evaluating: it stays a consumer of the model.
+When its privacy budget is spent it trains no more, and outside its hours not now. It goes on evaluating: it stays a consumer
+of the model. A run that asks for more than the hospital allows gets nothing, until a version comes that asks for less.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,21 @@ class Failed:
 @dataclass(frozen=True, slots=True)
 class BudgetSpent:
     """The training asked for would go beyond the privacy budget; nothing was trained, and asking again is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideHours:
+    """The training asked for is not allowed at this time; say `HoursBegun` when it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoursBegun:
+    """Training is allowed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The newest version is of a run that asks for more than is allowed: nothing is done on it, nor on the ones before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +89,10 @@ class Train:
     """Whether it was trained on before, and this pass starts from where the last one ended."""
 
 
-Event = ModelSeen | Done | Failed | BudgetSpent | Retry | BusAway | BusBack | Closed
+Outcome = Done | Failed | BudgetSpent | OutsideHours
+"""What a job comes to."""
+
+Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed
 Job = Evaluate | Train
 
 
@@ -101,12 +120,16 @@ class Site:
         self._away = False
         self.trains = True
         """Whether it still trains; after `BudgetSpent` only a new start, with a larger budget, makes it."""
+        self.within_hours = True
+        """Whether it trains now, as far as it has asked."""
+        self._declined = False
 
     def handle(self, event: Event) -> Job | None:
         """Take in what happened, return the job to start now, if any."""
         return self._TRANSITIONS[self.state, type(event)](self, event)
 
     def _see(self, event: ModelSeen) -> Job | None:
+        self._declined = False
         if event.version > self._newest:
             self._newest = event.version
             self._to_evaluate = [*self._to_evaluate, event.version][-MAX_EVALUATIONS:]
@@ -117,11 +140,21 @@ class Site:
         return self._next()
 
     def _fail(self, _event: Failed) -> Job | None:
-        """Forget that it was trained on: the same version is taken again, or a newer one."""
-        if isinstance(self.job, Train) and not self.job.goes_on:
-            self._last_trained = self._trained_before
-        self.state = State.IDLE
-        self.job = None
+        self._give_up()
+        return None
+
+    def _postpone(self, _event: OutsideHours) -> Job | None:
+        self._give_up()
+        self.within_hours = False
+        return self._next()
+
+    def _open(self, _event: HoursBegun) -> Job | None:
+        self.within_hours = True
+        return self._next() if self.state is State.IDLE else None
+
+    def _decline(self, _event: Declined) -> Job | None:
+        self._declined = True
+        self._to_evaluate = []
         return None
 
     def _spend(self, _event: BudgetSpent) -> Job | None:
@@ -147,13 +180,21 @@ class Site:
     def _ignore(self, _event: Event) -> Job | None:
         return None
 
+    def _give_up(self) -> None:
+        """Forget that it was trained on: the same version is taken again, or a newer one."""
+        if isinstance(self.job, Train) and not self.job.goes_on:
+            self._last_trained = self._trained_before
+        self.state = State.IDLE
+        self.job = None
+
     def _next(self) -> Job | None:
+        may_train = self.trains and self.within_hours and not self._declined
         if self._to_evaluate:
             self.job = Evaluate(self._to_evaluate.pop(0))
-        elif self.trains and self._newest > self._last_trained:
+        elif may_train and self._newest > self._last_trained:
             self._trained_before, self._last_trained = self._last_trained, self._newest
             self.job = Train(self._newest)
-        elif self.trains and self._away and self._newest >= 0:
+        elif may_train and self._away and self._newest >= 0:
             self.job = Train(self._newest, goes_on=True)
         else:
             self.job = None
@@ -163,6 +204,8 @@ class Site:
 
     _TRANSITIONS: ClassVar[dict[tuple[State, type[Event]], Callable[[Any, Any], Job | None]]] = {
         (State.IDLE, ModelSeen): _see,
+        (State.IDLE, HoursBegun): _open,
+        (State.IDLE, Declined): _decline,
         (State.IDLE, Retry): _retry,
         (State.IDLE, BusAway): _leave,
         (State.IDLE, BusBack): _come_back,
@@ -171,6 +214,9 @@ class Site:
         (State.BUSY, Done): _done,
         (State.BUSY, Failed): _fail,
         (State.BUSY, BudgetSpent): _spend,
+        (State.BUSY, OutsideHours): _postpone,
+        (State.BUSY, HoursBegun): _open,
+        (State.BUSY, Declined): _decline,
         (State.BUSY, Retry): _ignore,
         (State.BUSY, BusAway): _leave,
         (State.BUSY, BusBack): _come_back,
@@ -179,6 +225,9 @@ class Site:
         (State.CLOSED, Done): _ignore,
         (State.CLOSED, Failed): _ignore,
         (State.CLOSED, BudgetSpent): _ignore,
+        (State.CLOSED, OutsideHours): _ignore,
+        (State.CLOSED, HoursBegun): _ignore,
+        (State.CLOSED, Declined): _ignore,
         (State.CLOSED, Retry): _ignore,
         (State.CLOSED, BusAway): _ignore,
         (State.CLOSED, BusBack): _ignore,

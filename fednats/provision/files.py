@@ -1,4 +1,4 @@
-"""Files of kits: private ones at 0600 in folders at 0700, and a list of what was changed."""
+"""Files of kits: private ones at 0600, new folders at 0700, and a list of what was changed."""
 
 import os
 from pathlib import Path
@@ -46,6 +46,6 @@ class Files:
 
 
 def _folder(path: Path) -> None:
-    """Make a folder of kits, closed to others; one that is there already is closed as well."""
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
+    """Make a folder closed to others; one that is there already may be anybody's, and stays as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)

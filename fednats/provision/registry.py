@@ -73,6 +73,6 @@ class Registry(Settings):
     def signers(self) -> bytes:
         """Return ``signers.toml``: whose signatures count, and which no longer do."""
         signing = {name: key for name, key in self.keys.items() if name.partition(".")[0] in SIGNING_ROLES}
-        revoked = {name: keys[-1] for name, keys in self.revoked.items() if name.partition(".")[0] in SIGNING_ROLES}
+        revoked = {name: keys for name, keys in self.revoked.items() if name.partition(".")[0] in SIGNING_ROLES}
         roster = {"run": self.run, "epoch": self.epoch, "keys": signing, "revoked": revoked}
         return tomli_w.dumps(roster).encode()

@@ -39,7 +39,7 @@ class Identity:
 
     @property
     def _is_revoked(self) -> bool:
-        return self.signer.public_key in self._signers.roster.revoked.values()
+        return self.signer.public_key in self._signers.roster.refused
 
     def sign(self, subject: str, message: Message) -> bytes:
         """Return ``message`` as it is published on ``subject``."""

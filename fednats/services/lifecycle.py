@@ -14,8 +14,9 @@ import structlog
 import fednats
 from fednats import subjects
 from fednats.config import DaemonSettings
-from fednats.errors import BusError, ConfigError, FednatsError
+from fednats.errors import BusError, FednatsError
 from fednats.messages import Presence
+from fednats.services import state_dir
 from fednats.services.loop_lag import LoopLag
 from fednats.transport.bus import Bus
 from fednats.web.metrics import Metrics
@@ -103,15 +104,12 @@ def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon],
     """
     configure_logging(settings.log_level)
     log = structlog.get_logger().bind(role=role, name=name, run=settings.run, release=fednats.__version__)
-    try:
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as failure:
-        raise ConfigError(f"state_dir: {settings.state_dir} cannot be made ({failure.strerror})") from failure
     errors: list[BaseException] = []
-    try:
-        asyncio.run(_live(Daemon(role, name, settings.run, log), settings, body))
-    except* FednatsError as group:
-        errors += _leaves(group)
+    with state_dir.own(settings.state_dir):
+        try:
+            asyncio.run(_live(Daemon(role, name, settings.run, log), settings, body))
+        except* FednatsError as group:
+            errors += _leaves(group)
     for error in errors:
         log.error("stopped_by_error", error=str(error), kind=type(error).__name__)
     return 1 if errors else 0

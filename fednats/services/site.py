@@ -115,7 +115,7 @@ class SiteService:
             "privacy": None,
         }
         self._metrics: dict[str, float] = {}
-        daemon.waits = lambda: bool(daemon.declined) or not self._machine.trains  # nobody waits for who takes no part
+        daemon.waits = lambda: self._resting != "waiting"  # nobody waits for who takes no part
         if self._policy.budget is not None:
             daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
         daemon.status = lambda: self._status
@@ -191,7 +191,7 @@ class SiteService:
             await self._show_spending(manifest)  # of earlier runs and before a restart
         if self._daemon.declined:
             self._daemon.declined.clear()
-            self._status["state"] = "waiting"
+            self._status["state"] = self._resting
         self._manifests[manifest.version] = manifest
         while len(self._manifests) > KEPT_MANIFESTS:
             self._manifests.popitem(last=False)
@@ -202,7 +202,8 @@ class SiteService:
     def _decline(self, why: str) -> None:
         """Say on the bus that this site takes no part, and why, until a version comes that it may train on."""
         self._daemon.declined["site"] = {f"site.{self._settings.site}": why}
-        self._status["state"] = "declined"
+        self._machine.handle(protocol.Declined())
+        self._status["state"] = self._resting
 
     async def _load(self, manifest: ModelManifest) -> bool:
         """Have the weights of ``manifest`` on disk; False if a newer version is there already."""
@@ -256,28 +257,46 @@ class SiteService:
     async def _work(self) -> None:
         while True:
             job = await self._jobs.get()
-            if isinstance(job, protocol.Train):
-                await self._opening()
             async with self._working:
                 came_to = await self._attempt(job)
                 self._start(self._machine.handle(came_to))
                 if self._machine.state is not protocol.State.CLOSED:
-                    self._status["state"] = "waiting" if self._machine.trains else "spent"
+                    self._status["state"] = self._resting
             if isinstance(came_to, protocol.Failed):
                 asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
+            if isinstance(came_to, protocol.OutsideHours):
+                self._await_hours()
 
-    async def _opening(self) -> None:
-        """Wait for the hours in which the hospital lets it train."""
-        while (wait_s := self._policy.opens_in_s(datetime.now().astimezone())) > 0:
-            self._status["state"] = "outside hours"
+    @property
+    def _resting(self) -> str:
+        """What it does between jobs: waiting for the next model, or why it does not contribute."""
+        if self._daemon.declined:
+            return "declined"
+        if not self._machine.trains:
+            return "spent"
+        return "waiting" if self._machine.within_hours else "outside hours"
+
+    @property
+    def _opens_in_s(self) -> float:
+        return self._policy.opens_in_s(datetime.now().astimezone())
+
+    def _await_hours(self) -> None:
+        """Tell the machine when the hours begin in which the hospital lets it train."""
+        if (wait_s := self._opens_in_s) > 0:
             self._log.info("outside_hours", hours=self._policy.hours, opens_in_s=round(wait_s))
-            await asyncio.sleep(min(wait_s, LONGEST_NAP_S))
+            asyncio.get_running_loop().call_later(min(wait_s, LONGEST_NAP_S), self._await_hours)
+            return
+        self._start(self._machine.handle(protocol.HoursBegun()))
+        if self._machine.state is protocol.State.IDLE:
+            self._status["state"] = self._resting
 
     def _retry(self) -> None:
         self._start(self._machine.handle(protocol.Retry()))
 
-    async def _attempt(self, job: protocol.Job) -> protocol.Done | protocol.Failed | protocol.BudgetSpent:
+    async def _attempt(self, job: protocol.Job) -> protocol.Outcome:
         """Do ``job``; a failure is counted and logged."""
+        if isinstance(job, protocol.Train) and self._opens_in_s > 0:
+            return protocol.OutsideHours()
         manifest = self._manifests.get(job.version)
         if manifest is None:
             return protocol.Done()
@@ -305,7 +324,7 @@ class SiteService:
         self._status["state"] = "evaluating"
         scored: Scored = await self._worker.call("evaluate", manifest)
         self._metrics = scored.metrics
-        if not self._machine.trains:
+        if self._resting != "waiting":
             self._status["version"] = manifest.version
         shown = self._policy.plain_metrics
         head = Evaluation(

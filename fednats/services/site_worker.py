@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from fednats.services.answers import Scored, Trained
 from fednats.services.keys import held, key_id_of, read_keys
 from fednats.storage.local_disk import local_disk
 from fednats.storage.local_model import LocalModel, model_folder, read_or_drop
-from fednats.storage.outbox import ChunkKey, Outbox, outbox_file
+from fednats.storage.outbox import ChunkKey, Outbox, first_number, outbox_file
 from fednats.storage.tensor_file import TensorFile
 
 
@@ -63,7 +64,7 @@ class SiteWorker:
             self._evaluator = Evaluator(task, model)
         self._model = FlatModel(model)
         self._layout = Layout(parameters_of(model))
-        self._outbox = Outbox(outbox_file(settings.state_dir))
+        self._outbox = Outbox(outbox_file(settings.state_dir), first_number(time.time()))
         self._weights = LocalModel(model_folder(settings.state_dir))
         self._local = settings.state_dir / "local.safetensors"
         self._guard = Guard(settings, self._policy)
@@ -120,7 +121,7 @@ class SiteWorker:
             BudgetSpentError: it would go beyond the privacy budget; nothing was trained.
             LocalStorageError: it could not be booked in the privacy account; nothing was trained.
         """
-        seed = _seed(manifest.seed, self._settings.site, manifest.version, self._outbox.next_sequence())
+        seed = _seed(manifest.seed, self._settings.site, manifest.version, self._outbox.n_made())
         dp_sgd = manifest.training.dp is not None
         with self._start(manifest.version, goes_on=goes_on) as start, task_code("training"):
             if dp_sgd:
@@ -234,8 +235,8 @@ def task_code(doing: str) -> Iterator[None]:
         ) from None
 
 
-def _seed(seed: int, site: str, version: int, sequence: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{site}/{version}/{sequence}".encode(), digest_size=4).digest()
+def _seed(seed: int, site: str, version: int, n_made: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{site}/{version}/{n_made + 1}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
 
 

@@ -61,19 +61,33 @@ class ChunkKey:
     """First parameter in it."""
 
 
-class Outbox:
-    """Updates on their way out. One process writes (the worker), one sends (the daemon)."""
+def first_number(now_s: float) -> int:
+    """Return the number of the first update of an outbox that is made at ``now_s``, in seconds since the epoch.
 
-    def __init__(self, path: Path) -> None:
+    No site makes a hundred updates a second, so one that begins anew, with another key or without what it remembered,
+    goes on above its earlier numbers, and is not taken for a replay of itself.
+    """
+    return int(100 * now_s)
+
+
+class Outbox:
+    """Updates on their way out, numbered from ``first`` on. One process writes (the worker), one sends (the daemon)."""
+
+    def __init__(self, path: Path, first: int = 1) -> None:
         self._path = path
+        self._first = first
         self._connection = open_database(path, _SCHEMA)
         self._connection.execute("PRAGMA secure_delete = OFF")  # else removing a chunk takes as much room as it frees
 
     # --- the worker's side --------------------------------------------------------------------------------------------
 
     def next_sequence(self) -> int:
-        """Return the sequence number of the next update, from 1."""
-        return self._newest() + 1
+        """Return the sequence number of the next update."""
+        return self._newest() + 1 if self.n_made() else self._first
+
+    def n_made(self) -> int:
+        """Return how many updates were stored."""
+        return self._read("SELECT COUNT(*) FROM outgoing")[0]
 
     def begin(self, max_waiting: int) -> Dropped | None:
         """Begin an update, dropping what an unfinished one left.

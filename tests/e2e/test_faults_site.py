@@ -44,7 +44,7 @@ async def test_a_site_killed_in_encrypting_makes_the_very_same_update_again(
 ) -> None:
     federation = make_federation(PAIR, **wide(tmp_path, 1_300_000), stop={"max_versions": 2})
     unfinished = "SELECT DISTINCT update_id FROM chunk WHERE update_id NOT IN (SELECT update_id FROM outgoing)"
-    residual = "SELECT start, data FROM residual WHERE sequence = 2 ORDER BY start"
+    residual = "SELECT start, data FROM residual WHERE sequence > (SELECT MIN(sequence) FROM outgoing) ORDER BY start"
 
     async with running(federation, tmp_path / "out") as now:
         await found(now, lambda: outbox(now, "a", "SELECT 1 FROM outgoing") or None)
@@ -53,7 +53,7 @@ async def test_a_site_killed_in_encrypting_makes_the_very_same_update_again(
         [(killed_id,)] = outbox(now, "a", unfinished)
         left = outbox(now, "a", residual)
         await now.daemons["site-a"].start()
-        await found(now, lambda: outbox(now, "a", "SELECT 1 FROM outgoing WHERE sequence = 2") or None)
+        await found(now, lambda: outbox(now, "a", "SELECT 1 FROM outgoing LIMIT 1 OFFSET 1") or None)
         # Same version, seed and residual of the first update: what was worked out twice is equal, and counts once.
         assert outbox(now, "a", residual)[: len(left)] == left
         assert outbox(now, "a", f"SELECT 1 FROM chunk WHERE update_id = '{killed_id}'") == []  # noqa: S608 - an id

@@ -18,6 +18,7 @@ from fednats.services.identity import Identity
 from fednats.testbed.launch import running
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation
+from tests.e2e.faults import outbox
 from tests.e2e.ledgers import balanced
 from tests.e2e.test_bad_input import rejects, steady
 from tests.e2e.until import ENDLESS, end_after, reached, until
@@ -71,7 +72,9 @@ async def test_a_ciphertext_that_kills_the_worker_is_refused_by_name_and_the_oth
         servers = federation_running.servers
         async with Bus.connect(servers.site("north", "c"), user_name("site", "c")) as bus:
             current = await steady(bus)
-            await send_update(bus, servers.identity("site", "c"), current, kills_when_added(context(tmp_path)))
+            ((newest,),) = outbox(federation_running, "c", "SELECT MAX(sequence) FROM outgoing")
+            killing = kills_when_added(context(tmp_path))
+            await send_update(bus, servers.identity("site", "c"), current, killing, newest + 500)
         await until(federation_running, lambda statuses: "ciphertext" in statuses["aggregator-north"]["refusals"])
         async with Bus.connect(servers.uplink("north"), user_name("uplink", "north")) as bus:
             await send_sum(bus, servers.identity("aggregator", "north"), current, kills_when_added(context(tmp_path)))
@@ -101,7 +104,7 @@ def context(tmp_path: Path) -> ts.Context:
     return ts.context_from((tmp_path / "out" / "kits" / "coordinator" / "epoch-1.public").read_bytes(), n_threads=1)
 
 
-async def send_update(bus: Bus, identity: Identity, current: ModelManifest, ciphertext: bytes) -> None:
+async def send_update(bus: Bus, identity: Identity, current: ModelManifest, ciphertext: bytes, sequence: int) -> None:
     prefix = subjects.update("small", "north", "c")
     chunk = wire.pack(Chunk(parts=(ciphertext,)))
     await bus.publish_payload(prefix, "killing", [chunk])
@@ -110,7 +113,7 @@ async def send_update(bus: Bus, identity: Identity, current: ModelManifest, ciph
         region="north",
         site="c",
         update_id="killing",
-        sequence=500,  # none that the site itself has used
+        sequence=sequence,  # none that the site itself has used
         base_version=current.version,
         grid_id=current.grid.grid_id,
         key_id=current.key_id,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,29 @@ async def test_a_hospital_whose_policy_the_run_breaks_takes_no_part_and_the_coor
         await balanced(tmp_path / "out")
     told = log_of(federation_running.daemons["coordinator"], "takes_no_part")
     assert {(line["service"], line["why"]) for line in told} == {("site.c", why)}
+
+
+async def test_outside_its_hours_a_hospital_evaluates_and_nobody_waits_for_it(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    """The goal is three updates: were the third waited for, no version would come until its hours begin."""
+    policy = tmp_path / "policy.toml"
+    begin, end = ((datetime.now().astimezone() + timedelta(hours=hours)).strftime("%H:%M") for hours in (6, 7))
+    policy.write_text(f'hours = ["{begin}-{end}"]')
+    federation = make_federation({"north": ["a", "b", "c"]}, aggregation={"goal": 3}, stop=ENDLESS)
+    async with running(federation, tmp_path / "out") as federation_running:
+        resting = federation_running.daemons["site-c"]
+        await resting.stop()
+        n_stored = len(log_of(resting, "update_stored"))
+        resting.settings = resting.settings.model_copy(update={"policy_file": policy})
+        await resting.start()
+        now = await until(federation_running, lambda found: found.get("site-c", {}).get("state") == "outside hours")
+        began = now["coordinator"]["version"]
+
+        def evaluates_on(found: Statuses) -> bool:
+            """Whether site c has evaluated, not only seen, later versions."""
+            return bool(found.get("site-c", {}).get("version", -1) >= began + 3)
+
+        await until(federation_running, evaluates_on)
+        assert set(sizes_of_sums(federation_running, "north")[-2:]) == {2}
+        assert len(log_of(resting, "update_stored")) == n_stored

@@ -78,6 +78,7 @@ async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeF
         await until(now, reached(1))
         await now.daemons["site-a"].stop()
         kit = Kits(tmp_path / "out" / "kits").site("a")
+        (kit / "state").mkdir(mode=0o755)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "fednats", "site", "--config", str(kit / "site.toml"),
             cwd="/",
@@ -85,6 +86,10 @@ async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeF
         )  # fmt: skip
         try:
             await sends(kit / "state" / "outbox.sqlite")
+            second = await asyncio.to_thread(fednats, "site", "--config", str(kit / "site.toml"), cwd=tmp_path, code=1)
+            assert f"a daemon runs on {kit / 'state'} already" in second
+            written = [kit / "state", *(kit / "state").rglob("*"), *kit.glob("*.sqlite")]
+            assert not [path for path in written if path.stat().st_mode & 0o077]
         finally:
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0

@@ -224,7 +224,7 @@ async def test_a_revoked_site_is_refused_without_a_restart(
         file = bus.servers.signers_file("aggregator", "north")
         roster = tomllib.loads(file.read_text())
         with structlog.testing.capture_logs() as lines:
-            revoked = {"site.a": roster["keys"]["site.a"]}
+            revoked = {"site.a": [roster["keys"]["site.a"]]}
             file.write_text(tomli_w.dumps({**roster, "epoch": 2, "revoked": revoked}))
 
             async def noticed() -> bool:

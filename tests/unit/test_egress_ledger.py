@@ -165,10 +165,13 @@ def test_records_of_a_revoked_or_an_earlier_key_are_known(ledger: Path) -> None:
     changed_key.close()
     before = Roster(run="r", epoch=1, keys={"site.a": SIGNER.public_key})
     after = Roster(run="r", epoch=2, keys={"site.a": OTHER.public_key})
-    revoked = after.model_copy(update={"revoked": {"site.a": SIGNER.public_key}})
+    revoked = after.model_copy(update={"revoked": {"site.a": (SIGNER.public_key,)}})
+    twice = Roster(run="r", epoch=2, keys={}, revoked={"site.a": (SIGNER.public_key, OTHER.public_key)})
     assert audit(ledger, [before, after]).findings == []
     assert audit(ledger, [revoked]).findings == []
     assert audit(ledger, [revoked]).notes == ["records 1 to 14 are signed with a key of site.a that has been revoked"]
+    assert audit(ledger, [twice]).findings == []
+    assert len(audit(ledger, [twice]).notes) == 2
     assert len(audit(ledger, [after]).findings) == 1
 
 

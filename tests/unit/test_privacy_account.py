@@ -307,6 +307,17 @@ def test_a_second_run_at_the_same_hospital_goes_on_where_the_first_ended(tmp_pat
     assert not list(tmp_path.glob("kit-*/*.sqlite"))
 
 
+def test_a_worker_without_its_earlier_state_numbers_its_updates_above_the_earlier_ones(tmp_path: Path) -> None:
+    numbers = []
+    for kit in ("old", "new"):
+        made = worker(site(tmp_path, state_dir=tmp_path / kit))
+        for _ in range(2):
+            made.train(manifest(), False)  # noqa: FBT003 - as the daemon calls it
+            numbers.append(made.encode(manifest()).sequence)
+    assert numbers == sorted(set(numbers))
+    assert [numbers[1] - numbers[0], numbers[3] - numbers[2]] == [1, 1]
+
+
 def test_the_update_of_a_private_delta_has_noise_and_leaves_no_noise_behind(tmp_path: Path) -> None:
     settings = site(tmp_path)
     made = worker(settings)
@@ -318,5 +329,7 @@ def test_the_update_of_a_private_delta_has_noise_and_leaves_no_noise_behind(tmp_
     assert all(update.saturated > 100 for update in updates)  # noise 512 steps wide on a grid of 127
     assert Account(account_file(settings, NO_POLICY)).n_charges("site") == 2
     with sqlite3.connect(settings.state_dir / "outbox.sqlite") as connection:
-        (data,) = connection.execute("SELECT data FROM residual WHERE sequence = 2").fetchone()
+        (data,) = connection.execute(
+            "SELECT data FROM residual WHERE sequence = (SELECT MAX(sequence) FROM outgoing)"
+        ).fetchone()
     assert np.abs(np.frombuffer(data, "<f4")).max() < 2.0**-8

@@ -72,6 +72,15 @@ def test_private_files_are_private(tmp_path: Path) -> None:
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in private)
 
 
+def test_a_folder_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o755)
+    new_key("site.a", shared)
+    assert shared.stat().st_mode & 0o777 == 0o755
+    assert (shared / "site.a.nk").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_settings_work_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "task.py").write_text("class T: ...\n")
     task = {"path": f"{tmp_path / 'task.py'}:T", "options": {"csv": "/data/a.csv"}}
@@ -168,7 +177,7 @@ def test_who_is_revoked_is_in_no_account_and_on_the_list_of_revoked(tmp_path: Pa
     for _ in range(2):
         roster = signers(tmp_path)
         assert "site.b" not in roster["keys"]
-        assert roster["revoked"] == {"site.b": key}
+        assert roster["revoked"] == {"site.b": [key]}
         assert holders(tmp_path, key.encode()) & {"hub"} == set()
         assert key not in (tmp_path / "region-north" / "accounts.conf").read_text()
         assert load(tmp_path / "region-north" / "aggregator.toml", AggregatorSettings, {}).sites == ("a",)
@@ -176,7 +185,9 @@ def test_who_is_revoked_is_in_no_account_and_on_the_list_of_revoked(tmp_path: Pa
     provision(plan(), tmp_path, add_sites=["b"])
     roster = signers(tmp_path)
     assert roster["keys"]["site.b"] == nkey.public_key_in(tmp_path / "site-b" / "site.b.nk") != key
-    assert roster["revoked"] == {"site.b": key}
+    assert roster["revoked"] == {"site.b": [key]}
+    provision(plan(), tmp_path, revoke=["site.b"])
+    assert signers(tmp_path)["revoked"] == {"site.b": [key, roster["keys"]["site.b"]]}
 
 
 def test_with_a_region_all_its_keys_are_revoked(tmp_path: Path) -> None:

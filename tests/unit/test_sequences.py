@@ -1,5 +1,7 @@
 """Replayed updates, by their numbers: refused once they are out of date, and never when they are merely late."""
 
+from pathlib import Path
+
 import pytest
 
 from fednats.errors import Reason, RefusedError
@@ -7,6 +9,7 @@ from fednats.protocol.admission import Roster
 from fednats.protocol.collector import REMEMBERED, Collector
 from fednats.protocol.events import Combine, Combined, Command, ContributionArrived, Refuse, Settle
 from fednats.protocol.sequences import WINDOW, Sequences
+from fednats.storage.outbox import Outbox, first_number
 from tests.makers import announcement, update
 
 
@@ -69,6 +72,23 @@ def test_what_is_settled_is_settled_again_and_not_counted() -> None:
     deliver(collector, "b", 1)
     assert deliver(collector, "a", 1) == [Settle(("a-1",))]
     assert collector.n_buffered == 0
+
+
+def test_a_site_that_begins_anew_is_no_replay_of_itself_but_its_old_updates_are(tmp_path: Path) -> None:
+    """A new kit after a revocation, or a disk that was lost: nothing is left but the clock."""
+    collector = machine()
+    numbers: dict[str, int] = {}
+    for began_s, kit in ((1_800_000_000.0, "old"), (1_800_000_060.0, "new")):
+        outboxes = {site: Outbox(tmp_path / kit / f"{site}.sqlite", first_number(began_s)) for site in "ab"}
+        for _ in range(50):
+            for site, outbox in outboxes.items():
+                head = update(site, outbox.next_sequence())
+                outbox.add_update(head, (1.0,), None)
+                assert reasons(deliver(collector, site, head.sequence, f"{site}-{kit}-{head.sequence}")) == []
+                numbers.setdefault(kit, head.sequence)
+    collector._settled.clear()
+    assert reasons(deliver(collector, "a", numbers["old"], "again")) == [Reason.REPLAYED]
+    assert reasons(deliver(collector, "a", numbers["new"], "again")) == [Reason.REPLAYED]
 
 
 def test_a_refused_number_takes_nothing_from_the_window() -> None:

@@ -106,7 +106,7 @@ def test_a_revoked_signer_is_refused_once_the_file_says_so(them: Participants) -
     signers = Signers(them.file, "r")
     signed = them.signer("site.a").sign(HEAD, PACKED)
     assert not signers.reread()
-    them.write(epoch=2, revoked={"site.a": them.signer("site.a").public_key})
+    them.write(epoch=2, revoked={"site.a": [them.signer("site.a").public_key]})
     assert signers.opened(HEAD, signed) == PACKED
     assert signers.reread()
     assert refusal(signers, HEAD, signed) == "site.a is revoked"
@@ -116,7 +116,7 @@ def test_a_revoked_signer_is_refused_once_the_file_says_so(them: Participants) -
 def test_a_new_key_counts_and_the_old_one_does_not(them: Participants) -> None:
     old = them.signer("site.a")
     them.seeds["site.a"] = seed()
-    them.write(epoch=2, revoked={"site.a": old.public_key})
+    them.write(epoch=2, revoked={"site.a": [old.public_key]})
     signers = Signers(them.file, "r")
     refusal(signers, HEAD, old.sign(HEAD, PACKED))
     assert signers.opened(HEAD, them.signer("site.a").sign(HEAD, PACKED)) == PACKED
@@ -138,7 +138,7 @@ async def test_a_daemon_notices_a_change_and_survives_a_damaged_file(
         signed = them.signer("coordinator.hub").sign(subjects.control("r"), PACKED)
         assert identity._signers.opened(subjects.control("r"), signed) == PACKED
         revoked = ("coordinator.hub", "site.a")
-        them.write(epoch=2, revoked={name: them.signer(name).public_key for name in revoked})
+        them.write(epoch=2, revoked={name: [them.signer(name).public_key] for name in revoked})
         await until(lambda: logged("signers_changed"))
         await until(lambda: logged("own_key_revoked"))
         following.cancel()
@@ -173,7 +173,7 @@ def test_a_daemon_whose_seed_is_another_s_does_not_start(them: Participants) -> 
 
 
 def test_a_daemon_whose_key_is_revoked_does_not_start(them: Participants) -> None:
-    them.write(revoked={"site.a": them.signer("site.a").public_key})
+    them.write(revoked={"site.a": [them.signer("site.a").public_key]})
     with pytest.raises(ConfigError, match=r"has revoked the key of site\.a; ask for a new kit"):
         them.identity("site.a")
 

@@ -3,10 +3,13 @@ from fednats.protocol.site import (
     BusAway,
     BusBack,
     Closed,
+    Declined,
     Done,
     Evaluate,
     Failed,
+    HoursBegun,
     ModelSeen,
+    OutsideHours,
     Retry,
     Site,
     State,
@@ -114,3 +117,50 @@ def test_a_closed_site_takes_a_spent_budget_as_anything_else() -> None:
     site.handle(Closed())
     assert site.handle(BudgetSpent()) is None
     assert site.state is State.CLOSED
+
+
+def test_outside_its_hours_a_site_goes_on_evaluating_and_trains_on_the_newest_when_they_begin() -> None:
+    site = Site(last_trained=3)
+    site.handle(ModelSeen(4))
+    assert site.handle(Done()) == Train(4)
+    assert site.handle(ModelSeen(5)) is None
+    assert site.handle(OutsideHours()) == Evaluate(5)
+    assert not site.within_hours
+    assert site.handle(Done()) is None
+    assert site.handle(ModelSeen(6)) == Evaluate(6)
+    assert site.handle(Done()) is None
+    assert site.handle(BusAway()) is None
+    assert site.handle(BusBack()) is None
+    assert site.handle(HoursBegun()) == Train(6)
+    assert site.within_hours
+
+
+def test_hours_that_begin_during_an_evaluation_let_it_train_afterwards() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    assert site.handle(Done()) == Train(0)
+    site.handle(OutsideHours())
+    assert site.handle(ModelSeen(1)) == Evaluate(1)
+    assert site.handle(HoursBegun()) is None
+    assert site.handle(Done()) == Train(1)
+
+
+def test_a_site_that_declines_trains_on_nothing_whatever_happens() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    assert site.handle(Done()) == Train(0)
+    assert site.handle(Failed()) is None
+    assert site.handle(Declined()) is None
+    for event in (Retry(), BusAway(), BusBack(), HoursBegun()):
+        assert site.handle(event) is None, event
+    assert site.handle(ModelSeen(2)) == Evaluate(2)
+    assert site.handle(Done()) == Train(2)
+
+
+def test_a_site_that_declines_during_a_job_does_no_other_until_a_version_allows_it() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    site.handle(ModelSeen(1))
+    assert site.handle(Declined()) is None
+    assert site.handle(Done()) is None
+    assert site.handle(ModelSeen(2)) == Evaluate(2)
