@@ -12,7 +12,8 @@ from fednats import wire
 from fednats.messages import Message
 
 HEADER = struct.Struct(">2sBBI")
-BOMB_BYTES = LARGEST_BODY_BYTES = wire.MAX_MESSAGE_BYTES
+BOMB_BYTES = wire.MAX_MESSAGE_BYTES
+LARGEST_BODY_BYTES = 2**20
 
 INTERESTING = (0, 1, -1, 127, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**40 + 1, 2**63 - 1, 2**64 - 1, -(2**63))
 FLOATS = (0.0, -0.0, 1e308, -1e308, 5e-324, float("nan"), float("inf"), float("-inf"), 1e-9, 1e15)
@@ -69,12 +70,16 @@ def changed(rng: random.Random, tree: Any) -> Any:
 
 
 def _size(tree: Any) -> int:
-    """Return about how many bytes a tree takes when it is packed."""
-    if isinstance(tree, Mapping):
-        return 1 + sum(_size(key) + _size(value) for key, value in tree.items())
-    if isinstance(tree, list | tuple):
-        return 1 + sum(map(_size, tree))
-    return len(tree) if isinstance(tree, bytes | str) else 9
+    """Return about how many bytes a tree takes when it is packed; trees are deeper than calls may be nested."""
+    total, waiting = 0, [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Mapping):
+            waiting += [*node.keys(), *node.values()]
+        elif isinstance(node, list | tuple):
+            waiting += node
+        total += len(node) if isinstance(node, bytes | str) else 9
+    return total
 
 
 def _of_its_type(rng: random.Random, value: Any) -> Any:
