@@ -3,13 +3,11 @@
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from fednats import subjects, wire
+from fednats import subjects
 from fednats.codec import frames
 from fednats.config import SiteSettings
 from fednats.errors import (
@@ -24,7 +22,7 @@ from fednats.errors import (
 )
 from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
 from fednats.permissions import user_name
-from fednats.privacy.egress import EGRESS_FILE, Entry
+from fednats.privacy.egress import EGRESS_FILE
 from fednats.privacy.policy import read_policy
 from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
@@ -32,9 +30,9 @@ from fednats.services.answers import Scored
 from fednats.services.evaluations import payload_of
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.off_loop import chunk_file, off_loop, paced
-from fednats.services.persist import RETRY_S
-from fednats.services.recorder import INTERVAL_S, SUMMED_UP, Recorder, entry_of
+from fednats.services.off_loop import chunk_file
+from fednats.services.recorder import Recorder
+from fednats.services.sender import Sender
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.chunk_file import keep_sound
 from fednats.storage.local_disk import local_disk
@@ -54,9 +52,6 @@ AWAY_S = 5.0
 
 LONGEST_NAP_S = 600.0
 """Outside its hours a site looks at the clock so often: it may be set, and a machine may sleep."""
-
-NOTED_CHUNKS = 32
-"""Chunks sent between two notes of how far sending has come: after a restart no more than these are sent again."""
 
 
 def make_worker(settings: SiteSettings) -> "SiteWorker":
@@ -92,24 +87,19 @@ class SiteService:
         self._worker = worker
         self._policy = read_policy(settings.policy_file)
         self._outbox = Outbox(outbox_file(settings.state_dir))
-        self._recorder = Recorder(daemon, identity, settings.state_dir / EGRESS_FILE)
+        recorder = Recorder(daemon, identity, settings.state_dir / EGRESS_FILE)
+        self._sender = Sender(daemon, settings, identity, bus, self._outbox, recorder, self._policy.max_mbit)
         self._machine = protocol.Site(self._outbox.last_trained())
         self._models = subjects.models_stream(settings.run, settings.region)
         self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
         self._local = LocalModel(model_folder(settings.state_dir))
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
         self._working = asyncio.Lock()
-        self._to_send = asyncio.Event()
-        self._sending = asyncio.Lock()
-        self._evaluations: asyncio.Queue[tuple[Evaluation, tuple[bytes, ...]]] = asyncio.Queue()
         self._status: dict[str, Any] = {
             "region": settings.region,
             "state": "starting",
             "version": -1,
-            "updates": 0,
-            "outbox": {},
             "refused": 0,
-            "sent_bytes": 0,
             "received_bytes": 0,
             "train_s": 0.0,
             "privacy": None,
@@ -118,47 +108,38 @@ class SiteService:
         daemon.waits = lambda: self._resting != "waiting"  # nobody waits for who takes no part
         if self._policy.budget is not None:
             daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
-        daemon.status = lambda: self._status
+        daemon.status = lambda: {**self._status, **self._sender.figures}
         daemon.private = lambda: {"metrics": self._metrics}
         daemon.buses.append(bus)
 
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
-        await self._recorder.begin(SUMMED_UP)
-        await asyncio.to_thread(self._outbox.release)
+        await self._sender.begin()
         n_samples = await self._worker.call("prepare")
         self._log.info("data_loaded", n_samples=n_samples)
         self._daemon.ready = True
         self._status["state"] = "waiting"
-        self._to_send.set()
         await until_stopped(
             self._daemon,
             {
                 "follow models": self._follow(),
                 "follow signers": self._identity.follow_signers(self._log),
                 "work": self._work(),
-                "send updates": self._send_updates(),
-                "send evaluations": self._send_evaluations(),
-                "sum up what leaves": self._sum_up(),
+                "send updates": self._sender.send_updates(),
+                "send evaluations": self._sender.send_evaluations(),
+                "sum up what leaves": self._sender.sum_up(),
                 "notice when the bus is away": self._notice_away(),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._drain,
         )
-        self._outbox.close()
-        self._recorder.close()
+        self._sender.close()
 
     async def _drain(self) -> None:
         self._machine.handle(protocol.Closed())
         async with self._working:
             pass
-        if self._bus.connected:
-            try:
-                await self._send_pending()
-            except (BusError, LocalStorageError) as error:
-                self._log.warning("update_not_sent", error=str(error))  # it is in the outbox for the next start
-        if not self._sending.locked():  # else an update waits for the bus, and would hold this up
-            await self._record_rest()
+        await self._sender.drain()
 
     # --- models -------------------------------------------------------------------------------------------------------
 
@@ -339,7 +320,7 @@ class SiteService:
             min_sites=self._policy.min_sites,
             payload=payload_of(self._settings.site, manifest.version, scored.chunks),
         )
-        self._evaluations.put_nowait((head, scored.chunks))
+        self._sender.evaluations.put_nowait((head, scored.chunks))
 
     async def _train(self, manifest: ModelManifest, *, goes_on: bool) -> None:
         self._status["state"] = "training"
@@ -368,8 +349,7 @@ class SiteService:
             train_s=round(seconds, 2),
             goes_on=goes_on,
         )
-        self._status["outbox"] = await asyncio.to_thread(self._outbox.counts)
-        self._to_send.set()
+        await self._sender.look()
 
     async def _encode(self, newest: ModelManifest) -> Update:
         """Have the pass encoded and stored; if that fails, nothing makes room for it."""
@@ -377,7 +357,7 @@ class SiteService:
             update: Update = await self._worker.call("encode", newest)
         except FednatsError:
             await asyncio.to_thread(self._outbox.release)
-            self._to_send.set()
+            await self._sender.look()
             raise
         return update
 
@@ -396,107 +376,3 @@ class SiteService:
         self._daemon.metrics.refused.labels(reason=error.reason.value).inc()
         self._status["refused"] += 1
         self._log.warning(event, reason=error.reason.value, detail=error.detail, **fields)
-
-    # --- sending ------------------------------------------------------------------------------------------------------
-
-    async def _send_updates(self) -> None:
-        while True:
-            await self._to_send.wait()
-            self._to_send.clear()
-            try:
-                await self._send_pending()
-            except (BusError, LocalStorageError) as error:
-                self._log.warning("update_not_sent", error=str(error), retry_s=RETRY_S)
-                await asyncio.sleep(RETRY_S)
-                self._to_send.set()
-
-    async def _send_pending(self) -> None:
-        async with self._sending:
-            for update in await asyncio.to_thread(self._outbox.pending):
-                first = await asyncio.to_thread(self._outbox.offer, update.update_id)
-                if first is not None:
-                    await self._send(update, first)
-
-    async def _send(self, update: Update, first: int) -> None:
-        """Send the chunks from number ``first`` on, then the head."""
-        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
-
-        async def note(n_chunks: int) -> None:
-            if n_chunks % NOTED_CHUNKS == 0:
-                await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, n_chunks)
-
-        subject = subjects.head(prefix)
-        head = self._identity.sign(subject, update)
-        if first:
-            await self._bus.wait_connected()
-            # a bus that has lost its store keeps the offered chunk: it must not speak for those before it
-            await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, 0)
-            async with self._recorder.sending(self._bus, await self._entry(update, first - 1)):
-                if await self._has(prefix, update.update_id, first - 1):
-                    await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, first)
-                    await self._publish(update, first, head, note)
-                else:
-                    first = 0  # the bus has lost its store, or forgotten the ids: all of it again
-        if not first:
-            async with self._recorder.sending(self._bus, await self._entry(update, 0)):
-                await self._publish(update, 0, head, note)
-        await asyncio.to_thread(self._outbox.mark_sent, update.update_id)
-        n_bytes = update.payload.n_bytes + len(head)
-        self._daemon.metrics.sent_bytes.inc(n_bytes)
-        self._status["sent_bytes"] += n_bytes
-        self._status["updates"] += 1
-        self._status["outbox"] = await asyncio.to_thread(self._outbox.counts)
-        self._log.info("update_sent", update_id=update.update_id, bytes=n_bytes)
-
-    async def _publish(self, update: Update, first: int, head: bytes, note: Callable[[int], Awaitable[None]]) -> None:
-        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
-        chunks = paced(off_loop(self._outbox.chunks(update.update_id, first)), self._policy.max_mbit)
-        await self._bus.publish_payload(prefix, update.update_id, chunks, first=first, stored=note)
-        await self._bus.publish(subjects.head(prefix), head, wire.message_id(head))
-
-    async def _entry(self, update: Update, first: int) -> Entry:
-        """Return what the ledger says of an attempt to send an update from chunk number ``first`` on."""
-        n_bytes = await asyncio.to_thread(self._outbox.n_bytes, update.update_id, first)
-        left = update.payload.model_copy(update={"n_bytes": n_bytes, "digests": update.payload.digests[first:]})
-        epsilon = await asyncio.to_thread(self._outbox.epsilon, update.update_id)
-        entry = entry_of(
-            "update", update, version=update.base_version, name=update.update_id, payload=left, epsilon=epsilon
-        )
-        return replace(entry, detail=f"from chunk {first} on") if first else entry
-
-    async def _has(self, prefix: str, update_id: str, index: int) -> bool:
-        chunk = await asyncio.to_thread(next, self._outbox.chunks(update_id, index))
-        return await self._bus.has_chunk(prefix, update_id, index, chunk)
-
-    async def _send_evaluations(self) -> None:
-        """Send the counts, then the head that names them. They are not kept: the next version has others."""
-        subject = subjects.evaluation(self._settings.run, self._settings.region, self._settings.site)
-        prefix = subjects.update(self._settings.run, self._settings.region, self._settings.site)
-        while True:
-            head, chunks = await self._evaluations.get()
-            entry = entry_of("evaluation", head, version=head.version, payload=head.payload)
-            signed = self._identity.sign(subject, head)
-            try:
-                async with self._recorder.sending(self._bus, entry):
-                    await self._bus.publish_payload(prefix, head.payload.payload_id, chunks)
-                    await self._bus.publish(subject, signed, wire.message_id(signed))
-            except (BusError, LocalStorageError) as error:
-                self._log.warning("evaluation_not_sent", version=head.version, error=str(error))
-            else:
-                self._daemon.metrics.sent_bytes.inc(entry.n_bytes)
-                self._status["sent_bytes"] += entry.n_bytes
-
-    # --- on record ----------------------------------------------------------------------------------------------------
-
-    async def _sum_up(self) -> None:
-        while True:
-            await asyncio.sleep(INTERVAL_S)
-            await self._record_rest()
-
-    async def _record_rest(self) -> None:
-        """Record what has left beside updates and evaluations; not while an update is on its way."""
-        async with self._sending:
-            try:
-                await self._recorder.sum_up(self._bus)
-            except LocalStorageError as error:
-                self._log.warning("rest_not_recorded", error=str(error))
