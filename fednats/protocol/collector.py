@@ -13,12 +13,12 @@ from enum import Enum, auto
 from typing import Any, ClassVar
 
 from fednats.errors import Reason, RefusedError
-from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
+from fednats.messages import Aggregate, Update
 from fednats.protocol import admission
 from fednats.protocol.admission import Roster
 from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal, Terms
 from fednats.protocol.early import MAX_AHEAD, MAX_EARLY, Early
-from fednats.protocol.evaluation import Closed, EvaluationTally
+from fednats.protocol.evaluations import Evaluations
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -34,16 +34,12 @@ from fednats.protocol.events import (
     Part,
     PresenceChanged,
     Refuse,
-    ReportNotEvaluated,
     ReportWaiting,
     RunClosed,
     Settle,
     StartTimer,
-    SumEvaluations,
     VersionAnnounced,
     contribution_id,
-    evaluated_by,
-    evaluation_id,
 )
 from fednats.protocol.sequences import Sequences
 
@@ -75,11 +71,9 @@ class Collector:
         self._short = False
         self._goal_of = goal_of
         self._buffer: Buffer | None = None
-        self._tally = EvaluationTally(roster.sources)
+        self._evaluations = Evaluations(roster)
         self._heads: dict[str, Update | Aggregate] = {}
         self._early: Early[Update | Aggregate] = Early()
-        self._early_evaluations: Early[EvaluationArrived] = Early()
-        self._summing: dict[int, SumEvaluations] = {}
         self._settled: dict[str, Refuse | None] = {}
         self._sequences: dict[str, Sequences] = {}
 
@@ -107,7 +101,7 @@ class Collector:
         commands: list[Command] = []
         if self.in_flight is not None:
             commands.append(Combine(self.in_flight))
-        commands += self._summing.values()
+        commands += self._evaluations.outstanding
         if self.state is not State.CLOSED and self._buffer:
             commands += self._start_timer()
         if self._short and self.state is not State.CLOSED:
@@ -139,9 +133,7 @@ class Collector:
         for head in self._early.take().values():
             ahead = admission.version(head) - event.version
             commands += self._admit(head, may_be_early=0 < ahead <= MAX_AHEAD)
-        for identity, early in self._early_evaluations.take().items():
-            ahead = early.evaluation.version - event.version
-            commands += self._evaluate(early) if ahead <= MAX_AHEAD else [Settle((identity,))]
+        commands += self._evaluations.announced(event)
         return commands + self._combine()
 
     def _configure(self, event: Configured) -> list[Command]:
@@ -151,14 +143,6 @@ class Collector:
     def _see(self, event: PresenceChanged) -> list[Command]:
         self._present = frozenset(event.present)
         return self._expect() + self._combine()
-
-    def _evaluate_early(self, event: EvaluationArrived) -> list[Command]:
-        """Keep what is of a version not announced here yet; a site may be quicker than this node."""
-        identity = evaluation_id(event.evaluation)
-        held = self._reports_here(event.evaluation) and self._early_evaluations.hold(
-            evaluated_by(event.evaluation), identity, event
-        )
-        return [] if held else [Settle((identity,))]
 
     def _arrive_early(self, event: ContributionArrived) -> list[Command]:
         return self._hold(event.head)
@@ -183,40 +167,11 @@ class Collector:
         return [] if self._is_in_flight(identity) else [Settle((identity,))]
 
     def _evaluate(self, event: EvaluationArrived) -> list[Command]:
-        if self.current is None:
-            return []
-        if not self._reports_here(event.evaluation):
-            return [Settle((evaluation_id(event.evaluation),))]
-        if event.evaluation.version > self.current.version:
-            return self._evaluate_early(event)
-        summing = self._summing.get(event.evaluation.version)
-        if summing is not None and evaluation_id(event.evaluation) in map(evaluation_id, summing.parts):
-            return []
-        if self._tally.is_closed(event.evaluation.version):
-            return [Settle((evaluation_id(event.evaluation),))]
-        return self._give_out(self._tally.add(event.evaluation, self.current.settings.min_sites))
+        return self._evaluations.arrive(event.evaluation, self.current)
 
     def _summed(self, event: EvaluationsSummed) -> list[Command]:
-        parts = {evaluation_id(part): part for part in self._summing.pop(event.version).parts}
-        if not event.spoilt_by:
-            return [Settle(tuple(parts))]
         assert self.current is not None  # noqa: S101 - else nothing was to be summed
-        others = [part for identity, part in parts.items() if identity not in event.spoilt_by]
-        again = self._tally.again(event.version, others, self.current.settings.min_sites)
-        return [Settle(event.spoilt_by), *self._give_out(again)]
-
-    def _give_out(self, closed: list[Closed]) -> list[Command]:
-        """Have evaluations summed; they are settled once that is done."""
-        commands: list[Command] = []
-        for each in closed:
-            if each.summing is None:
-                commands.append(ReportNotEvaluated(each.version, len(each.given_up)))
-            else:
-                self._summing[each.version] = each.summing
-                commands.append(each.summing)
-            if each.given_up:
-                commands.append(Settle(each.given_up))
-        return commands
+        return self._evaluations.summed(event, self.current.settings.min_sites)
 
     def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:
         if not self._buffer or self.current is None:
@@ -290,16 +245,14 @@ class Collector:
 
     def _expect(self) -> list[Command]:
         """Go on with those who are there; say so if they are too few, once."""
-        self._tally.expect(self._roster.sources, self.present)
+        commands = self._evaluations.expect(self._roster, self.present, self.current)
         if self.current is None:
-            return []
-        settings = self.current.settings
+            return commands
         if self._buffer is not None:
             self._buffer.configure(self._terms(self.current))
-        commands = self._give_out(self._tally.complete(settings.min_sites))
         was_short = self._short
         # each region sends sums of enough sites, or says itself that it cannot
-        self._short = not self.present & self._roster.regions and len(self.present) < settings.min_sites
+        self._short = not self.present & self._roster.regions and len(self.present) < self.current.settings.min_sites
         if self._short and not was_short and self.state is not State.CLOSED:
             commands += self._report_waiting()
         return commands
@@ -373,9 +326,6 @@ class Collector:
             identity, Reason.TOO_STALE, f"version {contribution.version} is past the cut-off at {version}"
         )
 
-    def _reports_here(self, evaluation: Evaluation | EvaluationSum) -> bool:
-        return evaluation.run == self._roster.run and evaluated_by(evaluation) in self._roster.sources
-
     def _is_in_flight(self, identity: str) -> bool:
         return self.in_flight is not None and any(
             contribution_id(part.head) == identity for part in self.in_flight.parts
@@ -401,7 +351,7 @@ class Collector:
         (State.WAITING, ContributionArrived): _arrive_early,
         (State.WAITING, Configured): _configure,
         (State.WAITING, PresenceChanged): _see,
-        (State.WAITING, EvaluationArrived): _evaluate_early,
+        (State.WAITING, EvaluationArrived): _evaluate,
         (State.WAITING, EvaluationsSummed): _summed,
         (State.WAITING, DeadlineReached): _ignore,
         (State.WAITING, RunClosed): _close,

@@ -6,7 +6,7 @@ from fednats.config import AggregationSettings
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
-from fednats.protocol.evaluation import PATIENCE_VERSIONS
+from fednats.protocol.evaluation_tally import PATIENCE_VERSIONS
 from fednats.protocol.events import (
     Combination,
     Combine,

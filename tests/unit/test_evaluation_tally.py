@@ -4,7 +4,7 @@ from fednats.config import AggregationSettings
 from fednats.messages import Evaluation
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
-from fednats.protocol.evaluation import FORGOTTEN_VERSIONS, PATIENCE_VERSIONS
+from fednats.protocol.evaluation_tally import FORGOTTEN_VERSIONS, PATIENCE_VERSIONS
 from fednats.protocol.events import (
     Command,
     EvaluationArrived,

@@ -1,0 +1,84 @@
+"""A node's evaluations: taken in from those who report to it, summed by version, settled when that is done.
+
+A part of the `fednats.protocol.collector.Collector`, which says who is there and which version is current.
+"""
+
+from fednats.messages import Evaluation, EvaluationSum
+from fednats.protocol.admission import Roster
+from fednats.protocol.early import MAX_AHEAD, Early
+from fednats.protocol.evaluation_tally import Closed, EvaluationTally
+from fednats.protocol.events import (
+    Command,
+    EvaluationsSummed,
+    ReportNotEvaluated,
+    Settle,
+    SumEvaluations,
+    VersionAnnounced,
+    evaluated_by,
+    evaluation_id,
+)
+
+
+class Evaluations:
+    """Evaluations that have come and are not settled yet."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+        self._tally = EvaluationTally(roster.sources)
+        self._early: Early[Evaluation | EvaluationSum] = Early()
+        self._summing: dict[int, SumEvaluations] = {}
+
+    @property
+    def outstanding(self) -> tuple[SumEvaluations, ...]:
+        """What was to be summed and is not yet."""
+        return tuple(self._summing.values())
+
+    def expect(self, roster: Roster, present: frozenset[str], current: VersionAnnounced | None) -> list[Command]:
+        """Go on with another ``roster``, of whom ``present`` are there."""
+        self._roster = roster
+        self._tally.expect(roster.sources, present)
+        return [] if current is None else self._give_out(self._tally.complete(current.settings.min_sites))
+
+    def announced(self, current: VersionAnnounced) -> list[Command]:
+        """Take in what came early, now that ``current`` is known."""
+        commands: list[Command] = []
+        for identity, evaluation in self._early.take().items():
+            is_near = evaluation.version - current.version <= MAX_AHEAD
+            commands += self.arrive(evaluation, current) if is_near else [Settle((identity,))]
+        return commands
+
+    def arrive(self, evaluation: Evaluation | EvaluationSum, current: VersionAnnounced | None) -> list[Command]:
+        """Take in ``evaluation``, or hold it until its version is announced here: a site may be quicker than this node."""
+        identity = evaluation_id(evaluation)
+        source = evaluated_by(evaluation)
+        if evaluation.run != self._roster.run or source not in self._roster.sources:
+            return [Settle((identity,))]
+        if current is None or evaluation.version > current.version:
+            return [] if self._early.hold(source, identity, evaluation) else [Settle((identity,))]
+        summing = self._summing.get(evaluation.version)
+        if summing is not None and identity in map(evaluation_id, summing.parts):
+            return []
+        if self._tally.is_closed(evaluation.version):
+            return [Settle((identity,))]
+        return self._give_out(self._tally.add(evaluation, current.settings.min_sites))
+
+    def summed(self, event: EvaluationsSummed, min_sites: int) -> list[Command]:
+        """Settle what was summed; without those who spoilt a sum the others are given out again."""
+        parts = {evaluation_id(part): part for part in self._summing.pop(event.version).parts}
+        if not event.spoilt_by:
+            return [Settle(tuple(parts))]
+        others = [part for identity, part in parts.items() if identity not in event.spoilt_by]
+        return [Settle(event.spoilt_by), *self._give_out(self._tally.again(event.version, others, min_sites))]
+
+    def _give_out(self, closed: list[Closed]) -> list[Command]:
+        """Have evaluations summed; they are settled once that is done."""
+        commands: list[Command] = []
+        for each in closed:
+            if each.summing is None:
+                commands.append(ReportNotEvaluated(each.version, len(each.given_up)))
+            else:
+                self._summing[each.version] = each.summing
+                commands.append(each.summing)
+            if each.given_up:
+                commands.append(Settle(each.given_up))
+        return commands
