@@ -82,6 +82,8 @@ class Policy(Settings):
     def check_run(self, manifest: ModelManifest, n_samples: int) -> None:
         """Refuse a run that asks for more than is allowed; ``n_samples`` is the size of the site's training data.
 
+        The reason is for others to see, so it names nothing but the run's settings and the policy's.
+
         Raises:
             RefusedError: ``policy``.
         """
@@ -92,7 +94,7 @@ class Policy(Settings):
                 f"the run sums {manifest.aggregation.min_sites} sites, the policy says min_sites = {self.min_sites}"
             )
         if n_samples < self.min_samples:
-            raise _refusal(f"there are {n_samples} training cases, the policy says min_samples = {self.min_samples}")
+            raise _refusal(f"there are fewer training cases than the policy's min_samples = {self.min_samples}")
         for table, dp, rule, least in (
             ("training.dp", manifest.training.dp, "min_noise_multiplier", self.min_noise_multiplier),
             ("delta.dp", manifest.delta.dp, "min_site_noise_multiplier", self.min_site_noise_multiplier),

@@ -63,7 +63,7 @@ def test_without_a_file_nothing_is_refused() -> None:
     [
         ("", "none", "not encrypted"),
         ("min_sites = 3", "bfv", "sums 2 sites, the policy says min_sites = 3"),
-        ("min_samples = 41", "bfv", "40 training cases, the policy says min_samples = 41"),
+        ("min_samples = 41", "bfv", "fewer training cases than the policy's min_samples = 41"),
         ("min_noise_multiplier = 0.5", "bfv", r"training\.dp\.noise_multiplier is 0, .* min_noise_multiplier = 0\.5"),
         ("min_site_noise_multiplier = 2", "bfv", r"delta\.dp\.noise_multiplier is 0, .* min_site_noise_multiplier = 2"),
         ('parameters = ["head.*"]', "bfv", "trains body.weight"),
