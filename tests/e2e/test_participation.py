@@ -10,6 +10,7 @@ import aiohttp
 
 from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import Running, running
+from fednats.testbed.ledger import APPLIED
 from fednats.testbed.processes import DaemonProcess
 from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
@@ -167,6 +168,31 @@ async def test_one_region_goes_on_while_the_other_lacks_a_site_or_is_down(
         await end_after(federation_running, 2)
         await balanced(output)
         assert {*sizes_of_sums(federation_running, "north"), *sizes_of_sums(federation_running, "south")} == {2}
+
+
+async def test_a_deadline_in_a_region_with_too_few_sites_is_said_and_counted_and_sends_nothing(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    federation = make_federation({"north": ["a", "b"]}, aggregation={"deadline_s": 0.5}, stop=ENDLESS)
+    async with running(federation, tmp_path / "out") as federation_running:
+        aggregator, late = (federation_running.daemons[name] for name in ("aggregator-north", "site-b"))
+        await late.kill()  # before it could say that it is there
+        await until(federation_running, lambda statuses: "aggregator-north" in statuses)
+
+        async def counted() -> bool:
+            return await metric(aggregator, "fednats_waiting_for_sites") >= 4
+
+        await happens(counted, PATIENCE_S)
+        *_, first, second = log_of(aggregator, "waiting_for_sites")
+        assert first["n_contributions"] == second["n_contributions"] == 1, "there was something to wait with"
+        assert (second["n_present"], second["min_sites"]) == (1, 2)
+        assert sizes_of_sums(federation_running, "north") == []
+        await late.start()
+        await further(federation_running, 2)
+        await end_after(federation_running, 2)
+        ledger = await balanced(tmp_path / "out")
+        assert set(sizes_of_sums(federation_running, "north")) == {2}
+    assert ledger.accepted[APPLIED] >= 2 * 4
 
 
 async def test_a_hospital_whose_policy_the_run_breaks_takes_no_part_and_the_coordinator_sees_why(
