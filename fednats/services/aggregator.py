@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
 from fednats.config import AggregatorSettings
-from fednats.errors import BusError, Reason, RefusedError
+from fednats.errors import Reason, RefusedError
 from fednats.messages import Aggregate, Control, Evaluation, EvaluationSum, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
@@ -32,13 +32,13 @@ from fednats.services.answers import Fit
 from fednats.services.evaluations import Part, Summing, cases_of, payload_of, sites_of, sum_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
-from fednats.services.kept_sums import KeptSums
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import ask, ensure, persist
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, entry_of
 from fednats.services.rejects import Rejects
+from fednats.services.sent_sums import SentSums
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker
 from fednats.storage.chunk_file import read_chunks
@@ -104,7 +104,8 @@ class AggregatorService:
             EvaluationSum: self._aggregates,
         }
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
-        self._kept = KeptSums()
+        above = settings.parent or subjects.HUB
+        self._sent = SentSums(uplink, run, here, above, daemon.stopping, daemon.log)
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._sent_bytes = 0
         daemon.status = self._status
@@ -125,8 +126,6 @@ class AggregatorService:
         await ensure(self._log, self._region, here, streams.buckets(s.run))
         await self._recorder.begin()
         n_events = await self._tier.restore()
-        while self._unneeded() is not None:
-            self._kept.drop_oldest()  # it was dropped before the restart
         self._log.info("restored", n_events=n_events)
         if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
             await self._tier.feed(Configured(sites=s.sites, regions=s.regions))
@@ -270,7 +269,7 @@ class AggregatorService:
         )
 
     async def _combine(self, combination: Combination) -> list[Event]:
-        """Add the contributions chunk by chunk; publish the sum only when all of it is made.
+        """Add the contributions chunk by chunk; publish the sum when all of it is made and the one before is taken.
 
         Half a sum of some contributions beside a whole sum of fewer would tell the node above their difference.
         """
@@ -295,6 +294,9 @@ class AggregatorService:
             return [CombineFailed(combination_id=identity, refused={error.part_id: (error.reason, error.detail)})]
         except VanishedError as error:
             return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
+        if not await self._sent.all_taken():
+            return []
+        await self._sent.make_room()
         head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
         sum_of = entry_of("aggregate", head, version=head.model_version, name=head.aggregate_id, payload=head.payload)
         await self._recorder.record(*(accepted(part.head) for part in combination.parts), sum_of)
@@ -315,7 +317,6 @@ class AggregatorService:
             staleness_max=head.staleness_max,
             bytes=n_bytes,
         )
-        await self._forget_old(prefix)
         return [Combined(combination_id=identity)]
 
     async def _newest(self, subject: str, kind: type[MessageT]) -> MessageT | None:
@@ -327,22 +328,9 @@ class AggregatorService:
         except RefusedError:
             return None
 
-    # --- sums that were made ------------------------------------------------------------------------------------------
-
     def _note(self, handled: Handled) -> None:
+        """Keep in mind which sums were sent, now or before a restart."""
         if handled.combination is not None:
-            self._kept.add(handled.combination.combination_id, handled.combination.version)
-
-    def _unneeded(self) -> str | None:
-        return None if self._machine.current is None else self._kept.oldest_unneeded(self._machine.current.version)
-
-    async def _forget_old(self, prefix: str) -> None:
-        """Drop the payloads of sums that need not be kept."""
-        stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
-        while (unneeded := self._unneeded()) is not None:
-            try:
-                await self._uplink.purge(stream, subjects.chunks(prefix, unneeded))
-            except BusError as error:
-                self._log.warning("not_purged", error=str(error))
-                return
-            self._kept.drop_oldest()
+            parts = handled.combination.parts
+            n_bytes = max((part.head.payload.n_bytes for part in parts), default=0)
+            self._sent.add(handled.combination.combination_id, n_bytes)

@@ -172,10 +172,14 @@ class Tier:
                     await other(command)
 
     async def combine(self, make: Callable[[Combination], Awaitable[list[Event]]]) -> None:
-        """Make combinations for ever: ``make`` returns the events that say what came of it."""
+        """Make combinations for ever: ``make`` returns the events that say what came of it.
+
+        None if the daemon stops before it is done: it is taken up after the restart.
+        """
         while True:
             combination = await self._combinations.get()
-            await self.feed(*await make(combination))
+            if events := await make(combination):
+                await self.feed(*events)
             self._idle.set()
 
     async def drain(self) -> None:

@@ -210,9 +210,13 @@ class Bus:
         """
         return Consumer(self._connection, stream, durable, filters).run()
 
-    async def last(self, stream: str, subject: str) -> Record | None:
-        """Return the newest message of ``subject``, or None. Raises BusError if the stream or the bus is away."""
-        message = await self._connection.direct(stream, subject)
+    async def last(self, stream: str, subject: str, *, domain: str | None = None) -> Record | None:
+        """Return the newest message of ``subject``, or None; ``stream`` is in another ``domain`` if given.
+
+        Raises:
+            BusError: the stream, the link to its domain, or the bus is away.
+        """
+        message = await self._connection.direct(stream, subject, domain=domain)
         if message is None:
             return None
         return Record(subject, message.data, int((message.headers or {}).get("Nats-Sequence", 0)))

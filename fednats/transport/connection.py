@@ -49,7 +49,7 @@ class Connection:
         self.client = Client()
         self.client._transport = self._transport  # noqa: SLF001 - it has no other place for one's own
         self.log = log.bind(bus_user=name)
-        self.api_prefix = "$JS.API" if domain is None else f"$JS.{domain}.API"
+        self.api_prefix = "$JS.API" if domain is None else _api(domain)
         self.wakers: set[Callable[[], None]] = set()
         """Called after every reconnection."""
         self.up = Flow()
@@ -130,9 +130,12 @@ class Connection:
         message = await self.request(f"{self.api_prefix}.{verb}", json.dumps(body or {}).encode())
         return answer(message.data, verb)
 
-    async def direct(self, stream: str, subject: str, timeout_s: float | None = None) -> Msg | None:
+    async def direct(
+        self, stream: str, subject: str, timeout_s: float | None = None, domain: str | None = None
+    ) -> Msg | None:
         """Return the newest message of ``subject`` in ``stream``, or None. Raises what `request` does."""
-        message = await self.request(f"{self.api_prefix}.DIRECT.GET.{stream}.{subject}", timeout_s=timeout_s)
+        api = self.api_prefix if domain is None else _api(domain)
+        message = await self.request(f"{api}.DIRECT.GET.{stream}.{subject}", timeout_s=timeout_s)
         status = (message.headers or {}).get("Status")
         if status is None:
             return message
@@ -291,6 +294,10 @@ async def _settle(asking: asyncio.Task[Msg], broken: asyncio.Future[None]) -> No
     asking.cancel()
     broken.cancel()
     await asyncio.gather(asking, broken, return_exceptions=True)
+
+
+def _api(domain: str) -> str:
+    return f"$JS.{domain}.API"
 
 
 def _seed(path: Path) -> str:

@@ -3,10 +3,13 @@
 import asyncio
 import signal
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
-from fednats.messages import Update
+from fednats.config import parse
+from fednats.messages import Aggregate, Update
+from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate
 from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.federation import FederationSettings
@@ -109,6 +112,40 @@ async def test_a_leaf_link_flaps_every_two_seconds(federation: FederationSetting
         for region in federation.regions:
             await takes_part(federation_running, region)
         await ends_well(federation_running)
+
+
+async def test_a_leaf_link_is_too_thin_for_its_region(tmp_path: Path) -> None:
+    """It carries a sum in 2 s, the region could make several: it makes fewer, of more updates, and all of them count."""
+    thin = parse(
+        {
+            "name": "thin",
+            "task": f"{Path(__file__).with_name('big_task.py')}:Big",
+            "options": {"width": 20},
+            "training": {"local_steps": 1, "batch_size": 2, "learning_rate": 0.01},
+            "regions": {"north": {"wan": {"mbit": 0.25}}, "south": {}},
+            "sites": {
+                site: {"region": region, "wan": FAR}
+                for region in ("north", "south")
+                for site in (f"{region}-a", f"{region}-b")
+            },
+            "stop": {"max_versions": 10_000},
+        },
+        FederationSettings,
+        source="test",
+    )
+
+    def sums(region: str) -> list[Aggregate]:
+        heads = (sent.head for sent in Book(HUB, tmp_path / "out" / "coordinator" / "journal.sqlite").taken.values())
+        return [head for head in heads if isinstance(head, Aggregate) and head.region == region]
+
+    async def enough() -> bool:
+        return len(await asyncio.to_thread(sums, "north")) >= MANY
+
+    async with running(thin, tmp_path / "out") as federation_running:
+        await until(federation_running, reached(1))
+        await happens(enough, LIMIT_S)
+        await ends_well(federation_running)
+    assert mean(head.n_updates for head in sums("north")) > mean(head.n_updates for head in sums("south"))
 
 
 async def test_the_hub_loses_its_store(federation: FederationSettings, tmp_path: Path) -> None:
