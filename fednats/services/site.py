@@ -100,6 +100,7 @@ class SiteService:
         self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
         self._local = LocalModel(model_folder(settings.state_dir))
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
+        self._run_closed = False
         self._working = asyncio.Lock()
         self._to_send = asyncio.Event()
         self._sending = asyncio.Lock()
@@ -152,7 +153,7 @@ class SiteService:
         self._machine.handle(protocol.Closed())
         async with self._working:
             pass
-        if self._bus.connected:
+        if self._bus.connected and not self._run_closed:
             try:
                 await self._send_pending()
             except (BusError, LocalStorageError) as error:
@@ -180,6 +181,7 @@ class SiteService:
             control = self._identity.open(record.subject, record.data, Control)
             if control.status == "closed":
                 self._log.info("run_closed", reason=control.reason, version=control.version)
+                self._run_closed = True
                 self._machine.handle(protocol.Closed())
                 self._status["state"] = "closed"
             return
@@ -339,8 +341,8 @@ class SiteService:
         seconds = time.monotonic() - started
         self._daemon.metrics.train_seconds.inc(seconds)
         self._status["train_s"] += seconds
-        if self._machine.state is protocol.State.CLOSED and not self._daemon.stopping.is_set():
-            return  # the run closed meanwhile: nobody takes updates any more
+        if self._run_closed:
+            return  # meanwhile: nobody takes updates any more
         self._status["state"] = "encrypting"
         newest = self._manifests[max(self._manifests)]
         update: Update = await self._worker.call("encode", newest)
