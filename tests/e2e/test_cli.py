@@ -65,6 +65,8 @@ def test_a_federation_file_runs_to_the_table(make_federation: MakeFederation, tm
     assert "all data pooled" in printed
     assert json.loads((output / "summary.json").read_text())["versions"] == 2
     assert min(passes_s(output, "b")) > 3 * min(passes_s(output, "a"))
+    assert len(passes_s(output, "b")) == 2, "a pass that the end of the run came upon is not sent"
+    assert "4 = applied 4" in run(["verify", str(output)]).stdout
     assert not left_running(output)
     again = run(["run", str(file), "--output", str(output)], code=1)
     assert "holds a federation already" in again.stderr
