@@ -25,7 +25,7 @@ check: install  ## format, lint, types, import rules, doctests, unit and propert
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest tests/unit tests/property -m 'not long'
+	$(BIN)/pytest tests/unit tests/property -m 'not long' -n 2
 	$(BIN)/pytest --doctest-modules fednats
 
 test-long: install  ## the long forms as well

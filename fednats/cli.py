@@ -272,7 +272,7 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="output
     """Replay the journals of a run: every accepted update is in one applied sum, or exit code 1; docs/reliability.md."""
     from fednats.testbed import ledger, ledger_table  # noqa: PLC0415
 
-    found = ledger.verify(directory.resolve())
+    found = asyncio.run(ledger.settled(directory.resolve()))
     Console().print(ledger_table.table(found))
     for text in (*found.notes, *found.findings, found.line):
         typer.echo(text)

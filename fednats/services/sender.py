@@ -62,13 +62,16 @@ class Sender:
         self.figures["outbox"] = await asyncio.to_thread(self._outbox.counts)
         self._to_send.set()
 
-    async def drain(self) -> None:
-        """Send what waits, if the bus is there."""
+    async def send_waiting(self) -> None:
+        """Send what waits in the outbox, if the bus is there; else it is there for the next start."""
         if self._bus.connected:
             try:
                 await self._send_pending()
             except (BusError, LocalStorageError) as error:
-                self._log.warning("update_not_sent", error=str(error))  # it is in the outbox for the next start
+                self._log.warning("update_not_sent", error=str(error))
+
+    async def record_rest(self) -> None:
+        """Record what has left beside updates and evaluations since this was last done."""
         if not self._sending.locked():  # else an update waits for the bus, and would hold this up
             await self._record_rest()
 

@@ -94,6 +94,7 @@ class SiteService:
         self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
         self._local = LocalModel(model_folder(settings.state_dir))
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
+        self._run_closed = False
         self._working = asyncio.Lock()
         self._status: dict[str, Any] = {
             "region": settings.region,
@@ -139,7 +140,9 @@ class SiteService:
         self._machine.handle(protocol.Closed())
         async with self._working:
             pass
-        await self._sender.drain()
+        if not self._run_closed:  # else nobody takes updates any more
+            await self._sender.send_waiting()
+        await self._sender.record_rest()
 
     # --- models -------------------------------------------------------------------------------------------------------
 
@@ -159,6 +162,7 @@ class SiteService:
             control = self._identity.open(record.subject, record.data, Control)
             if control.status == "closed":
                 self._log.info("run_closed", reason=control.reason, version=control.version)
+                self._run_closed = True
                 self._machine.handle(protocol.Closed())
                 self._status["state"] = "closed"
             return
@@ -333,8 +337,8 @@ class SiteService:
         seconds = time.monotonic() - started
         self._daemon.metrics.train_seconds.inc(seconds)
         self._status["train_s"] += seconds
-        if self._machine.state is protocol.State.CLOSED and not self._daemon.stopping.is_set():
-            return  # the run closed meanwhile: nobody takes updates any more
+        if self._run_closed:
+            return  # meanwhile: nobody takes updates any more
         self._status["state"] = "encrypting"
         newest = self._manifests[max(self._manifests)]
         update = await self._encode(newest)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
-from fednats.protocol.collector import Collector
+from fednats.protocol.collector import Collector, State
 from fednats.protocol.coordinator import Coordinator
 from fednats.protocol.events import (
     Combination,
@@ -90,6 +90,11 @@ class Book:
     def sites(self) -> set[str]:
         """Sites that report here, or have reported."""
         return {*self.roster.sites, *(t.head.site for t in self.taken.values() if isinstance(t.head, Update))}
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the node knows that the run is closed: whatever it takes in from then on is left over."""
+        return self._collector.state is State.CLOSED
 
     @property
     def in_flight(self) -> Combination | None:

@@ -21,6 +21,7 @@ from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, region_link, serving
 from fednats.testbed.comparison import compare
 from fednats.testbed.federation import FederationSettings
+from fednats.testbed.ledger import settled
 from fednats.testbed.links import serving_links
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
@@ -82,6 +83,8 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
         await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
     async with running(federation, output) as federation_running:
         statuses = await _watch(federation, federation_running, started)
+        await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
+        await settled(output)
     weights = await asyncio.to_thread(_keep_model, output)
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))

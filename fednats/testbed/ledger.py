@@ -6,6 +6,7 @@ The words, for an update on its way to its region and for a sum on its way to th
 - *sent*: a site has the bus's word that the update is stored; a region has journalled that its sum is published.
 - *under way*: sent and not taken in yet. Only the newest may be: what is handed to a daemon that is killed, or over a
   connection that breaks, is delivered again within seconds, and may be overtaken meanwhile.
+- *undelivered*: under way to a node that knows that the run is closed, and still so after `OVERTAKEN_S` (see `settled`).
 - *lost*: sent, never taken in, and overtaken: the journal of the receiver goes on for `OVERTAKEN_S` after it took in a
   later one of the same sender.
 - *taken in*: journalled by the receiver, and from then on one of: *waiting*, *in a sum* (at the hub: in a version),
@@ -21,6 +22,8 @@ update that its site made and the bus took whole, and that is refused as damaged
 node above refused for anything but its age or its norm, for honest updates are in it.
 """
 
+import asyncio
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -42,6 +45,8 @@ OVERTAKEN_S = 30.0
 DAMAGED = {Reason.CHECKSUM, Reason.CIPHERTEXT}
 """Reasons that an honest update is never refused for."""
 
+_POLL_S = 0.5
+
 APPLIED = "applied"
 UNDER_WAY = "under way"
 LOST = "lost"
@@ -62,6 +67,8 @@ class Ledger:
     """Heads of sums that were compared with what the region's journal says is in them."""
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    undelivered: list[str] = field(default_factory=list)
+    """What is under way to nodes that know that the run is closed: a finding if it stays so, see `settled`."""
 
     @property
     def n_under_way(self) -> int:
@@ -113,6 +120,21 @@ def verify(directory: Path) -> Ledger:
     ledger.findings += check_nodes(directory)
     _Audit(ledger, books, parents, outboxes).run(before, after)
     return ledger
+
+
+async def settled(directory: Path) -> Ledger:
+    """Verify a run, once the nodes that know that it is closed have taken in what was sent to them.
+
+    They do so within seconds, as long as they live and the bus has it. What is undelivered after `OVERTAKEN_S` is a
+    finding: a node, a server or a link is down, or it was lost with a store. Raises as `verify`.
+    """
+    until_s = time.monotonic() + OVERTAKEN_S
+    while True:
+        ledger = await asyncio.to_thread(verify, directory)
+        if not ledger.undelivered or time.monotonic() >= until_s:
+            ledger.findings += ledger.undelivered
+            return ledger
+        await asyncio.sleep(_POLL_S)
 
 
 class _Audit:
@@ -182,13 +204,7 @@ class _Audit:
                 self._find(f"refused: sum {identity} of {region} by {above.node}: {taken.reason}")
             self._check_once(f"sum {identity} of {region}", taken)
         sent = [identity for identity, made in book.made.items() if made.is_done]
-        missing, lost = _missing(sent, above)
-        self._lost |= lost
-        for identity in lost:
-            self._find(f"lost: sum {identity} of {region} was overtaken and never came to {above.node}")
-        self._ledger.sums[SENT] += len(sent)
-        self._ledger.sums[UNDER_WAY] += len(missing - lost)
-        self._ledger.sums[LOST] += len(lost)
+        self._note_sent(self._ledger.sums, sent, above, f"sum {{}} of {region}")
         self._tally(self._ledger.sums, arrived.values())
 
     def _compare(self, book: Book, identity: str, received: Update | Aggregate) -> None:
@@ -225,12 +241,7 @@ class _Audit:
             return
         self._check_outbox(site, outbox, arrived)
         sent = [item.head.update_id for item in outbox if item.is_sent or item.head.update_id in arrived]
-        missing, lost = _missing(sent, book)
-        for identity in lost:
-            self._find(f"lost: update {identity} of {site} was overtaken and never came to {book.node}")
-        self._ledger.updates[SENT] += len(sent)
-        self._ledger.updates[UNDER_WAY] += len(missing - lost)
-        self._ledger.updates[LOST] += len(lost)
+        self._note_sent(self._ledger.updates, sent, book, f"update {{}} of {site}")
 
     def _check_outbox(self, site: str, outbox: list[Sent], arrived: dict[str, Taken]) -> None:
         own = {item.head.update_id: item for item in outbox}
@@ -253,6 +264,23 @@ class _Audit:
                 self._find(f"damaged: update {identity} of {site} was sent whole and refused: {taken.reason}")
 
     # --- both ---------------------------------------------------------------------------------------------------------
+
+    def _note_sent(self, counts: Counter[str], sent: list[str], receiver: Book, what: str) -> None:
+        """Count what was sent, and what of it did not come; ``what`` is a format for an id."""
+        missing, lost = _missing(sent, receiver)
+        self._lost |= lost
+        for identity in lost:
+            self._find(f"lost: {what.format(identity)} was overtaken and never came to {receiver.node}")
+        if receiver.is_closed:
+            self._ledger.undelivered += [
+                f"undelivered: {what.format(identity)} has not come to {receiver.node}, which knows that the run is"
+                " closed; start again what is down on its way, or it was lost with a store"
+                for identity in sent
+                if identity in missing - lost
+            ]
+        counts[SENT] += len(sent)
+        counts[UNDER_WAY] += len(missing - lost)
+        counts[LOST] += len(lost)
 
     def _check_once(self, what: str, taken: Taken) -> None:
         if len(taken.sums) > 1:

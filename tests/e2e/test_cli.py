@@ -48,15 +48,25 @@ def left_running(output: Path) -> list[str]:
     return found
 
 
+def passes_s(output: Path, site: str) -> list[float]:
+    """Return how long each pass of a site took, from its log."""
+    lines = map(json.loads, (output / f"site-{site}" / "daemon.log").read_text().splitlines())
+    return [line["train_s"] for line in lines if line["event"] == "update_stored"]
+
+
 def test_a_federation_file_runs_to_the_table(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 2})
+    training = {"local_steps": 400, "batch_size": 16, "learning_rate": 0.01}
+    federation = make_federation({"north": ["a", "b"]}, training=training, stop={"max_versions": 2})
     file = tmp_path / "federation.toml"
     file.write_text(tomli_w.dumps(federation.model_dump(mode="json", exclude_none=True)))
     output = tmp_path / "out"
-    printed = run(["run", str(file), "--output", str(output)]).stdout
+    printed = run(["run", str(file), "--slow", "b=10x", "--output", str(output)]).stdout
     assert "the federation" in printed
     assert "all data pooled" in printed
     assert json.loads((output / "summary.json").read_text())["versions"] == 2
+    assert min(passes_s(output, "b")) > 3 * min(passes_s(output, "a"))
+    assert len(passes_s(output, "b")) == 2, "a pass that the end of the run came upon is not sent"
+    assert "4 = applied 4" in run(["verify", str(output)]).stdout
     assert not left_running(output)
     again = run(["run", str(file), "--output", str(output)], code=1)
     assert "holds a federation already" in again.stderr

@@ -1,5 +1,6 @@
 """`fednats verify`: what it lets pass, and what it finds."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from fednats.privacy.egress import EGRESS_FILE, LEDGER_FILE
 from fednats.protocol import collector, sequences
 from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached, RunClosed
 from fednats.services.recorder import entry_of
-from fednats.testbed.ledger import OVERTAKEN_S, Ledger, verify
+from fednats.testbed import ledger as ledger_of_a_run
+from fednats.testbed.ledger import OVERTAKEN_S, Ledger, settled, verify
 from tests.makers import announcement, update
 from tests.small_run import SETTINGS, SmallRun
 
@@ -208,6 +210,35 @@ def test_a_sum_that_was_overtaken_for_long_is_lost(run: SmallRun) -> None:
     ledger = found(run)
     assert ledger.findings == [f"lost: sum {missing} of north was overtaken and never came to hub"]
     assert ledger.accepted == {"applied": 14, "lost above": 2}
+
+
+# --- the end of a run -------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_sent_and_never_comes_before_the_books_are_closed_is_found(
+    run: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_of_a_run, "OVERTAKEN_S", 0.0)
+    run.send("north", "a")
+    assert (await settled(run.directory)).findings == [], "the region does not know of the end, and may take it in yet"
+    run.regions["north"].feed(run.now_s, RunClosed(reason="max_versions reached"))
+    ledger = await settled(run.directory)
+    (finding,) = ledger.findings
+    assert finding.startswith("undelivered: update a-4 of a has not come to north, which knows that the run is closed")
+    assert ledger.updates["under way"] == 1
+
+
+async def test_the_end_of_a_run_waits_for_what_is_under_way(run: SmallRun) -> None:
+    last = run.send("north", "a")
+    run.regions["north"].feed(run.now_s, RunClosed(reason="max_versions reached"))
+    settling = asyncio.create_task(settled(run.directory))
+    while not (await asyncio.to_thread(verify, run.directory)).undelivered:
+        pass
+    assert not settling.done()
+    run.regions["north"].feed(run.now_s, ContributionArrived(head=last))
+    ledger = await settling
+    assert ledger.findings == []
+    assert (ledger.updates["under way"], ledger.updates["left over"]) == (0, 1)
 
 
 # --- what does not agree ----------------------------------------------------------------------------------------------
