@@ -45,15 +45,18 @@ async def figures(running: Running, node: str) -> dict[str, Any]:
         return await bus._connection.api(f"CONSUMER.INFO.{stream}.{subjects.durable(node, stream)}")
 
 
-async def all_settled(running: Running, node: str) -> None:
-    """Wait until the bus has nothing left to deliver to ``node`` but evaluations that wait for those of other sites."""
+async def all_settled(running: Running, node: str, copies: int = 1) -> None:
+    """Wait until the bus has nothing left to deliver to ``node`` but evaluations that wait for those of other sites.
+
+    Each of these may have been sent up to ``copies`` times.
+    """
     folder = "coordinator" if node == HUB else f"aggregator-{node}"
 
     async def settled() -> bool:
         info = await figures(running, node)
         book = await asyncio.to_thread(Book, node, running.output / folder / "journal.sqlite")
         waiting = sum(len(reported) for reported in book._collector._evaluations._tally._open.values())
-        return bool(info["num_pending"] == 0 and info["num_ack_pending"] == waiting)
+        return bool(info["num_pending"] == 0 and waiting <= info["num_ack_pending"] <= copies * waiting)
 
     await happens(settled)
 

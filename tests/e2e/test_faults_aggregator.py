@@ -10,14 +10,14 @@ from fednats.crypto.signing import unsigned
 from fednats.errors import BusError
 from fednats.messages import Aggregate, EvaluationSum, Update
 from fednats.permissions import user_name
-from fednats.protocol.events import Combined, ContributionArrived, EvaluationsSummed
+from fednats.protocol.events import Combined, EvaluationsSummed
 from fednats.storage.journal import read_journal
 from fednats.subjects import HUB
+from fednats.testbed.again import send_coordinator_again, send_region_again, send_site_again
 from fednats.testbed.book import Book, Fate
 from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import Running, running
 from fednats.testbed.ledger import APPLIED
-from fednats.testbed.sent import read_outbox
 from fednats.testbed.wan import WanSettings
 from fednats.transport.bus import Bus, Record
 from fednats.wire import MessageT
@@ -157,39 +157,27 @@ async def test_everything_delivered_again_counts_once(make_federation: MakeFeder
     async with running(federation, output) as federation_running:
         for version in (2, 5, 8):
             await until(federation_running, reached(version))
-            assert await send_all_again(federation_running, f"again-{version}") >= version
+            n_kinds = 4 + 2 + 1  # evaluations, their sums, a manifest
+            assert await send_all_again(federation_running, f"again-{version}") >= version + n_kinds
         statuses = await until(federation_running, closed)
         await send_all_again(federation_running, "after the end")
         ledger = await balanced(output)
         for node in ("north", "south", HUB):
-            await all_settled(federation_running, node)
+            await all_settled(federation_running, node, copies=5)
     assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] >= 2 * 12
     assert ledger.notes == []
+    history = statuses["coordinator"]["history"]
+    assert len({evaluated["version"] for evaluated in history}) == len(history)
+    assert max(evaluated["n_sites"] for evaluated in history) == 4
+    assert [status["refused"] for name, status in statuses.items() if name.startswith("site-")] == [0] * 4
 
 
 async def send_all_again(federation_running: Running, mark: str) -> int:
-    """Publish every head of every site and region once more, with other message ids; return their number."""
-    servers, output = federation_running.servers, federation_running.output
-    count = 0
-    for region, plan in servers.plan.items():
-        for site in plan.sites:
-            identity = servers.identity("site", site)
-            async with Bus.connect(servers.site(region, site), user_name("site", site)) as bus:
-                outbox = await asyncio.to_thread(read_outbox, output / f"site-{site}" / "outbox.sqlite")
-                for item in outbox or ():
-                    if item.is_sent:
-                        subject = subjects.head(subjects.update(RUN, region, site))
-                        await bus.publish(subject, identity.sign(subject, item.head), f"{item.head.update_id}.{mark}")
-                        count += 1
-        identity = servers.identity("aggregator", region)
-        async with Bus.connect(servers.uplink(region), user_name("uplink", region)) as bus:
-            for entry in await asyncio.to_thread(read_journal, output / "coordinator" / "journal.sqlite"):
-                event = entry.event
-                if isinstance(event, ContributionArrived) and event.head.region == region:
-                    subject = subjects.head(subjects.aggregate(RUN, region))
-                    await bus.publish(subject, identity.sign(subject, event.head), f"{entry.sequence}.{mark}")
-                    count += 1
-    return count
+    """Publish every head of everybody once more, with other message ids; return their number."""
+    plan = federation_running.servers.plan
+    sites = [await send_site_again(federation_running, site, mark) for region in plan.values() for site in region.sites]
+    regions = [await send_region_again(federation_running, region, mark) for region in plan]
+    return sum(sites) + sum(regions) + await send_coordinator_again(federation_running, mark)
 
 
 async def test_a_full_disk_stops_the_aggregator_and_room_lets_it_go_on(
