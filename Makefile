@@ -17,8 +17,8 @@ demo: install  ## five hospitals train one model on this machine, encrypted, ove
 	$(BIN)/fednats demo --output output
 
 test: install check  ## everything CI runs
-	$(BIN)/pytest tests/integration -m 'not long'
-	$(BIN)/pytest tests/e2e -m 'not long' -n 2
+	$(BIN)/pytest tests/integration -m 'not long' -n 2
+	$(BIN)/pytest tests/e2e -m 'not long' -n 2 --dist worksteal
 
 check: install  ## format, lint, types, import rules, doctests, unit and property tests
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -176,10 +177,19 @@ class Chaos:
             self._down.discard(fault.target)
 
     async def _fill_disk(self, fault: Fault) -> None:
+        """Fill the disk of a site that has started: one that starts on a full disk ends, and cannot even say so."""
         daemon = self._running.daemons[fault.target]
-        fill_disk(daemon.pid)
-        await asyncio.sleep(fault.for_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(fault.for_s):
+                while not await self._has_started(fault.target):  # noqa: ASYNC110 - it tells no one
+                    await asyncio.sleep(_WATCH_S)
+                fill_disk(daemon.pid)
+                await asyncio.Event().wait()
         free_disk(daemon.pid)
+
+    async def _has_started(self, site: str) -> bool:
+        status = (await self._running.daemons.statuses()).get(site, {})
+        return bool(status.get("state", "starting") != "starting")
 
     async def _set_clock(self, fault: Fault) -> None:
         daemon = self._running.daemons[fault.target]

@@ -20,6 +20,15 @@ MakeFederation = Callable[..., FederationSettings]
 ENDING_S = 10.0
 
 
+LONGEST = ("test_faults_bus", "test_soak", "test_big_model", "test_participation", "test_bad_input")
+"""Modules that are begun first, so that no process is left with a long test at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest first."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_running(tmp_path: Path) -> Iterator[None]:
     """Assert that whatever a test started has ended with it, also what it killed the parent of."""

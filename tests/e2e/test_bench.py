@@ -17,7 +17,9 @@ def test_a_row_per_daemon_with_the_lag_of_its_loop() -> None:
         assert int(row["n"]) > 100
 
 
-@pytest.mark.parametrize("synchronous", [True, False], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "synchronous", [pytest.param(True, id="sync", marks=pytest.mark.long), pytest.param(False, id="async")]
+)
 def test_a_row_of_a_run_to_the_target(synchronous: bool) -> None:  # noqa: FBT001 -- a parameter of the test
     row = bench_wan.measure(bench_wan.SCENARIOS[1], synchronous=synchronous, target=0.9)
     assert (row["scenario"], row["mode"]) == ("b-wan", "sync" if synchronous else "async")

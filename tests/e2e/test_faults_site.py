@@ -24,19 +24,31 @@ UNSENT = "SELECT update_id FROM outgoing WHERE sent_at IS NULL AND dropped_at IS
 LONG_PASS = {"local_steps": 1500, "batch_size": 16, "learning_rate": 0.001}
 
 
-async def test_a_site_killed_in_training_trains_again(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = make_federation(PAIR, training=LONG_PASS, stop={"max_versions": 2})
-    async with running(federation, tmp_path / "out") as now:
+async def test_a_site_killed_in_training_trains_again_and_between_outbox_and_bus_sends_afterwards(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    federation = make_federation(PAIR, training=LONG_PASS, stop={"max_versions": 3})
+    async with running(federation, tmp_path / "out", {"site-a": WanSettings()}) as now:
         await until(now, reached(1))
         statuses = await until(now, in_state("site-a", "training"))
         await now.daemons["site-a"].kill()
-        made_on = f"SELECT 1 FROM outgoing WHERE base_version = {statuses['site-a']['version']}"  # noqa: S608 - a number
+        version = statuses["site-a"]["version"]
+        made_on = f"SELECT 1 FROM outgoing WHERE base_version = {version}"  # noqa: S608 - a number
         assert outbox(now, "a", made_on) == []
         await now.daemons["site-a"].start()
-        await until(now, closed)
+        await until(now, reached(version + 1))
         assert len(outbox(now, "a", made_on)) == 1
+
+        await until(now, in_state("site-a", "training"))
+        now.links["site-a"].cut()
+        [(update_id,)] = await found(now, lambda: outbox(now, "a", UNSENT) or None)
+        await now.daemons["site-a"].kill()
+        now.links["site-a"].restore()
+        await now.daemons["site-a"].start()
+        await until(now, closed)
         ledger = await balanced(tmp_path / "out")
-    assert ledger.accepted[APPLIED] == 2 * 2
+    assert sent(now, "a").count(update_id) == 1
+    assert ledger.accepted[APPLIED] == 2 * 3
 
 
 async def test_a_site_killed_in_encrypting_makes_the_very_same_update_again(
@@ -59,24 +71,6 @@ async def test_a_site_killed_in_encrypting_makes_the_very_same_update_again(
         assert outbox(now, "a", f"SELECT 1 FROM chunk WHERE update_id = '{killed_id}'") == []  # noqa: S608 - an id
         await until(now, closed)
         ledger = await balanced(tmp_path / "out")
-    assert ledger.accepted[APPLIED] == 2 * 2
-
-
-async def test_a_site_killed_between_outbox_and_bus_sends_afterwards(
-    make_federation: MakeFederation, tmp_path: Path
-) -> None:
-    federation = make_federation(PAIR, training=LONG_PASS, stop={"max_versions": 2})
-    async with running(federation, tmp_path / "out", {"site-a": WanSettings()}) as now:
-        await until(now, reached(1))
-        await until(now, in_state("site-a", "training"))
-        now.links["site-a"].cut()
-        [(update_id,)] = await found(now, lambda: outbox(now, "a", UNSENT) or None)
-        await now.daemons["site-a"].kill()
-        now.links["site-a"].restore()
-        await now.daemons["site-a"].start()
-        await until(now, closed)
-        ledger = await balanced(tmp_path / "out")
-    assert sent(now, "a").count(update_id) == 1
     assert ledger.accepted[APPLIED] == 2 * 2
 
 

@@ -67,7 +67,7 @@ async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_
     assert held.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("cipher", ["bfv", "none"])
+@pytest.mark.parametrize("cipher", ["bfv", pytest.param("none", marks=pytest.mark.long)])
 async def test_synchronous_rounds_take_one_update_of_every_site(
     make_federation: MakeFederation, tmp_path: Path, cipher: str
 ) -> None:

@@ -16,14 +16,14 @@ from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.test_bad_input import steady
-from tests.e2e.until import closed, reached, until
+from tests.e2e.until import end_after, reached, until
 from tests.makers import aggregate
 
 
 async def test_a_sum_that_stands_out_is_quarantined_and_a_restart_knows_it(
     make_federation: MakeFederation, tmp_path: Path
 ) -> None:
-    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 40})
+    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 10_000})
     out = tmp_path / "out"
     async with running(federation, out) as federation_running:
         await until(federation_running, reached(MIN_HISTORY + 2))
@@ -49,7 +49,7 @@ async def test_a_sum_that_stands_out_is_quarantined_and_a_restart_knows_it(
         assert statuses["coordinator"]["quarantined"] == [shown]
         assert statuses["coordinator"]["refusals"] == {"outlier": 1}
         assert statuses["coordinator"]["norm_limits"]["north"]["n"] >= limit["n"]
-        statuses = await until(federation_running, closed)
+        statuses = await end_after(federation_running, 1)
         ledger = await balanced(out)
     assert any("quarantined: sum poison of north by hub" in note for note in ledger.notes)
     assert "sum_quarantined" in (out / "coordinator" / "daemon.log").read_text()

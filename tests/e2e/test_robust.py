@@ -10,7 +10,7 @@ from tests.e2e.ledgers import balanced
 from tests.e2e.until import closed, until
 
 
-@pytest.mark.parametrize("rule", ["median", "norm_bound"])
+@pytest.mark.parametrize("rule", ["median", pytest.param("norm_bound", marks=pytest.mark.long)])
 async def test_a_region_sums_by_the_rule_of_the_run(make_federation: MakeFederation, tmp_path: Path, rule: str) -> None:
     federation = make_federation(
         {"north": ["a", "b", "c"]},
