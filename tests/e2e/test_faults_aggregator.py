@@ -78,11 +78,8 @@ async def test_killed_between_publishing_a_sum_and_hearing_that_it_is_stored(
     federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 3})
     output = tmp_path / "out"
     async with running(federation, output, links={"uplink-north": SLOW}) as federation_running:
-        servers = federation_running.servers
-        direct = servers.uplink("north").model_copy(update={"url": servers.node("north").url})
-        async with Bus.connect(direct, user_name("uplink", "north")) as bus:
-            published = (await first(bus, subjects.head(subjects.aggregate(RUN, "north")), Aggregate)).aggregate_id
-        await federation_running.daemons[NORTH].kill()
+        head = subjects.head(subjects.aggregate(RUN, "north"))
+        published = (await killed_after(federation_running, head, Aggregate)).aggregate_id
         assert published not in summed(output)
         await federation_running.daemons[NORTH].start()
         await until(federation_running, closed)
@@ -100,11 +97,7 @@ async def test_killed_between_publishing_evaluations_and_hearing_that_they_are_s
     federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 3})
     output = tmp_path / "out"
     async with running(federation, output, links={"uplink-north": SLOW}) as federation_running:
-        servers = federation_running.servers
-        direct = servers.uplink("north").model_copy(update={"url": servers.node("north").url})
-        async with Bus.connect(direct, user_name("uplink", "north")) as bus:
-            published = await first(bus, subjects.evaluation_sum(RUN, "north"), EvaluationSum)
-        await federation_running.daemons[NORTH].kill()
+        published = await killed_after(federation_running, subjects.evaluation_sum(RUN, "north"), EvaluationSum)
         assert published.version not in evaluated(output)
         await federation_running.daemons[NORTH].start()
         await until(federation_running, closed)
@@ -112,6 +105,16 @@ async def test_killed_between_publishing_evaluations_and_hearing_that_they_are_s
     assert evaluated(output).count(published.version) == 1
     sent = [record for record in audited(output)[NORTH] if record.what == "evaluation_sum"]
     assert [record.version for record in sent].count(published.version) == 1, "it was there already"
+
+
+async def killed_after(federation_running: Running, subject: str, kind: type[MessageT]) -> MessageT:
+    """Kill the aggregator as soon as its server has its first message on ``subject``; return the message."""
+    servers = federation_running.servers
+    direct = servers.uplink("north").model_copy(update={"url": servers.node("north").url})
+    async with Bus.connect(direct, user_name("uplink", "north")) as bus:
+        published = await first(bus, subject, kind)
+    await federation_running.daemons[NORTH].kill()
+    return published
 
 
 async def first(bus: Bus, subject: str, kind: type[MessageT]) -> MessageT:

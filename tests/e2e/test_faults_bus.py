@@ -165,11 +165,18 @@ def waiting(output: Path, region: str) -> list[str]:
 
 
 async def hold_still(federation_running: Running, region: str) -> None:
-    """Stop the sites of ``region`` in a moment in which its server has nothing that is not elsewhere as well."""
+    """Stop the sites of ``region`` in a moment in which its server has nothing that is not elsewhere as well.
+
+    But for updates that were left alone on an old grid: nobody asks for them any more.
+    """
     sites = [federation_running.daemons[f"site-{site}"] for site in federation_running.servers.plan[region].sites]
 
     def nothing_there() -> bool:
-        return not waiting(federation_running.output, region) and not verify(federation_running.output).n_under_way
+        book = Book(region, federation_running.output / f"aggregator-{region}" / "journal.sqlite")
+        current = book._collector.current
+        wanted = [taken for taken in book.taken.values() if taken.fate is Fate.WAITING]
+        wanted = [taken for taken in wanted if current is None or taken.head.grid_id == current.grid_ids[-1]]
+        return not wanted and not verify(federation_running.output).n_under_way
 
     async with asyncio.timeout(LIMIT_S):
         while True:
