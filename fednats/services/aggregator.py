@@ -276,9 +276,7 @@ class AggregatorService:
         identity = combination.combination_id
         prefix = subjects.aggregate(self._settings.run, self._settings.region)
         published = await self._newest(subjects.head(prefix), Aggregate)
-        if (
-            published is not None and published.aggregate_id == identity
-        ):  # and the daemon was killed before it could write that down
+        if published is not None and published.aggregate_id == identity:  # before the daemon could write that down
             return [Combined(combination_id=identity)]
         fit = await self._fit  # after a restart, once the models are seen again
         weights = weigh(combination, fit.capacity)
