@@ -16,12 +16,9 @@ LEFT_OUT = shutil.ignore_patterns(LOCK_FILE, PORT_FILE, LOG_FILE)
 
 
 def frozen_copy(daemon: DaemonProcess, folder: Path) -> None:
-    """Copy the state of a running daemon to ``folder``, all of one moment."""
+    """Stop a running daemon for good and copy its state to ``folder``, all of one moment."""
     daemon.send(signal.SIGSTOP)
-    try:
-        shutil.copytree(daemon.state_dir, folder, ignore=LEFT_OUT)
-    finally:
-        daemon.send(signal.SIGCONT)
+    shutil.copytree(daemon.state_dir, folder, ignore=LEFT_OUT)
 
 
 @asynccontextmanager
@@ -42,7 +39,7 @@ async def puts_in_place_of(now: Running, name: str, folder: Path) -> None:
     await daemon.kill()
     log = daemon.log_file.read_bytes()
     shutil.rmtree(daemon.state_dir)
-    folder.rename(daemon.state_dir)
+    shutil.move(folder, daemon.state_dir)
     with daemon.log_file.open("ab") as file:
         file.write(log)
     await daemon.start()

@@ -37,6 +37,7 @@ async def test_of_two_copies_the_live_one_goes_on_and_the_other_ends(
 async def a_copy_beside_a_live_one_ends(now: Running, name: str, folder: Path) -> None:
     true = now.daemons[name]
     frozen_copy(true, folder)
+    true.send(signal.SIGCONT)
     async with copied(now, name, folder) as copy:
         assert await copy.wait() == 1
         assert f"another {true.role} is running: host " in copy.log_tail()
@@ -49,6 +50,7 @@ async def a_coordinator_that_was_cut_off_ends_when_it_is_back(now: Running, fold
     true, link = now.daemons["coordinator"], now.links["coordinator"]
     link.cut()
     frozen_copy(true, folder)
+    true.send(signal.SIGCONT)
     async with copied(now, "coordinator", folder, bus=now.servers.user("coordinator", HUB)) as copy:
         await taken_over(now, copy)
         link.restore()
@@ -62,7 +64,6 @@ async def a_coordinator_that_was_cut_off_ends_when_it_is_back(now: Running, fold
 async def an_aggregator_that_stood_still_ends_when_it_goes_on(now: Running, folder: Path) -> None:
     true = now.daemons[REGION]
     frozen_copy(true, folder)
-    true.send(signal.SIGSTOP)
     async with copied(now, REGION, folder) as copy:
         await taken_over(now, copy)
         true.send(signal.SIGCONT)
