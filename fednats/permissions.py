@@ -112,6 +112,7 @@ def aggregator(run: str, region: str) -> Permissions:
             *_make(models),
             *_read(models),
             *_consume(updates),
+            *_compose(run, region),
             *_reject(run, region),
             *_buckets(run),
             _presence(run, "aggregator", region),
@@ -176,6 +177,7 @@ def coordinator(run: str) -> Permissions:
             f"$JS.API.STREAM.PURGE.{models}",
             *_make(below),
             *_consume(below),
+            *_compose(run, HUB),
             *_reject(run, HUB),
             *_buckets(run),
             _presence(run, "coordinator", HUB),
@@ -280,6 +282,11 @@ def _buckets(run: str) -> tuple[str, ...]:
 
 def _reject(run: str, node: str) -> tuple[str, ...]:
     return (*_make(subjects.rejects_stream(run, node)), subjects.rejects(run, node))
+
+
+def _compose(run: str, node: str) -> tuple[str, ...]:
+    stream = subjects.compositions_stream(run, node)
+    return (*_make(stream), *_read(stream), subjects.composition(run, node, "*"))
 
 
 def _make(stream: str) -> tuple[str, ...]:

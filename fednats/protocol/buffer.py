@@ -93,6 +93,10 @@ class Buffer:
         """Take ``contribution`` in; the same id again changes nothing."""
         self._contributions.setdefault(contribution.contribution_id, contribution)
 
+    def clear(self) -> None:
+        """Forget what is here and not given out; what is known of who contributes how often stays."""
+        self._contributions.clear()
+
     def expire(self, version: int) -> tuple[Contribution, ...]:
         """Take out and return what is past the staleness cut-off at model ``version``."""
         expired = tuple(

@@ -13,7 +13,7 @@ from enum import Enum, auto
 from typing import Any, ClassVar
 
 from fednats.errors import Reason, RefusedError
-from fednats.messages import Aggregate, Update
+from fednats.messages import Aggregate, Composition, EvaluationBlocks, Update
 from fednats.protocol import admission
 from fednats.protocol.admission import Roster
 from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal, Terms
@@ -35,6 +35,7 @@ from fednats.protocol.events import (
     PresenceChanged,
     Refuse,
     ReportWaiting,
+    Restored,
     RunClosed,
     Settle,
     StartTimer,
@@ -42,6 +43,7 @@ from fednats.protocol.events import (
     contribution_id,
 )
 from fednats.protocol.sequences import Sequences
+from fednats.subjects import HUB
 
 REMEMBERED = 100_000
 """Settled ids kept to recognise a late duplicate."""
@@ -90,6 +92,21 @@ class Collector:
     def present(self) -> frozenset[str]:
         """Who is there; everybody on the roster until the machine is told."""
         return self._roster.sources if self._present is None else self._roster.sources & self._present
+
+    def has_evaluated(self, version: int) -> bool:
+        """Whether evaluations of ``version`` were given out to be summed, or given up."""
+        return self._evaluations.has_closed(version)
+
+    @property
+    def evaluation_blocks(self) -> EvaluationBlocks:
+        """Which sites have been in the same sums of evaluations so far."""
+        blocks, asked = self._evaluations.blocks
+        return EvaluationBlocks(
+            run=self._roster.run,
+            node=self._roster.region or HUB,
+            blocks=tuple(tuple(sorted(block)) for block in blocks),
+            asked=tuple(sorted(asked.items())),
+        )
 
     @property
     def short_of_sites(self) -> bool:
@@ -217,6 +234,34 @@ class Collector:
             elif identity not in event.vanished:
                 commands += self._admit(part.head)
         return commands + self._combine()
+
+    def _restore(self, event: Restored) -> list[Command]:
+        """Know what was made since the backup, and give up what is here: what is not in it is delivered again."""
+        self.in_flight = self._flush = None
+        self._heads.clear()
+        self._early.take()
+        if self._buffer is not None:
+            self._buffer.clear()
+        if self.state is State.COMBINING:
+            self.state = State.COLLECTING
+        for composition in event.made:
+            self._count_made(composition)
+        self._evaluations.restore(event)
+        return []
+
+    def _count_made(self, composition: Composition) -> None:
+        for part in composition.parts:
+            identity = contribution_id(part.head)
+            why = composition.quarantined.get(identity)
+            self._remember(identity, None if why is None else Refuse(identity, Reason.OUTLIER, why))
+            if isinstance(part.head, Update):
+                sequences = self._sequences.setdefault(part.head.site, Sequences())
+                sequences.take(part.head.sequence, identity)
+                sequences.settle(part.head.sequence)
+        if self._buffer is not None:
+            contributions = tuple(_contribution(part.head) for part in composition.parts)
+            masses = tuple(part.mass for part in composition.parts)
+            self._buffer.made(Flush(contributions, composition.version, masses, composition.scale, composition.n_sites))
 
     def _close(self, _event: RunClosed) -> list[Command]:
         """Give up what is buffered; a combination under way is finished."""
@@ -354,6 +399,7 @@ class Collector:
         (State.WAITING, EvaluationArrived): _evaluate,
         (State.WAITING, EvaluationsSummed): _summed,
         (State.WAITING, DeadlineReached): _ignore,
+        (State.WAITING, Restored): _restore,
         (State.WAITING, RunClosed): _close,
         (State.COLLECTING, Configured): _configure,
         (State.COLLECTING, PresenceChanged): _see,
@@ -362,6 +408,7 @@ class Collector:
         (State.COLLECTING, EvaluationArrived): _evaluate,
         (State.COLLECTING, EvaluationsSummed): _summed,
         (State.COLLECTING, DeadlineReached): _reach_deadline,
+        (State.COLLECTING, Restored): _restore,
         (State.COLLECTING, RunClosed): _close,
         (State.COMBINING, Configured): _configure,
         (State.COMBINING, PresenceChanged): _see,
@@ -372,6 +419,7 @@ class Collector:
         (State.COMBINING, DeadlineReached): _reach_deadline,
         (State.COMBINING, Combined): _combined,
         (State.COMBINING, CombineFailed): _combine_failed,
+        (State.COMBINING, Restored): _restore,
         (State.COMBINING, RunClosed): _close,
         (State.CLOSED, Configured): _ignore,
         (State.CLOSED, PresenceChanged): _see,
@@ -382,6 +430,7 @@ class Collector:
         (State.CLOSED, DeadlineReached): _ignore,
         (State.CLOSED, Combined): _combined_closed,
         (State.CLOSED, CombineFailed): _combine_failed_closed,
+        (State.CLOSED, Restored): _restore,
         (State.CLOSED, RunClosed): _ignore,
     }
 

@@ -18,6 +18,7 @@ from fednats.protocol.events import (
     Event,
     FinalEvaluationOverdue,
     KeepBest,
+    Restored,
     RunClosed,
     VersionAnnounced,
     WallTimeReached,
@@ -91,6 +92,8 @@ class Coordinator:
             self.norms.configure(event.defence)
         if isinstance(event, Combined):
             self._note_norms(event)
+        if isinstance(event, Restored):
+            return self._restore(event)
         if isinstance(event, WallTimeReached):
             return self._finish("max_wall_s reached")
         if isinstance(event, FinalEvaluationOverdue):
@@ -128,6 +131,18 @@ class Coordinator:
             commands.append(AwaitFinalEvaluation(FINAL_EVALUATION_S))
         if self.state is RunState.CLOSED:
             commands.append(CloseRun(self.version, self.reason))
+        return commands
+
+    def _restore(self, event: Restored) -> list[Command]:
+        commands = self.collector.handle(event)
+        for composition in event.made:
+            for part in composition.parts:
+                identity = contribution_id(part.head)
+                if identity in composition.norms and identity not in composition.quarantined:
+                    self.norms.add(part.head.region, composition.norms[identity])
+        if event.closed is not None and self.state is not RunState.CLOSED:
+            self.state, self.reason = RunState.CLOSED, event.closed
+            commands += self.collector.handle(RunClosed(reason=event.closed))
         return commands
 
     def _note_norms(self, event: Combined) -> None:

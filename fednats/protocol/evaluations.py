@@ -11,6 +11,7 @@ from fednats.protocol.events import (
     Command,
     EvaluationsSummed,
     ReportNotEvaluated,
+    Restored,
     Settle,
     SumEvaluations,
     VersionAnnounced,
@@ -69,6 +70,27 @@ class Evaluations:
             return [Settle(tuple(parts))]
         others = [part for identity, part in parts.items() if identity not in event.spoilt_by]
         return [Settle(event.spoilt_by), *self._give_out(self._tally.again(event.version, others, min_sites))]
+
+    def has_closed(self, version: int) -> bool:
+        """Whether evaluations of ``version`` were given out, or up."""
+        return self._tally.is_closed(version)
+
+    @property
+    def blocks(self) -> tuple[tuple[frozenset[str], ...], dict[str, int]]:
+        """Which sites have been in the same sums so far, and how many sites each of them asks a sum to be of."""
+        return self._tally.blocks
+
+    def restore(self, event: Restored) -> None:
+        """Give up what is here, after a backup was restored.
+
+        A region sums no evaluations of versions up to the newest any more: it may have done that since the backup, and a
+        second sum over others of its sites would tell the node above the difference.
+        """
+        self._early.take()
+        self._summing.clear()
+        self._tally.forget(event.version if self._roster.region is not None else None)
+        if event.blocks is not None:
+            self._tally.restore_blocks(event.blocks)
 
     def _give_out(self, closed: list[Closed]) -> list[Command]:
         """Have evaluations summed; they are settled once that is done."""

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fednats.config import AggregationSettings, DefenceSettings, StopSettings
 from fednats.errors import Reason
-from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
+from fednats.messages import Aggregate, Composition, Evaluation, EvaluationBlocks, EvaluationSum, Update
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -122,6 +122,26 @@ class EvaluationsSummed(Event):
     """Evaluations of sites, by id, that could not be summed: so nothing was sent, for without them it is another sum."""
 
 
+class Restored(Event):
+    """The state was from a backup: since then the node had gone on, and this is what the bus has of that.
+
+    Whatever was taken in and not combined is given up; what of it the bus has not settled is delivered again.
+    """
+
+    kind: ClassVar[str] = "restored"
+
+    version: int
+    """Newest model version on the bus."""
+    made: tuple[Composition, ...]
+    """What was made since the backup, in order."""
+    unknown: tuple[int, ...] = ()
+    """At the root: versions made since the backup of which the bus has no composition."""
+    blocks: EvaluationBlocks | None = None
+    """In a region: which sites have been in the same sums of evaluations."""
+    closed: str | None = None
+    """At the root: why the run was closed meanwhile, if it was."""
+
+
 class RunClosed(Event):
     """The run is over; nothing is combined any more."""
 
@@ -154,6 +174,7 @@ EVENTS: dict[str, type[Event]] = {
         Combined,
         CombineFailed,
         EvaluationsSummed,
+        Restored,
         RunClosed,
         FinalEvaluationOverdue,
         WallTimeReached,

@@ -14,6 +14,7 @@ from fednats.errors import BusError, FednatsError, Reason, RefusedError
 from fednats.messages import Aggregate, Control, EvaluationSum
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
+from fednats.protocol.compositions import composition_of
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
@@ -28,12 +29,14 @@ from fednats.protocol.events import (
     FinalEvaluationOverdue,
     KeepBest,
     Part,
+    Restored,
     SumEvaluations,
     VersionAnnounced,
     WallTimeReached,
     contribution_id,
 )
 from fednats.services.answers import Pooled, Version
+from fednats.services.compositions import Compositions
 from fednats.services.evaluations import Part as EvaluationPart
 from fednats.services.evaluations import Summing, cases_of, mean_metrics, sites_of
 from fednats.services.history import History
@@ -46,6 +49,7 @@ from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted
 from fednats.services.rejects import Rejects
+from fednats.services.restore import Restoration
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
@@ -125,7 +129,13 @@ class CoordinatorService:
         models = subjects.models_stream(settings.run, subjects.HUB)
         self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
         self._tier.may_settle = self._lease.confirmed
-        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus, self._lease)
+        self._publisher = ModelPublisher(
+            daemon, settings, identity, self._recorder, bus, self._lease, self._note_version
+        )
+        self._compositions = Compositions(bus, settings.run, subjects.HUB, identity, daemon.log, self._lease.confirmed)
+        self._made: list[Combination] = []
+        """The newest two combinations that are versions."""
+        self._restored: dict[str, Any] | None = None
         self._told_closed = False
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
@@ -146,8 +156,16 @@ class CoordinatorService:
         await self._lease.take(lambda: ensure(self._log, self._bus, at_hub))
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
-        n_events = await self._tier.restore()
-        version: Version = await self._worker.call("current")
+        restoration = Restoration(
+            self._settings, self._identity, self._bus, self._worker, self._compositions, self._log
+        )
+        version = await restoration.brought_up(await self._worker.call("current"))
+        n_events = await self._tier.replay()
+        in_flight = "" if self._machine.in_flight is None else self._machine.in_flight.combination_id
+        missed = await restoration.missed(self._machine.version, in_flight, version)
+        if missed is not None:
+            await self._tier.feed(missed)
+        self._tier.take_up()
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         self._log.info("restored", n_events=n_events, version=version.version, n_parameters=self._n_parameters)
         await self._tier.feed(
@@ -201,6 +219,7 @@ class CoordinatorService:
             "history": self._history.shown(),
             "sent_bytes": self._publisher.sent_bytes,
             "lease": self._lease.status,
+            "restored": self._restored,
             **self._figures,
         }
 
@@ -226,6 +245,25 @@ class CoordinatorService:
             max_total_weight=version.max_total_weight,
             settings=self._run.aggregation,
         )
+
+    async def _note_version(self, version: Version) -> None:
+        """Store what ``version`` is made of, as far as this process knows; else it is stored, or is the first one."""
+        combinations = [*self._made, *([self._machine.in_flight] if self._machine.in_flight else [])]
+        for position, combination in enumerate(combinations):
+            if combination.combination_id == version.made_by:
+                previous = combinations[position - 1].combination_id if position else ""
+                note = composition_of(
+                    self._settings.run,
+                    subjects.HUB,
+                    combination,
+                    previous,
+                    None,
+                    norms=version.norms,
+                    quarantined=version.quarantined,
+                    grid=version.grids[-1],
+                    weights_digest=version.weights_digest,
+                )
+                await self._compositions.write(str(version.version), note)
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Decrypt the sums, leave out those whose norm is an outlier, step the model, publish the next version.
@@ -313,7 +351,10 @@ class CoordinatorService:
         self._history.note(handled)
         if isinstance(handled.event, Combined):
             self._note_norms(handled.event)
+        if isinstance(handled.event, Restored):
+            self._restored = {"version": handled.event.version, "unknown_versions": list(handled.event.unknown)}
         if handled.combination is not None:
+            self._made = [*self._made[-1:], handled.combination]
             for part in handled.combination.parts:
                 self._count(part)
 

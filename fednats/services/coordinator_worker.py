@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fednats.codec import frames
 from fednats.codec import grid as grids
 from fednats.codec.layout import Layout, blocks
 from fednats.config import CoordinatorSettings
@@ -22,12 +23,14 @@ from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
-from fednats.messages import Aggregate, Grid
+from fednats.messages import Aggregate, Composition, Frame, Grid, ModelManifest
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
 from fednats.services.next_version import Made, NextVersion, first_version, still_of_use
-from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
+from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder, frame_file
 from fednats.storage.local_disk import local_disk
+from fednats.storage.local_model import follow_frame
+from fednats.storage.tensor_file import digest_of
 
 
 class CoordinatorWorker:
@@ -135,6 +138,41 @@ class CoordinatorWorker:
             self._current = making.make(self._optimizer, self._mean, made, adapted)
         self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
+        return self.current()
+
+    def adopt(
+        self, manifest: ModelManifest, fetched: Sequence[Frame], note: Composition, noted_grids: Sequence[Grid]
+    ) -> Version:
+        """Take up the version of ``manifest``, whose ``fetched`` frames are on the disk, in place of an older one.
+
+        The optimiser begins anew: its state was nowhere but here. Durable on return.
+
+        Raises:
+            RefusedError: no chain of frames leads there, one is malformed or not sealed with a key that is held, or
+                the weights have another digest than was announced. Nothing was changed.
+        """
+        chain = frames.cheapest(fetched, -1, manifest.version)
+        weights, state = self._checkpoints.create(manifest.version)
+        for frame in chain:
+            path = frame_file(checkpoints_folder(self._state_dir), frame.payload.payload_id)
+            follow_frame(path, frame, self._layout, weights, self._model_keys)
+        if digest_of(weights) != manifest.weights_digest:
+            raise RefusedError(Reason.CHECKSUM, f"version {manifest.version} differs from its digest")
+        for block in blocks(self._layout.n_parameters):
+            state.write(block.start, weights[block])
+        known = {grid.grid_id: grid for grid in (*self._current.grids, *noted_grids, manifest.grid)}
+        checkpoint = Checkpoint(
+            version=manifest.version,
+            made_by=note.made_by,
+            weights_digest=manifest.weights_digest,
+            grids=tuple(known[grid_id] for grid_id in manifest.grid_ids if grid_id in known),
+            frames=tuple(fetched),
+            norms=note.norms,
+            quarantined=note.quarantined,
+        )
+        with local_disk(self._state_dir):
+            self._checkpoints.commit(checkpoint, weights, state)
+        self._current = checkpoint
         return self.current()
 
     def pool(self, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_classes: int, key_id: str) -> Pooled:

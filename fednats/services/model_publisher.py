@@ -32,7 +32,9 @@ class ModelPublisher:
         recorder: Recorder,
         bus: Bus,
         lease: HeldLease,
+        note: Callable[[Version], Awaitable[None]],
     ) -> None:
+        """Publish under ``lease``; ``note`` stores what a version is made of, before it is announced."""
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
@@ -40,6 +42,7 @@ class ModelPublisher:
         self._recorder = recorder
         self._bus = bus
         self._lease = lease
+        self._note = note
         self._stream = subjects.models_stream(settings.run, subjects.HUB)
         self._prefix = subjects.model(settings.run)
         self.publishing = asyncio.Lock()
@@ -79,6 +82,7 @@ class ModelPublisher:
         n_bytes = 0
         for frame in version.frames:
             n_bytes += await self._publish_frame(frame)
+        await self._note(version)
         manifest = self._manifest(version)
         signed = self._identity.sign(subjects.head(self._prefix), manifest)
         await self._recorder.record(entry_of("model", manifest, version=version.version))

@@ -114,12 +114,14 @@ class Tier:
         finally:
             self._journal.close()
 
-    async def restore(self) -> int:
-        """Replay the journal into the machine and take up what was under way; return the number of events."""
-        n_events = await asyncio.to_thread(self._replay)
+    async def replay(self) -> int:
+        """Replay the journal into the machine; return the number of events. Then `take_up`."""
+        return await asyncio.to_thread(self._replay)
+
+    def take_up(self) -> None:
+        """Go on with what was under way when the journal ended."""
         for command in self._machine.outstanding():
             self._commands.put_nowait(command)
-        return n_events
 
     async def feed(self, *events: Event) -> None:
         """Return when ``events`` are durable and handled, in order; their commands are executed in turn."""

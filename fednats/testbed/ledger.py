@@ -31,6 +31,7 @@ from pathlib import Path
 
 from fednats.errors import ConfigError, Reason
 from fednats.messages import Aggregate, Update
+from fednats.protocol.compositions import without_digests
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.checkpoints import Checkpoint, checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile, digest_of
@@ -114,6 +115,10 @@ def verify(directory: Path) -> Ledger:
         for site in sorted(book.sites)
     }
     ledger.findings += [problem for book in books.values() for problem in book.problems]
+    for book in books.values():
+        findings, notes = _restorations(book)
+        ledger.findings += findings
+        ledger.notes += notes
     ledger.findings += _wrong_weights(directory)
     for (region, site), outbox in outboxes.items():
         ledger.findings += check_site(directory, site, outbox or (), books[region].taken)
@@ -210,7 +215,7 @@ class _Audit:
     def _compare(self, book: Book, identity: str, received: Update | Aggregate) -> None:
         """Work out again what the head of a sum must say."""
         made = book.made[identity]
-        if made.capacity is None or not isinstance(received, Aggregate):
+        if made.capacity is None or made.combination is None or not isinstance(received, Aggregate):
             self._find(f"weights: {identity} of {book.node} is no sum of a region")
             return
         weights = weigh(made.combination, made.capacity)
@@ -254,7 +259,7 @@ class _Audit:
                 self._ledger.notes.append(
                     f"update {identity} came in the name of {site}, whose outbox does not know it: {_became(taken)}"
                 )
-            elif item.head != taken.head:
+            elif item.head != taken.head and not (taken.is_noted and _as_noted(item.head) == taken.head):
                 self._find(f"altered: update {identity} of {site} is not what its outbox has")
             elif item.is_dropped and taken.fate is Fate.SUMMED:
                 self._find(
@@ -270,7 +275,8 @@ class _Audit:
         missing, lost = _missing(sent, receiver)
         self._lost |= lost
         for identity in lost:
-            self._find(f"lost: {what.format(identity)} was overtaken and never came to {receiver.node}")
+            why = ", or was settled there before a backup was restored" if receiver.restored_s else ""
+            self._find(f"lost: {what.format(identity)} was overtaken and never came to {receiver.node}{why}")
         if receiver.is_closed:
             self._ledger.undelivered += [
                 f"undelivered: {what.format(identity)} has not come to {receiver.node}, which knows that the run is"
@@ -306,6 +312,22 @@ class _Audit:
                 return f"{LOST if taken.sums[0] in self._lost else UNDER_WAY} above"
             taken = above
         return f"{taken.fate.value} above"
+
+
+def _restorations(book: Book) -> tuple[list[str], list[str]]:
+    """Return findings and notes: what is known of what a node made before a backup was restored."""
+    if not book.restored_s:
+        return [], []
+    n_noted = sum(made.is_noted for made in book.made.values()) - len(book.unknown)
+    note = (
+        f"restored: {book.node} from a backup; {n_noted} combinations that its journal lacks are known from its notes"
+    )
+    findings = [f"restored: what versions {book.unknown} were made of is not known"] if book.unknown else []
+    return findings, [note]
+
+
+def _as_noted(head: Update) -> Update:
+    return head.model_copy(update={"payload": without_digests(head.payload)})
 
 
 def _became(taken: Taken) -> str:

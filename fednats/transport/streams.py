@@ -1,7 +1,7 @@
 """Streams and buckets of a run: who makes which, with which limits.
 
 Each function returns what one service ensures at its start with `Bus.ensure_stream` and `Bus.ensure_bucket`.
-A stream of models or of rejects drops its oldest when full. All others refuse: the sender keeps what was not taken.
+A stream of models, of compositions or of rejects drops its oldest when full. All others refuse: the sender keeps what was not taken.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,7 @@ class Limits:
 MODELS = Limits(max_bytes=8 * GIB, max_age_s=365 * 86400)
 UPDATES = Limits(max_bytes=32 * GIB, max_age_s=7 * 86400)
 AGGREGATES = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400)
+COMPOSITIONS = Limits(max_bytes=GIB // 2, max_age_s=365 * 86400, max_messages=200_000)
 REJECTS = Limits(max_bytes=GIB // 16, max_age_s=30 * 86400, max_messages=10_000)
 
 
@@ -121,7 +122,7 @@ class BucketSpec:
 
 
 def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that the coordinator ensures: models with control, the inbox of ``regions`` directly below, rejects."""
+    """Streams that the coordinator ensures: models with control, the inbox of ``regions`` directly below, compositions, rejects."""
     models = StreamSpec(
         name=subjects.models_stream(run, HUB),
         subjects=(f"{subjects.model(run)}.>", subjects.control(run)),
@@ -129,7 +130,7 @@ def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[St
         discard="old",
         pulse=subjects.pulse(run, HUB),
     )
-    return (models, _inbox(run, HUB, regions, leaves=leaves), _rejects(run, HUB))
+    return (models, _inbox(run, HUB, regions, leaves=leaves), _compositions(run, HUB), _rejects(run, HUB))
 
 
 def at_uplink(
@@ -163,7 +164,7 @@ def at_uplink(
 
 
 def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that an aggregator ensures in its private account: models for the sites, updates with evaluations, rejects."""
+    """Streams that an aggregator ensures in its private account: models for the sites, updates with evaluations, compositions, rejects."""
     origin = Origin(
         subjects.models_stream(run, region if leaves else HUB),
         api=permissions.UPLINK_API,
@@ -182,7 +183,7 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
         limits=UPDATES,
         discard="new",
     )
-    return (models, updates, _rejects(run, region))
+    return (models, updates, _compositions(run, region), _rejects(run, region))
 
 
 def buckets(run: str) -> tuple[BucketSpec, ...]:
@@ -202,6 +203,15 @@ def _inbox(run: str, node: str, regions: Sequence[str], *, leaves: bool = True) 
 
     return StreamSpec(
         name=subjects.inbox_stream(run, node), sources=tuple(map(origin, regions)), limits=AGGREGATES, discard="new"
+    )
+
+
+def _compositions(run: str, node: str) -> StreamSpec:
+    return StreamSpec(
+        name=subjects.compositions_stream(run, node),
+        subjects=(subjects.composition(run, node, "*"),),
+        limits=COMPOSITIONS,
+        discard="old",
     )
 
 

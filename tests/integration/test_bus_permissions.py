@@ -64,6 +64,7 @@ NEVER: dict[str, tuple[str, ...]] = {
         "$JS.north.>",
         "$JS.hub.>",
         "fed.run.holder.>",
+        "fed.run.composition.>",
     ),
     "aggregator": ("fed.run.update.>", "fed.run.model.>", "fed.run.aggregate.>", "fed.run.control", "$JS.hub.>"),
     "uplink": ("fed.run.update.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
@@ -89,7 +90,8 @@ NEVER_ANYBODY = (
 def streams() -> list[str]:
     kinds = (subjects.models_stream, subjects.updates_stream, subjects.aggregates_stream, subjects.inbox_stream)
     buckets = (subjects.presence_bucket(RUN), subjects.state_bucket(RUN))
-    made = [kind(RUN, node) for kind, node in product((*kinds, subjects.rejects_stream), NODES)]
+    own = (subjects.compositions_stream, subjects.rejects_stream)
+    made = [kind(RUN, node) for kind, node in product((*kinds, *own), NODES)]
     return [*made, *(f"KV_{bucket}" for bucket in buckets)]
 
 
@@ -103,6 +105,7 @@ def own_subjects() -> list[str]:
     found += [subjects.evaluation(RUN, region, site) for site, region in SITES.items()]
     found += [subjects.evaluation_sum(RUN, node) for node in NODES]
     found += [subjects.pulse(RUN, node) for node in NODES]
+    found += [subjects.composition(RUN, node, "id") for node in NODES]
     found += [subjects.reject(RUN, node, "a", "malformed") for node in NODES]
     who = [("site", site) for site in SITES] + [("aggregator", node) for node in NODES] + [("coordinator", HUB)]
     found += [subjects.event(RUN, role, name) for role, name in who]
