@@ -13,10 +13,10 @@ from enum import Enum, auto
 from typing import Any, ClassVar
 
 from fednats.errors import Reason, RefusedError
-from fednats.messages import Aggregate, Composition, EvaluationBlocks, Update
+from fednats.messages import Aggregate, Composition, Update
 from fednats.protocol import admission
 from fednats.protocol.admission import Roster
-from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal, Terms
+from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal, Terms, contribution_of
 from fednats.protocol.early import MAX_AHEAD, MAX_EARLY, Early
 from fednats.protocol.evaluations import Evaluations
 from fednats.protocol.events import (
@@ -42,11 +42,7 @@ from fednats.protocol.events import (
     VersionAnnounced,
     contribution_id,
 )
-from fednats.protocol.sequences import Sequences
-from fednats.subjects import HUB
-
-REMEMBERED = 100_000
-"""Settled ids kept to recognise a late duplicate."""
+from fednats.protocol.settled import Settled
 
 
 class State(Enum):
@@ -73,11 +69,10 @@ class Collector:
         self._short = False
         self._goal_of = goal_of
         self._buffer: Buffer | None = None
-        self._evaluations = Evaluations(roster)
+        self.evaluations = Evaluations(roster)
         self._heads: dict[str, Update | Aggregate] = {}
         self._early: Early[Update | Aggregate] = Early()
-        self._settled: dict[str, Refuse | None] = {}
-        self._sequences: dict[str, Sequences] = {}
+        self._settled = Settled()
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
@@ -93,21 +88,6 @@ class Collector:
         """Who is there; everybody on the roster until the machine is told."""
         return self._roster.sources if self._present is None else self._roster.sources & self._present
 
-    def has_evaluated(self, version: int) -> bool:
-        """Whether evaluations of ``version`` were given out to be summed, or given up."""
-        return self._evaluations.has_closed(version)
-
-    @property
-    def evaluation_blocks(self) -> EvaluationBlocks:
-        """Which sites have been in the same sums of evaluations so far."""
-        blocks, asked = self._evaluations.blocks
-        return EvaluationBlocks(
-            run=self._roster.run,
-            node=self._roster.region or HUB,
-            blocks=tuple(tuple(sorted(block)) for block in blocks),
-            asked=tuple(sorted(asked.items())),
-        )
-
     @property
     def short_of_sites(self) -> bool:
         """Whether no sum can be made of those who are there."""
@@ -118,7 +98,7 @@ class Collector:
         commands: list[Command] = []
         if self.in_flight is not None:
             commands.append(Combine(self.in_flight))
-        commands += self._evaluations.outstanding
+        commands += self.evaluations.outstanding
         if self.state is not State.CLOSED and self._buffer:
             commands += self._start_timer()
         if self._short and self.state is not State.CLOSED:
@@ -150,7 +130,7 @@ class Collector:
         for head in self._early.take().values():
             ahead = admission.version(head) - event.version
             commands += self._admit(head, may_be_early=0 < ahead <= MAX_AHEAD)
-        commands += self._evaluations.announced(event)
+        commands += self.evaluations.announced(event)
         return commands + self._combine()
 
     def _configure(self, event: Configured) -> list[Command]:
@@ -184,11 +164,11 @@ class Collector:
         return [] if self._is_in_flight(identity) else [Settle((identity,))]
 
     def _evaluate(self, event: EvaluationArrived) -> list[Command]:
-        return self._evaluations.arrive(event.evaluation, self.current)
+        return self.evaluations.arrive(event.evaluation, self.current)
 
     def _summed(self, event: EvaluationsSummed) -> list[Command]:
         assert self.current is not None  # noqa: S101 - else nothing was to be summed
-        return self._evaluations.summed(event, self.current.settings.min_sites)
+        return self.evaluations.summed(event, self.current.settings.min_sites)
 
     def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:
         if not self._buffer or self.current is None:
@@ -205,8 +185,7 @@ class Collector:
     def _combined(self, event: Combined) -> list[Command]:
         combination = self._take_in_flight(event.combination_id)
         for part in combination.parts:
-            if isinstance(part.head, Update):
-                self._sequences[part.head.site].settle(part.head.sequence)
+            self._settled.settle_number(part.head)
         if self._buffer is not None and self._flush is not None:
             self._buffer.made(self._flush)
         return self._settle_parts(combination, event) + self._combine()
@@ -215,7 +194,7 @@ class Collector:
         ids = tuple(contribution_id(part.head) for part in combination.parts)
         summed = tuple(identity for identity in ids if identity not in event.quarantined)
         for identity in summed:
-            self._remember(identity)
+            self._settled.remember(identity)
         refused = [
             self._refuse(identity, Reason.OUTLIER, event.quarantined[identity])
             for identity in ids
@@ -246,20 +225,13 @@ class Collector:
             self.state = State.COLLECTING
         for composition in event.made:
             self._count_made(composition)
-        self._evaluations.restore(event)
+        self.evaluations.restore(event)
         return []
 
     def _count_made(self, composition: Composition) -> None:
-        for part in composition.parts:
-            identity = contribution_id(part.head)
-            why = composition.quarantined.get(identity)
-            self._remember(identity, None if why is None else Refuse(identity, Reason.OUTLIER, why))
-            if isinstance(part.head, Update):
-                sequences = self._sequences.setdefault(part.head.site, Sequences())
-                sequences.take(part.head.sequence, identity)
-                sequences.settle(part.head.sequence)
+        self._settled.note(composition)
         if self._buffer is not None:
-            contributions = tuple(_contribution(part.head) for part in composition.parts)
+            contributions = tuple(contribution_of(part.head) for part in composition.parts)
             masses = tuple(part.mass for part in composition.parts)
             self._buffer.made(Flush(contributions, composition.version, masses, composition.scale, composition.n_sites))
 
@@ -270,7 +242,7 @@ class Collector:
         self._heads.clear()
         self._buffer = None
         for identity in ids:
-            self._remember(identity)
+            self._settled.remember(identity)
         return [Settle(ids)] if ids else []
 
     def _announce_closed(self, event: VersionAnnounced) -> list[Command]:
@@ -290,7 +262,7 @@ class Collector:
 
     def _expect(self) -> list[Command]:
         """Go on with those who are there; say so if they are too few, once."""
-        commands = self._evaluations.expect(self._roster, self.present, self.current)
+        commands = self.evaluations.expect(self._roster, self.present, self.current)
         if self.current is None:
             return commands
         if self._buffer is not None:
@@ -313,27 +285,20 @@ class Collector:
         assert self._buffer is not None and self.current is not None  # noqa: PT018, S101 - states with a version only
         identity = contribution_id(head)
         if identity in self._settled:
-            return [self._settled[identity] or Settle((identity,))]
+            return [self._settled.again(identity)]
         if identity in self._heads or self._is_in_flight(identity):
             return []
         if head.grid_id not in self.current.grid_ids and may_be_early:
             return self._hold(head)
         try:
             admission.check(head, self._roster, self.current)
-            self._check_sequence(head)
+            self._settled.take_number(head)
         except RefusedError as error:
             return [self._refuse(identity, error.reason, error.detail)]
         was_empty = not self._buffer
         self._heads[identity] = head
-        self._buffer.add(_contribution(head))
+        self._buffer.add(contribution_of(head))
         return self._start_timer() if was_empty else []
-
-    def _check_sequence(self, head: Update | Aggregate) -> None:
-        """Refuse an update whose number was another's; the id of a sum follows from what is in it, and needs none."""
-        if isinstance(head, Update):
-            sequences = self._sequences.setdefault(head.site, Sequences())
-            sequences.check(head.sequence, head.update_id)
-            sequences.take(head.sequence, head.update_id)
 
     def _combine(self, *, deadline: bool = False) -> list[Command]:
         if self.state is not State.COLLECTING or self._buffer is None or self.current is None:
@@ -378,13 +343,8 @@ class Collector:
 
     def _refuse(self, identity: str, reason: Reason, detail: str) -> Refuse:
         refusal = Refuse(identity, reason, detail)
-        self._remember(identity, refusal)
+        self._settled.remember(identity, refusal)
         return refusal
-
-    def _remember(self, identity: str, refusal: Refuse | None = None) -> None:
-        self._settled[identity] = refusal
-        while len(self._settled) > REMEMBERED:
-            del self._settled[next(iter(self._settled))]
 
     def _start_timer(self) -> list[Command]:
         if self.current is None or self.current.settings.deadline_s is None:
@@ -433,28 +393,3 @@ class Collector:
         (State.CLOSED, Restored): _restore,
         (State.CLOSED, RunClosed): _ignore,
     }
-
-
-def _contribution(head: Update | Aggregate) -> Contribution:
-    if isinstance(head, Update):
-        return Contribution(
-            head.update_id,
-            head.site,
-            1,
-            head.base_version,
-            head.grid_id,
-            float(head.n_samples),
-            key_id=head.key_id,
-            min_sites=head.min_sites,
-        )
-    return Contribution(
-        head.aggregate_id,
-        head.region,
-        head.n_sites,
-        head.model_version,
-        head.grid_id,
-        head.mass,
-        head.total_weight,
-        head.key_id,
-        head.min_sites,
-    )

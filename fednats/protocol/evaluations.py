@@ -3,7 +3,7 @@
 A part of the `fednats.protocol.collector.Collector`, which says who is there and which version is current.
 """
 
-from fednats.messages import Evaluation, EvaluationSum
+from fednats.messages import Evaluation, EvaluationBlocks, EvaluationSum
 from fednats.protocol.admission import Roster
 from fednats.protocol.early import MAX_AHEAD, Early
 from fednats.protocol.evaluation_tally import Closed, EvaluationTally
@@ -18,6 +18,7 @@ from fednats.protocol.events import (
     evaluated_by,
     evaluation_id,
 )
+from fednats.subjects import HUB
 
 
 class Evaluations:
@@ -76,9 +77,15 @@ class Evaluations:
         return self._tally.is_closed(version)
 
     @property
-    def blocks(self) -> tuple[tuple[frozenset[str], ...], dict[str, int]]:
+    def blocks(self) -> EvaluationBlocks:
         """Which sites have been in the same sums so far, and how many sites each of them asks a sum to be of."""
-        return self._tally.blocks
+        blocks, asked = self._tally.blocks
+        return EvaluationBlocks(
+            run=self._roster.run,
+            node=self._roster.region or HUB,
+            blocks=tuple(tuple(sorted(block)) for block in blocks),
+            asked=tuple(sorted(asked.items())),
+        )
 
     def restore(self, event: Restored) -> None:
         """Give up what is here, after a backup was restored.

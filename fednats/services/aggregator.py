@@ -180,7 +180,7 @@ class AggregatorService:
         restored = await missed(
             known,
             None if published is None or published.aggregate_id in known else published,
-            None if evaluation is None or self._machine.has_evaluated(evaluation.version) else evaluation,
+            None if evaluation is None or self._machine.evaluations.has_closed(evaluation.version) else evaluation,
             self._newest_version,
             self._compositions,
             self._log,
@@ -305,7 +305,7 @@ class AggregatorService:
             signed = self._identity.sign(subject, head)
             entry = entry_of("evaluation_sum", head, version=command.version, payload=head.payload)
             await self._recorder.record(entry)
-            await self._compositions.write_blocks(self._machine.evaluation_blocks)
+            await self._compositions.write_blocks(self._machine.evaluations.blocks)
             await self._lease.publish(
                 lambda fence: self._uplink.publish_payload(prefix, payload.payload_id, chunks, fence=fence)
             )

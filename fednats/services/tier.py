@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from fednats.errors import BusError, RefusedError
-from fednats.protocol.collector import REMEMBERED
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -27,6 +26,7 @@ from fednats.protocol.events import (
     StartTimer,
     contribution_id,
 )
+from fednats.protocol.settled import REMEMBERED
 from fednats.services.inbox import Head, Inbox
 from fednats.services.lifecycle import Daemon
 from fednats.services.persist import RETRY_S
