@@ -14,7 +14,6 @@ from fednats.errors import BusError, FednatsError, Reason, RefusedError
 from fednats.messages import Aggregate, Control, EvaluationSum
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
-from fednats.protocol.compositions import composition_of
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
@@ -51,6 +50,7 @@ from fednats.services.recorder import Recorder, accepted
 from fednats.services.rejects import Rejects
 from fednats.services.restore import Restoration
 from fednats.services.tier import Handled, Tier
+from fednats.services.version_notes import VersionNotes
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
 from fednats.transport import streams
@@ -133,8 +133,7 @@ class CoordinatorService:
             daemon, settings, identity, self._recorder, bus, self._lease, self._note_version
         )
         self._compositions = Compositions(bus, settings.run, subjects.HUB, identity, daemon.log, self._lease.confirmed)
-        self._made: list[Combination] = []
-        """The newest two combinations that are versions."""
+        self._notes = VersionNotes(self._compositions, settings.run)
         self._restored: dict[str, Any] | None = None
         self._told_closed = False
         self._stepping = asyncio.Lock()
@@ -247,23 +246,7 @@ class CoordinatorService:
         )
 
     async def _note_version(self, version: Version) -> None:
-        """Store what ``version`` is made of, as far as this process knows; else it is stored, or is the first one."""
-        combinations = [*self._made, *([self._machine.in_flight] if self._machine.in_flight else [])]
-        for position, combination in enumerate(combinations):
-            if combination.combination_id == version.made_by:
-                previous = combinations[position - 1].combination_id if position else ""
-                note = composition_of(
-                    self._settings.run,
-                    subjects.HUB,
-                    combination,
-                    previous,
-                    None,
-                    norms=version.norms,
-                    quarantined=version.quarantined,
-                    grid=version.grids[-1],
-                    weights_digest=version.weights_digest,
-                )
-                await self._compositions.write(str(version.version), note)
+        await self._notes.write(version, self._machine.in_flight)
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Decrypt the sums, leave out those whose norm is an outlier, step the model, publish the next version.
@@ -354,7 +337,7 @@ class CoordinatorService:
         if isinstance(handled.event, Restored):
             self._restored = {"version": handled.event.version, "unknown_versions": list(handled.event.unknown)}
         if handled.combination is not None:
-            self._made = [*self._made[-1:], handled.combination]
+            self._notes.combined(handled.combination)
             for part in handled.combination.parts:
                 self._count(part)
 
