@@ -37,7 +37,6 @@ from fednats.storage.local_model import LocalModel, model_folder, read_or_drop
 from fednats.storage.outbox import ChunkKey, Outbox, first_number, outbox_file
 from fednats.storage.tensor_file import TensorFile
 
-
 if TYPE_CHECKING:
     from fednats.privacy.account import Charge
 

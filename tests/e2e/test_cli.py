@@ -51,7 +51,7 @@ def left_running(output: Path) -> list[str]:
 def passes_s(output: Path, site: str) -> list[float]:
     """Return how long each pass of a site took, from its log."""
     lines = map(json.loads, (output / f"site-{site}" / "daemon.log").read_text().splitlines())
-    return [line["train_s"] for line in lines if line["event"] == "update_stored"]
+    return [line["train_s"] for line in lines if line["event"] == "trained"]
 
 
 def test_a_federation_file_runs_to_the_table(make_federation: MakeFederation, tmp_path: Path) -> None:
