@@ -29,7 +29,7 @@ from fednats.protocol import site as protocol
 from fednats.services.answers import Scored
 from fednats.services.evaluations import payload_of
 from fednats.services.identity import Identity
-from fednats.services.lifecycle import Daemon, until_stopped
+from fednats.services.lifecycle import Daemon, in_full, until_stopped
 from fednats.services.off_loop import chunk_file
 from fednats.services.recorder import Recorder
 from fednats.services.sender import Sender
@@ -307,7 +307,9 @@ class SiteService:
 
     def _count_failed(self, kind: str, version: int, error: FednatsError) -> None:
         self._daemon.metrics.failures.labels(kind=kind).inc()
-        self._log.error("job_failed", job=kind, version=version, error=str(error), retry_s=RETRY_JOB_S)
+        self._log.error(
+            "job_failed", job=kind, version=version, error=str(error), retry_s=RETRY_JOB_S, **in_full(error)
+        )
 
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"

@@ -41,7 +41,9 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
             assert await answers(state_dir, "readyz") == 200
             failures = job_failures(now, "a")
             n_stored = len(logged(now, "site-a", "update_stored"))
-            assert n_stored <= len(logged(now, "site-a", "trained")) <= n_stored + 1  # a pass that is kept is not made again
+            assert (
+                n_stored <= len(logged(now, "site-a", "trained")) <= n_stored + 1
+            )  # a pass that is kept is not made again
             ballast.unlink()
             before = await until(now, lambda statuses: "site-a" in statuses)
             after = await until(now, lambda s: outbox_of(s, "a")["sent"] > outbox_of(before, "a")["sent"])
