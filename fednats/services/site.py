@@ -29,7 +29,7 @@ from fednats.protocol import site as protocol
 from fednats.services.answers import Scored
 from fednats.services.evaluations import payload_of
 from fednats.services.identity import Identity
-from fednats.services.lifecycle import Daemon, until_stopped
+from fednats.services.lifecycle import Daemon, in_full, until_stopped
 from fednats.services.off_loop import chunk_file
 from fednats.services.recorder import Recorder
 from fednats.services.sender import Sender
@@ -300,7 +300,9 @@ class SiteService:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
             retry_s = RETRY_JOB_S if isinstance(job, protocol.Train) else None
-            self._log.error("job_failed", job=kind, version=job.version, error=str(error), retry_s=retry_s)
+            self._log.error(
+                "job_failed", job=kind, version=job.version, error=str(error), retry_s=retry_s, **in_full(error)
+            )
             if isinstance(error, RefusedError):
                 self._count_refused("model_refused", error, version=job.version)
             return protocol.Failed()
@@ -311,7 +313,7 @@ class SiteService:
         scored: Scored = await self._worker.call("evaluate", manifest)
         if scored.problem:
             self._daemon.metrics.failures.labels(kind="metrics").inc()
-            self._log.error("metrics_failed", version=manifest.version, error=scored.problem)
+            self._log.error("metrics_failed", version=manifest.version, traceback=scored.problem)
         self._metrics = scored.metrics
         if self._resting != "waiting":
             self._status["version"] = manifest.version
