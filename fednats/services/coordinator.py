@@ -38,6 +38,7 @@ from fednats.services.evaluations import Summing, evaluations_summed
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
+from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
 from fednats.services.persist import ensure
@@ -122,7 +123,10 @@ class CoordinatorService:
         self._pooled: dict[str, Any] = {}
         """Confusion matrix and ROC curves of the version evaluated last, of all test cases pooled."""
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
-        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus)
+        models = subjects.models_stream(settings.run, subjects.HUB)
+        self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
+        self._tier.may_settle = self._lease.confirmed
+        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus, self._lease)
         self._told_closed = False
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
@@ -140,6 +144,7 @@ class CoordinatorService:
         """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
         at_hub = streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves)
+        await self._lease.take(lambda: ensure(self._log, self._bus, at_hub))
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
         n_events = await self._tier.restore()
@@ -157,6 +162,7 @@ class CoordinatorService:
             self._daemon,
             {
                 "receive aggregates": self._tier.receive(self._inbox, durable, filters),
+                "keep the lease": self._lease.keep(),
                 "follow signers": self._identity.follow_signers(self._log),
                 "execute": self._tier.execute(self._execute),
                 "combine": self._tier.combine(self._combine),
@@ -198,6 +204,7 @@ class CoordinatorService:
             "history": self._history.shown(),
             "pooled": self._pooled,
             "sent_bytes": self._publisher.sent_bytes,
+            "lease": self._lease.status,
             **self._figures,
         }
 
