@@ -154,8 +154,10 @@ class Site:
         return self._next()
 
     def _fail(self, _event: Failed) -> Job | None:
+        """Go on after an evaluation, which is not repeated; after training wait until it is tried again."""
+        evaluated = isinstance(self.job, Evaluate)
         self._give_up()
-        return None
+        return self._next() if evaluated else None
 
     def _keep(self, _event: NotStored) -> Job | None:
         self._kept = None if self.job is None else self.job.version

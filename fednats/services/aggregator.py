@@ -245,8 +245,11 @@ class AggregatorService:
         fit, current = await self._fit, self._machine.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
 
-        async def add(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: Part) -> tuple[bytes, ...]:
-            summed: tuple[bytes, ...] = await self._worker.call("sum_counts", fit, inputs, n_sites, like.n_classes)
+        async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> tuple[bytes, ...]:
+            n_sites, like = [sites_of([part]) for part in parts], parts[0]
+            summed: tuple[bytes, ...] = await self._worker.call(
+                "sum_counts", fit, inputs, n_sites, like.n_classes, like.arrangement
+            )
             return summed
 
         key_ids = (current.key_id, *current.older_key_ids)

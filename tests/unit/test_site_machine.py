@@ -86,6 +86,15 @@ def test_a_kept_pass_that_is_lost_is_made_again() -> None:
     assert site.handle(Retry()) == Train(0)
 
 
+def test_an_evaluation_that_fails_keeps_nobody_from_training() -> None:
+    site = Site()
+    assert site.handle(ModelSeen(0)) == Evaluate(0)
+    assert site.handle(Failed()) == Train(0)
+    assert site.handle(Done()) is None  # and it is not repeated
+    site.handle(ModelSeen(1))
+    assert site.handle(Failed()) == Train(1)
+
+
 def test_a_slow_site_skips_evaluations_it_cannot_keep_up_with() -> None:
     site = Site()
     site.handle(ModelSeen(0))
