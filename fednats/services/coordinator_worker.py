@@ -10,6 +10,7 @@ from functools import reduce
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fednats import wire
 from fednats.codec import grid as grids
@@ -24,6 +25,7 @@ from fednats.learning.initial_weights import load_weights
 from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task_code import make_task
+from fednats.learning.task_errors import task_code
 from fednats.messages import Aggregate, Grid, Opening
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
@@ -68,7 +70,7 @@ class CoordinatorWorker:
             ConfigError: the keys, the regions, the task or ``initial_model`` do not fit; the text names the remedy.
         """
         self._check_delta(run)
-        model = initial_model(make_task(self._settings.task.path, self._settings.task.options), run.seed)
+        model = self._make_model(run)
         if run.training.dp is not None:
             from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where it is asked for
 
@@ -101,30 +103,34 @@ class CoordinatorWorker:
             with local_disk(self._state_dir):
                 if current is not None and not extended:
                     self._checkpoints.keep_run(current)
-                self._use(run)
-                start = (
-                    self._extension(current, opening, run)
-                    if extended and current
-                    else self._start(opening, run, initial_digest)
-                )
+                model = self._use(run)
+                if extended and current is not None:
+                    start = self._extension(current, opening, run)
+                else:
+                    start = self._start(model, opening, run, initial_digest)
                 self._current = first_version(self._checkpoints, self._model_keys, start, self._run.delta.chunk_bytes)
             self._delta_norm = 0.0
         return self._version()
 
-    def _use(self, run: RunSettings) -> None:
-        """Go on with the settings of a run."""
+    def _make_model(self, run: RunSettings) -> nn.Module:
+        with task_code("loading the task"):
+            return initial_model(make_task(self._settings.task.path, self._settings.task.options), run.seed)
+
+    def _use(self, run: RunSettings) -> nn.Module:
+        """Go on with the settings of a run; return the model as the task makes it."""
         run = fit_messages(run, self._max_message_bytes)
         self._run = run
         self._decoder, *older = (decoder(run.delta, key) for key in self._keys or (None,))
         self._decoders = {held.key_id: held for held in (self._decoder, *older)}
         self._optimizer = ServerOptimizer(run.server)
-        self._model = initial_model(make_task(self._settings.task.path, self._settings.task.options), run.seed)
-        self._layout = Layout(parameters_of(self._model))
+        model = self._make_model(run)
+        self._layout = Layout(parameters_of(model))
         folder = checkpoints_folder(self._state_dir)
         self._checkpoints = Checkpoints(folder, self._layout.parameters, self._optimizer.slots)
+        return model
 
-    def _start(self, opening: Opening, run: RunSettings, initial_digest: bytes | None) -> Start:
-        weights: Vector = FlatModel(self._model)
+    def _start(self, model: nn.Module, opening: Opening, run: RunSettings, initial_digest: bytes | None) -> Start:
+        weights: Vector = FlatModel(model)
         if initial_digest is not None:
             weights = TensorFile.read(self._initial)
             if digest_of(weights) != initial_digest:
