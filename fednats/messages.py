@@ -172,6 +172,21 @@ class Control(Message):
     reason: Text
 
 
+class Lease(Message):
+    """Which process acts for the coordinator or for a region: one at a time.
+
+    The newest in the stream counts. Its sequence number there is the fencing token: whatever else the process
+    publishes is stored only while that message is the newest of its subject.
+    """
+
+    kind: ClassVar[str] = "lease"
+
+    run: Token
+    instance: Token = Field(description="drawn at random when the process started; kept nowhere")
+    term: Positive = Field(description="counts the holders")
+    place: Token = Field(description="digest over this boot of the machine and the folder with the daemon's state")
+
+
 class Update(Message):
     """One site's delta; payload: the weighted-summable encoding of the quantised delta."""
 
@@ -263,6 +278,18 @@ class Reject(Message):
     data: bytes = Field(description="its first bytes")
 
 
+class Holder(BaseModel):
+    """What a process with a lease answers to another that asks for it; the other one's question has the same form."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    instance: Token
+    term: Count = Field(description="0: has no lease yet")
+    host: str = Field(max_length=255)
+    pid: Count
+    since: str = Field(max_length=40, description="ISO 8601, UTC")
+
+
 class Presence(BaseModel):
     """What a service says of itself while it is there: JSON, so that people can read the bucket."""
 
@@ -275,4 +302,4 @@ class Presence(BaseModel):
     )
 
 
-AnyMessage = Chunk | ModelManifest | Control | Update | Aggregate | Evaluation | EvaluationSum | Reject
+AnyMessage = Chunk | ModelManifest | Control | Lease | Update | Aggregate | Evaluation | EvaluationSum | Reject

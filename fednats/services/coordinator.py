@@ -41,6 +41,7 @@ from fednats.services.evaluations import Summing, cases_of, mean_metrics, sites_
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
+from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
 from fednats.services.persist import ensure
@@ -117,7 +118,10 @@ class CoordinatorService:
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
-        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus)
+        models = subjects.models_stream(settings.run, subjects.HUB)
+        self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
+        self._tier.may_settle = self._lease.confirmed
+        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus, self._lease)
         self._told_closed = False
         self._opened = asyncio.Event()
         self._opened_s = 0.0
@@ -138,6 +142,7 @@ class CoordinatorService:
         """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
         at_hub = streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves)
+        await self._lease.take(lambda: ensure(self._log, self._bus, at_hub))
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
         n_events = await self._tier.restore()
@@ -158,6 +163,7 @@ class CoordinatorService:
             self._daemon,
             {
                 "receive aggregates": self._tier.receive(self._inbox, durable, filters),
+                "keep the lease": self._lease.keep(),
                 "follow signers": self._identity.follow_signers(self._log),
                 "execute": self._tier.execute(self._execute),
                 "combine": self._tier.combine(self._combine),
@@ -197,6 +203,7 @@ class CoordinatorService:
             "reached_target_at": machine.reached_target_at,
             "history": self._history.shown(),
             "sent_bytes": self._publisher.sent_bytes,
+            "lease": self._lease.status,
             **self._figures,
         }
 
