@@ -20,6 +20,9 @@ MAX_CHUNKS = 2**16
 MAX_FRAMES = 256
 MAX_DIMENSIONS = 16
 MAX_METRICS = 256
+MAX_FIGURES = 64
+"""Figures of a task's own that are summed."""
+
 MAX_METRIC = 1e15
 """Largest magnitude of a metric; sums of them stay finite."""
 
@@ -31,6 +34,9 @@ Metrics = Annotated[dict[Name, Metric], Field(max_length=MAX_METRICS)]
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """A number of things, or of a version; bounded, so that sums of them stay far from any limit."""
+
+FigureNames = Annotated[tuple[Name, ...], Field(max_length=MAX_FIGURES)]
+Arrangement = Annotated[int, Field(ge=0, le=2**16)] | None
 
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
@@ -239,7 +245,9 @@ class Evaluation(Message):
     site: Token
     version: Count
     key_id: Token
-    n_classes: int = Field(ge=0, le=1000, description="0 for a task that scores no classes: no payload then")
+    n_classes: int = Field(ge=0, le=1000, description="whose cases are counted; 0 for a task that scores no classes")
+    arrangement: Arrangement = Field(description="of the figures that are summed; none: only class counts are")
+    figures: FigureNames = Field(description="names of the figures that are summed, in the order of the task")
     n_samples: Count = Field(description="of the metrics; 0 without them")
     metrics: Metrics = Field(description="readable by the region; empty unless the site's policy gives them")
     min_sites: Positive = Field(description="as of an update")
@@ -257,6 +265,8 @@ class EvaluationSum(Message):
     key_id: Token
     n_sites: Positive
     n_classes: int = Field(ge=0, le=1000)
+    arrangement: Arrangement
+    figures: FigureNames
     n_samples: Count
     metrics: Metrics
     min_sites: Positive = Field(description="as of an aggregate")

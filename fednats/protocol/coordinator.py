@@ -31,6 +31,9 @@ from fednats.protocol.outliers import NormHistory
 FINAL_EVALUATION_S = 30.0
 """How long the run stays open for the evaluations of its last version."""
 
+USUAL_METRIC = "auc"
+"""Chooses the best version where the run does not say what does, and there is one."""
+
 COVERAGE_VERSIONS = 10
 """An evaluation over fewer sites than one of this many before it does not count for the best version or the target."""
 
@@ -52,6 +55,8 @@ class Evaluated:
     n_sites: int
     n_samples: int
     metrics: dict[str, float]
+    means: tuple[str, ...]
+    """Those of ``metrics`` that are means over hospitals, weighted by cases; the others are of all cases pooled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class RunRecord:
     """Below the first one while there is none yet."""
     reason: str
     """Why it ended."""
+    target_metric: str | None
     best: Evaluated | None
     reached_target_at: int | None
 
@@ -94,6 +100,10 @@ class Coordinator:
         self.reached_target_at: int | None = None
         """First version whose target metric reached the target."""
         self.reason = ""
+        self.target_metric: str | None = None
+        """By which the best version is chosen; None before the first evaluation."""
+        self.failed = False
+        """Whether the run was closed because it cannot do what it was asked to."""
         self.norms = NormHistory(DefenceSettings())
         self._stop = StopSettings()
 
@@ -148,7 +158,14 @@ class Coordinator:
         if self.opening is None or self.settings is None:
             return []
         newest = RunRecord(
-            self.opening, self.settings, self.state, self.version, self.reason, self.best, self.reached_target_at
+            opening=self.opening,
+            settings=self.settings,
+            state=self.state,
+            last_version=self.version,
+            reason=self.reason,
+            target_metric=self.target_metric,
+            best=self.best,
+            reached_target_at=self.reached_target_at,
         )
         return [*self.past, newest]
 
@@ -188,11 +205,11 @@ class Coordinator:
             return []
         if self.opening is None or event.opening.first_version != self.opening.first_version:
             self.past = self.runs
-            self.evaluated, self.best, self.reached_target_at = {}, None, None
+            self.evaluated, self.best, self.reached_target_at, self.target_metric = {}, None, None, None
             self.norms = NormHistory(event.settings.defence)
         elif event.settings.stop.target != self._stop.target:
             self.reached_target_at = None  # the first version that reaches the new one is not known yet
-        self.state, self.reason = RunState.OPEN, ""
+        self.state, self.reason, self.failed = RunState.OPEN, "", False
         self.opening, self.settings, self._stop = event.opening, event.settings, event.settings.stop
         self._initial_digest = event.initial_digest
         return [OpenRun(event.opening, event.settings, event.initial_digest)]
@@ -216,21 +233,40 @@ class Coordinator:
     def _record(self, summed: EvaluationsSummed) -> list[Command]:
         if self.opening is None or summed.version < self.opening.first_version:
             return []  # of an earlier run, whose end did not wait for it
-        evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics)
+        evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics, summed.means)
         self.evaluated[summed.version] = evaluated
-        commands: list[Command] = []
-        value = summed.metrics.get(self._stop.target_metric)
-        recent = list(self.evaluated.values())[-COVERAGE_VERSIONS:]
-        if value is not None and summed.n_sites >= max(other.n_sites for other in recent):
-            if self.best is None or value > self.best.metrics[self._stop.target_metric]:
-                self.best = evaluated
-                commands.append(KeepBest(summed.version))
-            if self._stop.target is not None and value >= self._stop.target and self.reached_target_at is None:
-                self.reached_target_at = summed.version
-                if self._stop.stop_at_target:
-                    commands += self._finish("target reached")
+        if self.target_metric is None and (unknown := self._choose_target((*summed.metrics, *summed.undefined))):
+            self.failed = True
+            return [*self._finish(unknown), *self._close()]
+        commands = self._compare(evaluated)
         if self.state is RunState.FINISHING and self.version in self.evaluated:
             commands += self._close()
+        return commands
+
+    def _choose_target(self, figures: tuple[str, ...]) -> str:
+        """Take the metric that the run is set to, or else the usual one; return why that cannot be."""
+        asked = self._stop.target_metric
+        if not figures:
+            return ""
+        if asked is not None and asked not in figures:
+            return f"stop.target_metric is {asked!r}, and no evaluation has it; set it to one of: {', '.join(figures)}"
+        self.target_metric = asked or (USUAL_METRIC if USUAL_METRIC in figures else figures[0])
+        return ""
+
+    def _compare(self, evaluated: Evaluated) -> list[Command]:
+        """Note whether a version is the best so far, or reaches the target."""
+        metric, recent = self.target_metric, list(self.evaluated.values())[-COVERAGE_VERSIONS:]
+        value = None if metric is None else evaluated.metrics.get(metric)
+        if metric is None or value is None or evaluated.n_sites < max(other.n_sites for other in recent):
+            return []
+        commands: list[Command] = []
+        if self.best is None or self._stop.better(metric, value, self.best.metrics[metric]):
+            self.best = evaluated
+            commands.append(KeepBest(evaluated.version))
+        if self._stop.reached(metric, value) and self.reached_target_at is None:
+            self.reached_target_at = evaluated.version
+            if self._stop.stop_at_target:
+                commands += self._finish("target reached")
         return commands
 
     def _finish(self, reason: str) -> list[Command]:

@@ -273,8 +273,11 @@ class AggregatorService:
             await self._tier.feed(EvaluationsSummed(version=command.version, n_sites=0, n_samples=0))
             return
 
-        async def add(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: Part) -> tuple[bytes, ...]:
-            summed: tuple[bytes, ...] = await self._worker.call("sum_counts", fit, inputs, n_sites, like.n_classes)
+        async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> tuple[bytes, ...]:
+            n_sites, like = [sites_of([part]) for part in parts], parts[0]
+            summed: tuple[bytes, ...] = await self._worker.call(
+                "sum_counts", fit, inputs, n_sites, like.n_classes, like.arrangement
+            )
             return summed
 
         key_ids = (current.key_id, *current.older_key_ids)

@@ -23,7 +23,6 @@ from fednats.protocol.events import (
     CombineFailed,
     Command,
     Configured,
-    EvaluationsSummed,
     Event,
     FinalEvaluationOverdue,
     KeepBest,
@@ -37,7 +36,7 @@ from fednats.protocol.events import (
 )
 from fednats.services.answers import Pooled, Version
 from fednats.services.evaluations import Part as EvaluationPart
-from fednats.services.evaluations import Summing, cases_of, mean_metrics, sites_of
+from fednats.services.evaluations import Summing, evaluations_summed
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
@@ -117,6 +116,8 @@ class CoordinatorService:
         self._history = History()
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
+        self._pooled: dict[str, Any] = {}
+        """Confusion matrix and ROC curves of the version evaluated last, of all test cases pooled."""
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         models = subjects.models_stream(settings.run, subjects.HUB)
         self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
@@ -189,6 +190,7 @@ class CoordinatorService:
             "state": self._state(),
             "opening": None if machine.opening is None else machine.opening.model_dump(),
             "reason": machine.reason,
+            "failed": machine.failed,
             "version": machine.version,
             "n_parameters": self._n_parameters,
             "accepted": self._tier.accepted,
@@ -200,8 +202,10 @@ class CoordinatorService:
                 for region in self._settings.regions
             },
             "best": None if best is None else {"version": best.version, "metrics": best.metrics},
+            "target_metric": machine.target_metric,
             "reached_target_at": machine.reached_target_at,
             "history": self._history.shown(),
+            "pooled": self._pooled,
             "sent_bytes": self._publisher.sent_bytes,
             "lease": self._lease.status,
             **self._figures,
@@ -399,9 +403,9 @@ class CoordinatorService:
         current = self._machine.collector.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced
 
-        async def pool(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: EvaluationPart) -> Pooled:
+        async def pool(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[EvaluationPart]) -> Pooled:
             async with self._stepping:
-                pooled: Pooled = await self._worker.call("pool", inputs, n_sites, like.n_classes, like.key_id)
+                pooled: Pooled = await self._worker.call("pool", inputs, parts, current.settings.min_sites)
             return pooled
 
         if command.version < current.opening.first_version:  # by then another run has begun
@@ -410,15 +414,17 @@ class CoordinatorService:
         key_ids = (current.key_id, *current.older_key_ids)
         summing = Summing(self._tier.chunks, pool, key_ids, current.settings.min_sites, self._log)
         parts, pooled = await summing.run(command)
-        n_sites, metrics = sites_of(parts), mean_metrics(parts)
-        n_samples = cases_of(parts)
+        event = evaluations_summed(command.version, parts, pooled)
         if pooled is not None:
-            n_samples, metrics = pooled.n_samples, {**metrics, **pooled.metrics}
-        await self._tier.feed(
-            EvaluationsSummed(version=command.version, n_sites=n_sites, n_samples=n_samples, metrics=metrics)
-        )
+            self._pooled = {"version": command.version, "confusion": pooled.confusion, "roc": pooled.roc}
+        await self._tier.feed(event)
         self._log.info(
-            "version_evaluated", version=command.version, n_sites=n_sites, n_samples=n_samples, metrics=metrics
+            "version_evaluated",
+            version=event.version,
+            n_sites=event.n_sites,
+            n_samples=event.n_samples,
+            metrics=event.metrics,
+            means=event.means,
         )
         await self._put_state()
 

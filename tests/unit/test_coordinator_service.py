@@ -81,7 +81,7 @@ class ShortLived:
             self.process = Process(self.process.folder)
             raise WorkerDiedError(f"the worker process ended in {method!r}")
         if method == "pool":
-            return Pooled({}, 1)
+            return Pooled(1, {}, {}, [], {})
         return True if method == "keep_best" else getattr(self.process, method)(*args)
 
     async def persist(self, _log: object, method: str, *args: object) -> Any:
