@@ -408,12 +408,10 @@ class CoordinatorService:
                 pooled: Pooled = await self._worker.call("pool", inputs, parts, current.settings.min_sites)
             return pooled
 
-        if command.version < current.opening.first_version:  # by then another run has begun
-            await self._tier.feed(EvaluationsSummed(version=command.version, n_sites=0, n_samples=0))
-            return
         key_ids = (current.key_id, *current.older_key_ids)
         summing = Summing(self._tier.chunks, pool, key_ids, current.settings.min_sites, self._log)
-        parts, pooled = await summing.run(command)
+        is_of_this_run = command.version >= current.opening.first_version
+        parts, pooled = await summing.run(command) if is_of_this_run else ([], None)
         event = evaluations_summed(command.version, parts, pooled)
         if pooled is not None:
             self._pooled = {"version": command.version, "confusion": pooled.confusion, "roc": pooled.roc}
