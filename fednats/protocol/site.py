@@ -75,7 +75,12 @@ class BusBack:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The run is over."""
+    """The run is over; another one, or an extension, may follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run is open, and its versions come next; nothing more is done on those before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class Store:
 Outcome = Done | Failed | NotStored | BudgetSpent | OutsideHours
 """What a job comes to."""
 
-Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed
+Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed | Opened
 Job = Evaluate | Train | Store
 
 
@@ -131,7 +136,7 @@ class Site:
         self._to_evaluate: list[int] = []
         self._away = False
         self.trains = True
-        """Whether it still trains; after `BudgetSpent` only a new start, with a larger budget, makes it."""
+        """Whether it still trains; after `BudgetSpent` only another run, or a new start with a larger budget, makes it."""
         self.within_hours = True
         """Whether it trains now, as far as it has asked."""
         self._declined = False
@@ -150,7 +155,7 @@ class Site:
         return self._next() if self.state is State.IDLE else None
 
     def _done(self, _event: Done) -> Job | None:
-        self.state, self._kept = State.IDLE, None
+        self._kept = None
         return self._next()
 
     def _fail(self, _event: Failed) -> Job | None:
@@ -161,7 +166,7 @@ class Site:
 
     def _keep(self, _event: NotStored) -> Job | None:
         self._kept = None if self.job is None else self.job.version
-        self.state = State.IDLE
+        self.state, self.job = State.IDLE, None
         return None
 
     def _postpone(self, _event: OutsideHours) -> Job | None:
@@ -180,7 +185,7 @@ class Site:
 
     def _spend(self, _event: BudgetSpent) -> Job | None:
         self.trains = False
-        self.state, self._kept = State.IDLE, None
+        self._kept = None
         return self._next()
 
     def _retry(self, _event: Retry) -> Job | None:
@@ -195,7 +200,27 @@ class Site:
         return None
 
     def _close(self, _event: Closed) -> Job | None:
-        self.state = State.CLOSED
+        self.state, self._kept = State.CLOSED, None
+        return None
+
+    def _end(self, _event: Outcome) -> Job | None:
+        """A job of a run that is over has ended."""
+        self.job = None
+        return None
+
+    def _reopen(self, _event: Opened) -> Job | None:
+        """Wait for the first version; a job that is still under way is finished first."""
+        self.state = State.IDLE if self.job is None else State.BUSY
+        self.trains, self._declined = True, False
+        self._newest, self._to_evaluate, self._kept = -1, [], None
+        return None
+
+    def _note_hours(self, _event: HoursBegun) -> Job | None:
+        self.within_hours = True
+        return None
+
+    def _note_away(self, event: BusAway | BusBack) -> Job | None:
+        self._away = isinstance(event, BusAway)
         return None
 
     def _ignore(self, _event: Event) -> Job | None:
@@ -221,6 +246,7 @@ class Site:
             self.job = Train(self._newest, goes_on=True)
         else:
             self.job = None
+            self.state = State.IDLE
             return None
         self.state = State.BUSY
         return self.job
@@ -233,6 +259,7 @@ class Site:
         (State.IDLE, BusAway): _leave,
         (State.IDLE, BusBack): _come_back,
         (State.IDLE, Closed): _close,
+        (State.IDLE, Opened): _reopen,
         (State.BUSY, ModelSeen): _see,
         (State.BUSY, Done): _done,
         (State.BUSY, Failed): _fail,
@@ -245,16 +272,18 @@ class Site:
         (State.BUSY, BusAway): _leave,
         (State.BUSY, BusBack): _come_back,
         (State.BUSY, Closed): _close,
+        (State.BUSY, Opened): _reopen,
         (State.CLOSED, ModelSeen): _ignore,
-        (State.CLOSED, Done): _ignore,
-        (State.CLOSED, Failed): _ignore,
-        (State.CLOSED, NotStored): _ignore,
-        (State.CLOSED, BudgetSpent): _ignore,
-        (State.CLOSED, OutsideHours): _ignore,
-        (State.CLOSED, HoursBegun): _ignore,
+        (State.CLOSED, Done): _end,
+        (State.CLOSED, Failed): _end,
+        (State.CLOSED, NotStored): _end,
+        (State.CLOSED, BudgetSpent): _end,
+        (State.CLOSED, OutsideHours): _end,
+        (State.CLOSED, HoursBegun): _note_hours,
         (State.CLOSED, Declined): _ignore,
         (State.CLOSED, Retry): _ignore,
-        (State.CLOSED, BusAway): _ignore,
-        (State.CLOSED, BusBack): _ignore,
+        (State.CLOSED, BusAway): _note_away,
+        (State.CLOSED, BusBack): _note_away,
         (State.CLOSED, Closed): _ignore,
+        (State.CLOSED, Opened): _reopen,
     }
