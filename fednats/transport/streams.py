@@ -45,6 +45,8 @@ class Origin:
     deliver: str = ""
     pulse: str | None = None
     """What is heard from there while the link stands; none: it is on the same server."""
+    says_limit: bool = False
+    """Whether the pulse says how large the run's messages are: that of the node above does."""
 
     def config(self) -> Mapping[str, Any]:
         """Return it as the server's JSON: all of it, where the server alone might start at the newest of other origins."""
@@ -154,6 +156,7 @@ def at_uplink(
                 api=f"$JS.{above}.API",
                 deliver=permissions.deliver(region),
                 pulse=subjects.pulse(run, above),
+                says_limit=True,
             ),
         ),
         limits=MODELS,
