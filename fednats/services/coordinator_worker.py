@@ -20,7 +20,7 @@ from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
-from fednats.learning.task import make_task
+from fednats.learning.task_code import make_task
 from fednats.messages import Aggregate, Grid
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys

@@ -20,7 +20,7 @@ from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
-from fednats.learning.task import make_task
+from fednats.learning.task_code import make_task
 from fednats.learning.trainer import load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
 from fednats.privacy.guard import Guard

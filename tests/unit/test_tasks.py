@@ -17,7 +17,8 @@ from fednats.errors import ConfigError
 from fednats.learning.baseline import Pooled, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector
-from fednats.learning.task import SHIPPED, Examples, Task, load_task, make_task
+from fednats.learning.task import Examples, Task
+from fednats.learning.task_code import SHIPPED, load_task, make_task
 from fednats.learning.tasks.breast_cancer import BreastCancer, share_patients
 from fednats.learning.tasks.ct_nodule import CTNodule
 from fednats.learning.tasks.ct_patches import HOSPITALS, KINDS, SIZE, Hospital, synthetic_patches

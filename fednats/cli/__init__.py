@@ -1,0 +1,35 @@
+"""The command line: ``fednats --help``. A file for each group of commands."""
+
+import typer
+from rich.console import Console
+
+from fednats import __version__
+from fednats.cli import audit, bench, daemons, federation, link, provision
+from fednats.errors import FednatsError, InterruptedRunError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+app = typer.Typer(
+    help="Train one model over many hospitals while every record stays where it is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for group in (federation, daemons, provision, link, bench, audit):
+    app.add_typer(group.commands)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Run the command line; an error of fednats's own is one line, not a traceback."""
+    try:
+        app()
+    except FednatsError as error:
+        Console(stderr=True, soft_wrap=True).print(f"fednats: {error}", markup=False, highlight=False)
+        raise SystemExit(INTERRUPTED if isinstance(error, InterruptedRunError) else 1) from None
