@@ -146,9 +146,7 @@ async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon
         loop.add_signal_handler(number, daemon.stopping.set)
     async with (
         asyncio.TaskGroup() as group,
-        serving(
-            settings.web, settings.state_dir, daemon.metrics, daemon.not_ready, daemon.describe_here
-        ) as port,
+        serving(settings.web, settings.state_dir, daemon.metrics, daemon.not_ready, daemon.describe_here) as port,
     ):
         lag = group.create_task(daemon.loop_lag.watch(daemon.metrics.loop_lag.observe), name="loop lag")
         daemon.log.info("started", web_port=port)

@@ -19,7 +19,6 @@ from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import read_chunks
 from fednats.transport.bus import Bus
 
-
 HEAD_BYTES = 2048
 """More than a head of an update or a sum ever takes without its digests."""
 DIGEST_ROOM_BYTES = DIGEST_BYTES + 2

@@ -6,7 +6,8 @@ from typing import Any
 from fednats.errors import BusError, BusFullError
 
 _NO_STREAM = 10059
-_FULL = {10023, 10028, 10047}
+_FULL = {10023, 10028}
+_NO_ROOM = 10047
 _STORE_FAILED = 10077
 
 
@@ -22,8 +23,12 @@ class NoStreamError(BusError):
     """The stream does not exist."""
 
 
+class NoRoomError(BusFullError):
+    """The server may not promise a stream as much room as it is to have."""
+
+
 def answer(data: bytes, what: str) -> dict[str, Any]:
-    """Return JetStream's JSON answer; raises BusFullError, NoStreamError or BusError if it says so."""
+    """Return JetStream's JSON answer; raises BusFullError, NoRoomError, NoStreamError or BusError if it says so."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -34,6 +39,8 @@ def answer(data: bytes, what: str) -> dict[str, Any]:
     if not error:
         return dict(body)
     code, text = error.get("err_code"), f"{what}: {error.get('description')} ({error.get('err_code')})"
+    if code == _NO_ROOM:
+        raise NoRoomError(text)
     if code in _FULL or (code == _STORE_FAILED and "maximum" in text):
         raise BusFullError(text)
     raise NoStreamError(text) if code == _NO_STREAM else BusError(text)

@@ -77,7 +77,6 @@ class Copying:
         for sources in (without, [each.config() for each in self._spec.sources]):
             await self._connection.api(f"STREAM.UPDATE.{self._spec.name}", {**config, "sources": sources})
 
-
     async def _stop(self, config: Mapping[str, Any]) -> None:
         """Copy nothing; what `_set_up` puts in again once the limit allows it."""
         if config.get("sources"):

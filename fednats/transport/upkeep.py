@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from fednats.errors import BusError
-from fednats.transport.answer import AwayError, NoStreamError
+from fednats.transport.answer import AwayError, NoRoomError, NoStreamError
 from fednats.transport.connection import Connection
 from fednats.transport.copying import PULSE_INTERVAL_S, Copying
 from fednats.transport.message_limit import MessageLimit
@@ -52,6 +52,16 @@ class Upkeep:
         return created
 
     async def _make(self, spec: StreamSpec | BucketSpec) -> bool:
+        try:
+            return await self._made(spec)
+        except NoRoomError as error:
+            raise BusError(
+                f"{error}: {spec.name} may take up to {spec.n_bytes / 2**30:.1f} GiB, and with the other streams that is more"
+                " than the server may store; raise bus_max_store in its server.conf (bus/README.md says how much its"
+                " streams need) and start it again: it is a limit, and takes no disk by itself"
+            ) from error
+
+    async def _made(self, spec: StreamSpec | BucketSpec) -> bool:
         if isinstance(spec, StreamSpec) and self.limit.now.too_small:
             spec = replace(spec, sources=())
         wanted = spec.config(self._connection.client.max_payload)

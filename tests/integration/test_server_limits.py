@@ -29,10 +29,14 @@ CHUNK_BYTES = 256 * 1024
 SMALL_BYTES, USUAL_BYTES = 65536, 1048576
 
 
-async def restarted_with(server: NatsServer, config: Path, old: str, new: str) -> None:
+def replace_in(config: Path, old: str, new: str) -> None:
     text = config.read_text()
     assert old in text
     config.write_text(text.replace(old, new))
+
+
+async def restarted_with(server: NatsServer, config: Path, old: str, new: str) -> None:
+    await asyncio.to_thread(replace_in, config, old, new)
     await server.stop()
     await server.start()
 
@@ -41,7 +45,7 @@ async def restarted_with(server: NatsServer, config: Path, old: str, new: str) -
 async def aggregating(servers: BusServers, state_dir: Path) -> AsyncIterator[Daemon]:
     """Run the real daemon of the region, in this process."""
     settings = servers.aggregator_settings("north").model_copy(update={"state_dir": state_dir})
-    state_dir.mkdir()
+    await asyncio.to_thread(state_dir.mkdir)
     daemon = Daemon("aggregator", "north", RUN, structlog.get_logger())
     living = asyncio.create_task(service.aggregator(daemon, settings))
     try:
@@ -101,3 +105,17 @@ async def test_a_leaf_that_takes_smaller_messages_is_named_and_its_link_stands(t
 
                 await until(copied)
             assert daemon.not_ready() is None
+
+
+async def test_a_server_with_too_small_a_store_is_named_with_the_remedy(tmp_path: Path) -> None:
+    async with bus_servers(tmp_path, RUN, (RegionPlan("north", ("a", "b")),)) as servers:
+        conf = servers.kits.server(HUB) / "server.conf"
+        await restarted_with(servers.hub, conf, "bus_max_store: 1TB", "bus_max_store: 20GB")
+        made = streams.at_hub(RUN, ["north"])
+        async with Bus.connect(servers.coordinator(), f"coordinator.{HUB}") as coordinator:
+            with pytest.raises(BusError, match=r"fed_run_inbox_hub may take up to 16.0 GiB.*raise bus_max_store"):
+                await ensure(structlog.get_logger(), coordinator, made, streams.buckets(RUN))
+        enough = -(-streams.needed_bytes((*made, *streams.buckets(RUN))) // streams.GIB)
+        await restarted_with(servers.hub, conf, "bus_max_store: 20GB", f"bus_max_store: {enough}GB")
+        async with Bus.connect(servers.coordinator(), f"coordinator.{HUB}") as coordinator:
+            await ensure(structlog.get_logger(), coordinator, made, streams.buckets(RUN))

@@ -19,7 +19,9 @@ async def test_health_readiness_metrics_and_status(tmp_path: Path) -> None:
     metrics = Metrics()
     metrics.refused.labels(reason="checksum").inc()
     async with (
-        serving(WebSettings(), tmp_path, metrics, lambda: None if ready else "the bus is away", lambda: {"state": "waiting"}) as port,
+        serving(
+            WebSettings(), tmp_path, metrics, lambda: None if ready else "the bus is away", lambda: {"state": "waiting"}
+        ) as port,
         aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session,
     ):
         assert (tmp_path / "web.port").read_text() == f"{port}\n"
