@@ -86,7 +86,8 @@ class StreamSpec:
             "max_bytes": self.limits.max_bytes,
             "max_msgs": self.limits.max_messages,
             "max_age": self.limits.max_age_s * NANOSECONDS,
-            "max_msg_size": max_message_bytes,
+            # What a copy refused for its size it would never ask for again, also after a server's limit was raised.
+            "max_msg_size": -1 if self.sources else max_message_bytes,
             "subjects": list(self.subjects),
             "duplicate_window": self.limits.duplicate_window_s * NANOSECONDS,
             "allow_direct": True,
