@@ -4,14 +4,17 @@
 
     FednatsError
     |-- ConfigError            a setting, file or task the operator has to mend
-    |-- TaskError              the code of a task failed
     |-- BusError               the bus cannot be reached or does not answer
     |   |-- UnreachableError   a daemon that starts cannot connect
-    |   `-- BusFullError       a stream is at its limit; what was offered is not stored
+    |   |-- BusFullError       a stream is at its limit; what was offered is not stored
+    |   `-- FencedError        a stream refuses a publisher whose lease another one has taken
+    |-- RivalError             another daemon does this one's work: one of them ends
     |-- LocalStorageError      this machine's disk does not take what must be on it
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
-    |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
+    |-- HospitalError          work on a hospital's own data failed
+    |   |-- TaskError          the code of a task failed, or does not fit
+    |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
     |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
     `-- RefusedError           something that reached us from others and is refused, with its reason
         `-- RefusedChunkError  one input of a sum
@@ -28,10 +31,6 @@ class ConfigError(FednatsError):
     """A setting, file or task that the operator has to mend; the text names it and the remedy."""
 
 
-class TaskError(FednatsError):
-    """The code of a task failed; the text says where, never with which data."""
-
-
 class BusError(FednatsError):
     """The bus cannot be reached, does not answer or denies a request."""
 
@@ -42,6 +41,14 @@ class UnreachableError(BusError):
 
 class BusFullError(BusError):
     """A stream is at its limit; the message offered was not stored and must be kept by the sender."""
+
+
+class FencedError(BusError):
+    """A stream has refused what was published under a lease that is not the newest there; nothing is stored."""
+
+
+class RivalError(FednatsError):
+    """Another daemon with the same role and name is running, or has taken over; the text names its host."""
 
 
 class LocalStorageError(FednatsError):
@@ -56,7 +63,25 @@ class OverflowRefusedError(FednatsError):
     """A weighted sum whose total weight would overflow its fields; nothing was added."""
 
 
-class LocalDataError(FednatsError):
+class HospitalError(FednatsError):
+    """Work on a hospital's own data failed.
+
+    Text and traceback are for the hospital's own log and terminal: they may quote a record. Others see only ``public``.
+    """
+
+    def __init__(self, text: str, *, public: str = "") -> None:
+        super().__init__(text)
+        self.public = public or type(self).__name__
+        """What failed in words that hold no data: an error's class and its place in the code."""
+        self.traceback = ""
+        """Where the text came from, as Python prints it; empty if the text says all."""
+
+
+class TaskError(HospitalError):
+    """The code of a task failed, or what it returned does not fit."""
+
+
+class LocalDataError(HospitalError):
     """Local training produced something that must not leave (not finite, wrong shape)."""
 
 

@@ -3,10 +3,8 @@
 import ctypes
 import hashlib
 import time
-import traceback
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +15,12 @@ from fednats.codec.layout import Difference, Layout, Vector, blocks
 from fednats.config import SiteSettings
 from fednats.crypto.sealing import ModelKeys
 from fednats.delta.encode import encoder
-from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
+from fednats.delta.scheme import count_bits
+from fednats.errors import LocalDataError, Reason, RefusedError
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.task_code import make_task
+from fednats.learning.task_errors import task_code
 from fednats.learning.trainer import load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
 from fednats.privacy.guard import Guard
@@ -71,8 +71,10 @@ class SiteWorker:
         self._pass: Pass | None = None
 
     def prepare(self) -> int:
-        """Load everything; return the number of training cases."""
+        """Load everything, and look at what the model gives for test cases; return the number of training cases."""
         load_optimizers()
+        with task_code("evaluating"):
+            self._evaluator.outputs  # noqa: B018 - refuses now what no metric knows
         return self._trainer.n_samples
 
     def check(self, manifest: ModelManifest) -> None:
@@ -104,13 +106,20 @@ class SiteWorker:
             self._weights.advance(manifest, chain, self._model_keys)
 
     def evaluate(self, manifest: ModelManifest) -> Scored:
-        """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted counts."""
+        """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted sums."""
         with self._weights.weights(manifest.version) as weights, task_code("evaluating"):
-            evaluated = self._evaluator.evaluate(weights)
-        encode, counts = encoder(manifest.delta, held(self._keys, manifest.key_id)), evaluated.counts
-        chunks = () if counts is None else encode.encode_counts(counts.flat())
-        n_classes = 0 if counts is None else counts.n_classes
-        return Scored(evaluated.metrics, evaluated.n_samples, encode.key_id, n_classes, chunks)
+            found = self._evaluator.evaluate(weights, manifest.training.cases_at_once)
+        encode = encoder(manifest.delta, held(self._keys, manifest.key_id))
+        return Scored(
+            metrics=found.metrics,
+            n_samples=found.n_samples,
+            key_id=encode.key_id,
+            n_classes=found.n_classes,
+            arrangement=found.arrangement,
+            figures=found.figures or (),
+            chunks=encode.encode_counts(found.flat(count_bits(manifest.delta))),
+            problem=found.problem,
+        )
 
     def train(self, manifest: ModelManifest, goes_on: bool) -> Trained:  # noqa: FBT001 - a worker's call has no names
         """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.
@@ -213,26 +222,6 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-@contextmanager
-def task_code(doing: str) -> Iterator[None]:
-    """Turn whatever a hospital's own code raises into a TaskError that names the place and quotes no data.
-
-    Messages of exceptions may hold the value that could not be read, so only those of the operating system, which name
-    files, are passed on.
-    """
-    try:
-        yield
-    except FednatsError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever foreign code raises, told on as one error
-        text = f": {error}" if isinstance(error, OSError) else ""
-        frames = traceback.extract_tb(error.__traceback__)
-        own = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
-        raise TaskError(
-            f"{doing} failed: {type(error).__name__}{text} (in {own.name}, {own.filename} line {own.lineno})"
-        ) from None
 
 
 def _seed(seed: int, site: str, version: int, n_made: int) -> int:

@@ -83,6 +83,8 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
         await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
     async with running(federation, output) as federation_running:
         statuses = await _watch(federation, federation_running, started)
+        if statuses[COORDINATOR]["failed"]:
+            raise FednatsError(f"the run was closed: {statuses[COORDINATOR]['reason']}")
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
     weights = await asyncio.to_thread(_keep_model, output)

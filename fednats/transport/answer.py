@@ -3,12 +3,13 @@
 import json
 from typing import Any
 
-from fednats.errors import BusError, BusFullError
+from fednats.errors import BusError, BusFullError, FencedError
 
 _NO_STREAM = 10059
 _FULL = {10023, 10028}
 _NO_ROOM = 10047
 _STORE_FAILED = 10077
+_WRONG_LAST_SEQUENCE = 10071
 
 
 class AwayError(BusError):
@@ -28,7 +29,11 @@ class NoRoomError(BusFullError):
 
 
 def answer(data: bytes, what: str) -> dict[str, Any]:
-    """Return JetStream's JSON answer; raises BusFullError, NoRoomError, NoStreamError or BusError if it says so."""
+    """Return JetStream's JSON answer.
+
+    Raises:
+        BusFullError, NoRoomError, FencedError, NoStreamError, BusError: if it says so.
+    """
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -43,4 +48,6 @@ def answer(data: bytes, what: str) -> dict[str, Any]:
         raise NoRoomError(text)
     if code in _FULL or (code == _STORE_FAILED and "maximum" in text):
         raise BusFullError(text)
+    if code == _WRONG_LAST_SEQUENCE:
+        raise FencedError(text)
     raise NoStreamError(text) if code == _NO_STREAM else BusError(text)
