@@ -95,7 +95,7 @@ def _bytes_of(size: str) -> int:
     >>> _bytes_of("20GB") == 20 * 2**30
     True
     """
-    return int(size[:-2]) * 1024 ** (1 + "KMGT".index(size[-2]))
+    return int(size[:-2]) << 10 * (1 + "KMGT".index(size[-2]))
 
 
 def _write(plan: Plan, node: str, config: str, text: str, kits: Kits, authority: Authority, files: Files) -> None:
