@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings, check_robust
+from fednats.config import AggregationSettings, DeltaSettings, RunSettings, Token, TrainingSettings, check_robust
 
 DIGEST_BYTES = 16
 MAX_COUNT = 2**40
@@ -20,6 +20,9 @@ MAX_CHUNKS = 2**16
 MAX_FRAMES = 256
 MAX_DIMENSIONS = 16
 MAX_METRICS = 256
+MAX_FIGURES = 64
+"""Figures of a task's own that are summed."""
+
 MAX_METRIC = 1e15
 """Largest magnitude of a metric; sums of them stay finite."""
 
@@ -31,6 +34,9 @@ Metrics = Annotated[dict[Name, Metric], Field(max_length=MAX_METRICS)]
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """A number of things, or of a version; bounded, so that sums of them stay far from any limit."""
+
+FigureNames = Annotated[tuple[Name, ...], Field(max_length=MAX_FIGURES)]
+Arrangement = Annotated[int, Field(ge=0, le=2**16)] | None
 
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
@@ -98,12 +104,35 @@ class Frame(BaseModel):
         return not self.steps
 
 
+class Opening(BaseModel):
+    """Where a run begins, or goes on after it was extended, in the one line of versions that all runs of a federation share.
+
+    An opening takes the next version number and begins with a keyframe, so no number, and nothing that was signed for one,
+    ever comes again.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Token = Field(description="of the run")
+    first_version: Count = Field(description="of the run")
+    opened_at: Count = Field(
+        description="version that this opening begins with: the run's first, or where it was extended"
+    )
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> "Opening":
+        if self.opened_at < self.first_version:
+            raise ValueError(f"opened at version {self.opened_at}, before the run's first {self.first_version}")
+        return self
+
+
 class ModelManifest(Message):
     """One version of the global model, and the frames from which it can be made."""
 
     kind: ClassVar[str] = "model"
 
-    run: Token
+    run: Token = Field(description="the federation: the name in its kits")
+    opening: Opening = Field(description="the run that the version is of")
     version: Count
     task: Text
     seed: int
@@ -131,6 +160,8 @@ class ModelManifest(Message):
     def _is_of_this_world(self) -> "ModelManifest":
         if self.n_parameters > MAX_COUNT:
             raise ValueError(f"a model of more than {MAX_COUNT} parameters")
+        if self.version < self.opening.opened_at:
+            raise ValueError(f"version {self.version} of a run that was opened at {self.opening.opened_at}")
         check_robust(self.aggregation, self.delta)
         return self
 
@@ -141,6 +172,7 @@ class Control(Message):
     kind: ClassVar[str] = "control"
 
     run: Token
+    opening: Opening = Field(description="what was opened, or closed")
     status: Literal["open", "closed"]
     version: Count
     reason: Text
@@ -235,6 +267,18 @@ class Composition(Message):
     weights_digest: Digest | Literal[b""] = Field(b"", description="of the version, at the hub")
 
 
+class OpeningNote(Message):
+    """With which settings a run was opened, or extended: the coordinator's note to itself, as a `Composition` is."""
+
+    kind: ClassVar[str] = "opening_note"
+
+    run: Token
+    opening: Opening
+    settings: RunSettings
+    grid: Grid
+    weights_digest: Digest = Field(description="of the version that it begins with")
+
+
 class EvaluationBlocks(Message):
     """Which sites have been in the same sums of evaluations so far: a region's note to itself, as a `Composition` is."""
 
@@ -256,7 +300,9 @@ class Evaluation(Message):
     site: Token
     version: Count
     key_id: Token
-    n_classes: int = Field(ge=0, le=1000, description="0 for a task that scores no classes: no payload then")
+    n_classes: int = Field(ge=0, le=1000, description="whose cases are counted; 0 for a task that scores no classes")
+    arrangement: Arrangement = Field(description="of the figures that are summed; none: only class counts are")
+    figures: FigureNames = Field(description="names of the figures that are summed, in the order of the task")
     n_samples: Count = Field(description="of the metrics; 0 without them")
     metrics: Metrics = Field(description="readable by the region; empty unless the site's policy gives them")
     min_sites: Positive = Field(description="as of an update")
@@ -274,6 +320,8 @@ class EvaluationSum(Message):
     key_id: Token
     n_sites: Positive
     n_classes: int = Field(ge=0, le=1000)
+    arrangement: Arrangement
+    figures: FigureNames
     n_samples: Count
     metrics: Metrics
     min_sites: Positive = Field(description="as of an aggregate")
@@ -327,6 +375,7 @@ AnyMessage = (
     | Update
     | Aggregate
     | Composition
+    | OpeningNote
     | EvaluationBlocks
     | Evaluation
     | EvaluationSum

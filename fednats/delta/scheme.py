@@ -12,6 +12,9 @@ from fednats.errors import ConfigError
 COUNT_FIELDS = 2
 """Counts to a slot."""
 
+PLAIN_COUNT_BITS = 15
+"""So that a sum of many sites' counts stays a 32-bit integer."""
+
 KEY_ID_NONE = "none"
 """Key id of a run without encryption."""
 
@@ -66,11 +69,28 @@ def counts_per_chunk(settings: DeltaSettings) -> int:
     return min(sparse.SEGMENT_VALUES, settings.chunk_bytes // sparse.MAX_VALUE_BYTES)
 
 
+def count_bits(settings: DeltaSettings) -> int:
+    """Bits of the largest magnitude that a count of one site may have, whatever it is."""
+    return PLAIN_COUNT_BITS if settings.cipher == "none" else (bfv(settings).counts.qmax + 1).bit_length() - 1
+
+
 def values_per_chunk(settings: DeltaSettings) -> int:
     """Values of every chunk of a delta but the last."""
     if settings.cipher == "bfv":
         return bfv(settings).values_per_chunk
     return min(sparse.SEGMENT_VALUES, settings.chunk_bytes // sparse.MAX_VALUE_BYTES)
+
+
+def update_bytes(settings: DeltaSettings, n_parameters: int) -> int:
+    """Largest size of the chunks of an update, their framing apart.
+
+    >>> update_bytes(DeltaSettings(), 1_000_000)
+    5793792
+    """
+    if settings.cipher == "bfv":
+        scheme = bfv(settings)
+        return -(-n_parameters // scheme.packing.n_values) * scheme.parameters.ciphertext_bytes
+    return n_parameters * sparse.MAX_VALUE_BYTES
 
 
 def required(key: bytes | None, which: str) -> bytes:

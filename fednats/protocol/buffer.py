@@ -113,16 +113,16 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._contributions)
 
+    def clear(self) -> None:
+        """Forget the contributions; what is known of their sources stays."""
+        self._contributions.clear()
+
     def __contains__(self, contribution_id: str) -> bool:
         return contribution_id in self._contributions
 
     def add(self, contribution: Contribution) -> None:
         """Take ``contribution`` in; the same id again changes nothing."""
         self._contributions.setdefault(contribution.contribution_id, contribution)
-
-    def clear(self) -> None:
-        """Forget what is here and not given out; what is known of who contributes how often stays."""
-        self._contributions.clear()
 
     def expire(self, version: int) -> tuple[Contribution, ...]:
         """Take out and return what is past the staleness cut-off at model ``version``."""

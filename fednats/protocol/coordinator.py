@@ -1,10 +1,11 @@
 """The coordinator's machine: a `Collector` over regions, and the life of the run around it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from fednats.config import DefenceSettings, StopSettings
+from fednats.config import DefenceSettings, RunSettings, StopSettings
+from fednats.messages import Composition, Opening, OpeningNote
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import (
@@ -18,8 +19,10 @@ from fednats.protocol.events import (
     Event,
     FinalEvaluationOverdue,
     KeepBest,
+    OpenRun,
     Restored,
     RunClosed,
+    RunOpened,
     VersionAnnounced,
     WallTimeReached,
     contribution_id,
@@ -28,6 +31,9 @@ from fednats.protocol.outliers import NormHistory
 
 FINAL_EVALUATION_S = 30.0
 """How long the run stays open for the evaluations of its last version."""
+
+USUAL_METRIC = "auc"
+"""Chooses the best version where the run does not say what does, and there is one."""
 
 COVERAGE_VERSIONS = 10
 """An evaluation over fewer sites than one of this many before it does not count for the best version or the target."""
@@ -50,22 +56,55 @@ class Evaluated:
     n_sites: int
     n_samples: int
     metrics: dict[str, float]
+    means: tuple[str, ...]
+    """Those of ``metrics`` that are means over hospitals, weighted by cases; the others are of all cases pooled."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run, open or past."""
+
+    opening: Opening
+    """The last one, if it was extended."""
+    settings: RunSettings
+    state: RunState
+    last_version: int
+    """Below the first one while there is none yet."""
+    reason: str
+    """Why it ended."""
+    target_metric: str | None
+    best: Evaluated | None
+    reached_target_at: int | None
 
 
 class Coordinator:
-    """Collect from regions, count versions, keep the best, end the run by the first stop rule that holds."""
+    """Collect from regions, count versions, keep the best, end the run by the first stop rule that holds.
+
+    Runs follow one another in one line of versions: one is open, or none is.
+    """
 
     def __init__(self, run: str) -> None:
         self.collector = Collector(
             Roster(run=run, region=None, sites=frozenset(), regions=frozenset()),
             lambda event: event.settings.region_goal,
         )
-        self.state = RunState.OPEN
+        self.state = RunState.CLOSED
+        self.opening: Opening | None = None
+        """Of the newest run."""
+        self.settings: RunSettings | None = None
+        """Of the newest run, with the stop rules as they were extended last."""
+        self.past: list[RunRecord] = []
+        """The runs before it."""
+        self._initial_digest: bytes | None = None
         self.evaluated: dict[int, Evaluated] = {}
         self.best: Evaluated | None = None
         self.reached_target_at: int | None = None
         """First version whose target metric reached the target."""
         self.reason = ""
+        self.target_metric: str | None = None
+        """By which the best version is chosen; None before the first evaluation."""
+        self.failed = False
+        """Whether the run was closed because it cannot do what it was asked to."""
         self.norms = NormHistory(DefenceSettings())
         self._stop = StopSettings()
 
@@ -86,10 +125,10 @@ class Coordinator:
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
-        if isinstance(event, Configured) and event.stop is not None:
-            self._stop = event.stop
-        if isinstance(event, Configured) and event.defence is not None:
-            self.norms.configure(event.defence)
+        if isinstance(event, RunOpened):
+            return self._open(event)
+        if isinstance(event, Configured) and event.settings is not None:
+            self._configure(event.settings)
         if isinstance(event, Combined):
             self._note_norms(event)
         if isinstance(event, Restored):
@@ -101,9 +140,37 @@ class Coordinator:
         commands = self.collector.handle(event)
         if isinstance(event, EvaluationsSummed) and event.n_sites:
             commands += self._record(event)
-        if isinstance(event, VersionAnnounced) and self.version >= self._stop.max_versions:
+        if isinstance(event, VersionAnnounced) and self.n_versions >= self._stop.max_versions:
             commands += self._finish("max_versions reached")
         return commands
+
+    @property
+    def n_versions(self) -> int:
+        """Versions of the newest run that followed its first one."""
+        return -1 if self.opening is None else self.version - self.opening.first_version
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first version of the newest opening was announced."""
+        current = self.collector.current
+        return current is not None and current.opening == self.opening
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        """Return all runs, the newest last."""
+        if self.opening is None or self.settings is None:
+            return []
+        newest = RunRecord(
+            opening=self.opening,
+            settings=self.settings,
+            state=self.state,
+            last_version=self.version,
+            reason=self.reason,
+            target_metric=self.target_metric,
+            best=self.best,
+            reached_target_at=self.reached_target_at,
+        )
+        return [*self.past, newest]
 
     def outliers(self, combination: Combination, norms: Mapping[str, float]) -> dict[str, str]:
         """Return which sums of ``combination`` must be left out, each with the reason in words; changes nothing.
@@ -125,25 +192,69 @@ class Coordinator:
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""
         commands = self.collector.outstanding()
+        if self.opening is not None and self.settings is not None and not self.has_begun:
+            commands.append(OpenRun(self.opening, self.settings, self._initial_digest))
         if self.best is not None:
             commands.append(KeepBest(self.best.version))
         if self.state is RunState.FINISHING:
             commands.append(AwaitFinalEvaluation(FINAL_EVALUATION_S))
         if self.state is RunState.CLOSED:
-            commands.append(CloseRun(self.version, self.reason))
+            commands += self._tell_closed()
         return commands
 
     def _restore(self, event: Restored) -> list[Command]:
+        """Go on from what was made since the backup; what follows from it comes with the version's announcement."""
         commands = self.collector.handle(event)
-        for composition in event.made:
+        made = list(event.made)
+        for note in event.openings:
+            self._count_norms([each for each in made if each.version < note.opening.opened_at])
+            made = [each for each in made if each.version >= note.opening.opened_at]
+            self._open_since(note)
+        self._count_norms(made)
+        if event.closed is not None and self.opening is not None:
+            self.state, self.reason = RunState.CLOSED, event.closed
+            closed = RunClosed(reason=event.closed, opened_at=self.opening.opened_at, version=event.version)
+            commands += self.collector.handle(closed)
+        return commands
+
+    def _open_since(self, note: OpeningNote) -> None:
+        """Know of a run that was opened, or extended, since the backup."""
+        if note.opening == self.opening:
+            return
+        n_past, self.state = len(self.past), RunState.CLOSED
+        self._open(RunOpened(opening=note.opening, settings=note.settings))
+        if len(self.past) > n_past:
+            self.past[-1] = replace(self.past[-1], last_version=note.opening.first_version - 1)
+
+    def _count_norms(self, made: Iterable[Composition]) -> None:
+        for composition in made:
             for part in composition.parts:
                 identity = contribution_id(part.head)
                 if identity in composition.norms and identity not in composition.quarantined:
                     self.norms.add(part.head.region, composition.norms[identity])
-        if event.closed is not None and self.state is not RunState.CLOSED:
-            self.state, self.reason = RunState.CLOSED, event.closed
-            commands += self.collector.handle(RunClosed(reason=event.closed))
-        return commands
+
+    def _open(self, event: RunOpened) -> list[Command]:
+        """Begin a run, or go on with the newest: with all that is known of it, and other stop rules."""
+        if self.state is not RunState.CLOSED or self.in_flight is not None:
+            return []
+        if self.opening is None or event.opening.first_version != self.opening.first_version:
+            self.past = self.runs
+            self.evaluated, self.best, self.reached_target_at, self.target_metric = {}, None, None, None
+            self.norms = NormHistory(event.settings.defence)
+        elif event.settings.stop.target != self._stop.target:
+            self.reached_target_at = None  # the first version that reaches the new one is not known yet
+        self.state, self.reason, self.failed = RunState.OPEN, "", False
+        self.opening, self.settings, self._stop = event.opening, event.settings, event.settings.stop
+        self._initial_digest = event.initial_digest
+        return [OpenRun(event.opening, event.settings, event.initial_digest)]
+
+    def _configure(self, settings: RunSettings) -> None:
+        if self.opening is not None and self.opening.opened_at == 0:
+            self.settings, self._stop = settings, settings.stop
+            self.norms.configure(settings.defence)
+
+    def _tell_closed(self) -> list[Command]:
+        return [] if self.opening is None else [CloseRun(self.opening, self.version, self.reason)]
 
     def _note_norms(self, event: Combined) -> None:
         """Let the norms of what was applied count for what comes."""
@@ -154,29 +265,51 @@ class Coordinator:
                 self.norms.add(part.head.region, event.norms[identity])
 
     def _record(self, summed: EvaluationsSummed) -> list[Command]:
-        evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics)
+        if self.opening is None or summed.version < self.opening.first_version:
+            return []  # of an earlier run, whose end did not wait for it
+        evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics, summed.means)
         self.evaluated[summed.version] = evaluated
-        commands: list[Command] = []
-        value = summed.metrics.get(self._stop.target_metric)
-        recent = list(self.evaluated.values())[-COVERAGE_VERSIONS:]
-        if value is not None and summed.n_sites >= max(other.n_sites for other in recent):
-            if self.best is None or value > self.best.metrics[self._stop.target_metric]:
-                self.best = evaluated
-                commands.append(KeepBest(summed.version))
-            if self._stop.target is not None and value >= self._stop.target and self.reached_target_at is None:
-                self.reached_target_at = summed.version
-                if self._stop.stop_at_target:
-                    commands += self._finish("target reached")
+        if self.target_metric is None and (unknown := self._choose_target((*summed.metrics, *summed.undefined))):
+            self.failed = True
+            return [*self._finish(unknown), *self._close()]
+        commands = self._compare(evaluated)
         if self.state is RunState.FINISHING and self.version in self.evaluated:
             commands += self._close()
         return commands
 
+    def _choose_target(self, figures: tuple[str, ...]) -> str:
+        """Take the metric that the run is set to, or else the usual one; return why that cannot be."""
+        asked = self._stop.target_metric
+        if not figures:
+            return ""
+        if asked is not None and asked not in figures:
+            return f"stop.target_metric is {asked!r}, and no evaluation has it; set it to one of: {', '.join(figures)}"
+        self.target_metric = asked or (USUAL_METRIC if USUAL_METRIC in figures else figures[0])
+        return ""
+
+    def _compare(self, evaluated: Evaluated) -> list[Command]:
+        """Note whether a version is the best so far, or reaches the target."""
+        metric, recent = self.target_metric, list(self.evaluated.values())[-COVERAGE_VERSIONS:]
+        value = None if metric is None else evaluated.metrics.get(metric)
+        if metric is None or value is None or evaluated.n_sites < max(other.n_sites for other in recent):
+            return []
+        commands: list[Command] = []
+        if self.best is None or self._stop.better(metric, value, self.best.metrics[metric]):
+            self.best = evaluated
+            commands.append(KeepBest(evaluated.version))
+        if self._stop.reached(metric, value) and self.reached_target_at is None:
+            self.reached_target_at = evaluated.version
+            if self._stop.stop_at_target:
+                commands += self._finish("target reached")
+        return commands
+
     def _finish(self, reason: str) -> list[Command]:
-        if self.state is not RunState.OPEN:
+        if self.state is not RunState.OPEN or self.opening is None:
             return []
         self.state = RunState.FINISHING
         self.reason = reason
-        commands = self.collector.handle(RunClosed(reason=reason))
+        closed = RunClosed(reason=reason, opened_at=self.opening.opened_at, version=self.version)
+        commands = self.collector.handle(closed)
         if self.version in self.evaluated:
             return commands + self._close()
         return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
@@ -185,4 +318,4 @@ class Coordinator:
         if self.state is not RunState.FINISHING:
             return []
         self.state = RunState.CLOSED
-        return [CloseRun(self.version, self.reason)]
+        return self._tell_closed()

@@ -5,9 +5,18 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from fednats.config import AggregationSettings, DefenceSettings, StopSettings
+from fednats.config import AggregationSettings, RunSettings
 from fednats.errors import Reason
-from fednats.messages import Aggregate, Composition, Evaluation, EvaluationBlocks, EvaluationSum, Update
+from fednats.messages import (
+    Aggregate,
+    Composition,
+    Evaluation,
+    EvaluationBlocks,
+    EvaluationSum,
+    Opening,
+    OpeningNote,
+    Update,
+)
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -20,12 +29,26 @@ class Event(BaseModel):
     kind: ClassVar[str]
 
 
+class RunOpened(Event):
+    """The coordinator was told to begin a run, or to go on with the one that it closed last; only where none is open."""
+
+    kind: ClassVar[str] = "run_opened"
+
+    opening: Opening
+    settings: RunSettings
+    """Without ``initial_model``, which is a file of the moment."""
+    initial_digest: bytes | None = None
+    """BLAKE2b-128 of the weights that it begins with, in parameter order; None: those that the task makes with its seed."""
+
+
 class VersionAnnounced(Event):
     """A model version is current; from now on contributions may be on its grid."""
 
     kind: ClassVar[str] = "version_announced"
 
     version: int
+    opening: Opening
+    """The run that it is of."""
     grid_ids: tuple[str, ...]
     """Grids on which contributions are still taken."""
     key_id: str
@@ -47,10 +70,8 @@ class Configured(Event):
 
     sites: tuple[str, ...]
     regions: tuple[str, ...]
-    stop: StopSettings | None = None
-    """The coordinator's."""
-    defence: DefenceSettings | None = None
-    """The coordinator's."""
+    settings: RunSettings | None = None
+    """The coordinator's: they count for its first run, until that is extended or another one is opened."""
 
 
 class ContributionArrived(Event):
@@ -117,7 +138,11 @@ class EvaluationsSummed(Event):
     """That are in the sum; 0 if too few could be summed, and nothing was sent."""
     n_samples: int
     metrics: dict[str, float] = {}
-    """Read at the root: of all their test cases pooled."""
+    """Read at the root: of all their test cases pooled, or means over the hospitals."""
+    means: tuple[str, ...] = ()
+    """Those of ``metrics`` that are means over the hospitals, weighted by cases."""
+    undefined: tuple[str, ...] = ()
+    """Read at the root: names of the figures that such evaluations can have, and these cases do not allow."""
     spoilt_by: tuple[str, ...] = ()
     """Evaluations of sites, by id, that could not be summed: so nothing was sent, for without them it is another sum."""
 
@@ -134,8 +159,10 @@ class Restored(Event):
     """Newest model version on the bus."""
     made: tuple[Composition, ...]
     """What was made since the backup, in order."""
+    openings: tuple[OpeningNote, ...] = ()
+    """At the root: runs that were opened, or extended, since the backup, in order."""
     unknown: tuple[int, ...] = ()
-    """At the root: versions made since the backup of which the bus has no composition."""
+    """At the root: versions made since the backup of which the bus has no note."""
     blocks: EvaluationBlocks | None = None
     """In a region: which sites have been in the same sums of evaluations."""
     closed: str | None = None
@@ -148,6 +175,10 @@ class RunClosed(Event):
     kind: ClassVar[str] = "run_closed"
 
     reason: str
+    opened_at: int
+    """Which opening of it ends."""
+    version: int
+    """The newest of the run, as far as is known."""
 
 
 class FinalEvaluationOverdue(Event):
@@ -167,6 +198,7 @@ EVENTS: dict[str, type[Event]] = {
     for cls in (
         Configured,
         PresenceChanged,
+        RunOpened,
         VersionAnnounced,
         ContributionArrived,
         EvaluationArrived,
@@ -280,9 +312,19 @@ class AwaitFinalEvaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenRun:
+    """Make the first version of this opening and publish it, then say `VersionAnnounced`."""
+
+    opening: Opening
+    settings: RunSettings
+    initial_digest: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class CloseRun:
     """Tell everybody that the run is over."""
 
+    opening: Opening
     version: int
     reason: str
 
@@ -297,6 +339,7 @@ Command = (
     | SumEvaluations
     | KeepBest
     | AwaitFinalEvaluation
+    | OpenRun
     | CloseRun
 )
 

@@ -34,6 +34,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class NotStored:
+    """The pass asked for was made, but its update could not be stored; it is kept. Say `Retry` after a pause."""
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetSpent:
     """The training asked for would go beyond the privacy budget; nothing was trained, and asking again is of no use."""
 
@@ -70,7 +75,12 @@ class BusBack:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The run is over."""
+    """The run is over; another one, or an extension, may follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run is open, and its versions come next; nothing more is done on those before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +99,18 @@ class Train:
     """Whether it was trained on before, and this pass starts from where the last one ended."""
 
 
-Outcome = Done | Failed | BudgetSpent | OutsideHours
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Store the update of the pass on this version that is kept; then say as after `Train`."""
+
+    version: int
+
+
+Outcome = Done | Failed | NotStored | BudgetSpent | OutsideHours
 """What a job comes to."""
 
-Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed
-Job = Evaluate | Train
+Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed | Opened
+Job = Evaluate | Train | Store
 
 
 class State(Enum):
@@ -119,10 +136,12 @@ class Site:
         self._to_evaluate: list[int] = []
         self._away = False
         self.trains = True
-        """Whether it still trains; after `BudgetSpent` only a new start, with a larger budget, makes it."""
+        """Whether it still trains; after `BudgetSpent` only another run, or a new start with a larger budget, makes it."""
         self.within_hours = True
         """Whether it trains now, as far as it has asked."""
         self._declined = False
+        self._kept: int | None = None
+        """Version of a pass that was made and is to be stored before anything else is done with the model."""
 
     def handle(self, event: Event) -> Job | None:
         """Take in what happened, return the job to start now, if any."""
@@ -136,11 +155,18 @@ class Site:
         return self._next() if self.state is State.IDLE else None
 
     def _done(self, _event: Done) -> Job | None:
-        self.state = State.IDLE
+        self._kept = None
         return self._next()
 
     def _fail(self, _event: Failed) -> Job | None:
+        """Go on after an evaluation, which is not repeated; after training wait until it is tried again."""
+        evaluated = isinstance(self.job, Evaluate)
         self._give_up()
+        return self._next() if evaluated else None
+
+    def _keep(self, _event: NotStored) -> Job | None:
+        self._kept = None if self.job is None else self.job.version
+        self.state, self.job = State.IDLE, None
         return None
 
     def _postpone(self, _event: OutsideHours) -> Job | None:
@@ -159,7 +185,7 @@ class Site:
 
     def _spend(self, _event: BudgetSpent) -> Job | None:
         self.trains = False
-        self.state = State.IDLE
+        self._kept = None
         return self._next()
 
     def _retry(self, _event: Retry) -> Job | None:
@@ -174,7 +200,27 @@ class Site:
         return None
 
     def _close(self, _event: Closed) -> Job | None:
-        self.state = State.CLOSED
+        self.state, self._kept = State.CLOSED, None
+        return None
+
+    def _end(self, _event: Outcome) -> Job | None:
+        """A job of a run that is over has ended."""
+        self.job = None
+        return None
+
+    def _reopen(self, _event: Opened) -> Job | None:
+        """Wait for the first version; a job that is still under way is finished first."""
+        self.state = State.IDLE if self.job is None else State.BUSY
+        self.trains, self._declined = True, False
+        self._newest, self._to_evaluate, self._kept = -1, [], None
+        return None
+
+    def _note_hours(self, _event: HoursBegun) -> Job | None:
+        self.within_hours = True
+        return None
+
+    def _note_away(self, event: BusAway | BusBack) -> Job | None:
+        self._away = isinstance(event, BusAway)
         return None
 
     def _ignore(self, _event: Event) -> Job | None:
@@ -182,14 +228,16 @@ class Site:
 
     def _give_up(self) -> None:
         """Forget that it was trained on: the same version is taken again, or a newer one."""
-        if isinstance(self.job, Train) and not self.job.goes_on:
+        if isinstance(self.job, Store) or (isinstance(self.job, Train) and not self.job.goes_on):
             self._last_trained = self._trained_before
-        self.state = State.IDLE
+        self.state, self._kept = State.IDLE, None
         self.job = None
 
     def _next(self) -> Job | None:
         may_train = self.trains and self.within_hours and not self._declined
-        if self._to_evaluate:
+        if self._kept is not None:
+            self.job = Store(self._kept)
+        elif self._to_evaluate:
             self.job = Evaluate(self._to_evaluate.pop(0))
         elif may_train and self._newest > self._last_trained:
             self._trained_before, self._last_trained = self._last_trained, self._newest
@@ -198,6 +246,7 @@ class Site:
             self.job = Train(self._newest, goes_on=True)
         else:
             self.job = None
+            self.state = State.IDLE
             return None
         self.state = State.BUSY
         return self.job
@@ -210,9 +259,11 @@ class Site:
         (State.IDLE, BusAway): _leave,
         (State.IDLE, BusBack): _come_back,
         (State.IDLE, Closed): _close,
+        (State.IDLE, Opened): _reopen,
         (State.BUSY, ModelSeen): _see,
         (State.BUSY, Done): _done,
         (State.BUSY, Failed): _fail,
+        (State.BUSY, NotStored): _keep,
         (State.BUSY, BudgetSpent): _spend,
         (State.BUSY, OutsideHours): _postpone,
         (State.BUSY, HoursBegun): _open,
@@ -221,15 +272,18 @@ class Site:
         (State.BUSY, BusAway): _leave,
         (State.BUSY, BusBack): _come_back,
         (State.BUSY, Closed): _close,
+        (State.BUSY, Opened): _reopen,
         (State.CLOSED, ModelSeen): _ignore,
-        (State.CLOSED, Done): _ignore,
-        (State.CLOSED, Failed): _ignore,
-        (State.CLOSED, BudgetSpent): _ignore,
-        (State.CLOSED, OutsideHours): _ignore,
-        (State.CLOSED, HoursBegun): _ignore,
+        (State.CLOSED, Done): _end,
+        (State.CLOSED, Failed): _end,
+        (State.CLOSED, NotStored): _end,
+        (State.CLOSED, BudgetSpent): _end,
+        (State.CLOSED, OutsideHours): _end,
+        (State.CLOSED, HoursBegun): _note_hours,
         (State.CLOSED, Declined): _ignore,
         (State.CLOSED, Retry): _ignore,
-        (State.CLOSED, BusAway): _ignore,
-        (State.CLOSED, BusBack): _ignore,
+        (State.CLOSED, BusAway): _note_away,
+        (State.CLOSED, BusBack): _note_away,
         (State.CLOSED, Closed): _ignore,
+        (State.CLOSED, Opened): _reopen,
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from fednats import subjects, wire
 from fednats.errors import RefusedError
-from fednats.messages import Composition, EvaluationBlocks, Message
+from fednats.messages import Composition, EvaluationBlocks, Message, OpeningNote
 from fednats.services.identity import Identity
 from fednats.services.persist import ask, persist
 from fednats.transport.bus import Bus
@@ -16,6 +16,11 @@ from fednats.wire import MessageT
 
 BLOCKS = "evaluation_blocks"
 """Name of the note of which sites have been in the same sums of evaluations; no sum has such an id."""
+
+
+def opening_name(version: int) -> str:
+    """Return the name of the note of what was opened with ``version``."""
+    return f"opening-{version}"
 
 
 class Compositions:
@@ -36,6 +41,14 @@ class Compositions:
     async def write(self, name: str, composition: Composition) -> None:
         """Store what the version or the sum called ``name`` is made of; doing it again changes nothing."""
         await self._write(name, composition)
+
+    async def write_opening(self, note: OpeningNote) -> None:
+        """Store with which settings a run was opened, or extended."""
+        await self._write(opening_name(note.opening.opened_at), note)
+
+    async def read_opening(self, version: int) -> OpeningNote | None:
+        """Return what was opened with ``version``."""
+        return await self._read(opening_name(version), OpeningNote)
 
     async def write_blocks(self, blocks: EvaluationBlocks) -> None:
         """Store which sites are in the same sums of evaluations from now on, unless that is what is stored."""

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings
-from fednats.errors import BusError
-from fednats.messages import Control, Frame, ModelManifest
+from fednats.errors import BusError, ConfigError
+from fednats.messages import DIGEST_BYTES, Control, Frame, ModelManifest, Opening
 from fednats.privacy.egress import Entry
 from fednats.services.answers import Version
 from fednats.services.identity import Identity
@@ -19,6 +19,11 @@ from fednats.services.recorder import Recorder, entry_of
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import read_chunks
 from fednats.transport.bus import Bus
+
+HEAD_BYTES = 2048
+"""More than a head of an update or a sum ever takes without its digests."""
+DIGEST_ROOM_BYTES = DIGEST_BYTES + 2
+"""Of one digest in a head."""
 
 
 class ModelPublisher:
@@ -47,7 +52,8 @@ class ModelPublisher:
         self._prefix = subjects.model(settings.run)
         self.publishing = asyncio.Lock()
         """Held while a version's frames are read; who makes the next one, which removes some, holds it too."""
-        self._closed: Control | None = None
+        self._control: Control | None = None
+        """What was said last of the run being open."""
         self._frames: set[str] = set()
         """Payload ids of the frames that are in the stream."""
         self.sent_bytes = 0
@@ -57,13 +63,17 @@ class ModelPublisher:
         async with self.publishing:
             return await self._publish(version)
 
-    async def close(self, control: Control) -> None:
-        """Tell everybody that the run is over."""
-        async with self.publishing:
-            self._closed = control
-            await self._tell_closed(control)
+    async def tell_open(self, opening: Opening) -> None:
+        """Tell everybody that a run is open; its first version was published."""
+        run = self._settings.run
+        await self._tell(Control(run=run, opening=opening, status="open", version=opening.opened_at, reason=""))
 
-    async def publish_again(self, current: Callable[[], Awaitable[Version]]) -> None:
+    async def tell_closed(self, opening: Opening, version: int, reason: str) -> None:
+        """Tell everybody that a run is over."""
+        run = self._settings.run
+        await self._tell(Control(run=run, opening=opening, status="closed", version=version, reason=reason))
+
+    async def publish_again(self, current: Callable[[], Awaitable[Version | None]]) -> None:
         """Publish the ``current`` version again whenever the hub had lost its streams, for ever.
 
         It is asked for here: the next one may just have been made.
@@ -73,18 +83,21 @@ class ModelPublisher:
                 async with self.publishing:
                     self._frames.clear()
                     version = await current()
+                    if version is None:
+                        continue
                     await self._publish(version)
                     self._log.warning("version_published_again", version=version.version)
-                    if self._closed is not None:
-                        await self._tell_closed(self._closed)
+                    if self._control is not None:
+                        await self._publish_control(self._control)
 
     async def _publish(self, version: Version) -> ModelManifest:
+        manifest = self._manifest(version)
+        signed = self._identity.sign(subjects.head(self._prefix), manifest)
+        self._say_largest(version, len(signed))
         n_bytes = 0
         for frame in version.frames:
             n_bytes += await self._publish_frame(frame)
         await self._note(version)
-        manifest = self._manifest(version)
-        signed = self._identity.sign(subjects.head(self._prefix), manifest)
         await self._recorder.record(entry_of("model", manifest, version=version.version))
         await self._lease.publish(
             lambda fence: self._bus.publish(subjects.head(self._prefix), signed, wire.message_id(signed), fence=fence)
@@ -95,6 +108,18 @@ class ModelPublisher:
         self._log.info("version_published", version=version.version, bytes=n_bytes, delta_norm=version.delta_norm)
         await self._forget_frames({frame.payload.payload_id for frame in version.frames})
         return manifest
+
+    def _say_largest(self, version: Version, manifest_bytes: int) -> None:
+        """Tell the regions, with the pulse, how large the run's messages are: chunks, manifests, heads of updates and sums.
+
+        Raises:
+            ConfigError: the hub's server does not take them.
+        """
+        chunk_bytes = self._settings.settings.delta.chunk_bytes + wire.ROOM_BYTES
+        head_bytes = HEAD_BYTES + version.n_update_chunks * DIGEST_ROOM_BYTES
+        limit = self._bus.need(max(chunk_bytes, head_bytes, manifest_bytes))
+        if limit.too_small:
+            raise ConfigError(f"{limit.remedy}, or make delta.chunk_bytes larger if the heads are too large")
 
     async def _publish_frame(self, frame: Frame) -> int:
         """Publish the chunks of ``frame`` unless they are in the stream; return the bytes sent."""
@@ -135,7 +160,12 @@ class ModelPublisher:
             else:
                 self._frames.discard(payload_id)
 
-    async def _tell_closed(self, control: Control) -> None:
+    async def _tell(self, control: Control) -> None:
+        async with self.publishing:
+            self._control = control
+            await self._publish_control(control)
+
+    async def _publish_control(self, control: Control) -> None:
         subject = subjects.control(self._settings.run)
         signed = self._identity.sign(subject, control)
         await self._recorder.record(entry_of("control", control, version=control.version))
@@ -144,9 +174,10 @@ class ModelPublisher:
         )
 
     def _manifest(self, version: Version) -> ModelManifest:
-        run = self._settings.settings
+        run = version.settings
         return ModelManifest(
             run=self._settings.run,
+            opening=version.opening,
             version=version.version,
             task=self._settings.task.path,
             seed=run.seed,

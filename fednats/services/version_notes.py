@@ -1,6 +1,7 @@
 """What the coordinator notes of each version before it announces it: which sums it was made of."""
 
 from fednats import subjects
+from fednats.messages import OpeningNote
 from fednats.protocol.compositions import composition_of
 from fednats.protocol.events import Combination
 from fednats.services.answers import Version
@@ -21,10 +22,20 @@ class VersionNotes:
 
     async def write(self, version: Version, in_flight: Combination | None) -> None:
         """Store what ``version`` is made of; it is stored already, or the first one, where this does not know."""
+        if not version.made_by:
+            note = OpeningNote(
+                run=self._run,
+                opening=version.opening,
+                settings=version.settings.model_copy(update={"initial_model": None}),
+                grid=version.grids[-1],
+                weights_digest=version.weights_digest,
+            )
+            await self._compositions.write_opening(note)
+            return
         combinations = [*self._made, *([in_flight] if in_flight else [])]
         for position, combination in enumerate(combinations):
             if combination.combination_id == version.made_by:
-                note = composition_of(
+                composition = composition_of(
                     self._run,
                     subjects.HUB,
                     combination,
@@ -35,4 +46,4 @@ class VersionNotes:
                     grid=version.grids[-1],
                     weights_digest=version.weights_digest,
                 )
-                await self._compositions.write(str(version.version), note)
+                await self._compositions.write(str(version.version), composition)

@@ -10,7 +10,7 @@ from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
 from fednats.protocol.compositions import combination_of
-from fednats.protocol.coordinator import Coordinator
+from fednats.protocol.coordinator import Coordinator, RunRecord
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -20,6 +20,7 @@ from fednats.protocol.events import (
     ContributionArrived,
     Refuse,
     Restored,
+    RunOpened,
     Settle,
     VersionAnnounced,
     contribution_id,
@@ -82,6 +83,8 @@ class Book:
         self.restored_s = 0.0
         """When a backup was last restored; 0 if none was."""
         self._restored_to = -1
+        self.n_openings = 0
+        """At the hub: runs that were opened, or extended; each begins with a version that no sum made."""
         self.end_s = 0.0
         self._name = f"{file.parent.name}/{file.name}"
         entries = read_journal(file)
@@ -112,6 +115,21 @@ class Book:
     def in_flight(self) -> Combination | None:
         """The sum that was being made when the journal ends."""
         return self._machine.in_flight
+
+    @property
+    def n_versions(self) -> int:
+        """At the hub: versions that were made, those that runs began with included."""
+        return self.n_done + self.n_openings
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        """At the hub: the runs, the newest last."""
+        return self._machine.runs if isinstance(self._machine, Coordinator) else []
+
+    @property
+    def is_opening(self) -> bool:
+        """At the hub: whether a run was opened, and its first version is not journalled yet."""
+        return isinstance(self._machine, Coordinator) and not self._machine.has_begun
 
     @property
     def n_done(self) -> int:
@@ -154,6 +172,7 @@ class Book:
             self._check_quarantine(entry.sequence, event, in_flight)
         if isinstance(event, Restored):
             self._restore(entry, event)
+        self.n_openings += isinstance(event, RunOpened)
         commands = self._machine.handle(event)
         if isinstance(event, Combined) and in_flight is not None:
             self.finish(in_flight.combination_id, event.quarantined)
@@ -179,13 +198,11 @@ class Book:
             del self.taken[identity]
         for identity in [name for name, made in self.made.items() if not made.is_done]:
             del self.made[identity]
-        notes = iter(event.made)
-        first = event.version - len(event.made) - len(event.unknown) + 1
-        for version in range(first, event.version + 1):
-            if version in event.unknown:
-                self.made[f"unknown-{version}"] = Made(None, None, is_done=True, is_noted=True)
-                continue
-            note = next(notes)
+        opened = self._machine.opening if isinstance(self._machine, Coordinator) else None
+        self.n_openings += sum(note.opening != opened for note in event.openings)
+        for version in event.unknown:
+            self.made[f"unknown-{version}"] = Made(None, None, is_done=True, is_noted=True)
+        for note in event.made:
             self.made[note.made_by] = Made(combination_of(note), note.capacity, is_noted=True)
             for part in note.parts:
                 taken = Taken(part.head, entry.at_s, is_noted=True)
@@ -238,7 +255,7 @@ class Book:
             self.problems.append(
                 f"{self._name}: event {entry.sequence} announces version {event.version} after {before}"
             )
-        if isinstance(event, Combined) and self._version != self.n_done:
+        if isinstance(event, Combined) and self._version != self.n_versions - 1:
             self.problems.append(
-                f"{self._name}: event {entry.sequence}: {self.n_done} versions were made, the newest is {self._version}"
+                f"{self._name}: event {entry.sequence}: {self.n_versions} versions were made, the newest is {self._version}"
             )

@@ -83,6 +83,8 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
         await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
     async with running(federation, output) as federation_running:
         statuses = await _watch(federation, federation_running, started)
+        if statuses[COORDINATOR]["failed"]:
+            raise FednatsError(f"the run was closed: {statuses[COORDINATOR]['reason']}")
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
     weights = await asyncio.to_thread(_keep_model, output)
@@ -122,10 +124,10 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
 
 
 def _plan(federation: FederationSettings, output: Path) -> Plan:
-    """Return what the kits are made from; every hospital's privacy account is in the folder of the run."""
+    """Return what the kits are made from; a privacy account that no policy names is in the folder of the run."""
     plan = federation.plan()
     policies = {
-        name: policy.model_copy(update={"privacy_account": output / f"privacy-{name}.sqlite"})
+        name: policy.model_copy(update={"privacy_account": policy.privacy_account or output / f"privacy-{name}.sqlite"})
         for name, policy in plan.site_policies.items()
     }
     return plan.model_copy(update={"site_policies": policies})

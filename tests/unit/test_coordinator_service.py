@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from fednats import subjects, wire
-from fednats.config import CoordinatorSettings, parse
+from fednats.config import CoordinatorSettings, RunSettings, parse
 from fednats.crypto.signing import Signer
 from fednats.messages import Aggregate, Frame, Grid, Payload
 from fednats.protocol.events import (
@@ -32,7 +32,8 @@ from fednats.services.lifecycle import Daemon
 from fednats.services.worker import WorkerDiedError
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import ChunkFile
-from tests.makers import aggregate, announcement, evaluation_sum
+from fednats.transport.message_limit import Limit
+from tests.makers import FIRST, aggregate, announcement, evaluation_sum, opened
 
 TURNS = 100
 """Of the event loop: more than a task needs to come as far as it can."""
@@ -81,7 +82,7 @@ class ShortLived:
             self.process = Process(self.process.folder)
             raise WorkerDiedError(f"the worker process ended in {method!r}")
         if method == "pool":
-            return Pooled({}, 1)
+            return Pooled(1, {}, {}, [], {})
         return True if method == "keep_best" else getattr(self.process, method)(*args)
 
     async def persist(self, _log: object, method: str, *args: object) -> Any:
@@ -109,6 +110,9 @@ class Hub:
         assert [chunk async for chunk in chunks] == [payload_id.encode()]
         self.payloads.append(payload_id)
 
+    def need(self, n_bytes: int) -> Limit:
+        return Limit(n_bytes, n_bytes)
+
     async def last(self, *_: object) -> None: ...
 
     async def publish(self, *_: object, **__: object) -> None: ...
@@ -133,6 +137,9 @@ class SumsHere:
         yield b"second"
 
 
+async def at_once() -> None: ...
+
+
 class Fixture:
     def __init__(self, folder: Path, *ended_by: str) -> None:
         frames = checkpoints_folder(folder)
@@ -153,6 +160,7 @@ class Fixture:
             cast("Any", self.hub),
             cast("Any", ShortLived(frames, *ended_by)),
         )
+        self.service._compositions._may_write = at_once  # nobody else is there
         inbox = cast("Inbox", self.inbox)
         self.service._tier.inboxes = dict.fromkeys(self.service._tier.inboxes, inbox)
 
@@ -160,7 +168,7 @@ class Fixture:
         """Take the run up at version 0, and an evaluation of it."""
         evaluated = EvaluationArrived(evaluation=evaluation_sum("north"))
         configured = Configured(sites=(), regions=("north",))
-        await self.service._tier.feed(configured, announcement(capacity=None), evaluated)
+        await self.service._tier.feed(configured, opened(), announcement(capacity=None), evaluated)
 
     async def combine(self) -> list[Any]:
         part = Part(aggregate("north"), mass=1.0, staleness=0)
@@ -169,7 +177,23 @@ class Fixture:
 
 def version(number: int, made_by: str, frames: tuple[Frame, ...]) -> Version:
     grids = (Grid(grid_id="g0", steps=()),)
-    return Version(number, made_by, (), bytes(16), frames, grids, "k", (), 500, 1, 0.0, {"north-1": 1.0}, {})
+    return Version(
+        number,
+        FIRST,
+        RunSettings(name="r"),
+        made_by,
+        (),
+        bytes(16),
+        frames,
+        grids,
+        "k",
+        (),
+        500,
+        1,
+        0.0,
+        {"north-1": 1.0},
+        {},
+    )
 
 
 @pytest.mark.parametrize("ended_by", ["pool", "keep_best"])

@@ -1,8 +1,8 @@
 """A machine whose journal is from a backup: what was in a sum since is in no other, and comes back as known."""
 
-from fednats.config import AggregationSettings, StalenessSettings
+from fednats.config import AggregationSettings, RunSettings, StalenessSettings
 from fednats.errors import Reason
-from fednats.messages import Aggregate, EvaluationBlocks, Update
+from fednats.messages import Aggregate, EvaluationBlocks, Grid, Opening, OpeningNote, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
 from fednats.protocol.compositions import combination_of, composition_of
@@ -21,7 +21,7 @@ from fednats.protocol.events import (
     Settle,
     SumEvaluations,
 )
-from tests.makers import aggregate, announcement, evaluation, update
+from tests.makers import aggregate, announcement, evaluation, opened, update
 
 THREE = ("a", "b", "c")
 SETTINGS = AggregationSettings(goal=3, region_goal=2, min_sites=2, staleness=StalenessSettings(max_staleness=5))
@@ -143,8 +143,24 @@ def test_a_run_that_was_closed_since_the_backup_stays_closed() -> None:
     assert (restored.state.name, restored.reason) == ("CLOSED", "target reached")
 
 
+def test_a_run_that_was_opened_since_the_backup_is_the_one_that_goes_on() -> None:
+    restored = hub()
+    opening = Opening(name="second", first_version=4, opened_at=4)
+    note = OpeningNote(
+        run="r",
+        opening=opening,
+        settings=RunSettings(name="second"),
+        grid=Grid(grid_id="g4", steps=()),
+        weights_digest=bytes(16),
+    )
+    restored.handle(Restored(version=5, made=(), openings=(note,), unknown=(1, 2, 3)))
+    assert (restored.state.name, restored.opening) == ("OPEN", opening)
+    assert [(run.opening.name, run.last_version) for run in restored.past] == [("r", 3)]
+
+
 def hub() -> Coordinator:
     machine = Coordinator("r")
+    machine.handle(opened())
     machine.handle(Configured(sites=(), regions=("north", "south")))
     machine.handle(announcement(settings=SETTINGS, capacity=None))
     return machine
