@@ -3,7 +3,7 @@
 import typer
 
 from fednats import __version__
-from fednats.cli import audit, bench, daemons, federation, link, provision, runs
+from fednats.cli import audit, bench, daemons, federation, link, provision, runs, task
 from fednats.cli.errors import report
 
 app = typer.Typer(
@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (federation, runs, daemons, provision, link, bench, audit):
+for group in (federation, runs, task, daemons, provision, link, bench, audit):
     app.add_typer(group.commands)
 
 
