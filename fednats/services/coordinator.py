@@ -143,11 +143,14 @@ class CoordinatorService:
     async def _live(self) -> None:
         """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
+        self._daemon.doing = "making the run's streams"
         at_hub = streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves)
         await self._lease.take(lambda: ensure(self._log, self._bus, at_hub))
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
+        self._daemon.doing = "taking up the run from its journal"
         n_events = await self._tier.restore()
+        self._daemon.doing = "loading torch and the model"
         version: Version = await self._worker.call("current")
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         self._log.info("restored", n_events=n_events, version=version.version, n_parameters=self._n_parameters)
@@ -155,7 +158,7 @@ class CoordinatorService:
             Configured(sites=(), regions=self._settings.regions, stop=self._run.stop, defence=self._run.defence)
         )
         await self._tier.feed(await self._announce(version))
-        self._daemon.ready = True
+        self._daemon.ready, self._daemon.doing = True, ""
         durable = subjects.durable(subjects.HUB, self._inbox.stream)
         filters = [subjects.head(subjects.aggregate(run, "*")), subjects.evaluation_sum(run, "*")]
         await until_stopped(

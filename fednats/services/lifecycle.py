@@ -39,6 +39,8 @@ class Daemon:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by SIGTERM or SIGINT: take no new work, finish what is under way."""
     ready: bool = False
+    doing: str = "connecting to the bus"
+    """What it does until it has started, in words; empty from then on."""
     buses: list[Bus] = field(default_factory=list)
     """Connections without which the daemon is not ready."""
     status: Callable[[], Mapping[str, Any]] = dict
@@ -68,6 +70,7 @@ class Daemon:
             "name": self.name,
             "run": self.run,
             "ready": self.is_ready,
+            "doing": self.doing,
             "loop_lag_ms": self.loop_lag.describe(),
             "declined": self.presence.declined,
             **self.status(),

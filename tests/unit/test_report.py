@@ -106,7 +106,7 @@ def test_its_plots_point_at_ids_that_are_there_once(tmp_path: Path) -> None:
     html = page(tmp_path)
     ids = [attrs["id"] for _, attrs in Reader(html).tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 8
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', html)) <= set(ids)
 
 
