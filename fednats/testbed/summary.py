@@ -212,7 +212,7 @@ def run_figures(
         target=federation.stop.target,
         time_to_target_s=next((entry["published_s"] for entry in history if entry["version"] == reached), None),
         history=history,
-        cases=Cases(**coordinator["pooled"]),
+        cases=Cases(**coordinator["cases"]),
         timeline={} if timeline is None else timeline.shown(),
         site_figures={
             name: SiteFigures(
