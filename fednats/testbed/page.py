@@ -15,13 +15,13 @@ CSS = """
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption, figcaption, .note { color: var(--soft); font-size: .9rem; text-align: left; caption-side: bottom; }
-caption { padding-top: .4rem; }
+figcaption, .note { color: var(--soft); font-size: .9rem; } .wide + .note { margin-top: .4rem; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: .3rem; font-weight: inherit; }
 th:first-child { min-width: 8.5rem; max-width: 20rem; overflow-wrap: anywhere; }
 thead th { font-weight: 600; vertical-align: bottom; }
-.text td { text-align: left; overflow-wrap: anywhere; } .text td, .text th { vertical-align: top; }
+.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; } .text td, .text th { vertical-align: top; }
 tr.federation { background: var(--mark); font-weight: 600; }
 .wide { overflow-x: auto; }
 .side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .5rem 1.5rem; align-items: start; }
@@ -51,8 +51,8 @@ def table(
         + "</tr>\n"
         for kind, cells in rows
     )
-    below = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table class="{style}">{below}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
+    whole = f'<table class="{style}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>'
+    return f'<div class="wide">{whole}</div>{note(caption) if caption else ""}'
 
 
 def figures(name: str, plots: Sequence[Figure], caption: str) -> str:
@@ -62,7 +62,7 @@ def figures(name: str, plots: Sequence[Figure], caption: str) -> str:
 
 
 def note(text: str) -> str:
-    """Return what is said in the place of something that is not there."""
+    """Return what is said below something, or in its place."""
     return f'<p class="note">{escape(text)}</p>'
 
 

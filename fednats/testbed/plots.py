@@ -75,7 +75,7 @@ def compared_on(summary: Summary, metric: str) -> Figure:
         )
     axes.set_yticks(range(len(rows)), [_short(row.label) for row in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.2, y=0.08)
+    axes.margins(x=0.25, y=0.08)
     axes.grid(axis="y", color=INK, alpha=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_title(f"{metric}{_direction(summary, metric)}")

@@ -121,7 +121,8 @@ def _learning(summary: Summary) -> str:
 
 
 def _what_of(summary: Summary, metric: str) -> str:
-    return "mean over hospitals" if is_mean(summary, metric) else "all test cases pooled"
+    whose = "mean over hospitals" if is_mean(summary, metric) else "all test cases pooled"
+    return f"{whose} (less is better)" if less_is_better(summary, metric) else whose
 
 
 def _how_scored(summary: Summary, metrics: list[str]) -> str:
@@ -231,10 +232,10 @@ def _left(summary: Summary) -> str:
         per_update = decimal(round(site.sent_bytes / site.updates)) if site.updates else "-"
         rows.append(("", [name, per_update, f"{site.sent_bytes / n_values:.2f}" if n_values else "-"]))
     sizes = table(
-        ["hospital", "size of an update", "bytes per parameter"],
+        ["hospital", "sent per update", "bytes per parameter"],
         rows,
-        f"Over all updates: {summary.uplink_bytes_per_parameter:.2f} bytes per parameter; 32-bit numbers in the clear "
-        "would be 4.",
+        f"Evaluations included. Over all updates: {summary.uplink_bytes_per_parameter:.2f} bytes per parameter; 32-bit "
+        "numbers in the clear would be 4.",
     )
     return (
         "<p>No patient record: of each training pass only the change of the model's parameters was sent, rounded to "

@@ -47,7 +47,7 @@ class SiteFigures(_Figures):
     region: str
     updates: int
     sent_bytes: int
-    """Bytes of its updates."""
+    """Bytes of its updates and evaluations."""
     received_bytes: int
     """Bytes of the models it took."""
     train_s: float
