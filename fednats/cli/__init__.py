@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fednats import __version__
-from fednats.cli import audit, bench, daemons, federation, link, provision
+from fednats.cli import audit, bench, daemons, federation, link, provision, task
 from fednats.cli.errors import report
 
 app = typer.Typer(
@@ -13,11 +13,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (federation, daemons, provision, link, bench, audit):
+for group in (federation, task, daemons, provision, link, bench, audit):
     app.add_typer(group.commands)
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"fednats {__version__}")
         raise typer.Exit
@@ -25,9 +25,9 @@ def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
 
 @app.callback()
 def fednats(
-    version: Annotated[  # noqa: ARG001 - printed as soon as it is read
+    _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,  # noqa: FBT002 - an option of the command line
+    ] = False,
 ) -> None:
     """Train one model over many hospitals while every record stays where it is."""
 
