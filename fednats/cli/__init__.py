@@ -17,7 +17,7 @@ for group in (federation, task, daemons, provision, link, bench, audit):
     app.add_typer(group.commands)
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
     if asked:
         typer.echo(f"fednats {__version__}")
         raise typer.Exit
@@ -25,7 +25,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def fednats(
-    _version: Annotated[
+    _version: Annotated[  # noqa: FBT002 - an option of the command line
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
