@@ -32,6 +32,7 @@ from pathlib import Path
 from fednats.errors import ConfigError, Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.compositions import without_digests
+from fednats.protocol.coordinator import RunRecord, RunState
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.checkpoints import Checkpoint, checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile, digest_of
@@ -69,6 +70,8 @@ class Ledger:
     """Number of accepted updates by what became of the sums they are in; `APPLIED` is where all should be in the end."""
     n_weighed: int = 0
     """Heads of sums that were compared with what the region's journal says is in them."""
+    runs: list[str] = field(default_factory=list)
+    """Which versions are of which run, a line for each."""
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     undelivered: list[str] = field(default_factory=list)
@@ -117,6 +120,7 @@ def verify(directory: Path) -> Ledger:
         for region, book in books.items()
         for site in sorted(book.sites)
     }
+    ledger.runs = [_line(run) for run in books[HUB].runs]
     ledger.findings += [problem for book in books.values() for problem in book.problems]
     for book in books.values():
         findings, notes = _restorations(book)
@@ -334,6 +338,14 @@ def _restorations(book: Book) -> tuple[list[str], list[str]]:
 
 def _as_noted(head: Update) -> Update:
     return head.model_copy(update={"payload": without_digests(head.payload)})
+
+
+def _line(run: RunRecord) -> str:
+    """Return which versions are of ``run``, and what became of it."""
+    became = f"closed: {run.reason}" if run.state is RunState.CLOSED else run.state.name.lower()
+    went_on = run.opening.opened_at > run.opening.first_version
+    extended = f", extended at version {run.opening.opened_at}" if went_on else ""
+    return f"run {run.opening.name}: versions {run.opening.first_version} to {run.last_version}{extended}, {became}"
 
 
 def _became(taken: Taken) -> str:
