@@ -4,6 +4,7 @@
 
     FednatsError
     |-- ConfigError            a setting, file or task the operator has to mend
+    |   `-- CopiedSiteError    another process sends as this site
     |-- TaskError              the code of a task failed
     |-- BusError               the bus cannot be reached or does not answer
     |   |-- UnreachableError   a daemon that starts cannot connect
@@ -18,14 +19,27 @@
 """
 
 from enum import StrEnum
+from typing import ClassVar
+
+CONFIG_EXIT = 78
+"""EX_CONFIG of sysexits.h: a supervisor that starts the process again gains nothing."""
 
 
 class FednatsError(Exception):
     """Everything fednats raises on purpose."""
 
+    exit_code: ClassVar[int] = 1
+    """Of a daemon that it ends."""
+
 
 class ConfigError(FednatsError):
     """A setting, file or task that the operator has to mend; the text names it and the remedy."""
+
+    exit_code = CONFIG_EXIT
+
+
+class CopiedSiteError(ConfigError):
+    """Another process sends as this site, or its state_dir is an old copy: its updates are refused as replays."""
 
 
 class TaskError(FednatsError):

@@ -1,10 +1,10 @@
 """The command line: ``fednats --help``. A file for each group of commands."""
 
 import typer
-from rich.console import Console
 
 from fednats import __version__
 from fednats.cli import audit, bench, daemons, federation, link, provision
+from fednats.cli.complain import complain
 from fednats.errors import FednatsError, InterruptedRunError
 
 INTERRUPTED = 130
@@ -31,5 +31,5 @@ def main() -> None:
     try:
         app()
     except FednatsError as error:
-        Console(stderr=True, soft_wrap=True).print(f"fednats: {error}", markup=False, highlight=False)
+        complain(error)
         raise SystemExit(INTERRUPTED if isinstance(error, InterruptedRunError) else 1) from None

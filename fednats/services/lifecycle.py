@@ -100,11 +100,12 @@ class Daemon:
 def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon], Awaitable[None]]) -> int:
     """Run ``body`` until it returns or a signal asks it to stop; return the exit code.
 
-    SIGTERM and SIGINT set `Daemon.stopping`; a body that has not returned ``drain_s`` later is cancelled.
+    An error that starting again cannot mend gives `fednats.errors.CONFIG_EXIT`, another one 1. SIGTERM and SIGINT set
+    `Daemon.stopping`; a body that has not returned ``drain_s`` later is cancelled.
     """
     configure_logging(settings.log_level)
     log = structlog.get_logger().bind(role=role, name=name, run=settings.run, release=fednats.__version__)
-    errors: list[BaseException] = []
+    errors: list[FednatsError] = []
     with state_dir.own(settings.state_dir):
         try:
             asyncio.run(_live(Daemon(role, name, settings.run, log), settings, body))
@@ -112,7 +113,7 @@ def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon],
             errors += _leaves(group)
     for error in errors:
         log.error("stopped_by_error", error=str(error), kind=type(error).__name__)
-    return 1 if errors else 0
+    return max((error.exit_code for error in errors), default=0)
 
 
 async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon], Awaitable[None]]) -> None:
@@ -191,8 +192,8 @@ class _LogStream:
             sys.stderr.flush()
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
+def _leaves(group: BaseExceptionGroup[FednatsError]) -> list[FednatsError]:
+    found: list[FednatsError] = []
     for error in group.exceptions:
         found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
     return found

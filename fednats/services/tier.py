@@ -32,6 +32,7 @@ from fednats.services.lifecycle import Daemon
 from fednats.services.persist import RETRY_S
 from fednats.services.rejects import Rejects
 from fednats.storage.journal import Journal
+from fednats.transport.bus import Delivery
 
 MAX_BATCH = 256
 """Events that are journalled in one transaction, and handled before anything else has its turn."""
@@ -81,6 +82,8 @@ class Tier:
         self.rejects = rejects
         self.inboxes: Mapping[type[Head], Inbox] = {}
         """Where contributions and evaluations of each kind come from."""
+        self.note_unreadable: Callable[[Delivery, Refuse], None] = lambda _delivery, _refuse: None
+        """Told of what was delivered, could not be read and is refused."""
         self.accepted = 0
         self.refused = 0
         self.refusals: dict[str, int] = {}
@@ -137,6 +140,7 @@ class Tier:
             except RefusedError as error:
                 refuse = Refuse(inbox.unreadable_id(delivery), error.reason, f"{delivery.subject}: {error.detail}")
                 self._count_refused(refuse)
+                self.note_unreadable(delivery, refuse)
                 self._commands.put_nowait(refuse)
             else:
                 self._put(event)  # not awaited: what is delivered together is journalled together

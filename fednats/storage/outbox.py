@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from fednats import wire
 from fednats.codec.layout import Layout
-from fednats.errors import LocalDataError, LocalStorageError
-from fednats.messages import Update
+from fednats.errors import ConfigError, LocalDataError, LocalStorageError, RefusedError
+from fednats.messages import NO_RECORD, Update
 from fednats.storage.journal import open_database
 
 _SCHEMA = """
@@ -48,6 +48,15 @@ class Dropped:
     update_id: str
     steps: tuple[float, ...]
     """Of the grid it is on."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """An update whose sending begins, or goes on."""
+
+    update: Update
+    n_chunks: int
+    """Chunks that the bus has already."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,12 @@ class Outbox:
     def pending(self) -> list[Update]:
         """Return the updates that are not yet acknowledged by the bus, oldest first."""
         query = f"SELECT head FROM outgoing WHERE {_WAITING} ORDER BY sequence"  # noqa: S608 - a constant
-        return [wire.unpack(head, Update) for (head,) in self._connection.execute(query).fetchall()]
+        return [self._unpacked(head) for (head,) in self._connection.execute(query).fetchall()]
+
+    def newest(self, count: int) -> list[Update]:
+        """Return the newest ``count`` updates that were stored, the newest first."""
+        query = "SELECT head FROM outgoing ORDER BY sequence DESC LIMIT ?"
+        return [self._unpacked(head) for (head,) in self._connection.execute(query, (count,)).fetchall()]
 
     def counts(self) -> dict[str, int]:
         """Return how many updates wait, were sent and were dropped."""
@@ -175,15 +189,28 @@ class Outbox:
         )
         return {"waiting": int(waiting), "sent": int(sent), "dropped": int(dropped)}
 
-    def offer(self, update_id: str) -> int | None:
-        """Note that sending begins; return how many chunks the bus has already, None if the update makes room instead."""
+    def offer(self, update_id: str, ledger_head: str = NO_RECORD) -> Offered | None:
+        """Note that sending begins; None if the update makes room instead.
+
+        ``ledger_head`` is the newest record of the egress ledger: it goes into the head when an update is offered for the
+        first time, and stays there, so that what is sent again is the same to the bit.
+        """
         with self._transaction() as connection:
             row = connection.execute(
-                "UPDATE outgoing SET offered_at = COALESCE(offered_at, CURRENT_TIMESTAMP)"
-                " WHERE update_id = ? AND claimed = 0 AND dropped_at IS NULL RETURNING sent_chunks",
+                "SELECT head, sent_chunks, offered_at FROM outgoing"
+                " WHERE update_id = ? AND claimed = 0 AND dropped_at IS NULL",
                 (update_id,),
             ).fetchone()
-        return None if row is None else int(row[0])
+            if row is None:
+                return None
+            update = self._unpacked(row[0])
+            if row[2] is None:
+                update = update.model_copy(update={"ledger_head": ledger_head})
+                connection.execute(
+                    "UPDATE outgoing SET offered_at = CURRENT_TIMESTAMP, head = ? WHERE update_id = ?",
+                    (wire.pack(update), update_id),
+                )
+        return Offered(update, int(row[1]))
 
     def chunks(self, update_id: str, first: int = 0) -> Iterator[bytes]:
         """Yield the chunks of an update in order, from number ``first`` on."""
@@ -260,6 +287,15 @@ class Outbox:
                 " give the new run a state_dir of its own"
             )
         return values if found else None
+
+    def _unpacked(self, head: bytes) -> Update:
+        try:
+            return wire.unpack(head, Update)
+        except RefusedError as error:
+            raise ConfigError(
+                f"{self._path}: an update in it cannot be read ({error.detail}); start the release that made it until it is"
+                " sent, or move the file away: the numbers of updates then begin anew, and what waits in it is lost"
+            ) from error
 
     def _newest(self) -> int:
         (newest,) = self._read("SELECT COALESCE(MAX(sequence), 0) FROM outgoing")

@@ -56,6 +56,7 @@ NEVER: dict[str, tuple[str, ...]] = {
         "fed.run.control",
         "fed.run.aggregate.>",
         "fed.run.reject.>",
+        "fed.run.receipt.>",
         "fed.run.pulse.>",
         "$KV.fed_run_state.>",
         "$JS.ACK.>",
@@ -65,8 +66,15 @@ NEVER: dict[str, tuple[str, ...]] = {
         "$JS.hub.>",
     ),
     "aggregator": ("fed.run.update.>", "fed.run.model.>", "fed.run.aggregate.>", "fed.run.control", "$JS.hub.>"),
-    "uplink": ("fed.run.update.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
-    "coordinator": ("fed.run.update.>", "fed.run.aggregate.>", "fed.run.evaluation.*.*", "$JS.north.>", "$JS.south.>"),
+    "uplink": ("fed.run.update.>", "fed.run.receipt.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
+    "coordinator": (
+        "fed.run.update.>",
+        "fed.run.receipt.>",
+        "fed.run.aggregate.>",
+        "fed.run.evaluation.*.*",
+        "$JS.north.>",
+        "$JS.south.>",
+    ),
     "observer": ("fed.run.update.>", "fed.run.model.>", "fed.run.control", "fed.run.aggregate.>", "$KV.>", "$JS.ACK.>"),
 }
 """Written by hand: what no user of a role may publish, whatever the matrix says."""
@@ -86,7 +94,13 @@ NEVER_ANYBODY = (
 
 
 def streams() -> list[str]:
-    kinds = (subjects.models_stream, subjects.updates_stream, subjects.aggregates_stream, subjects.inbox_stream)
+    kinds = (
+        subjects.models_stream,
+        subjects.updates_stream,
+        subjects.receipts_stream,
+        subjects.aggregates_stream,
+        subjects.inbox_stream,
+    )
     buckets = (subjects.presence_bucket(RUN), subjects.state_bucket(RUN))
     made = [kind(RUN, node) for kind, node in product((*kinds, subjects.rejects_stream), NODES)]
     return [*made, *(f"KV_{bucket}" for bucket in buckets)]
@@ -99,6 +113,7 @@ def own_subjects() -> list[str]:
     found = [subject for p in prefixes for subject in (subjects.head(p), subjects.chunk(p, "id", 0))]
     found += [subjects.control(RUN)]
     found += [subjects.evaluation(RUN, region, site) for site, region in SITES.items()]
+    found += [subjects.receipt(RUN, region, site) for site, region in SITES.items()]
     found += [subjects.evaluation_sum(RUN, node) for node in NODES]
     found += [subjects.pulse(RUN, node) for node in NODES]
     found += [subjects.reject(RUN, node, "a", "malformed") for node in NODES]
@@ -304,9 +319,14 @@ async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> 
                 p
                 for site in SITES
                 if site != node
-                for p in (f"fed.run.update.*.{site}.>", f"fed.run.evaluation.*.{site}")
+                for p in (
+                    f"fed.run.update.*.{site}.>",
+                    f"fed.run.evaluation.*.{site}",
+                    f"$JS.API.DIRECT.GET.*.fed.run.receipt.*.{site}",
+                )
             ]
             never += [f"$JS.API.DIRECT.GET.fed_run_{kind}_{region}.>" for kind in ("updates", "rejects", "aggregates")]
+            never += [f"$JS.API.DIRECT.GET.fed_run_receipts_{region}"]
         if role in {"aggregator", "uplink"}:
             never += [
                 f"$JS.API.*.*.fed_run_{kind}_{other}"
@@ -314,7 +334,9 @@ async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> 
                 for other in NODES
                 if other != node
             ]
-            never += [f"fed.run.aggregate.{other}.>" for other in NODES if other != node]
+            never += [
+                f"fed.run.{kind}.{other}.>" for kind in ("aggregate", "receipt") for other in NODES if other != node
+            ]
             never += [f"$JS.{other}.API.STREAM.>" for other in NODES]
         if role in {"coordinator", "uplink"}:
             never += [f"$JS.API.*.*.fed_run_updates_{other}" for other in NODES]
