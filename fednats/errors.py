@@ -10,6 +10,7 @@
     |   |-- UnreachableError   a daemon that starts cannot connect
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
     |-- LocalStorageError      this machine's disk does not take what must be on it
+    |   `-- DatabaseLockedError  another process holds one of its files
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
@@ -60,6 +61,10 @@ class BusFullError(BusError):
 
 class LocalStorageError(FednatsError):
     """This machine's disk does not take what must be on it before work goes on; the text names the file and the remedy."""
+
+
+class DatabaseLockedError(LocalStorageError):
+    """Another process holds the lock of a file; nothing was written, and it can be tried again."""
 
 
 class InterruptedRunError(FednatsError):

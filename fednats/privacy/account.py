@@ -12,20 +12,27 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
-from fednats.errors import BudgetSpentError, LocalStorageError
+from fednats.errors import BudgetSpentError, ConfigError
 from fednats.privacy import rdp
 from fednats.privacy.policy import Budget
-from fednats.storage.journal import open_database
+from fednats.storage.database import open_database, storage_error
+from fednats.storage.row_chain import CHAIN_SCHEMA, RowChain, difference, extend, read_chain
 
 Level = Literal["record", "site"]
 """Whose presence is hidden: one record of the hospital, or the whole hospital."""
 
-_SCHEMA = """
+CHARGES_TABLE = "charge"
+
+_SCHEMA = f"""
+{CHAIN_SCHEMA}
 CREATE TABLE IF NOT EXISTS charge (number INTEGER PRIMARY KEY, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
     run TEXT NOT NULL, version INTEGER NOT NULL, level TEXT NOT NULL, mechanism TEXT NOT NULL,
     noise_multiplier REAL NOT NULL, parameter REAL NOT NULL, n_steps INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS charge_level ON charge (level, mechanism, noise_multiplier, parameter, n_steps);
 """
+
+
+_CHARGED = "run, version, level, mechanism, noise_multiplier, parameter, n_steps"
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,15 @@ class Account:
     """All charges on one hospital's data."""
 
     def __init__(self, path: Path) -> None:
+        """Open or begin the account at ``path``.
+
+        Raises:
+            ConfigError: it cannot be opened, or charges were deleted or altered: less would seem to be spent than is.
+            LocalStorageError: it cannot be read.
+        """
         self._path = path
         self._connection = open_database(path, _SCHEMA)
+        self._refuse_deleted()
 
     def charge(self, run: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
         """Book ``charges`` for a pass on ``version`` of ``run``; durable on return.
@@ -61,11 +75,10 @@ class Account:
         """
         with self._transaction() as connection:
             self._check(charges, budget)
-            connection.executemany(
-                "INSERT INTO charge (run, version, level, mechanism, noise_multiplier, parameter, n_steps)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [(run, version, *astuple(one)) for one in charges],
-            )
+            rows = [(run, version, *astuple(one)) for one in charges]
+            insert = f"INSERT INTO charge ({_CHARGED}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - a constant
+            connection.executemany(insert, rows)
+            extend(connection, CHARGES_TABLE, rows)
 
     def check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         """Raise BudgetSpentError if ``charges`` could not be booked now."""
@@ -86,6 +99,17 @@ class Account:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+    def _refuse_deleted(self) -> None:
+        query = f"SELECT {_CHARGED} FROM charge ORDER BY number"  # noqa: S608 - a constant
+        with self._transaction() as connection:  # other runs may be charging
+            found = RowChain().extended(connection.execute(query).fetchall())
+            wrong = difference(read_chain(connection, CHARGES_TABLE), found)
+        if wrong:
+            raise ConfigError(
+                f"{self._path}: charges were deleted or altered: {wrong}. Restore the privacy account from a backup; with a"
+                " new one, what was spent before would not count"
+            )
 
     def _check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         if budget is None:
@@ -126,7 +150,7 @@ class Account:
         try:
             yield
         except sqlite3.Error as error:
-            raise LocalStorageError(
-                f"{self._path}: the privacy account cannot be used ({error}); make room on its disk or restore it."
-                " Without it nothing is trained"
-            ) from error
+            remedy = (
+                "the privacy account cannot be used: make room on its disk or restore it. Without it nothing is trained"
+            )
+            raise storage_error(self._path, error, remedy) from error

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
-from fednats.errors import BusError, RefusedError
+from fednats.errors import BusError, DatabaseLockedError, RefusedError
 from fednats.protocol.collector import REMEMBERED
 from fednats.protocol.events import (
     Combination,
@@ -213,13 +213,24 @@ class Tier:
             while len(batch) < MAX_BATCH and not self._fed.empty():
                 batch.append(self._fed.get_nowait())
             at_s = self._now_s()
-            await asyncio.to_thread(self._journal.append, [event for event, _ in batch], at_s)
+            await self._append([event for event, _ in batch], at_s)
             for event, handled in batch:
                 for command in self._handle(event, at_s):
                     self._commands.put_nowait(command)
                 if not handled.done():  # who fed it may have been cancelled
                     handled.set_result(None)
             self.daemon.metrics.buffered.set(self._machine.n_buffered)
+
+    async def _append(self, events: list[Event], at_s: float) -> None:
+        """Have ``events`` written; while another process holds the journal, nothing goes on."""
+        while True:
+            try:
+                await asyncio.to_thread(self._journal.append, events, at_s)
+            except DatabaseLockedError as error:
+                self.log.warning("journal_locked", error=str(error), retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
 
     def _replay(self) -> int:
         n_events = 0

@@ -25,9 +25,13 @@ from fednats import wire
 from fednats.codec.layout import Layout
 from fednats.errors import ConfigError, LocalDataError, LocalStorageError, RefusedError
 from fednats.messages import NO_RECORD, Update
-from fednats.storage.journal import open_database
+from fednats.storage.database import open_database, storage_error
+from fednats.storage.row_chain import CHAIN_SCHEMA, RowChain, difference, extend, read_chain
 
-_SCHEMA = """
+UPDATES_TABLE = "outgoing"
+
+_SCHEMA = f"""
+{CHAIN_SCHEMA}
 CREATE TABLE IF NOT EXISTS outgoing (sequence INTEGER PRIMARY KEY, update_id TEXT UNIQUE NOT NULL,
     base_version INTEGER NOT NULL, head BLOB NOT NULL, steps BLOB NOT NULL, claimed INTEGER NOT NULL DEFAULT 0,
     epsilon REAL, sent_chunks INTEGER NOT NULL DEFAULT 0, offered_at TEXT, sent_at TEXT, dropped_at TEXT);
@@ -83,9 +87,15 @@ class Outbox:
     """Updates on their way out, numbered from ``first`` on. One process writes (the worker), one sends (the daemon)."""
 
     def __init__(self, path: Path, first: int = 1) -> None:
+        """Open or begin the outbox at ``path``.
+
+        Raises:
+            ConfigError: it cannot be opened, or updates were deleted from it.
+        """
         self._path = path
         self._first = first
         self._connection = open_database(path, _SCHEMA)
+        self._refuse_deleted()
         self._connection.execute("PRAGMA secure_delete = OFF")  # else removing a chunk takes as much room as it frees
 
     # --- the worker's side --------------------------------------------------------------------------------------------
@@ -154,6 +164,7 @@ class Outbox:
                 "INSERT INTO outgoing (sequence, update_id, base_version, head, steps, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
                 (*named, wire.pack(update), msgpack.packb(steps), epsilon),
             )
+            extend(connection, UPDATES_TABLE, [(update.sequence, update.update_id)])
             if dropped is not None:
                 connection.execute(
                     "UPDATE outgoing SET dropped_at = CURRENT_TIMESTAMP WHERE update_id = ?", (dropped.update_id,)
@@ -288,6 +299,17 @@ class Outbox:
             )
         return values if found else None
 
+    def _refuse_deleted(self) -> None:
+        """With updates gone their numbers would be given again, and refused."""
+        with self._transaction() as connection:  # the other process may be storing one
+            rows = connection.execute("SELECT sequence, update_id FROM outgoing ORDER BY sequence").fetchall()
+            wrong = difference(read_chain(connection, UPDATES_TABLE), RowChain().extended(rows))
+        if wrong:
+            raise ConfigError(
+                f"{self._path}: updates were deleted or altered: {wrong}. Restore the outbox from a backup, or move it away:"
+                " the numbers of updates then begin anew, and what waits in it is lost"
+            )
+
     def _unpacked(self, head: bytes) -> Update:
         try:
             return wire.unpack(head, Update)
@@ -338,7 +360,7 @@ class Outbox:
         try:
             yield self._connection
         except sqlite3.OperationalError as error:
-            raise LocalStorageError(f"{self._path}: {error}; nothing was written. Make room on its disk") from error
+            raise storage_error(self._path, error, "nothing was written. Make room on its disk") from error
 
 
 class Residual:

@@ -22,7 +22,7 @@ from fednats.protocol.events import (
     VersionAnnounced,
     contribution_id,
 )
-from fednats.storage.journal import Entry, read_journal
+from fednats.storage.journal import Entry, read_readable
 from fednats.subjects import HUB
 
 
@@ -72,7 +72,11 @@ class Book:
         self.problems: list[str] = []
         self.end_s = 0.0
         self._name = f"{file.parent.name}/{file.name}"
-        entries = read_journal(file)
+        entries, problem = read_readable(file)
+        self.is_whole = problem is None
+        """Whether all of the journal could be read; if not, what became of later contributions is not known."""
+        if problem is not None:
+            self.problems.append(f"unreadable: {problem}")
         heads = [entry.event.head for entry in entries if isinstance(entry.event, ContributionArrived)]
         self.run = heads[0].run if heads else ""
         nobody = Roster(self.run, node, frozenset(), frozenset())

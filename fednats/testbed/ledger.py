@@ -170,6 +170,8 @@ class _Audit:
     def _check_checkpoint(self, before: Checkpoint | None, after: Checkpoint | None) -> None:
         """Check the newest checkpoint, as it was before and after its journal was read."""
         hub = self._books[HUB]
+        if not hub.is_whole:
+            return
         made = [identity for identity, version in hub.made.items() if version.is_done]
         if after is None or after.version < len(made):
             newest = after and after.version
@@ -193,7 +195,7 @@ class _Audit:
                 if not book.made[identity].is_done:  # killed between publishing and writing that down
                     book.finish(identity)
                 self._compare(book, identity, taken.head)
-            elif taken.fate is not Fate.REFUSED:
+            elif taken.fate is not Fate.REFUSED and book.is_whole:
                 why = "gave up" if identity in book.failed else "did not make"
                 self._find(f"unknown: {above.node} took in sum {identity}, which {region} {why}")
             if taken.reason is Reason.OUTLIER:
@@ -268,10 +270,12 @@ class _Audit:
     def _note_sent(self, counts: Counter[str], sent: list[str], receiver: Book, what: str) -> None:
         """Count what was sent, and what of it did not come; ``what`` is a format for an id."""
         missing, lost = _missing(sent, receiver)
+        if not receiver.is_whole:
+            lost = set()  # it may have come later than the journal can be read
         self._lost |= lost
         for identity in lost:
             self._find(f"lost: {what.format(identity)} was overtaken and never came to {receiver.node}")
-        if receiver.is_closed:
+        if receiver.is_closed and receiver.is_whole:
             self._ledger.undelivered += [
                 f"undelivered: {what.format(identity)} has not come to {receiver.node}, which knows that the run is"
                 " closed; start again what is down on its way, or it was lost with a store"

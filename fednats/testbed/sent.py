@@ -7,7 +7,7 @@ from pathlib import Path
 from fednats import wire
 from fednats.errors import ConfigError, RefusedError
 from fednats.messages import Update
-from fednats.storage.journal import open_read_only
+from fednats.storage.database import open_read_only
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Sites hear what became of their updates: a copied site ends, one of another release stops training and says why."""
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 
@@ -38,7 +39,7 @@ async def test_a_copied_site_ends_and_one_of_another_release_stops_training_and_
     async with running(federation, tmp_path / "out") as now:
         newer = now.daemons["site-new"]
         await newer.stop()
-        newer.environment = {"PYTHONPATH": str(tmp_path / "release")}
+        newer.environment = {"PYTHONPATH": f"{tmp_path / 'release'}:{os.environ.get('PYTHONPATH', '')}"}
         await newer.start()
         statuses = await until(now, lambda all_: "site.new" in str(all_.get("coordinator", {}).get("declined")))
         version = statuses["coordinator"]["version"]

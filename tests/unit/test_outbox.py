@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fednats.codec.layout import Layout
-from fednats.errors import LocalDataError, LocalStorageError
+from fednats.errors import ConfigError, LocalDataError, LocalStorageError
 from fednats.messages import ParameterSpec
 from fednats.storage.outbox import ChunkKey, Dropped, Outbox
 from tests.makers import update
@@ -159,3 +159,11 @@ def test_an_update_names_the_ledger_s_newest_record_from_its_first_offer_on(outb
     assert offered.update.ledger_head == "a" * 64
     assert again == offered  # the same bytes under the same id: the bus knows it
     assert [update.ledger_head for update in outbox.newest(1)] == ["a" * 64]
+
+
+def test_an_outbox_with_updates_deleted_is_refused_by_name(outbox: Outbox, tmp_path: Path) -> None:
+    store(outbox, [1, 2, 3, 4], 0.5)
+    store(outbox, [1, 2, 3, 4], 0.5)
+    outbox._connection.execute("DELETE FROM outgoing WHERE sequence = 2")
+    with pytest.raises(ConfigError, match=r"outbox\.sqlite: updates were deleted.* 2 rows were written, 1 are there"):
+        Outbox(tmp_path / "outbox.sqlite")
