@@ -4,8 +4,11 @@
 
     FednatsError
     |-- ConfigError            a setting, file or task the operator has to mend
+<<<<<<< HEAD
     |   `-- CopiedSiteError    another process sends as this site
     |-- TaskError              the code of a task failed
+=======
+>>>>>>> main
     |-- BusError               the bus cannot be reached or does not answer
     |   |-- UnreachableError   a daemon that starts cannot connect
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
@@ -13,7 +16,9 @@
     |   `-- DatabaseLockedError  another process holds one of its files
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
-    |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
+    |-- HospitalError          work on a hospital's own data failed
+    |   |-- TaskError          the code of a task failed, or does not fit
+    |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
     |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
     `-- RefusedError           something that reached us from others and is refused, with its reason
         `-- RefusedChunkError  one input of a sum
@@ -41,10 +46,6 @@ class ConfigError(FednatsError):
 
 class CopiedSiteError(ConfigError):
     """Another process sends as this site, or its state_dir is an old copy: its updates are refused as replays."""
-
-
-class TaskError(FednatsError):
-    """The code of a task failed; the text says where, never with which data."""
 
 
 class BusError(FednatsError):
@@ -75,7 +76,25 @@ class OverflowRefusedError(FednatsError):
     """A weighted sum whose total weight would overflow its fields; nothing was added."""
 
 
-class LocalDataError(FednatsError):
+class HospitalError(FednatsError):
+    """Work on a hospital's own data failed.
+
+    Text and traceback are for the hospital's own log and terminal: they may quote a record. Others see only ``public``.
+    """
+
+    def __init__(self, text: str, *, public: str = "") -> None:
+        super().__init__(text)
+        self.public = public or type(self).__name__
+        """What failed in words that hold no data: an error's class and its place in the code."""
+        self.traceback = ""
+        """Where the text came from, as Python prints it; empty if the text says all."""
+
+
+class TaskError(HospitalError):
+    """The code of a task failed, or what it returned does not fit."""
+
+
+class LocalDataError(HospitalError):
     """Local training produced something that must not leave (not finite, wrong shape)."""
 
 

@@ -4,11 +4,7 @@ import typer
 
 from fednats import __version__
 from fednats.cli import audit, bench, daemons, federation, link, provision
-from fednats.cli.complain import complain
-from fednats.errors import FednatsError, InterruptedRunError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+from fednats.cli.errors import report
 
 app = typer.Typer(
     help="Train one model over many hospitals while every record stays where it is.",
@@ -27,9 +23,8 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line; an error of fednats's own is one line, not a traceback."""
+    """Run the command line; an error is one line, not a traceback."""
     try:
         app()
-    except FednatsError as error:
-        complain(error)
-        raise SystemExit(INTERRUPTED if isinstance(error, InterruptedRunError) else 1) from None
+    except Exception as error:  # noqa: BLE001 - nobody who runs a command is to read a traceback
+        raise SystemExit(report(error)) from None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fednats.cli.complain import complain
+from fednats.cli.errors import report
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load
 from fednats.errors import ConfigError
 
@@ -22,7 +22,7 @@ def supervised() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        complain(error)
+        report(error)
         raise typer.Exit(error.exit_code) from None
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, TaskError
 from fednats.learning.task import Task
+from fednats.learning.task_errors import task_code
 
 
 def _heart() -> type[Task]:
@@ -52,6 +53,7 @@ def make_task(path: str, options: Mapping[str, Any], check: Check | None = None)
 
     Raises:
         ConfigError: as `load_task`, or the options do not fit the constructor.
+        TaskError: as `load_task`, or the constructor fails.
     """
     cls = load_task(path, check)
     try:
@@ -59,7 +61,8 @@ def make_task(path: str, options: Mapping[str, Any], check: Check | None = None)
     except TypeError as error:
         known = ", ".join(inspect.signature(cls).parameters) or "none"
         raise ConfigError(f"task {path}: options do not fit: {error}; {cls.__name__} takes: {known}") from None
-    return cls(**options)
+    with task_code("making the task"):
+        return cls(**options)
 
 
 def task_file(path: str) -> Path:
@@ -75,8 +78,8 @@ def load_task(path: str, check: Check | None = None) -> type[Task]:
     With a ``check`` the file may import nothing that lies beside it: that was not checked.
 
     Raises:
-        ConfigError: no such name, file or class, the file does not import, the class is no complete `Task`, or
-            ``check`` refuses the code.
+        ConfigError: no such name, file or class, the class is no complete `Task`, or ``check`` refuses the code.
+        TaskError: the code does not import.
     """
     if path in SHIPPED:
         if check is not None:
@@ -109,10 +112,11 @@ def _import(file: Path, check: Check | None) -> ModuleType:
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # dataclasses look their module up there
     try:
-        exec(compile(code, file, "exec", dont_inherit=True), vars(module))  # noqa: S102 - what a task's file is for
-    except Exception as error:
+        with task_code("importing the task"):
+            exec(compile(code, file, "exec", dont_inherit=True), vars(module))  # noqa: S102 - what a task's file is for
+    except TaskError:
         del sys.modules[module.__name__]
-        raise ConfigError(f"task file {file}: does not import: {type(error).__name__}: {error}") from error
+        raise
     return module
 
 

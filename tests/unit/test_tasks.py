@@ -13,7 +13,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from torch import Tensor
 
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, TaskError
 from fednats.learning.baseline import Pooled, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector
@@ -24,6 +24,7 @@ from fednats.learning.tasks.ct_nodule import CTNodule
 from fednats.learning.tasks.ct_patches import HOSPITALS, KINDS, SIZE, Hospital, synthetic_patches
 from fednats.learning.tasks.heart import HOSPITALS as HOSPITAL_FILES
 from fednats.learning.tasks.heart import HeartDisease, read_patients
+from tests.patients import write_german_csv
 
 torch.set_num_threads(1)
 REPOSITORY = Path(__file__).parents[2]
@@ -58,14 +59,11 @@ def task_file(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_own_task_learns_from_a_csv(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    rows = rng.standard_normal((200, 31)).round(3)
-    rows[:, -1] = rows[:, 0] > 0
-    np.savetxt(tmp_path / "patients.csv", rows, delimiter=",")
+    write_german_csv(tmp_path / "patients.csv", n=200, seed=0)
     task = make_task(f"{OWN_TASK}:MyTask", {"csv": str(tmp_path / "patients.csv")})
     weights = train_alone(task, task.recommended.training, 100, seed=0)
     found = evaluate(task, weights)
-    assert found.n_samples == 40
+    assert 25 < found.n_samples < 55
     assert found.metrics["auc"] > 0.9
 
 
@@ -94,12 +92,12 @@ def test_wrong_task_path_is_named(task_file: Path, path: str, said: str) -> None
 
 def test_task_file_that_does_not_import_is_named(task_file: Path) -> None:
     task_file.write_text("import no_such_package")
-    with pytest.raises(ConfigError, match=r"does not import: ModuleNotFoundError: .*no_such_package"):
+    with pytest.raises(TaskError, match=r"ModuleNotFoundError: .*'no_such_package' \(in <module>, \w+\.py line 1\)"):
         load_task(f"{task_file}:Half")
 
 
 def test_wrong_options_are_named_with_the_right_ones() -> None:
-    with pytest.raises(ConfigError, match="unexpected keyword argument 'cvs'; MyTask takes: csv"):
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'cvs'; MyTask takes: csv, csv_format"):
         make_task(f"{OWN_TASK}:MyTask", {"cvs": "x"})
 
 
@@ -156,7 +154,7 @@ def test_what_lies_beside_checked_code_is_not_imported(
     other.write_text("")
     monkeypatch.syspath_prepend(task_file.parent)
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
-    with pytest.raises(ConfigError, match=r"beside lies beside hospital_task\.py, and only that file was checked"):
+    with pytest.raises(TaskError, match=r"beside lies beside hospital_task\.py, and only that file was checked"):
         load_task(f"{task_file}:Own", lambda _file, _code: None)
     assert "beside" not in sys.modules
 
@@ -200,16 +198,16 @@ def test_heart_missing_values_are_marked_and_never_estimated(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("1,2,3", "3 columns; expected 14"),
-        (PATIENT.replace("145.0", "high"), "could not convert string to float: 'high'"),
-        (PATIENT.replace("63.0,1.0,1.0", "63.0,1.0,9"), r"cp is 9.0; expected one of \(1, 2, 3, 4\) or \?"),
-        (PATIENT[:-1] + "7", "num is 7.0; expected 0 to 4"),
+        ("1,2,3", ": 3 cells, 14 columns stated"),
+        (PATIENT.replace("145.0", "high"), ", column trestbps: no finite number"),
+        (PATIENT.replace("63.0,1.0,1.0", "63.0,1.0,9"), r", column cp: none of the values .* \(1, 2, 3, 4\)"),
+        (PATIENT[:-1] + "7", r", column num: none of the values .* \(0, 1, 2, 3, 4\)"),
     ],
 )
 def test_heart_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, said: str) -> None:
     file = tmp_path / "processed.va.data"
     file.write_text(f"{PATIENT}\n{line}\n")
-    with pytest.raises(ConfigError, match=f"processed.va.data, line 2: {said}"):
+    with pytest.raises(ConfigError, match=f"processed.va.data, line 2{said}"):
         read_patients(file)
 
 
