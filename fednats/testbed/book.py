@@ -24,6 +24,7 @@ from fednats.protocol.events import (
 )
 from fednats.storage.journal import Entry, read_readable
 from fednats.subjects import HUB
+from fednats.testbed.run_folder import shown
 
 
 class Fate(Enum):
@@ -71,7 +72,7 @@ class Book:
         self.failed: set[str] = set()
         self.problems: list[str] = []
         self.end_s = 0.0
-        self._name = f"{file.parent.name}/{file.name}"
+        self._name = shown(file)
         entries, problem = read_readable(file)
         self.is_whole = problem is None
         """Whether all of the journal could be read; if not, what became of later contributions is not known."""

@@ -29,14 +29,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fednats.errors import ConfigError, Reason
+from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.checkpoints import Checkpoint, checkpoints_folder, newest_checkpoint, weights_file
+from fednats.storage.outbox import outbox_file
 from fednats.storage.tensor_file import TensorFile, digest_of
 from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate, Taken
 from fednats.testbed.egress_check import check_nodes, check_site
+from fednats.testbed.run_folder import JOURNAL, RunFolder
 from fednats.testbed.sent import Sent, read_outbox
 
 OVERTAKEN_S = 30.0
@@ -85,39 +87,38 @@ class Ledger:
 
 
 def verify(directory: Path) -> Ledger:
-    """Verify the run whose output folder is ``directory``, while it runs or afterwards.
+    """Verify the run in ``directory``, an output folder or that of the kits, while it runs or afterwards.
 
     Receivers are read before senders: what has been received has been written down by its sender.
 
     Raises:
-        ConfigError: it is not the output folder of a run.
+        ConfigError: it holds no run.
     """
-    if not (directory / "coordinator" / "journal.sqlite").exists():
-        raise ConfigError(f"{directory}: holds no coordinator/journal.sqlite; give the output folder of a run")
+    folder = RunFolder(directory)
     ledger = Ledger()
-    before = _newest_checkpoint(directory)
-    books = {HUB: Book(HUB, directory / "coordinator" / "journal.sqlite")}
-    after = _newest_checkpoint(directory)
+    before = newest_checkpoint(checkpoints_folder(folder.coordinator))
+    books = {HUB: Book(HUB, folder.coordinator / JOURNAL)}
+    after = newest_checkpoint(checkpoints_folder(folder.coordinator))
     parents: dict[str, str] = {}
     for node in (nodes := [HUB]):  # grows while it is walked: from the hub downwards
         for region in sorted(books[node].roster.regions) if node in books else ():
             parents[region] = node
             nodes.append(region)
-            file = directory / f"aggregator-{region}" / "journal.sqlite"
+            file = folder.region(region) / JOURNAL
             if file.exists():
                 books[region] = Book(region, file)
             else:
                 ledger.findings.append(f"{file} is missing: what region {region} summed cannot be verified")
     outboxes = {
-        (region, site): read_outbox(directory / f"site-{site}" / "outbox.sqlite")
+        (region, site): read_outbox(outbox_file(folder.site(site)))
         for region, book in books.items()
         for site in sorted(book.sites)
     }
     ledger.findings += [problem for book in books.values() for problem in book.problems]
-    ledger.findings += _wrong_weights(directory)
+    ledger.findings += _wrong_weights(folder.coordinator)
     for (region, site), outbox in outboxes.items():
-        ledger.findings += check_site(directory, site, outbox or (), books[region].taken)
-    ledger.findings += check_nodes(directory)
+        ledger.findings += check_site(folder.site(site), site, outbox or (), books[region].taken)
+    ledger.findings += check_nodes(folder)
     _Audit(ledger, books, parents, outboxes).run(before, after)
     return ledger
 
@@ -242,12 +243,17 @@ class _Audit:
                 self._find(f"site-{site}/outbox.sqlite is missing: the updates of {site} cannot be verified")
             return
         self._check_outbox(site, outbox, arrived)
-        sent = [item.head.update_id for item in outbox if item.is_sent or item.head.update_id in arrived]
+        sent = [item.update_id for item in outbox if item.head and (item.is_sent or item.update_id in arrived)]
         self._note_sent(self._ledger.updates, sent, book, f"update {{}} of {site}")
 
     def _check_outbox(self, site: str, outbox: list[Sent], arrived: dict[str, Taken]) -> None:
-        own = {item.head.update_id: item for item in outbox}
-        sequences = [item.head.sequence for item in outbox]
+        own = {item.update_id: item for item in outbox}
+        sequences = [item.sequence for item in outbox]
+        if unread := [item for item in outbox if item.head is None]:
+            self._find(
+                f"unreadable: {len(unread)} updates in the outbox of {site}, such as {unread[0].update_id}:"
+                f" {unread[0].problem}; verify them with the release of their sender"
+            )
         if sequences and sequences != list(range(sequences[0], sequences[0] + len(sequences))):
             self._find(f"outbox: the updates of {site} are numbered {sequences}, with a gap")
         for identity, taken in arrived.items():
@@ -256,7 +262,7 @@ class _Audit:
                 self._ledger.notes.append(
                     f"update {identity} came in the name of {site}, whose outbox does not know it: {_became(taken)}"
                 )
-            elif item.head != taken.head:
+            elif item.head is not None and item.head != taken.head:
                 self._find(f"altered: update {identity} of {site} is not what its outbox has")
             elif item.is_dropped and taken.fate is Fate.SUMMED:
                 self._find(
@@ -331,13 +337,9 @@ def _missing(sent: list[str], receiver: Book) -> tuple[set[str], set[str]]:
     return missing, lost
 
 
-def _newest_checkpoint(directory: Path) -> Checkpoint | None:
-    return newest_checkpoint(checkpoints_folder(directory / "coordinator"))
-
-
-def _wrong_weights(directory: Path) -> list[str]:
+def _wrong_weights(coordinator: Path) -> list[str]:
     """Say so if the newest version's weights are not those that were announced, by their digest."""
-    folder = checkpoints_folder(directory / "coordinator")
+    folder = checkpoints_folder(coordinator)
     newest = newest_checkpoint(folder)
     if newest is None:
         return []

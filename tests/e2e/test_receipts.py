@@ -2,17 +2,19 @@
 
 import asyncio
 import os
+import re
 import shutil
+import signal
 from pathlib import Path
 
 from fednats.errors import CONFIG_EXIT
 from fednats.privacy.anchor import read_anchor
 from fednats.privacy.egress import EGRESS_FILE
 from fednats.testbed.launch import running
+from fednats.testbed.ledger import APPLIED, settled
 from fednats.testbed.processes import DaemonProcess
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import logged
-from tests.e2e.ledgers import balanced
 from tests.e2e.until import LIMIT_S, end_after, reached, until
 
 OTHER_RELEASE = "9.9.9"
@@ -38,14 +40,15 @@ async def test_a_copied_site_ends_and_one_of_another_release_stops_training_and_
     (tmp_path / "release" / "sitecustomize.py").write_text(_SITE_OF_ANOTHER_RELEASE)
     async with running(federation, tmp_path / "out") as now:
         newer = now.daemons["site-new"]
-        await newer.stop()
+        await until(now, lambda statuses: "site-new" in statuses)
+        await stop_group(newer)  # its worker is loading the data
         newer.environment = {"PYTHONPATH": f"{tmp_path / 'release'}:{os.environ.get('PYTHONPATH', '')}"}
         await newer.start()
         statuses = await until(now, lambda all_: "site.new" in str(all_.get("coordinator", {}).get("declined")))
         version = statuses["coordinator"]["version"]
         await until(now, reached(version + 2))
         original = now.daemons["site-a"]
-        await original.stop()
+        await stop_group(original)
         state = original.settings.state_dir
         shutil.copytree(state, state.with_name("copy"))
         copy = DaemonProcess(
@@ -53,15 +56,11 @@ async def test_a_copied_site_ends_and_one_of_another_release_stops_training_and_
         )
         try:
             await asyncio.gather(original.start(), copy.start())
-            async with asyncio.timeout(LIMIT_S):
-                ends = {asyncio.create_task(daemon.wait()): daemon for daemon in (original, copy)}
-                (ended, *_), (going_on, *_) = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            refused, other = ends[ended], ends[going_on]
-            going_on.cancel()
-            assert ended.result() == CONFIG_EXIT, "no supervisor starts it again"
+            refused = await first_to_end(original, copy)
+            assert refused.ended_with == CONFIG_EXIT, "no supervisor starts it again"
             assert "another process sends as a" in refused.log_tail()
-            if refused is original:
-                await original.kill()  # it has ended: nobody waits for it any more
+            other = original if refused is copy else copy
+            await refused.kill()  # it has ended: nobody waits for it any more
             version = (await until(now, reached(version + 3)))["coordinator"]["version"]
             await until(now, reached(version + 2))
             assert not other.ended
@@ -72,7 +71,7 @@ async def test_a_copied_site_ends_and_one_of_another_release_stops_training_and_
             state.with_name("copy").rename(state)
             await original.start()
         await end_after(now, 1)
-        ledger = await balanced(tmp_path / "out")
+        ledger = await settled(tmp_path / "out")
     heard = logged(now, "site-new", "update_refused")
     assert 1 <= len(heard) <= 3, "it trains on for nothing"
     assert heard[0]["reason"] == "malformed"
@@ -80,4 +79,20 @@ async def test_a_copied_site_ends_and_one_of_another_release_stops_training_and_
     anchor = read_anchor(tmp_path / "out" / "site-b" / EGRESS_FILE)
     assert anchor is not None
     assert anchor.head in (tmp_path / "out" / "site-b" / EGRESS_FILE).read_text()
-    assert ledger.findings == []
+    assert len(ledger.findings) == 1, "what this release cannot read, and nothing else"
+    assert re.match(rf"unreadable: .* the outbox of new.*release {OTHER_RELEASE}", ledger.findings[0])
+    assert ledger.accepted[APPLIED] > 0
+
+
+async def stop_group(daemon: DaemonProcess) -> None:
+    """Stop a daemon as systemd does, by a signal to its whole process group, and assert that it ends cleanly."""
+    os.killpg(daemon.pid, signal.SIGTERM)
+    assert await daemon.wait() == 0
+
+
+async def first_to_end(*daemons: DaemonProcess) -> DaemonProcess:
+    """Return the first of ``daemons`` that ends by itself."""
+    async with asyncio.timeout(LIMIT_S):
+        while not (ended := [daemon for daemon in daemons if daemon.ended]):  # noqa: ASYNC110 - whichever is first
+            await asyncio.sleep(0.05)
+    return ended[0]
