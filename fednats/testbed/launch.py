@@ -101,6 +101,8 @@ async def _run_federation(federation: FederationSettings, output: Path) -> Summa
     async with running(federation, output) as federation_running:
         supervisor = Supervisor([*federation_running.servers.servers, *federation_running.daemons])
         statuses = await _watch(federation, federation_running, supervisor, started)
+        if statuses[COORDINATOR]["failed"]:
+            raise FednatsError(f"the run was closed: {statuses[COORDINATOR]['reason']}")
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
     weights = await asyncio.to_thread(_keep_model, output)
