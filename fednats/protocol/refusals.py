@@ -37,6 +37,7 @@ REACTIONS: Mapping[Reason, Reaction] = MappingProxyType(
         Reason.WRONG_GRID: Reaction.GO_ON,
         Reason.WRONG_KEY: Reaction.GO_ON,
         Reason.TOO_STALE: Reaction.GO_ON,
+        Reason.EARLIER_RUN: Reaction.GO_ON,
         Reason.CHECKSUM: Reaction.GO_ON,
         Reason.CIPHERTEXT: Reaction.GO_ON,
     }
@@ -65,6 +66,8 @@ class Pauses:
 
         ``reason`` is None where this release does not know it.
         """
+        if reason is Reason.EARLIER_RUN:  # it says nothing of updates of this run
+            return 0.0
         self._in_a_row += 1
         reaction = Reaction.GO_ON if reason is None else REACTIONS.get(reason, Reaction.GO_ON)
         if reaction is Reaction.GO_ON and self._in_a_row < IN_A_ROW:

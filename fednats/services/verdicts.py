@@ -20,6 +20,9 @@ from fednats.transport.bus import Bus, Record
 LOOKED_AT = 4 * MAX_VERDICTS
 """Newest own updates that verdicts are compared with: more than one receipt names."""
 
+UNKNOWN = "unknown"
+"""Stands for reasons that this release does not know; what a region calls them is its own word."""
+
 REFUSED = "refused"
 """Key in `Daemon.declined` under which a site says that its updates are refused."""
 
@@ -126,9 +129,11 @@ class Verdicts:
         if not is_own:  # who has this site's bus key can send in its name; without its signing key, nothing counts
             self._log.warning("refused_in_our_name", **fields)
             return
-        self._daemon.metrics.refused_by_region.labels(reason=verdict.reason).inc()
-        self.refused[verdict.reason] = self.refused.get(verdict.reason, 0) + 1
-        pause_s = self._pauses.refused(_reason(verdict))
+        reason = _reason(verdict)
+        name = UNKNOWN if reason is None else reason.value
+        self._daemon.metrics.refused_by_region.labels(reason=name).inc()
+        self.refused[name] = self.refused.get(name, 0) + 1
+        pause_s = self._pauses.refused(reason)
         self._log.warning("update_refused", **fields, region_release=release, pause_s=pause_s)
         if pause_s:
             self._until_s = time.monotonic() + pause_s

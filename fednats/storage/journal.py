@@ -108,14 +108,15 @@ def read_readable(path: Path) -> tuple[list[Entry], ConfigError | None]:
     """Return the entries of a journal up to the first one that cannot be read, and what is wrong with it, if anything.
 
     Raises:
-        ConfigError: there is no journal, or it is none of this release.
+        ConfigError: there is no journal.
     """
     connection = open_read_only(path)
     entries: list[Entry] = []
     try:
         names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         if "event" in names and "row_chain" not in names:
-            raise ConfigError(f"{path}: an older release wrote it, which kept no count of events; use that release")
+            old = f"{path}: an older release wrote it, which kept no count of events; use that release for this run"
+            return entries, ConfigError(old)
         connection.execute("BEGIN")  # rows and their count as they were at one moment
         try:
             for entry in _entries(connection, path) if "event" in names else ():  # else its daemon is just making it

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -216,12 +217,12 @@ class Outbox:
     def pending(self) -> list[Update]:
         """Return the updates that are not yet acknowledged by the bus, oldest first."""
         query = f"SELECT head FROM outgoing WHERE {_WAITING} ORDER BY sequence"  # noqa: S608 - a constant
-        return [self._unpacked(head) for (head,) in self._connection.execute(query).fetchall()]
+        return [self._unpacked(head) for (head,) in self._rows(query)]
 
     def newest(self, count: int) -> list[Update]:
         """Return the newest ``count`` updates that were stored, the newest first."""
         query = "SELECT head FROM outgoing ORDER BY sequence DESC LIMIT ?"
-        return [self._unpacked(head) for (head,) in self._connection.execute(query, (count,)).fetchall()]
+        return [self._unpacked(head) for (head,) in self._rows(query, count)]
 
     def counts(self) -> dict[str, int]:
         """Return how many updates wait, were sent and were dropped."""
@@ -257,20 +258,20 @@ class Outbox:
         """Yield the chunks of an update in order, from number ``first`` on."""
         query = "SELECT data FROM chunk WHERE update_id = ? AND position = ?"
         position = first  # one query each: no statement stays open while the worker writes
-        while (row := self._connection.execute(query, (update_id, position)).fetchone()) is not None:
-            yield row[0]
+        while rows := self._rows(query, update_id, position):
+            yield rows[0][0]
             position += 1
 
     def epsilon(self, update_id: str) -> float | None:
         """Return what was spent when an update was made; None without differential privacy."""
         query = "SELECT epsilon FROM outgoing WHERE update_id = ?"
-        (epsilon,) = self._connection.execute(query, (update_id,)).fetchone()
+        ((epsilon,),) = self._rows(query, update_id)
         return None if epsilon is None else float(epsilon)
 
     def n_bytes(self, update_id: str, first: int = 0) -> int:
         """Return the size of the chunks of an update from number ``first`` on."""
         query = "SELECT COALESCE(SUM(LENGTH(data)), 0) FROM chunk WHERE update_id = ? AND position >= ?"
-        (n_bytes,) = self._connection.execute(query, (update_id, first)).fetchone()
+        ((n_bytes,),) = self._rows(query, update_id, first)
         return int(n_bytes)
 
     def note_sent_chunks(self, update_id: str, n_chunks: int) -> None:
@@ -362,8 +363,11 @@ class Outbox:
         return int(newest)
 
     def _read(self, query: str) -> tuple[int, ...]:
-        row: tuple[int, ...] = self._connection.execute(query).fetchone()
-        return row
+        return self._rows(query)[0]
+
+    def _rows(self, query: str, *parameters: str | int) -> list[tuple[Any, ...]]:
+        with self._writing() as connection:
+            return connection.execute(query, parameters).fetchall()
 
     def _leave_room(self, n_bytes: int) -> None:
         """Refuse to fill the disk with half an update: what is in the log must fit into the file, or it stays for ever."""

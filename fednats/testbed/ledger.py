@@ -104,7 +104,10 @@ def verify(directory: Path) -> Ledger:
     after = newest_checkpoint(checkpoints_folder(folder.coordinator))
     parents: dict[str, str] = {}
     for node in (nodes := [HUB]):  # grows while it is walked: from the hub downwards
-        for region in sorted(books[node].roster.regions) if node in books else ():
+        below = books[node].roster.regions if node in books else frozenset()
+        if node == HUB and not books[HUB].is_whole:
+            below |= set(folder.regions)  # those that the hub's journal does not get to name
+        for region in sorted(below - parents.keys()):
             parents[region] = node
             nodes.append(region)
             file = folder.region(region) / JOURNAL

@@ -36,6 +36,14 @@ class RunFolder:
         return self._state(f"site-{site}")
 
     @property
+    def regions(self) -> list[str]:
+        """Regions whose aggregators have a journal here."""
+        names = {
+            folder.name.partition("-")[2] for folder in (*self.root.glob("aggregator-*/"), *self.root.glob("region-*/"))
+        }
+        return sorted(name for name in names if (self.region(name) / JOURNAL).exists())
+
+    @property
     def all(self) -> list[Path]:
         """State of everybody who has one here."""
         return sorted({folder / STATE if (folder / STATE).is_dir() else folder for folder in self.root.glob("*/")})

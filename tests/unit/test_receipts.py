@@ -69,6 +69,8 @@ def test_a_refusal_that_may_not_repeat_stops_training_when_it_repeats() -> None:
     pauses = Pauses()
     assert [pauses.refused(Reason.WRONG_GRID) for _ in range(IN_A_ROW)] == [0.0] * (IN_A_ROW - 1) + [FIRST_PAUSE_S]
     assert Pauses().refused(None) == 0.0
+    over = Pauses()
+    assert [over.refused(Reason.EARLIER_RUN) for _ in range(2 * IN_A_ROW)] == [0.0] * 2 * IN_A_ROW
 
 
 def test_every_reason_that_an_update_is_refused_for_has_a_reaction() -> None:
