@@ -29,6 +29,7 @@ from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
 from fednats.testbed.supervisor import Supervisor
+from fednats.testbed.timeline import Timeline
 from fednats.testbed.wan import Wan, WanSettings
 
 POLL_S = 0.5
@@ -98,9 +99,10 @@ async def _run_federation(federation: FederationSettings, output: Path) -> Summa
     _refuse_used(output)
     if federation.training.dp is not None:
         await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
+    timeline = Timeline()
     async with running(federation, output) as federation_running:
         supervisor = Supervisor([*federation_running.servers.servers, *federation_running.daemons])
-        statuses = await _watch(federation, federation_running, supervisor, started)
+        statuses = await _watch(federation, federation_running, supervisor, timeline, started)
         if statuses[COORDINATOR]["failed"]:
             raise FednatsError(f"the run was closed: {statuses[COORDINATOR]['reason']}")
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
@@ -109,7 +111,7 @@ async def _run_federation(federation: FederationSettings, output: Path) -> Summa
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
-    figures = run_figures(federation, statuses, federation_running.wan_bytes, supervisor.restarts)
+    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline, supervisor.restarts)
     summary = summarise(figures, comparison, time.monotonic() - started)
     summary.write(output / "summary.json")
     write_report(summary, output / "report.html")
@@ -117,7 +119,7 @@ async def _run_federation(federation: FederationSettings, output: Path) -> Summa
 
 
 async def _watch(
-    federation: FederationSettings, running_now: Running, supervisor: Supervisor, started: float
+    federation: FederationSettings, running_now: Running, supervisor: Supervisor, timeline: Timeline, started: float
 ) -> Statuses:
     """Show progress until the coordinator has closed the run, and start again what ends; return the last statuses."""
     interrupted = asyncio.Event()
@@ -126,11 +128,13 @@ async def _watch(
         loop.add_signal_handler(number, interrupted.set)
     statuses: Statuses = {}
     try:
-        with Progress(federation.name, federation.task, federation.stop) as progress:
+        names = [daemon.name for daemon in running_now.daemons]
+        with Progress(federation.name, federation.task, federation.stop, names) as progress:
             while statuses.get(COORDINATOR, {}).get("state") != "closed":
                 await supervisor.mend()
                 statuses = with_newest(statuses, await running_now.daemons.statuses())
                 progress.update(statuses, time.monotonic() - started, supervisor.restarts)
+                timeline.note(statuses, time.monotonic() - started)
                 try:
                     async with asyncio.timeout(POLL_S):
                         await interrupted.wait()
