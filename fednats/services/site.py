@@ -118,11 +118,12 @@ class SiteService:
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
         await self._sender.begin()
+        self._daemon.doing = "loading torch, the task and its data"
         prepared: Prepared = await self._worker.call("prepare")
         self._log.info("task_checked", n_samples=prepared.n_samples, outputs=prepared.outputs)
         if prepared.without_gradient:
             self._log.warning("parameters_without_gradient", names=prepared.without_gradient)
-        self._daemon.ready = True
+        self._daemon.ready, self._daemon.doing = True, ""
         self._status["state"] = "waiting"
         await until_stopped(
             self._daemon,
