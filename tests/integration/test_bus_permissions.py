@@ -57,6 +57,7 @@ NEVER: dict[str, tuple[str, ...]] = {
         "fed.run.order",
         "fed.run.aggregate.>",
         "fed.run.reject.>",
+        "fed.run.receipt.>",
         "fed.run.pulse.>",
         "$KV.fed_run_state.>",
         "$JS.ACK.>",
@@ -75,8 +76,22 @@ NEVER: dict[str, tuple[str, ...]] = {
         "fed.run.control",
         "$JS.hub.>",
     ),
-    "uplink": ("fed.run.order", "fed.run.update.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
-    "coordinator": ("fed.run.update.>", "fed.run.aggregate.>", "fed.run.evaluation.*.*", "$JS.north.>", "$JS.south.>"),
+    "uplink": (
+        "fed.run.order",
+        "fed.run.receipt.>",
+        "fed.run.update.>",
+        "fed.run.evaluation.*.*",
+        "fed.run.model.>",
+        "fed.run.control",
+    ),
+    "coordinator": (
+        "fed.run.receipt.>",
+        "fed.run.update.>",
+        "fed.run.aggregate.>",
+        "fed.run.evaluation.*.*",
+        "$JS.north.>",
+        "$JS.south.>",
+    ),
     "observer": (
         "fed.run.order",
         "fed.run.update.>",
@@ -104,7 +119,13 @@ NEVER_ANYBODY = (
 
 
 def streams() -> list[str]:
-    kinds = (subjects.models_stream, subjects.updates_stream, subjects.aggregates_stream, subjects.inbox_stream)
+    kinds = (
+        subjects.models_stream,
+        subjects.updates_stream,
+        subjects.receipts_stream,
+        subjects.aggregates_stream,
+        subjects.inbox_stream,
+    )
     buckets = (subjects.presence_bucket(RUN), subjects.state_bucket(RUN))
     own = (subjects.compositions_stream, subjects.rejects_stream)
     made = [kind(RUN, node) for kind, node in product((*kinds, *own), NODES)]
@@ -119,6 +140,7 @@ def own_subjects() -> list[str]:
     found += [subjects.control(RUN), subjects.run_order(RUN)]
     found += [subjects.lease(p) for p in (subjects.model(RUN), *(subjects.aggregate(RUN, node) for node in NODES))]
     found += [subjects.evaluation(RUN, region, site) for site, region in SITES.items()]
+    found += [subjects.receipt(RUN, region, site) for site, region in SITES.items()]
     found += [subjects.evaluation_sum(RUN, node) for node in NODES]
     found += [subjects.pulse(RUN, node) for node in NODES]
     found += [subjects.composition(RUN, node, "id") for node in NODES]
@@ -326,9 +348,14 @@ async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> 
                 p
                 for site in SITES
                 if site != node
-                for p in (f"fed.run.update.*.{site}.>", f"fed.run.evaluation.*.{site}")
+                for p in (
+                    f"fed.run.update.*.{site}.>",
+                    f"fed.run.evaluation.*.{site}",
+                    f"$JS.API.DIRECT.GET.*.fed.run.receipt.*.{site}",
+                )
             ]
             never += [f"$JS.API.DIRECT.GET.fed_run_{kind}_{region}.>" for kind in ("updates", "rejects", "aggregates")]
+            never += [f"$JS.API.DIRECT.GET.fed_run_receipts_{region}"]
         if role in {"aggregator", "uplink"}:
             never += [
                 f"$JS.API.*.*.fed_run_{kind}_{other}"
@@ -336,7 +363,9 @@ async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> 
                 for other in NODES
                 if other != node
             ]
-            never += [f"fed.run.aggregate.{other}.>" for other in NODES if other != node]
+            never += [
+                f"fed.run.{kind}.{other}.>" for kind in ("aggregate", "receipt") for other in NODES if other != node
+            ]
             never += [f"$JS.{other}.API.STREAM.>" for other in NODES]
         if role in {"coordinator", "uplink"}:
             never += [f"$JS.API.*.*.fed_run_updates_{other}" for other in NODES]
