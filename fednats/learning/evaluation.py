@@ -32,8 +32,12 @@ class Evaluator:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
-        self._model = model
+        self.lend(model)
         self._loader = DataLoader(task.test_data(), batch_size=BATCH_SIZE)
+
+    def lend(self, model: nn.Module) -> None:
+        """Score with ``model`` from now on."""
+        self._model = model
 
     def evaluate(self, weights: Vector) -> Evaluated:
         """Score every test case with ``weights`` float32[n].
@@ -41,10 +45,11 @@ class Evaluator:
         Raises:
             ConfigError: there is no test case.
             LocalDataError: a metric is not finite, or ``weights`` is not of the model's size.
+            RefusedError: ``weights`` has a value that the model cannot hold (`FlatModel.check`).
         """
         write_vector(self._model, weights)
         self._model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():  # what the model or the data keep for later, training must be able to use
             batches = [(self._model(inputs), targets) for inputs, targets in self._loader]
         if not batches:
             raise ConfigError(f"{type(self._task).__name__}: test_data() is empty; a site needs at least one test case")
@@ -63,6 +68,9 @@ def _counts(scores: Tensor, targets: Tensor) -> Counts | None:
     return Counts.of(scores.double().numpy(), targets.long().numpy())
 
 
-def evaluate(task: Task, weights: Vector) -> Evaluated:
-    """Metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`."""
-    return Evaluator(task, initial_model(task, seed=0)).evaluate(weights)
+def evaluate(task: Task, weights: Vector, seed: int = 0) -> Evaluated:
+    """Metrics of ``weights`` float32[n] on the task's test data; what is frozen is made from ``seed``.
+
+    Raises as `Evaluator.evaluate`.
+    """
+    return Evaluator(task, initial_model(task, seed)).evaluate(weights)

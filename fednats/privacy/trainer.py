@@ -4,6 +4,7 @@ from torch import nn
 
 from fednats.codec.layout import Vector
 from fednats.config import TrainingSettings
+from fednats.learning.entries import set_training
 from fednats.learning.task import Task
 from fednats.learning.trainer import OPTIMIZERS, LocalPass, Trainer
 from fednats.privacy.randomness import Randomness
@@ -48,8 +49,7 @@ class PrivateTrainer(Trainer):
         from fednats.privacy import dp_sgd  # noqa: PLC0415 - as above
 
         self.refuse_unsuitable()
-        self._model.train()
-        before = dp_sgd.fixed_entries(self._model)
+        set_training(self._model)
         optimizer = OPTIMIZERS[settings.optimizer](self._model, settings)
         steps = dp_sgd.PrivateSteps(
             *(self._task, self._model, self._data, self.n_samples),
@@ -66,5 +66,4 @@ class PrivateTrainer(Trainer):
                 n_cases += len(batch)
         finally:
             steps.close()
-        dp_sgd.refuse_moved(self._model, before)
         return total / max(n_cases, 1)

@@ -110,7 +110,10 @@ class NextVersion:
                 name: before[position * n + block.start : position * n + block.stop]
                 for position, name in enumerate(optimizer.slots, 1)
             }
-            stepped, slots = optimizer.step(before[block], slots, mean_delta[block], n_steps=self._current.version)
+            statistics = self._layout.of_statistics(block.start, block.stop)
+            stepped, slots = optimizer.step(
+                before[block], slots, mean_delta[block], self._current.version, statistics=statistics
+            )
             after.write(block.start, stepped)
             for position, name in enumerate(optimizer.slots, 1):
                 after.write(position * n + block.start, slots[name])
