@@ -4,14 +4,15 @@
 
     FednatsError
     |-- ConfigError            a setting, file or task the operator has to mend
-    |-- TaskError              the code of a task failed
     |-- BusError               the bus cannot be reached or does not answer
     |   |-- UnreachableError   a daemon that starts cannot connect
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
     |-- LocalStorageError      this machine's disk does not take what must be on it
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
-    |-- LocalDataError         training produced something that must not be sent (not finite, wrong shape)
+    |-- HospitalError          work on a hospital's own data failed
+    |   |-- TaskError          the code of a task failed, or does not fit
+    |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
     |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
     `-- RefusedError           something that reached us from others and is refused, with its reason
         `-- RefusedChunkError  one input of a sum
@@ -26,10 +27,6 @@ class FednatsError(Exception):
 
 class ConfigError(FednatsError):
     """A setting, file or task that the operator has to mend; the text names it and the remedy."""
-
-
-class TaskError(FednatsError):
-    """The code of a task failed; the text says where, never with which data."""
 
 
 class BusError(FednatsError):
@@ -56,7 +53,25 @@ class OverflowRefusedError(FednatsError):
     """A weighted sum whose total weight would overflow its fields; nothing was added."""
 
 
-class LocalDataError(FednatsError):
+class HospitalError(FednatsError):
+    """Work on a hospital's own data failed.
+
+    Text and traceback are for the hospital's own log and terminal: they may quote a record. Others see only ``public``.
+    """
+
+    def __init__(self, text: str, *, public: str = "") -> None:
+        super().__init__(text)
+        self.public = public or type(self).__name__
+        """What failed in words that hold no data: an error's class and its place in the code."""
+        self.traceback = ""
+        """Where the text came from, as Python prints it; empty if the text says all."""
+
+
+class TaskError(HospitalError):
+    """The code of a task failed, or what it returned does not fit."""
+
+
+class LocalDataError(HospitalError):
     """Local training produced something that must not leave (not finite, wrong shape)."""
 
 

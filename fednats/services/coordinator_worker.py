@@ -20,7 +20,8 @@ from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
-from fednats.learning.task import make_task
+from fednats.learning.task_code import make_task
+from fednats.learning.task_errors import task_code
 from fednats.messages import Aggregate, Grid
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
@@ -44,7 +45,8 @@ class CoordinatorWorker:
         self._state_dir = settings.state_dir
         self._max_staleness = run.aggregation.staleness.max_staleness
         self._optimizer = ServerOptimizer(run.server)
-        model = initial_model(make_task(settings.task.path, settings.task.options), run.seed)
+        with task_code("loading the task"):
+            model = initial_model(make_task(settings.task.path, settings.task.options), run.seed)
         self._layout = Layout(parameters_of(model))
         self._checkpoints = Checkpoints(
             checkpoints_folder(settings.state_dir), self._layout.parameters, self._optimizer.slots

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import structlog
 import fednats
 from fednats import subjects
 from fednats.config import DaemonSettings
-from fednats.errors import BusError, FednatsError
+from fednats.errors import BusError, FednatsError, HospitalError
 from fednats.messages import Presence
 from fednats.services import state_dir
 from fednats.services.loop_lag import LoopLag
@@ -108,11 +109,21 @@ def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon],
     with state_dir.own(settings.state_dir):
         try:
             asyncio.run(_live(Daemon(role, name, settings.run, log), settings, body))
-        except* FednatsError as group:
+        except* Exception as group:  # noqa: BLE001 - a daemon ends with a line in its log, whatever ends it
             errors += _leaves(group)
     for error in errors:
-        log.error("stopped_by_error", error=str(error), kind=type(error).__name__)
+        log.error("stopped_by_error", error=str(error), kind=type(error).__name__, **in_full(error))
     return 1 if errors else 0
+
+
+def in_full(error: BaseException) -> dict[str, str]:
+    """Return the log field with the traceback of an error of a task's code, or of one that nobody expected.
+
+    It is for this machine's own log: it may quote a record.
+    """
+    if isinstance(error, HospitalError):
+        return {"exception": error.traceback} if error.traceback else {}
+    return {} if isinstance(error, FednatsError) else {"exception": "".join(traceback.format_exception(error))}
 
 
 async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon], Awaitable[None]]) -> None:
@@ -164,14 +175,15 @@ async def _endless(name: str, body: Awaitable[None]) -> None:
 
 
 def configure_logging(level: str) -> None:
-    """Write JSON lines to standard error."""
+    """Write to standard error: JSON lines, or in a terminal lines that people can read."""
+    shown = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
+            shown,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         logger_factory=structlog.WriteLoggerFactory(_LogStream()),  # type: ignore[arg-type]  # all it uses of a file

@@ -29,7 +29,7 @@ from fednats.protocol import site as protocol
 from fednats.services.answers import Scored
 from fednats.services.evaluations import payload_of
 from fednats.services.identity import Identity
-from fednats.services.lifecycle import Daemon, until_stopped
+from fednats.services.lifecycle import Daemon, in_full, until_stopped
 from fednats.services.off_loop import chunk_file
 from fednats.services.recorder import Recorder
 from fednats.services.sender import Sender
@@ -299,7 +299,9 @@ class SiteService:
         except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
-            self._log.error("job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S)
+            self._log.error(
+                "job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S, **in_full(error)
+            )
             if isinstance(error, RefusedError):
                 self._count_refused("model_refused", error, version=job.version)
             return protocol.Failed()

@@ -3,10 +3,8 @@
 import ctypes
 import hashlib
 import time
-import traceback
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +15,11 @@ from fednats.codec.layout import Difference, Layout, Vector, blocks
 from fednats.config import SiteSettings
 from fednats.crypto.sealing import ModelKeys
 from fednats.delta.encode import encoder
-from fednats.errors import FednatsError, LocalDataError, Reason, RefusedError, TaskError
+from fednats.errors import LocalDataError, Reason, RefusedError
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
-from fednats.learning.task import make_task
+from fednats.learning.task_code import make_task
+from fednats.learning.task_errors import task_code
 from fednats.learning.trainer import load_optimizers
 from fednats.messages import Frame, ModelManifest, Payload, Update
 from fednats.privacy.guard import Guard
@@ -213,26 +212,6 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-@contextmanager
-def task_code(doing: str) -> Iterator[None]:
-    """Turn whatever a hospital's own code raises into a TaskError that names the place and quotes no data.
-
-    Messages of exceptions may hold the value that could not be read, so only those of the operating system, which name
-    files, are passed on.
-    """
-    try:
-        yield
-    except FednatsError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever foreign code raises, told on as one error
-        text = f": {error}" if isinstance(error, OSError) else ""
-        frames = traceback.extract_tb(error.__traceback__)
-        own = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), frames[-1])
-        raise TaskError(
-            f"{doing} failed: {type(error).__name__}{text} (in {own.name}, {own.filename} line {own.lineno})"
-        ) from None
 
 
 def _seed(seed: int, site: str, version: int, n_made: int) -> int:

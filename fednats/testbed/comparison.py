@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from fednats.learning.baseline import Pooled, train_alone
 from fednats.learning.evaluation import evaluate
-from fednats.learning.task import Task, make_task
+from fednats.learning.task import Task
+from fednats.learning.task_code import make_task
 from fednats.testbed.federation import FederationSettings
 
 Metrics = dict[str, float]

@@ -21,7 +21,8 @@ from fednats.config import (
     load,
 )
 from fednats.errors import ConfigError
-from fednats.learning.task import Task, load_task
+from fednats.learning.task import Task
+from fednats.learning.task_code import load_task
 from fednats.privacy.policy import Policy
 from fednats.provision.plan import LeafAddress, Plan, RegionPlan, ServerAddress
 from fednats.subjects import HUB

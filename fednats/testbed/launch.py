@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fednats.config import DaemonSettings, TaskSettings
 from fednats.errors import FednatsError, InterruptedRunError
-from fednats.learning.task import make_task
+from fednats.learning.task_code import make_task
 from fednats.provision.plan import Plan
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile

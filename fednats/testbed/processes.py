@@ -1,10 +1,12 @@
 """Daemons as processes on this machine, and what they say of themselves."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -89,14 +91,23 @@ class DaemonProcess:
     def check(self) -> None:
         """Raise DaemonDiedError if the process has ended."""
         if self._process is not None and self._process.returncode is not None:
-            raise DaemonDiedError(
-                f"{self.role} {self.name} ended with exit code {self._process.returncode}; {self.log_file} ends with:\n"
-                + self.log_tail(_LOG_TAIL_LINES)
-            )
+            ended = f"{self.role} {self.name} ended with exit code {self._process.returncode}"
+            errors = list(self._stopping_errors())
+            if errors:
+                raise DaemonDiedError(f"{ended}: {'; '.join(errors)}; its log is {self.log_file}")
+            raise DaemonDiedError(f"{ended}; {self.log_file} ends with:\n{self.log_tail(_LOG_TAIL_LINES)}")
 
     def log_tail(self, n_lines: int = 1) -> str:
         """Return the last lines of the log."""
         return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-n_lines:])
+
+    def _stopping_errors(self) -> Iterator[str]:
+        """Yield what the daemon said in its last lines that it was stopped by."""
+        for line in self.log_tail(_LOG_TAIL_LINES).splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                if entry["event"] == "stopped_by_error":
+                    yield str(entry["error"])
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if the process lives."""

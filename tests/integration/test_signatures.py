@@ -24,7 +24,7 @@ from fednats.crypto.signing import Signer
 from fednats.delta.encode import encoder
 from fednats.errors import BusError
 from fednats.learning.flat import initial_model, parameters_of
-from fednats.learning.task import make_task
+from fednats.learning.task_code import make_task
 from fednats.messages import (
     Control,
     Grid,

@@ -12,7 +12,7 @@ import pytest
 
 from fednats.config import AggregationSettings, DeltaSettings, SitePrivacySettings, TrainingSettings
 from fednats.errors import ConfigError, Reason, RefusedError
-from fednats.learning.task import load_task, task_file
+from fednats.learning.task_code import load_task, task_file
 from fednats.messages import Grid, ModelManifest, ParameterSpec
 from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
 from fednats.services.off_loop import paced

@@ -14,7 +14,7 @@ from fednats.config import AggregationSettings, DeltaSettings, SiteSettings, Tra
 from fednats.crypto import sealing
 from fednats.errors import BudgetSpentError, ConfigError, LocalDataError, LocalStorageError
 from fednats.learning.flat import initial_model, initial_vector, parameters_of
-from fednats.learning.task import make_task
+from fednats.learning.task_code import make_task
 from fednats.messages import Grid, ModelManifest
 from fednats.privacy import rdp
 from fednats.privacy.account import Account, Charge

@@ -1,0 +1,45 @@
+"""``fednats site``, ``aggregator`` and ``coordinator``: the daemons."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load
+
+commands = typer.Typer()
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="settings file (TOML)")]
+
+
+@commands.command()
+def site(config: ConfigFile) -> None:
+    """Run a hospital's daemon."""
+    from fednats.services import lifecycle  # noqa: PLC0415
+    from fednats.services import site as service  # noqa: PLC0415
+
+    settings = load(config, SiteSettings)
+    raise typer.Exit(lifecycle.run("site", settings.site, settings, lambda daemon: service.site(daemon, settings)))
+
+
+@commands.command()
+def aggregator(config: ConfigFile) -> None:
+    """Run a region's daemon."""
+    from fednats.services import aggregator as service  # noqa: PLC0415
+    from fednats.services import lifecycle  # noqa: PLC0415
+
+    settings = load(config, AggregatorSettings)
+    raise typer.Exit(
+        lifecycle.run("aggregator", settings.region, settings, lambda daemon: service.aggregator(daemon, settings))
+    )
+
+
+@commands.command()
+def coordinator(config: ConfigFile) -> None:
+    """Run the daemon at the root."""
+    from fednats.services import coordinator as service  # noqa: PLC0415
+    from fednats.services import lifecycle  # noqa: PLC0415
+    from fednats.subjects import HUB  # noqa: PLC0415
+
+    settings = load(config, CoordinatorSettings)
+    raise typer.Exit(lifecycle.run("coordinator", HUB, settings, lambda daemon: service.coordinator(daemon, settings)))

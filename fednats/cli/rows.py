@@ -1,0 +1,15 @@
+"""Rows of figures, printed."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import typer
+
+
+def print_rows(rows: Sequence[Mapping[str, object]], *, as_json: bool) -> None:
+    """Print a line for each row, or all of them as JSON."""
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        typer.echo("  ".join(f"{name}={value}" for name, value in row.items()))

@@ -1,0 +1,54 @@
+"""Errors of a task's code, in full for the hospital and without data for everybody else."""
+
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fednats.errors import FednatsError, HospitalError, TaskError
+
+_LIBRARIES = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+
+
+@contextmanager
+def task_code(doing: str) -> Iterator[None]:
+    """Turn whatever a task's code raises into a `TaskError` that says what was done and where it failed.
+
+    Text and traceback quote the exception: they are for the hospital. An exception may quote a record, so ``public``
+    names only its class and its place. An error of ours keeps its text and gets the same ``public``.
+    """
+    try:
+        yield
+    except HospitalError as error:
+        if error.traceback:  # it was told on by such a block inside this one
+            raise
+        error.public = f"{doing} failed: {error.public} ({_place(error)})"
+        error.traceback = _written(error)
+        raise
+    except FednatsError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever foreign code raises, reported as one error
+        name = type(error).__name__
+        place = _place(error)
+        text = str(error)
+        told = TaskError(
+            f"{doing} failed: {name}{text and ': '}{text} ({place})", public=f"{doing} failed: {name} ({place})"
+        )
+        told.traceback = _written(error)
+        raise told from None
+
+
+def _place(error: Exception) -> str:
+    """Return the innermost line that belongs to no library; of its path only the name, which is the same everywhere."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = next((frame for frame in reversed(frames) if not _is_library(frame.filename)), frames[-1])
+    return f"in {own.name}, {Path(own.filename).name} line {own.lineno}"
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith((*_LIBRARIES, "<frozen"))
+
+
+def _written(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))
