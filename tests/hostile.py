@@ -228,7 +228,12 @@ class Decoders:
             pass
         self._model_bytes = self._model.read_bytes()
         checkpoint = Checkpoint(
-            version=4, made_by="x", weights_digest=DIGEST, grids=(GRID,), frames=(KEYFRAME, DIFFERENCE)
+            version=4,
+            made_by="x",
+            weights_digest=DIGEST,
+            frozen_digests=bytes(16),
+            grids=(GRID,),
+            frames=(KEYFRAME, DIFFERENCE),
         )
         self._checkpoint: Any = checkpoint.model_dump()
         self._keyframe_chunk = wire.pack(Chunk(parts=(self._weights.tobytes(),)))

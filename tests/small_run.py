@@ -98,6 +98,7 @@ class SmallRun:
                 version=version,
                 made_by=made_by,
                 weights_digest=digest,
+                frozen_digests=b"",
                 grids=(),
                 frames=(),
                 quarantined=dict(quarantined),

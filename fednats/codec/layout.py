@@ -95,7 +95,8 @@ class Layout:
 
     def _lengths(self, start: int, stop: int) -> NDArray[np.int64]:
         """Values of each tensor that lie between ``start`` and ``stop``."""
-        return np.maximum(np.minimum(self._ends, stop) - np.maximum(self._ends - self._sizes, start), 0)
+        lengths: NDArray[np.int64] = np.minimum(self._ends, stop) - np.maximum(self._ends - self._sizes, start)
+        return np.maximum(lengths, 0, out=lengths)
 
     def means(
         self, vector: Vector, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]

@@ -114,7 +114,8 @@ def frozen_digests(model: nn.Module) -> bytes:
 def unlike(frozen: list[str], own: bytes, announced: bytes) -> str:
     """Say which of the ``frozen`` tensors differs between two results of `frozen_digests`; empty if none does."""
     if len(own) != len(announced):
-        return f"{len(announced) // FROZEN_DIGEST_BYTES} frozen tensors at the coordinator, {len(own) // FROZEN_DIGEST_BYTES} here"
+        n_own, n_announced = (len(digests) // FROZEN_DIGEST_BYTES for digests in (own, announced))
+        return f"the number of frozen tensors ({n_own}, not {n_announced}) differs"
     for index, name in enumerate(frozen):
         part = slice(index * FROZEN_DIGEST_BYTES, (index + 1) * FROZEN_DIGEST_BYTES)
         if own[part] != announced[part]:
@@ -156,7 +157,7 @@ def _has_statistics(layer: _NormBase) -> bool:
 def _digest(name: str, tensor: Tensor) -> bytes:
     values = tensor.detach().to("cpu").contiguous()
     digest = hashlib.blake2b(f"{name} {values.dtype} {tuple(values.shape)} ".encode(), digest_size=FROZEN_DIGEST_BYTES)
-    digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 

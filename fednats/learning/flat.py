@@ -125,7 +125,8 @@ def _possible(entry: Entry, values: NDArray[np.float32]) -> torch.Tensor:
     held = entry.decoded(values)
     if not bool(torch.isfinite(held).all()):
         raise RefusedError(
-            Reason.NOT_FINITE, f"{entry.name} has a value that is not finite in {_type_of(entry)}; lower learning rates?"
+            Reason.NOT_FINITE,
+            f"{entry.name} has a value that is not finite in {_type_of(entry)}; lower learning rates?",
         )
     if entry.eps is not None and (magnitude := float(np.abs(values).max(initial=0.0))) > LARGEST_LOG:
         raise RefusedError(

@@ -113,10 +113,11 @@ class Trainer:
         moved = unlike(list(frozen_of(self._model)), frozen_digests(self._model), self._frozen)
         if moved:
             self._restore()
-            raise TaskError(
-                f"after training {moved} from what model() made, and it does not travel: make it a parameter; derive a layer"
-                " that gathers statistics from torch's BatchNorm; give scratch space persistent=False"
+            text = (
+                f"training changed what does not travel, {moved} from the one that model() made: make it a parameter; derive"
+                " a layer that gathers statistics from torch's BatchNorm; give scratch space persistent=False"
             )
+            raise TaskError(text, public=text)
 
     def _steps(self, settings: TrainingSettings, seed: int) -> float:
         if settings.dp is not None:

@@ -55,6 +55,7 @@ class Version:
     made_by: str
     parameters: tuple[ParameterSpec, ...]
     weights_digest: bytes
+    frozen_digests: bytes
     frames: tuple[Frame, ...]
     grids: tuple[Grid, ...]
     key_id: str

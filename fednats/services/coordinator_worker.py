@@ -16,7 +16,8 @@ from fednats.codec.layout import Layout, blocks
 from fednats.config import CoordinatorSettings
 from fednats.crypto.sealing import ModelKeys
 from fednats.delta.decode import decoder
-from fednats.errors import Reason, RefusedChunkError, RefusedError
+from fednats.errors import ConfigError, Reason, RefusedChunkError, RefusedError
+from fednats.learning.entries import frozen_digests, frozen_of, unlike
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
@@ -46,8 +47,10 @@ class CoordinatorWorker:
         self._max_staleness = run.aggregation.staleness.max_staleness
         self._optimizer = ServerOptimizer(run.server)
         with task_code("loading the task"):
-            model = initial_model(make_task(settings.task.path, settings.task.options), run.seed)
+            self._task, self._seed = make_task(settings.task.path, settings.task.options), run.seed
+            model = initial_model(self._task, run.seed)
         self._layout = Layout(parameters_of(model))
+        self._frozen_digests = frozen_digests(model)
         self._checkpoints = Checkpoints(
             checkpoints_folder(settings.state_dir), self._layout.parameters, self._optimizer.slots
         )
@@ -56,7 +59,14 @@ class CoordinatorWorker:
             weights = FlatModel(model)
             noise = 0.0 if run.delta.dp is None else run.delta.dp.deviation
             grid = grids.initial(self._layout, weights, self._decoder.qmax, noise)
-            stored = first_version(self._checkpoints, self._model_keys, weights, grid, self._chunk_bytes)
+            stored = first_version(
+                self._checkpoints, self._model_keys, weights, grid, self._chunk_bytes, self._frozen_digests
+            )
+        elif changed := unlike(list(frozen_of(model)), self._frozen_digests, stored.frozen_digests):
+            raise ConfigError(
+                f"{settings.state_dir}: {changed} from the one that this run began with; restore the task's code, the file"
+                " of weights that it loads and the run's seed, or give the new run a state_dir of its own"
+            )
         self._checkpoints.weights(stored.version).close()
         self._checkpoints.state(stored.version).close()
         self._current = stored
@@ -70,6 +80,7 @@ class CoordinatorWorker:
             made_by=self._current.made_by,
             parameters=self._layout.parameters,
             weights_digest=self._current.weights_digest,
+            frozen_digests=self._frozen_digests,
             frames=still_of_use(self._current.frames, self._max_message_bytes),
             grids=self._current.grids,
             key_id=self._decoder.key_id,

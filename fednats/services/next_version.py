@@ -87,6 +87,7 @@ class NextVersion:
             version=version,
             made_by=made_by,
             weights_digest=digest,
+            frozen_digests=self._current.frozen_digests,
             grids=grids,
             frames=still_of_use(kept, self._max_message_bytes),
             norms=made.norms,
@@ -136,7 +137,12 @@ class NextVersion:
 
 
 def first_version(
-    checkpoints: Checkpoints, keys: ModelKeys, initial: Vector, grid: Grid, chunk_bytes: int
+    checkpoints: Checkpoints,
+    keys: ModelKeys,
+    initial: Vector,
+    grid: Grid,
+    chunk_bytes: int,
+    frozen_digests: bytes = b"",
 ) -> Checkpoint:
     """Commit version 0 with the weights ``initial``; durable on return."""
     weights, state = checkpoints.create(0)
@@ -147,7 +153,14 @@ def first_version(
         state.write(block.start, values)
         digest.update(values.tobytes())
     keyframe = write_keyframe(checkpoints, keys, weights, 0, "k0-first", chunk_bytes)
-    checkpoint = Checkpoint(version=0, made_by="", weights_digest=digest.digest(), grids=(grid,), frames=(keyframe,))
+    checkpoint = Checkpoint(
+        version=0,
+        made_by="",
+        weights_digest=digest.digest(),
+        frozen_digests=frozen_digests,
+        grids=(grid,),
+        frames=(keyframe,),
+    )
     checkpoints.commit(checkpoint, weights, state)
     return checkpoint
 

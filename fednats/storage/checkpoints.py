@@ -30,6 +30,8 @@ class Checkpoint(BaseModel):
     made_by: str
     """Id of the combination that made this version; empty for the first."""
     weights_digest: bytes
+    frozen_digests: bytes
+    """Of what does not travel, as the manifests announce it."""
     grids: tuple[Grid, ...]
     """Grids on which contributions may still be under way; the last is the current one."""
     frames: tuple[Frame, ...]
@@ -100,11 +102,10 @@ class Checkpoints:
     def weights(self, version: int) -> TensorFile:
         """Open the weights of ``version``. Raises ConfigError if they are missing, damaged or another model's."""
         file = TensorFile.read(weights_file(self._directory, version))
-        n_parameters = sum(math.prod(shape) for _, shape in self._parameters)
-        if len(file) != n_parameters:
+        if file.tensors != self._parameters:
             file.close()
             raise ConfigError(
-                f"{self._directory}: holds a model of {len(file)} parameters, the task's has {n_parameters};"
+                f"{self._directory}: holds another model than the task's: {_unlike(file.tensors, self._parameters)};"
                 " give the new run a state_dir of its own"
             )
         return file
@@ -186,6 +187,14 @@ def weights_file(directory: Path, version: int) -> Path:
 def _versions(directory: Path) -> list[int]:
     numbers = (path.stem.removeprefix("version-") for path in directory.glob("version-*.msgpack"))
     return [int(number) for number in numbers if number.isdecimal()]
+
+
+def _unlike(stored: Sequence[tuple[str, tuple[int, ...]]], own: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+    """Say how the tensors ``stored`` differ from the task's ``own``."""
+    for (name, shape), (own_name, own_shape) in zip(stored, own, strict=False):
+        if (name, shape) != (own_name, own_shape):
+            return f"{name} {shape} where the task has {own_name} {own_shape}"
+    return f"{len(stored)} tensors, the task has {len(own)}"
 
 
 def _partial(path: Path) -> Path:

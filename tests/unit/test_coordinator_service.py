@@ -169,7 +169,7 @@ class Fixture:
 
 def version(number: int, made_by: str, frames: tuple[Frame, ...]) -> Version:
     grids = (Grid(grid_id="g0", steps=()),)
-    return Version(number, made_by, (), bytes(16), frames, grids, "k", (), 500, 1, 0.0, {"north-1": 1.0}, {})
+    return Version(number, made_by, (), bytes(16), b"", frames, grids, "k", (), 500, 1, 0.0, {"north-1": 1.0}, {})
 
 
 @pytest.mark.parametrize("ended_by", ["pool", "keep_best"])

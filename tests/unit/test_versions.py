@@ -346,8 +346,11 @@ def test_a_transfer_that_broke_goes_on_after_its_last_sound_chunk(tmp_path: Path
 
 def test_a_model_of_another_size_or_a_damaged_one_is_named(origin: Origin) -> None:
     other = Checkpoints(origin.directory, PARAMETERS[:1], ())
-    with pytest.raises(ConfigError, match="holds a model of 7070 parameters, the task's has 7000"):
+    with pytest.raises(ConfigError, match="another model than the task's: 2 tensors, the task has 1"):
         other.weights(0)
+    renamed = (PARAMETERS[0].model_copy(update={"name": "kernel"}), PARAMETERS[1])
+    with pytest.raises(ConfigError, match=r"weight \(100, 70\) where the task has kernel \(100, 70\)"):
+        Checkpoints(origin.directory, renamed, ()).weights(0)
     with pytest.raises(ConfigError, match="another server optimiser"):
         Checkpoints(origin.directory, PARAMETERS, ("momentum_buffer",)).state(0)
     file = origin.directory / "version-0.safetensors"
