@@ -140,8 +140,10 @@ class Site:
         return self._next()
 
     def _fail(self, _event: Failed) -> Job | None:
+        """Go on after an evaluation, which is not repeated; after training wait until it is tried again."""
+        evaluated = isinstance(self.job, Evaluate)
         self._give_up()
-        return None
+        return self._next() if evaluated else None
 
     def _postpone(self, _event: OutsideHours) -> Job | None:
         self._give_up()

@@ -247,7 +247,7 @@ class SiteService:
                 self._start(self._machine.handle(came_to))
                 if self._machine.state is not protocol.State.CLOSED:
                     self._status["state"] = self._resting
-            if isinstance(came_to, protocol.Failed):
+            if isinstance(came_to, protocol.Failed) and isinstance(job, protocol.Train):
                 asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
             if isinstance(came_to, protocol.OutsideHours):
                 self._await_hours()
@@ -299,8 +299,9 @@ class SiteService:
         except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
+            retry_s = RETRY_JOB_S if isinstance(job, protocol.Train) else None
             self._log.error(
-                "job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S, **in_full(error)
+                "job_failed", job=kind, version=job.version, error=str(error), retry_s=retry_s, **in_full(error)
             )
             if isinstance(error, RefusedError):
                 self._count_refused("model_refused", error, version=job.version)
@@ -310,6 +311,9 @@ class SiteService:
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
         scored: Scored = await self._worker.call("evaluate", manifest)
+        if scored.problem:
+            self._daemon.metrics.failures.labels(kind="metrics").inc()
+            self._log.error("metrics_failed", version=manifest.version, traceback=scored.problem)
         self._metrics = scored.metrics
         if self._resting != "waiting":
             self._status["version"] = manifest.version
@@ -321,6 +325,8 @@ class SiteService:
             version=manifest.version,
             key_id=scored.key_id,
             n_classes=scored.n_classes,
+            arrangement=scored.arrangement,
+            figures=scored.figures,
             n_samples=scored.n_samples if shown else 0,
             metrics=scored.metrics if shown else {},
             min_sites=self._policy.min_sites,

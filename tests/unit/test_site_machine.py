@@ -62,6 +62,15 @@ def test_a_failed_pass_is_tried_again_after_a_pause_or_on_a_newer_version() -> N
     assert site.handle(Done()) == Train(1)
 
 
+def test_an_evaluation_that_fails_keeps_nobody_from_training() -> None:
+    site = Site()
+    assert site.handle(ModelSeen(0)) == Evaluate(0)
+    assert site.handle(Failed()) == Train(0)
+    assert site.handle(Done()) is None  # and it is not repeated
+    site.handle(ModelSeen(1))
+    assert site.handle(Failed()) == Train(1)
+
+
 def test_a_slow_site_skips_evaluations_it_cannot_keep_up_with() -> None:
     site = Site()
     site.handle(ModelSeen(0))
