@@ -65,7 +65,7 @@ def test_vector_holds_parameters_and_running_statistics_in_state_dict_order() ->
 def test_write_then_read_gives_the_vector_back_and_leaves_integer_buffers() -> None:
     model = Quadrants().model()
     model(torch.ones(4, 2))
-    vector = np.arange(read_vector(model).size, dtype=np.float32) / 16
+    vector = np.arange(read_vector(model).size, dtype=np.float32) / np.float32(16)
     write_vector(model, vector)
     np.testing.assert_allclose(read_vector(model), vector, rtol=1e-6)
     assert model.state_dict()["1.num_batches_tracked"] == 1
