@@ -87,7 +87,8 @@ class Caching(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.turn = nn.Linear(4, 2), None
+        self.linear = nn.Linear(4, 2)
+        self.turn: Tensor | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.turn is None:
@@ -139,7 +140,7 @@ def test_a_variance_travels_as_a_logarithm_and_no_delta_makes_it_negative() -> N
     both = nn.Sequential(model, nn.Linear(2, 1))
     assert [spec.name for spec in parameters_of(both) if spec.statistic] == ["0.running_mean", "0.running_var.log"]
     vector = read_vector(both)
-    vector[2:4] -= np.float32([1.0, 70.0])
+    vector[2:4] -= np.array([1.0, 70.0], np.float32)
     write_vector(both, vector)
     assert model.running_var is not None
     np.testing.assert_allclose(model.running_var.numpy(), [np.exp(-1), 0.0], rtol=1e-4)
@@ -179,7 +180,7 @@ def test_the_delta_of_half_precision_is_that_of_training_alone(dtype: torch.dtyp
 def test_what_a_model_cannot_hold_is_refused_and_the_tensor_named() -> None:
     half = nn.Linear(2, 1).half()
     with pytest.raises(RefusedError, match=r"bias has a value that is not finite in float16") as refused:
-        write_vector(half, np.float32([0, 0, 1e5]))
+        write_vector(half, np.array([0, 0, 1e5], np.float32))
     assert refused.value.reason is Reason.NOT_FINITE
     norm = nn.Sequential(nn.BatchNorm1d(1, affine=False), nn.Linear(1, 1))
     for mean, variance, expected in (
@@ -188,7 +189,7 @@ def test_what_a_model_cannot_hold_is_refused_and_the_tensor_named() -> None:
         (0, 1e4, "running_var.log"),
     ):
         with pytest.raises(RefusedError, match=expected):
-            FlatModel(norm).check(0, np.float32([mean, variance, 0, 0]))
+            FlatModel(norm).check(0, np.array([mean, variance, 0, 0], np.float32))
 
 
 @pytest.mark.parametrize(
