@@ -2,15 +2,15 @@
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgpack
 from pydantic import BaseModel, ConfigDict
 
+from fednats.config import RunSettings
 from fednats.errors import ConfigError, RefusedError
-from fednats.messages import Frame, Grid, ParameterSpec
+from fednats.messages import Frame, Grid, Opening, ParameterSpec
 from fednats.storage.chunk_file import ChunkFile, read_chunks
 from fednats.storage.tensor_file import TensorFile, sync_folder
 from fednats.wire import unpack_values
@@ -27,8 +27,14 @@ class Checkpoint(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int
+    opening: Opening
+    """The run that it is of."""
+    settings: RunSettings
+    """Of that run."""
+    n_steps: int
+    """Steps that the run's optimiser has made."""
     made_by: str
-    """Id of the combination that made this version; empty for the first."""
+    """Id of the combination that made this version; empty where a run was opened with it."""
     weights_digest: bytes
     frozen_digests: bytes
     """Of what does not travel, as the manifests announce it."""
@@ -106,7 +112,7 @@ class Checkpoints:
             file.close()
             raise ConfigError(
                 f"{self._directory}: holds another model than the task's: {_unlike(file.tensors, self._parameters)};"
-                " give the new run a state_dir of its own"
+                " restore the task, or give another one kits and a state_dir of its own"
             )
         return file
 
@@ -125,15 +131,22 @@ class Checkpoints:
             )
         return file
 
-    def keep_best(self, version: int) -> bool:
-        """Keep ``version`` as ``best.safetensors``; False if it is no longer among the newest few."""
-        path = weights_file(self._directory, version)
-        if not path.exists():
-            return False
-        partial = self._directory / "best.partial"
-        shutil.copyfile(path, partial)
-        partial.rename(self._directory / BEST_FILE)
-        return True
+    def has(self, version: int) -> bool:
+        """Whether ``version`` is still among the newest few."""
+        return weights_file(self._directory, version).exists()
+
+    @property
+    def best_file(self) -> Path:
+        """Where the best version of the run is kept, whole."""
+        return self._directory / BEST_FILE
+
+    def keep_run(self, last: Checkpoint) -> Path:
+        """Keep the best version of a run in ``runs/NAME``: another one is about to begin. Return where its last goes."""
+        folder = self._directory / "runs" / last.opening.name
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.best_file.exists():
+            self.best_file.rename(folder / BEST_FILE)
+        return folder / "last.safetensors"
 
     def _tidy(self, newest: Checkpoint) -> None:
         old = sorted(_versions(self._directory))[:-KEPT_VERSIONS]

@@ -15,9 +15,11 @@ from fednats.errors import ConfigError, Reason, RefusedError, TaskError
 from fednats.learning.entries import entries_of, frozen_digests, frozen_of, gathering, set_training, unlike
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of, read_vector, write_vector
+from fednats.learning.initial_weights import load_weights
 from fednats.learning.task import Examples, Task
 from fednats.learning.trainer import Trainer, train
 from fednats.learning.whole_model import write_whole_model
+from fednats.storage.tensor_file import TensorFile
 
 torch.set_num_threads(1)
 SETTINGS = TrainingSettings(local_steps=4, batch_size=8, learning_rate=0.05)
@@ -265,3 +267,23 @@ def test_the_file_of_a_run_is_a_whole_state_dict(tmp_path: Path) -> None:
             torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
     assert loaded.get_parameter("0.decode.weight") is loaded.get_parameter("0.encode.weight")
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_run_begins_with_the_file_of_another_or_with_a_checkpoint(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(4), frozen(nn.Linear(4, 4)), nn.Linear(4, 2))
+
+    task = Any(make)
+    trained = initial_model(task, 5)
+    trained(torch.randn(8, 4))
+    weights, parameters = read_vector(trained), parameters_of(trained)
+    whole, checkpoint = tmp_path / "model.safetensors", tmp_path / "version-1.safetensors"
+    write_whole_model(whole, task, 5, weights, 1)
+    with TensorFile.create(checkpoint, [(spec.name, spec.shape) for spec in parameters], {}) as file:
+        file.write(0, weights)
+    for path in (whole, checkpoint):
+        model = initial_model(task, 5)
+        load_weights(model, path)
+        np.testing.assert_allclose(read_vector(model), weights, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ConfigError, match=r"1\.bias is frozen, and differs; let model\(\) load it"):
+        load_weights(initial_model(task, 6), whole)
