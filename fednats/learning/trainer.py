@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,14 +94,20 @@ class Trainer:
             RefusedError: ``start`` has a value that the model cannot hold (`FlatModel.check`).
             TaskError: training changed a frozen tensor of real numbers.
         """
+        with self._from(start, seed):
+            train_loss = self._steps(settings, seed)
+        self._model.zero_grad()  # a gradient is as large as the model, and what follows needs none
+        return LocalPass(n_samples=self.n_samples, train_loss=train_loss)
+
+    @contextmanager
+    def _from(self, start: Vector, seed: int) -> Iterator[None]:
+        """Begin with the weights ``start``; dropout and augmentation follow from ``seed``. Raises TaskError as `train`."""
         self._restore()
         write_vector(self._model, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            train_loss = self._steps(settings, seed)
-        self._model.zero_grad()  # a gradient is as large as the model, and what follows needs none
+            yield
         self._refuse_moved()
-        return LocalPass(n_samples=self.n_samples, train_loss=train_loss)
 
     def _restore(self) -> None:
         self._model.load_state_dict(self._fresh, strict=False)
