@@ -67,7 +67,7 @@ class Evaluator:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
-        self._data = task.test_data()
+        self.data = task.test_data()
         self.lend(model)
 
     def lend(self, model: nn.Module) -> None:
@@ -113,7 +113,7 @@ class Evaluator:
         """
         write_vector(self._model, weights)
         outputs = self.outputs
-        tally = _Tally(outputs, own=self._task.has_own_metrics, n_cases=_length(self._data))
+        tally = _Tally(outputs, own=self._task.has_own_metrics, n_cases=_length(self.data))
         for scores, targets in self._scored(batch_size):
             tally.add(scores, targets)
         return tally.evaluated(self._task)
@@ -128,7 +128,7 @@ class Evaluator:
             yield scores, targets
 
     def _loader(self, batch_size: int) -> "DataLoader[tuple[Tensor, ...]]":
-        return DataLoader(self._data, batch_size=batch_size)
+        return DataLoader(self.data, batch_size=batch_size)
 
     def _other(self, scores: object, targets: object) -> Outputs:
         return Outputs(Kind.OTHER, shape_of(scores), shape_of(targets), 0, (), ())

@@ -26,7 +26,7 @@ from fednats.privacy.egress import EGRESS_FILE
 from fednats.privacy.policy import read_policy
 from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
-from fednats.services.answers import Scored
+from fednats.services.answers import Prepared, Scored
 from fednats.services.evaluations import payload_of
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, in_full, until_stopped
@@ -119,8 +119,10 @@ class SiteService:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
         await self._sender.begin()
         self._daemon.doing = "loading torch, the task and its data"
-        n_samples = await self._worker.call("prepare")
-        self._log.info("data_loaded", n_samples=n_samples)
+        prepared: Prepared = await self._worker.call("prepare")
+        self._log.info("task_checked", n_samples=prepared.n_samples, outputs=prepared.outputs)
+        if prepared.without_gradient:
+            self._log.warning("parameters_without_gradient", names=prepared.without_gradient)
         self._daemon.ready, self._daemon.doing = True, ""
         self._status["state"] = "waiting"
         await until_stopped(
