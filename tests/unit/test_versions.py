@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from torch import nn
 from safetensors.numpy import load_file
+from torch import nn
 
 from fednats import wire
 from fednats.codec import frames, grid
