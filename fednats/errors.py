@@ -11,6 +11,7 @@
     |-- RivalError             another daemon does this one's work: one of them ends
     |-- LocalStorageError      this machine's disk does not take what must be on it
     |-- InterruptedRunError    Ctrl-C; everything was stopped
+    |-- ImpossibleModelError   the next version would hold a value that no model can have
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- HospitalError          work on a hospital's own data failed
     |   |-- TaskError          the code of a task failed, or does not fit
@@ -57,6 +58,10 @@ class LocalStorageError(FednatsError):
 
 class InterruptedRunError(FednatsError):
     """Ctrl-C; everything was stopped."""
+
+
+class ImpossibleModelError(FednatsError):
+    """The next version would hold a value that no model can have; it was not made, and would not be another time."""
 
 
 class OverflowRefusedError(FednatsError):

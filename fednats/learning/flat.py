@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -80,6 +81,15 @@ class FlatModel:
         """
         for entry, _, outside in self._overlaps(start, start + len(values)):
             _possible(entry, values[outside])
+
+    def hollow(self) -> "FlatModel":
+        """Return a model without values, which takes no memory and can `check`."""
+        hollow = FlatModel.__new__(FlatModel)
+        hollow._ends = self._ends  # noqa: SLF001 - its own
+        hollow._entries = tuple(  # noqa: SLF001 - its own
+            replace(entry, tensor=torch.empty_like(entry.tensor, device="meta")) for entry in self._entries
+        )
+        return hollow
 
     def delta(self, start: Vector) -> Vector:
         """Return what training has changed since ``start`` float32[n] was written, float32[n], computed where it is read.

@@ -21,7 +21,7 @@ from fednats.crypto.sealing import ModelKeys
 from fednats.delta import scheme
 from fednats.delta.decode import decoder
 from fednats.delta.scheme import count_bits
-from fednats.errors import ConfigError, Reason, RefusedChunkError, RefusedError
+from fednats.errors import ConfigError, ImpossibleModelError, Reason, RefusedChunkError, RefusedError
 from fednats.learning.entries import frozen_digests, frozen_of, unlike
 from fednats.learning.figures import known_names, n_integers, read_figures
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
@@ -82,6 +82,7 @@ class CoordinatorWorker:
         """
         self._check_delta(run)
         model = self._make_model(run)
+        self._refuse_impossible(model)
         if run.training.dp is not None:
             from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where it is asked for
 
@@ -129,6 +130,15 @@ class CoordinatorWorker:
             self._task = make_task(self._settings.task.path, self._settings.task.options)
             return initial_model(self._task, run.seed)
 
+    def _refuse_impossible(self, model: nn.Module) -> None:
+        """Refuse to begin with weights that are not finite. Raises ConfigError."""
+        flat = FlatModel(model)
+        try:
+            for block in blocks(len(flat)):
+                flat.check(block.start, flat[block])
+        except RefusedError as error:
+            raise ConfigError(f"the model as model() makes it cannot be trained: {error.detail}") from None
+
     def _refuse_changed(self, model: nn.Module, stored: Checkpoint) -> None:
         """Refuse to go on with a run whose frozen tensors are others than it began with.
 
@@ -156,6 +166,7 @@ class CoordinatorWorker:
         model = self._make_model(run)
         self._layout = Layout(parameters_of(model))
         self._frozen_digests = frozen_digests(model)
+        self._hollow = FlatModel(model).hollow()
         folder = checkpoints_folder(self._state_dir)
         self._checkpoints = Checkpoints(folder, self._layout.parameters, self._optimizer.slots)
         return model
@@ -260,6 +271,7 @@ class CoordinatorWorker:
 
         Raises:
             RefusedError: ``not_finite``: nothing was changed.
+            ImpossibleModelError: the result is none that a model can hold; nothing was changed.
             LocalStorageError: the disk is full; the version is not made, and can be made again.
         """
         squares = sum(_squares(self._mean[block]) for block in blocks(self._mean.size))
@@ -274,10 +286,16 @@ class CoordinatorWorker:
             self._layout,
             self._run.delta.chunk_bytes,
             self._max_message_bytes,
+            self._hollow.check,
         )
         with local_disk(self._state_dir):
             made = Made(combination_id, dict(norms), dict(quarantined))
-            self._current = making.make(self._optimizer, self._mean, made, adapted)
+            try:
+                self._current = making.make(self._optimizer, self._mean, made, adapted)
+            except RefusedError as error:
+                raise ImpossibleModelError(
+                    f"version {self._newest.version + 1} would not be a model: {error.detail}"
+                ) from None
         self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
         return self._version()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from torch import nn
 
 from fednats import wire
 from fednats.codec import frames, grid
@@ -15,9 +16,10 @@ from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, RunSettings, ServerSettings, TrainingSettings
 from fednats.crypto.sealing import ModelKeys, generate
 from fednats.errors import ConfigError, LocalStorageError, Reason, RefusedError
+from fednats.learning.flat import FlatModel
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
-from fednats.services.next_version import LONGEST_CHAIN, Made, NextVersion, Start, first_version
+from fednats.services.next_version import LONGEST_CHAIN, Check, Made, NextVersion, Start, first_version
 from fednats.storage.checkpoints import KEPT_VERSIONS, Checkpoint, Checkpoints, frame_file, weights_file
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
@@ -38,6 +40,7 @@ class Origin:
     def __init__(self, directory: Path, settings: ServerSettings | None = None, max_message_bytes: int = 2**20) -> None:
         self.directory = directory
         self.max_message_bytes = max_message_bytes
+        self.check: Check = FlatModel(nn.Linear(100, 70)).hollow().check
         self.keys = KEYS
         self.optimizer = ServerOptimizer(settings or ServerSettings())
         self.checkpoints = Checkpoints(directory, PARAMETERS, self.optimizer.slots)
@@ -52,7 +55,9 @@ class Origin:
         delta = (scale * self.rng.normal(size=N)).astype(np.float32)
         self.exact += delta
         current = self.made[-1]
-        making = NextVersion(self.checkpoints, self.keys, current, LAYOUT, CHUNK_BYTES, self.max_message_bytes)
+        making = NextVersion(
+            self.checkpoints, self.keys, current, LAYOUT, CHUNK_BYTES, self.max_message_bytes, self.check
+        )
         made = Made(f"combination{current.version}")
         self.made.append(making.make(self.optimizer, delta, made, current.grids))
         return self.made[-1]
@@ -345,6 +350,14 @@ def test_a_transfer_that_broke_goes_on_after_its_last_sound_chunk(tmp_path: Path
     assert keep_sound(path, (payload.digests[0], bytes(16))) == 1
     assert list(read_chunks(path)) == [b"one"]
     assert keep_sound(tmp_path / "absent", payload.digests) == 0
+
+
+def test_a_version_that_no_model_can_hold_is_not_made(origin: Origin) -> None:
+    origin.check = FlatModel(nn.Linear(100, 70).half()).hollow().check
+    with pytest.raises(RefusedError, match=r"weight has a value that is not finite in float16"):
+        origin.step(scale=1e6)
+    assert origin.checkpoints.newest() == origin.made[0]
+    assert origin.step(scale=0.01).version == 1
 
 
 def test_a_model_of_another_size_or_a_damaged_one_is_named(origin: Origin) -> None:
