@@ -15,7 +15,7 @@ from fednats.codec.layout import Vector
 from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, LocalDataError, TaskError
 from fednats.learning.entries import frozen_digests, frozen_of, set_training, unlike
-from fednats.learning.flat import FlatModel, initial_model, write_vector
+from fednats.learning.flat import FlatModel, initial_model, read_vector, write_vector
 from fednats.learning.task import Examples, Task
 
 
@@ -107,7 +107,7 @@ class Trainer:
         """
         before = read_vector(self._model)
         with self._from(before, seed=0):
-            self._model.train()
+            set_training(self._model)
             inputs, targets = next(self._batches(settings.batch_size, seed=0))
             loss = self._task.loss(self._model, inputs, targets)
             if not math.isfinite(loss.item()):

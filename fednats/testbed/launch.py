@@ -1,10 +1,11 @@
 """Run a whole federation on this machine: servers, daemons, progress, comparison, report."""
 
 import asyncio
+import os
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
+from fednats.testbed.supervisor import Supervisor
 from fednats.testbed.timeline import Timeline
 from fednats.testbed.wan import Wan, WanSettings
 
@@ -79,14 +81,30 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     """Run to the end, compare, write summary, report and model below ``output``; return the summary.
 
     Raises:
-        FednatsError: a daemon died, or the settings do not work.
+        FednatsError: something ended and starting it again is of no use, or the settings do not work.
     """
+    with private_files():
+        return await _run_federation(federation, output)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Let nobody else read what this process and those that it starts write: models are learned from patients' data."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+async def _run_federation(federation: FederationSettings, output: Path) -> Summary:
     started = time.monotonic()
     _refuse_used(output)
     await asyncio.to_thread(_refuse_unsuitable, federation)
     timeline = Timeline()
     async with running(federation, output) as federation_running:
-        statuses = await _watch(federation, federation_running, timeline, started)
+        supervisor = Supervisor([*federation_running.servers.servers, *federation_running.daemons])
+        statuses = await _watch(federation, federation_running, supervisor, timeline, started)
         if statuses[COORDINATOR]["failed"]:
             raise FednatsError(f"the run was closed: {statuses[COORDINATOR]['reason']}")
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
@@ -95,15 +113,17 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
-    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline)
+    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline, supervisor.restarts)
     summary = summarise(figures, comparison, time.monotonic() - started)
     summary.write(output / "summary.json")
     write_report(summary, output / "report.html")
     return summary
 
 
-async def _watch(federation: FederationSettings, running_now: Running, timeline: Timeline, started: float) -> Statuses:
-    """Show progress until the coordinator has closed the run; return the last statuses."""
+async def _watch(
+    federation: FederationSettings, running_now: Running, supervisor: Supervisor, timeline: Timeline, started: float
+) -> Statuses:
+    """Show progress until the coordinator has closed the run, and start again what ends; return the last statuses."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -113,9 +133,9 @@ async def _watch(federation: FederationSettings, running_now: Running, timeline:
         names = [daemon.name for daemon in running_now.daemons]
         with Progress(federation.name, federation.task, federation.stop, names) as progress:
             while statuses.get(COORDINATOR, {}).get("state") != "closed":
-                running_now.daemons.check()
+                await supervisor.mend()
                 statuses = with_newest(statuses, await running_now.daemons.statuses())
-                progress.update(statuses, time.monotonic() - started)
+                progress.update(statuses, time.monotonic() - started, supervisor.restarts)
                 timeline.note(statuses, time.monotonic() - started)
                 try:
                     async with asyncio.timeout(POLL_S):
