@@ -18,6 +18,7 @@
     |-- LocalStorageError      this machine's disk does not take what must be on it
     |   `-- DatabaseLockedError  another process holds one of its files
     |-- InterruptedRunError    Ctrl-C; everything was stopped
+    |-- ImpossibleModelError   the next version would hold a value that no model can have
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- HospitalError          work on a hospital's own data failed
     |   |-- TaskError          the code of a task failed, or does not fit
@@ -85,6 +86,10 @@ class DatabaseLockedError(LocalStorageError):
 
 class InterruptedRunError(FednatsError):
     """Ctrl-C; everything was stopped."""
+
+
+class ImpossibleModelError(FednatsError):
+    """The next version would hold a value that no model can have; it was not made, and would not be another time."""
 
 
 class OverflowRefusedError(FednatsError):

@@ -22,6 +22,7 @@ from fednats.protocol.events import (
     OpenRun,
     Restored,
     RunClosed,
+    RunFailed,
     RunOpened,
     VersionAnnounced,
     WallTimeReached,
@@ -135,6 +136,9 @@ class Coordinator:
             return self._restore(event)
         if isinstance(event, WallTimeReached):
             return self._finish("max_wall_s reached")
+        if isinstance(event, RunFailed):
+            self.failed = self.failed or self.state is RunState.OPEN
+            return self._finish(event.reason)
         if isinstance(event, FinalEvaluationOverdue):
             return self._close()
         commands = self.collector.handle(event)
