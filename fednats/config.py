@@ -235,6 +235,11 @@ class StopSettings(Settings):
 
     max_versions: int = Field(40, ge=1)
     max_wall_s: float | None = Field(None, gt=0)
+    all_failing_s: float = Field(
+        60.0,
+        gt=0,
+        description="end the run, as failed, when the training of every site has failed in the same way for so long",
+    )
     target_metric: str = "auc"
     target: float | None = Field(None, description="value of target_metric at which time_to_target_s is taken")
     stop_at_target: bool = False

@@ -8,6 +8,7 @@
     |   |-- UnreachableError   a daemon that starts cannot connect
     |   `-- BusFullError       a stream is at its limit; what was offered is not stored
     |-- LocalStorageError      this machine's disk does not take what must be on it
+    |-- RunFailedError         a run ended because it could not go on
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- HospitalError          work on a hospital's own data failed
@@ -43,6 +44,10 @@ class BusFullError(BusError):
 
 class LocalStorageError(FednatsError):
     """This machine's disk does not take what must be on it before work goes on; the text names the file and the remedy."""
+
+
+class RunFailedError(FednatsError):
+    """A run was ended by its coordinator because it could not go on; the text says why."""
 
 
 class InterruptedRunError(FednatsError):

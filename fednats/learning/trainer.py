@@ -102,7 +102,8 @@ class Trainer:
             value = loss.item()
             if not math.isfinite(value):
                 raise LocalDataError(
-                    f"loss is {value} at step {step} of {settings.local_steps}; lower the learning rate?"
+                    f"loss is {value} at step {step} of {settings.local_steps}; lower the learning rate?",
+                    public="the loss is not finite",
                 )
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()

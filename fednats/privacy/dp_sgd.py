@@ -167,7 +167,7 @@ class PrivateSteps:
         loss = self._task.loss(self._module, inputs, targets)
         value = loss.item()
         if not math.isfinite(value):
-            raise LocalDataError(f"loss is {value}; lower the learning rate?")
+            raise LocalDataError(f"loss is {value}; lower the learning rate?", public="the loss is not finite")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")  # inputs need no gradient
             warnings.filterwarnings("ignore", message="grad and param do not obey")  # of channels last: only speed

@@ -16,6 +16,7 @@ from fednats.protocol.events import (
     Configured,
     EvaluationsSummed,
     Event,
+    EverySiteFails,
     FinalEvaluationOverdue,
     KeepBest,
     RunClosed,
@@ -65,6 +66,8 @@ class Coordinator:
         self.reached_target_at: int | None = None
         """First version whose target metric reached the target."""
         self.reason = ""
+        self.failed = False
+        """Whether the run ended because no site could train."""
         self.norms = NormHistory(DefenceSettings())
         self._stop = StopSettings()
 
@@ -95,6 +98,8 @@ class Coordinator:
             return self._finish("max_wall_s reached")
         if isinstance(event, FinalEvaluationOverdue):
             return self._close()
+        if isinstance(event, EverySiteFails):
+            return self._give_up(event.why)
         commands = self.collector.handle(event)
         if isinstance(event, EvaluationsSummed) and event.n_sites:
             commands += self._record(event)
@@ -165,6 +170,14 @@ class Coordinator:
         if self.version in self.evaluated:
             return commands + self._close()
         return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
+
+    def _give_up(self, why: str) -> list[Command]:
+        """End the run at once, without waiting for evaluations: sites that cannot train have sent theirs long ago."""
+        if self.state is not RunState.OPEN:
+            return []
+        self.failed = True
+        commands = self._finish(f"every site fails: {why}")
+        return [command for command in commands if not isinstance(command, AwaitFinalEvaluation)] + self._close()
 
     def _close(self) -> list[Command]:
         if self.state is not RunState.FINISHING:

@@ -32,6 +32,9 @@ class Done:
 class Failed:
     """The job asked for failed; say `Retry` after a pause."""
 
+    repeats: bool = False
+    """Whether training failed as it did before: nothing is trained until then, whatever versions come."""
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetSpent:
@@ -123,6 +126,8 @@ class Site:
         self.within_hours = True
         """Whether it trains now, as far as it has asked."""
         self._declined = False
+        self._pauses = False
+        """Whether training has failed repeatedly and waits for `Retry`."""
 
     def handle(self, event: Event) -> Job | None:
         """Take in what happened, return the job to start now, if any."""
@@ -139,8 +144,12 @@ class Site:
         self.state = State.IDLE
         return self._next()
 
-    def _fail(self, _event: Failed) -> Job | None:
+    def _fail(self, event: Failed) -> Job | None:
+        evaluated = isinstance(self.job, Evaluate)
         self._give_up()
+        if evaluated:  # that version is not evaluated; training does not wait for it
+            return self._next()
+        self._pauses = event.repeats
         return None
 
     def _postpone(self, _event: OutsideHours) -> Job | None:
@@ -163,7 +172,8 @@ class Site:
         return self._next()
 
     def _retry(self, _event: Retry) -> Job | None:
-        return self._next()
+        self._pauses = False
+        return self._next() if self.state is State.IDLE else None
 
     def _leave(self, _event: BusAway) -> Job | None:
         self._away = True
@@ -188,7 +198,7 @@ class Site:
         self.job = None
 
     def _next(self) -> Job | None:
-        may_train = self.trains and self.within_hours and not self._declined
+        may_train = self.trains and self.within_hours and not self._declined and not self._pauses
         if self._to_evaluate:
             self.job = Evaluate(self._to_evaluate.pop(0))
         elif may_train and self._newest > self._last_trained:
@@ -217,7 +227,7 @@ class Site:
         (State.BUSY, OutsideHours): _postpone,
         (State.BUSY, HoursBegun): _open,
         (State.BUSY, Declined): _decline,
-        (State.BUSY, Retry): _ignore,
+        (State.BUSY, Retry): _retry,
         (State.BUSY, BusAway): _leave,
         (State.BUSY, BusBack): _come_back,
         (State.BUSY, Closed): _close,

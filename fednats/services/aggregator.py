@@ -108,6 +108,9 @@ class AggregatorService:
         self._sent = SentSums(uplink, run, here, above, daemon.stopping, daemon.log)
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._sent_bytes = 0
+        daemon.n_sites = {
+            role: 0 for role, names in (("site", settings.sites), ("aggregator", settings.regions)) if names
+        }
         daemon.status = self._status
         daemon.buses += [region, uplink]
 

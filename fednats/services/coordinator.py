@@ -36,6 +36,7 @@ from fednats.protocol.events import (
 from fednats.services.answers import Pooled, Version
 from fednats.services.evaluations import Part as EvaluationPart
 from fednats.services.evaluations import Summing, cases_of, mean_metrics, sites_of
+from fednats.services.failing import give_up_when_all_fail
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
@@ -126,6 +127,7 @@ class CoordinatorService:
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
+        daemon.n_sites = {"aggregator": 0}
         daemon.status = self._status
         daemon.buses.append(bus)
 
@@ -161,6 +163,12 @@ class CoordinatorService:
                 "combine": self._tier.combine(self._combine),
                 "publish again": self._publisher.publish_again(lambda: self._worker.persist(self._log, "current")),
                 "watch the clock": self._watch_clock(),
+                "give up when all fail": give_up_when_all_fail(
+                    self._daemon,
+                    lambda: (self._machine.version, self._tier.accepted, self._machine.state),
+                    self._run.stop.all_failing_s,
+                    self._tier.feed,
+                ),
                 "watch regions": watch_presence(
                     self._daemon,
                     self._machine.collector,
@@ -180,6 +188,7 @@ class CoordinatorService:
         return {
             "state": self._state(),
             "reason": machine.reason,
+            "failed": machine.failed,
             "version": machine.version,
             "n_parameters": self._n_parameters,
             "accepted": self._tier.accepted,

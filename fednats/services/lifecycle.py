@@ -49,6 +49,10 @@ class Daemon:
     """Whether it cannot contribute: until others are there, or any more."""
     declined: dict[str, Mapping[str, str]] = field(default_factory=dict)
     """By role: which services, this one and those below, take no part in the run, and why."""
+    failing: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    """By role: which of them fail to train, and how, in words without data."""
+    n_sites: dict[str, int] = field(default_factory=dict)
+    """By role of the services directly below: the sites below them; 0 while one of them has not said how many."""
 
     @property
     def is_ready(self) -> bool:
@@ -58,8 +62,13 @@ class Daemon:
     @property
     def presence(self) -> Presence:
         """What it says of itself on the bus."""
-        declined = {name: why for below in self.declined.values() for name, why in below.items()}
-        return Presence(release=fednats.__version__, waits=self.waits(), declined=declined)
+        return Presence(
+            release=fednats.__version__,
+            waits=self.waits(),
+            declined=_together(self.declined),
+            failing=_together(self.failing),
+            n_sites=sum(self.n_sites.values()) if all(self.n_sites.values()) else 0,
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return what the micro service's ``status`` endpoint shows, to whoever may ask on the bus."""
@@ -70,6 +79,7 @@ class Daemon:
             "ready": self.is_ready,
             "loop_lag_ms": self.loop_lag.describe(),
             "declined": self.presence.declined,
+            "failing": self.presence.failing,
             **self.status(),
         }
 
@@ -201,6 +211,10 @@ class _LogStream:
     def flush(self) -> None:
         with suppress(OSError):
             sys.stderr.flush()
+
+
+def _together(by_role: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {name: why for below in by_role.values() for name, why in below.items()}
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

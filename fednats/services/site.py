@@ -28,6 +28,7 @@ from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
 from fednats.services.answers import Scored
 from fednats.services.evaluations import payload_of
+from fednats.services.failing import Failures
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, in_full, until_stopped
 from fednats.services.off_loop import chunk_file
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
     from fednats.services.site_worker import SiteWorker
 
 KEPT_MANIFESTS = 32
-RETRY_JOB_S = 30.0
-"""Pause after a job failed, unless a newer version comes first."""
-
 AWAY_S = 5.0
 """So long without the bus, and the site trains on by itself; a shorter break changes nothing."""
 
@@ -95,6 +93,7 @@ class SiteService:
         self._local = LocalModel(model_folder(settings.state_dir))
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
         self._run_closed = False
+        self._failures = Failures()
         self._working = asyncio.Lock()
         self._status: dict[str, Any] = {
             "region": settings.region,
@@ -106,6 +105,7 @@ class SiteService:
             "privacy": None,
         }
         self._metrics: dict[str, float] = {}
+        daemon.n_sites["site"] = 1
         daemon.waits = lambda: self._resting != "waiting"  # nobody waits for who takes no part
         if self._policy.budget is not None:
             daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
@@ -245,10 +245,13 @@ class SiteService:
             async with self._working:
                 came_to = await self._attempt(job)
                 self._start(self._machine.handle(came_to))
+                if isinstance(job, protocol.Train) and isinstance(came_to, protocol.Done):
+                    self._failures.clear()
+                    self._show_failing()
                 if self._machine.state is not protocol.State.CLOSED:
                     self._status["state"] = self._resting
             if isinstance(came_to, protocol.Failed):
-                asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
+                asyncio.get_running_loop().call_later(self._failures.pause_s, self._retry)
             if isinstance(came_to, protocol.OutsideHours):
                 self._await_hours()
 
@@ -259,6 +262,8 @@ class SiteService:
             return "declined"
         if not self._machine.trains:
             return "spent"
+        if self._failures.why:
+            return "failing"
         return "waiting" if self._machine.within_hours else "outside hours"
 
     @property
@@ -299,13 +304,21 @@ class SiteService:
         except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
+            repeats = isinstance(job, protocol.Train) and self._failures.note(error)
+            retry_s = self._failures.pause_s
             self._log.error(
-                "job_failed", job=kind, version=job.version, error=str(error), retry_s=RETRY_JOB_S, **in_full(error)
+                "job_failed", job=kind, version=job.version, error=str(error), retry_s=retry_s, **in_full(error)
             )
+            self._show_failing()
             if isinstance(error, RefusedError):
                 self._count_refused("model_refused", error, version=job.version)
-            return protocol.Failed()
+            return protocol.Failed(repeats=repeats)
         return protocol.Done()
+
+    def _show_failing(self) -> None:
+        why = self._failures.why
+        self._daemon.failing["site"] = {f"site.{self._settings.site}": why} if why else {}
+        self._daemon.metrics.failing.set(len(self._daemon.failing["site"]))
 
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"

@@ -13,17 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fednats.config import DaemonSettings, TaskSettings
-from fednats.errors import FednatsError, InterruptedRunError
+from fednats.errors import FednatsError, InterruptedRunError, RunFailedError
 from fednats.learning.task_code import make_task
+from fednats.learning.task_errors import task_code
 from fednats.provision.plan import Plan
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, region_link, serving
-from fednats.testbed.comparison import compare
+from fednats.testbed.comparison import Comparison, Measure
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.ledger import settled
 from fednats.testbed.links import serving_links
-from fednats.testbed.processes import DaemonProcess, Daemons
+from fednats.testbed.processes import LOG_FILE, DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
@@ -75,6 +76,7 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     """Run to the end, compare, write summary, report and model below ``output``; return the summary.
 
     Raises:
+        RunFailedError: no site could train, or the run could not do what it was asked to.
         FednatsError: a daemon died, or the settings do not work.
     """
     started = time.monotonic()
@@ -86,14 +88,32 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
     weights = await asyncio.to_thread(_keep_model, output)
+    refuse_failed(statuses, output)
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
-    comparison = await compare(federation, weights, n_steps)
     figures = run_figures(federation, statuses, federation_running.wan_bytes)
-    summary = summarise(figures, comparison, time.monotonic() - started)
-    summary.write(output / "summary.json")
-    write_report(summary, output / "report.html")
-    return summary
+
+    def write(comparison: Comparison) -> Summary:
+        summary = summarise(figures, comparison, time.monotonic() - started)
+        summary.write(output / "summary.json")
+        write_report(summary, output / "report.html")
+        return summary
+
+    measure = Measure(federation, output)
+    federated = await measure.federated(weights)
+    write(federated)  # whatever becomes of the rest
+    return write(await measure.baselines(federated, n_steps))
+
+
+def refuse_failed(statuses: Statuses, output: Path) -> None:
+    """Raise RunFailedError if the coordinator has ended the run because it could not go on."""
+    coordinator = statuses[COORDINATOR]
+    if coordinator["failed"]:
+        logs = [str(output / name / LOG_FILE) for name, status in statuses.items() if status.get("failing")]
+        logs = [log for log in logs if "/site-" in log] or [str(output / COORDINATOR / LOG_FILE)]
+        raise RunFailedError(
+            f"the run ended at version {coordinator['version']}: {coordinator['reason']}; the full error is in {logs[0]}"
+        )
 
 
 async def _watch(federation: FederationSettings, running_now: Running, started: float) -> Statuses:
@@ -156,7 +176,8 @@ def _refuse_unsuitable(task: TaskSettings) -> None:
     """Say now, and not at every site, what in the model cannot be trained with differential privacy."""
     from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where a run asks for it
 
-    refuse_unsuitable(make_task(task.path, task.options).model())
+    with task_code("loading the task"):
+        refuse_unsuitable(make_task(task.path, task.options).model())
 
 
 def _keep_model(output: Path) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.filesize import decimal
 
-from fednats.testbed.summary import Summary, bound, compared, figure, gain
+from fednats.testbed.summary import Summary, bound, cells_of, compared, figure
 
 INK = "#0a0b0c"
 """Becomes the colour of the page's text, so that a plot follows dark mode."""
@@ -133,10 +133,7 @@ def _what_came_of_it(summary: Summary) -> str:
 
 def _comparison(summary: Summary) -> str:
     names = summary.metric_names
-    rows = [
-        (row.kind, [row.label, *(cell for n in names for cell in (figure(row.metrics, n), gain(summary, row, n)))])
-        for row in compared(summary)
-    ]
+    rows = [(row.kind, cells_of(summary, row)) for row in compared(summary)]
     return _table(
         ["trained by", *(heading for name in names for heading in (name, "vs mean alone"))],
         rows,
