@@ -1,4 +1,4 @@
-"""Small federations over the task in ``sites/own_task.py``, on the patients that scikit-learn ships."""
+"""Small federations over the task in ``tests/e2e/own_task.py``, on the patients that scikit-learn ships."""
 
 import os
 import time
@@ -13,7 +13,7 @@ from sklearn.datasets import load_breast_cancer
 from fednats.config import parse
 from fednats.testbed.federation import FederationSettings
 
-OWN_TASK = Path(__file__).parents[2] / "sites" / "own_task.py"
+OWN_TASK = Path(__file__).parent / "own_task.py"
 
 MakeFederation = Callable[..., FederationSettings]
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
-from torch import nn
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset, default_collate
 
 from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
+from fednats.data.table import Category, Classes, Number, Table
 from fednats.errors import ConfigError
 from fednats.learning.task import Examples, Recommended, Task
 
@@ -25,41 +24,39 @@ HOSPITALS = {
     "long-beach": "processed.va.data",
 }
 
-MEASURED = {
-    "age": (54.0, 10.0),
-    "trestbps": (130.0, 20.0),
-    "chol": (240.0, 50.0),
-    "thalach": (140.0, 25.0),
-    "oldpeak": (1.0, 1.0),
-    "ca": (0.5, 1.0),
-}
-"""Usual value and spread in cardiological practice, fixed beforehand: scaling by a hospital's own mean would tell it."""
-
-CODED = {
-    "sex": (0, 1),
-    "cp": (1, 2, 3, 4),
-    "fbs": (0, 1),
-    "restecg": (0, 1, 2),
-    "exang": (0, 1),
-    "slope": (1, 2, 3),
-    "thal": (3, 6, 7),
-}
-
 COLUMNS = (
     *("age", "sex", "cp", "trestbps", "chol", "fbs", "restecg"),
     *("thalach", "exang", "oldpeak", "slope", "ca", "thal", "num"),
 )
-ZERO_IS_MISSING = ("trestbps", "chol")
-"""Nobody's is 0: Zurich/Basel and part of Long Beach wrote 0 for a cholesterol that was not measured."""
-
-N_FEATURES = 2 * len(MEASURED) + sum(len(codes) for codes in CODED.values())
+PATIENTS = Table(
+    features=(
+        Number("age", mean=54, scale=10, indicator=True),
+        # nobody's is 0: Zurich/Basel and part of Long Beach wrote 0 for what was not measured
+        Number("trestbps", mean=130, scale=20, indicator=True, missing=(0,)),
+        Number("chol", mean=240, scale=50, indicator=True, missing=(0,)),
+        Number("thalach", mean=140, scale=25, indicator=True),
+        Number("oldpeak", mean=1, scale=1, indicator=True),
+        Number("ca", mean=0.5, scale=1, indicator=True),
+        Category("sex", (0, 1), indicator=True),
+        Category("cp", (1, 2, 3, 4), indicator=True),
+        Category("fbs", (0, 1), indicator=True),
+        Category("restecg", (0, 1, 2), indicator=True),
+        Category("exang", (0, 1), indicator=True),
+        Category("slope", (1, 2, 3), indicator=True),
+        Category("thal", (3, 6, 7), indicator=True),
+    ),
+    target=Classes("num", {0: 0, 1: 1, 2: 1, 3: 1, 4: 1}),
+)
+"""Means and scales are those of cardiological practice: scaling by a hospital's own mean would tell it."""
+MOST = 4.0
+"""Scaled values beyond are cut off."""
 TEST_SHARE = 0.3
 
 
 class HeartDisease(Task):
     """Tell disease (``num`` 1 to 4) from none (0) by 31 features, one hospital's patients.
 
-    A measured value is scaled with `MEASURED` and has a second feature that is 1 where it is missing (the value is
+    A measured value is scaled and has a second feature that is 1 where it is missing (the value is
     then 0, the usual one). A coded value is one feature per code, all 0 where it is missing. Nothing is estimated from
     patients. The split is stratified by disease, and the same for the same ``seed``.
     """
@@ -87,7 +84,7 @@ class HeartDisease(Task):
 
     def model(self) -> nn.Module:
         """Build a multi-layer perceptron with one hidden layer of 16."""
-        return nn.Sequential(nn.Linear(N_FEATURES, 16), nn.ReLU(), nn.Linear(16, 2))
+        return nn.Sequential(nn.Linear(PATIENTS.n_features, 16), nn.ReLU(), nn.Linear(16, 2))
 
     def train_data(self) -> Examples:
         """Features float32[31] and int64 labels of the hospital's patients to train on."""
@@ -104,7 +101,7 @@ class HeartDisease(Task):
         everybody = np.arange(len(labels))
         train, test = train_test_split(everybody, test_size=TEST_SHARE, stratify=labels, random_state=self._seed)
         chosen = np.sort(train if part == "train" else test)
-        return TensorDataset(torch.from_numpy(features[chosen]), torch.from_numpy(labels[chosen]))
+        return TensorDataset(features[chosen], labels[chosen])
 
     @classmethod
     def sites(cls, n: int, seed: int, data: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -121,52 +118,12 @@ class HeartDisease(Task):
         return {name: {"folder": str(data), "hospital": name, "seed": seed} for name in HOSPITALS}
 
 
-def read_patients(file: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def read_patients(file: Path) -> tuple[Tensor, Tensor]:
     """Features float32[n, 31] and labels int64[n] of all patients in a file.
 
     Raises:
-        ConfigError: naming file and line where it is not 14 comma-separated numbers or ``?``, or a code is unknown.
+        ConfigError: naming file, line and column where a cell is not what `PATIENTS` states, or ``?``.
     """
-    try:
-        lines = file.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
-    rows, labels = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            patient = _parse(line)
-            rows.append(_features(patient))
-        except ValueError as error:
-            raise ConfigError(f"{file}, line {number}: {error}") from None
-        labels.append(int(patient["num"] > 0))
-    if not rows:
-        raise ConfigError(f"{file}: no patients in it")
-    return np.array(rows, dtype=np.float32), np.array(labels, dtype=np.int64)
-
-
-def _parse(line: str) -> dict[str, float]:
-    cells = [cell.strip() for cell in line.split(",")]
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"{len(cells)} columns; expected {len(COLUMNS)}: {', '.join(COLUMNS)}")
-    patient = {name: float("nan") if cell == "?" else float(cell) for name, cell in zip(COLUMNS, cells, strict=True)}
-    for name in ZERO_IS_MISSING:
-        if patient[name] == 0:
-            patient[name] = float("nan")
-    if patient["num"] not in (0, 1, 2, 3, 4):
-        raise ValueError(f"num is {patient['num']}; expected 0 to 4")
-    return patient
-
-
-def _features(patient: dict[str, float]) -> list[float]:
-    features: list[float] = []
-    for name, (usual, spread) in MEASURED.items():
-        missing = np.isnan(patient[name])
-        features += [0.0, 1.0] if missing else [float(np.clip((patient[name] - usual) / spread, -4, 4)), 0.0]
-    for name, codes in CODED.items():
-        value = patient[name]
-        if not np.isnan(value) and value not in codes:
-            raise ValueError(f"{name} is {value}; expected one of {codes} or ?")
-        features += [float(value == code) for code in codes]
-    return features
+    cases = PATIENTS.read(file, {"columns": COLUMNS, "delimiter": ",", "decimal": "."})
+    features, labels = default_collate([cases[index] for index in range(len(cases))])
+    return features.clamp(-MOST, MOST), labels

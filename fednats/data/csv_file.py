@@ -1,0 +1,240 @@
+"""A hospital's CSV file as columns of text, whatever program wrote it.
+
+What the file itself shows is found out: its delimiter from the names in the header, UTF-16 and UTF-8 from the byte order
+mark. What it does not show is stated in a `Format`, or refused. Errors name file, line and column, never a cell: a cell
+is part of a record.
+"""
+
+import codecs
+import csv
+import io
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from pydantic import Field
+
+from fednats.config import Settings, parse
+from fednats.data.column import Column
+from fednats.data.decimals import decimal_sign
+from fednats.errors import ConfigError
+
+DELIMITERS = (",", ";", "\t", "|")
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8", "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32", "utf-32"),  # begins as the one of UTF-16 does
+    (codecs.BOM_UTF32_BE, "utf-32", "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16", "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16", "utf-16"),
+)
+_WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+_ENCODINGS = "cp1252 (Windows, Western Europe), utf-16, gb18030 (Chinese: GBK), shift_jis, cp1251"
+
+
+class Format(Settings):
+    """How one hospital writes its CSV files; nothing here changes what a table means."""
+
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="between cells; None: the one of , ; tab | that makes the expected columns"
+    )
+    decimal: Literal[".", ","] | None = Field(None, description="None: the sign that the numbers show")
+    thousands: Literal[".", ",", " ", "'"] | None = Field(None, description="None: numbers have no such sign")
+    encoding: str | None = Field(None, description="None: UTF-8, or what the byte order mark says")
+    columns: tuple[str, ...] | None = Field(None, description="names in the file's order, if it has no header")
+    missing: tuple[str, ...] = Field((), description="what else stands for a missing value here, such as -99")
+
+
+@dataclass(frozen=True)
+class CsvFile:
+    """The columns asked for, by name; cells are stripped text."""
+
+    file: Path
+    columns: Mapping[str, Column]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())).cells)
+
+    def lines(self) -> Sequence[int]:
+        """Line in the file on which each row begins."""
+        return [int(line) for line in next(iter(self.columns.values())).cells.index]
+
+
+def format_of(stated: Format | Mapping[str, Any] | None) -> Format:
+    """Return the format that a task's option states, such as ``{"decimal": ","}``.
+
+    Raises:
+        ConfigError: an unknown key or value, by name.
+    """
+    return stated if isinstance(stated, Format) else parse(stated or {}, Format, source="format of the CSV file")
+
+
+def read_csv(
+    file: Path,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    *,
+    numbers: Sequence[str] = (),
+    written: Format | Mapping[str, Any] | None = None,
+) -> CsvFile:
+    """Read the columns ``required``, and those of ``optional`` that are there; others are ignored.
+
+    Columns are found by name, in any order. Rows without any value are skipped, as spreadsheets leave them at the end.
+    ``numbers`` names the columns whose cells are numbers: they show which decimal sign the file has.
+
+    Raises:
+        ConfigError: the file cannot be read so, naming line and column, and what to do.
+    """
+    form = format_of(written)
+    text, first_line = _text(file, form), 1
+    if text[:4].lower() == "sep=" and text[5:6] in "\r\n":  # Excel's way to say so
+        form = form.model_copy(update={"delimiter": form.delimiter or text[4]})
+        text, first_line = text[5:].removeprefix("\r").removeprefix("\n"), 2
+    delimiter = form.delimiter or _delimiter(file, text, required, form)
+    rows = _rows(file, text, delimiter, first_line)
+    if form.columns is None:
+        _, header = next(rows, (0, []))
+        names = [unicodedata.normalize("NFC", name.strip()) for name in header]
+    else:
+        names = list(form.columns)
+    places = _places(file, names, required, optional, headless=form.columns is not None)
+    lines, cells = _cells(file, rows, names, places, headless=form.columns is not None)
+    series = {name: pd.Series(column, index=lines, dtype="str") for name, column in cells.items()}
+    with_numbers = {name: series[name] for name in numbers if name in series}
+    sign = form.decimal or decimal_sign(file, with_numbers, form.thousands, delimiter)
+    return CsvFile(
+        file,
+        {name: Column(file, name, column, sign, form.thousands, form.missing) for name, column in series.items()},
+    )
+
+
+# --- bytes to text ---------------------------------------------------------------------------------------------------
+
+
+def _text(file: Path, form: Format) -> str:
+    if file == Path():
+        raise ConfigError("no CSV file is given; set the option of the task that names it")
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file (looked in {Path.cwd()})") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    if data.startswith(_WORKBOOKS):
+        raise ConfigError(f"{file}: an Excel workbook or an archive; save the sheet as CSV")
+    try:
+        text = data.decode(_codec(file, data, form.encoding))
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        said = f"encoding {form.encoding} is not what it is written in" if form.encoding else "not UTF-8"
+        raise ConfigError(f"{file}, line {line}: {said}; state the right encoding, such as {_ENCODINGS}") from None
+    except LookupError:
+        raise ConfigError(f"{file}: there is no encoding {form.encoding!r}; state one such as {_ENCODINGS}") from None
+    if "\0" in text:
+        raise ConfigError(f"{file}: holds zero bytes, as UTF-16 does; state encoding: utf-16-le or utf-16-be")
+    if not text.strip():
+        raise ConfigError(f"{file}: is empty")
+    return unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
+
+
+def _codec(file: Path, data: bytes, stated: str | None) -> str:
+    marked = next(((name, codec) for mark, name, codec in _MARKS if data.startswith(mark)), None)
+    known = "utf-8" if stated is None else codecs.lookup(stated).name
+    if marked is None:
+        return known
+    name, codec = marked
+    if stated is not None and not known.startswith(name):
+        raise ConfigError(f"{file}: begins with the mark of {name}, but encoding {stated} is stated; leave it out")
+    return codec
+
+
+# --- text to rows ----------------------------------------------------------------------------------------------------
+
+
+def _delimiter(file: Path, text: str, required: Sequence[str], form: Format) -> str:
+    """The only delimiter that makes the expected columns; where none does, the one that makes most of them."""
+    first = {delimiter: _first_row(text, delimiter) for delimiter in DELIMITERS}
+    if form.columns is not None:
+        fitting = [delimiter for delimiter, row in first.items() if len(row) == len(form.columns)]
+        if len(fitting) != 1:
+            makes = f"{len(fitting)} delimiters make" if fitting else "no delimiter makes"
+            raise ConfigError(f"{file}: {makes} {len(form.columns)} cells of its first line; state the delimiter")
+        return fitting[0]
+    return max(DELIMITERS, key=lambda delimiter: len(set(required) & set(first[delimiter])))
+
+
+def _first_row(text: str, delimiter: str) -> list[str]:
+    try:
+        filled = (row for row in _reader(text, delimiter) if any(map(str.strip, row)))
+        return [cell.strip() for cell in next(filled, [])]
+    except csv.Error:  # quotes that do not fit this delimiter
+        return []
+
+
+def _reader(text: str, delimiter: str) -> Any:
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+
+
+def _rows(file: Path, text: str, delimiter: str, first_line: int) -> Iterator[tuple[int, list[str]]]:
+    """Rows that hold a value, each with the line on which it begins; quoted cells may go over several lines."""
+    reader = _reader(text, delimiter)
+    while True:
+        line = reader.line_num + first_line
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ConfigError(f"{file}, line {line}: {error}; is a quotation mark missing or one too many?") from None
+        if any(cell.strip() for cell in row):
+            yield line, row
+
+
+def _places(
+    file: Path, names: Sequence[str], required: Sequence[str], optional: Sequence[str], *, headless: bool
+) -> dict[str, int]:
+    """Where each column is."""
+    where = "the stated columns" if headless else "its header"
+    if absent := [name for name in required if name not in names]:
+        hint = ""
+        close = {name.casefold(): position for position, name in enumerate(names, start=1)}
+        if found := [f"{name}: column {close[name.casefold()]}" for name in absent if name.casefold() in close]:
+            hint = f"; upper and lower case differ ({', '.join(found)})"
+        elif not headless and len(absent) == len(required):
+            hint = "; does the first line name the columns? If not, state columns, their names in the file's order"
+        if not all(map(str.isascii, names)):
+            hint += "; is the encoding right?"
+        raise ConfigError(f"{file}: no column {', '.join(absent)} in {where}{hint}")
+    wanted = [*required, *(name for name in optional if name in names)]
+    if double := [name for name in wanted if names.count(name) > 1]:
+        raise ConfigError(f"{file}: {where} has the column {', '.join(double)} more than once; which one is meant?")
+    return {name: names.index(name) for name in wanted}
+
+
+def _cells(
+    file: Path,
+    rows: Iterator[tuple[int, list[str]]],
+    names: Sequence[str],
+    places: Mapping[str, int],
+    *,
+    headless: bool,
+) -> tuple[list[int], dict[str, list[str]]]:
+    lines: list[int] = []
+    cells: dict[str, list[str]] = {name: [] for name in places}
+    for line, row in rows:
+        if len(row) != len(names):
+            expected = "columns stated" if headless else "in the header"
+            raise ConfigError(
+                f"{file}, line {line}: {len(row)} cells, {len(names)} {expected};"
+                " is it cut off, or a delimiter within a cell that is not quoted?"
+            )
+        if headless and not lines and [cell.strip() for cell in row] == list(names):
+            raise ConfigError(f"{file}, line {line}: it is a header; leave the stated columns out")
+        lines.append(line)
+        for name, place in places.items():
+            cells[name].append(row[place].strip())
+    if not lines:
+        raise ConfigError(f"{file}: holds no rows" + ("" if headless else " below its header"))
+    return lines, cells

@@ -1,0 +1,53 @@
+"""Which decimal sign a file has: ``1,5`` and ``1.234,5`` show a comma, ``1.5`` a point, ``1,234`` either."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from fednats.errors import ConfigError
+
+SIGNS = {".": ",", ",": "."}
+"""Each sign, and the other one."""
+AMBIGUOUS = r"[+-]?[1-9]\d{0,2}[.,]\d{3}"
+
+
+def decimal_sign(file: Path, columns: Mapping[str, "pd.Series[str]"], thousands: str | None, delimiter: str) -> str:
+    """Return ``.`` or ``,`` from cells of text in columns of numbers; ``thousands`` is the sign stated for those.
+
+    Raises:
+        ConfigError: the cells show both, or could mean either.
+    """
+    if thousands in SIGNS:
+        return SIGNS[thousands]
+    if thousands is not None:
+        columns = {name: cells.str.replace(r"[\s']", "", regex=True) for name, cells in columns.items()}
+    shown = {sign: _first(columns, _pattern(sign)) for sign in SIGNS}
+    if (point := shown["."]) is not None and (comma := shown[","]) is not None:
+        raise ConfigError(
+            f"{file}: a decimal point in {point}, a decimal comma in {comma}; use one of them in the whole file"
+        )
+    for sign, place in shown.items():
+        if place is not None:
+            return sign
+    if delimiter != "," and (either := _first(columns, AMBIGUOUS)) is not None:
+        raise ConfigError(
+            f"{file}, {either}: the sign before three digits may be a decimal or a thousands sign; state decimal"
+        )
+    return "."
+
+
+def _pattern(sign: str) -> str:
+    """Numbers that can only be meant with ``sign`` before their decimals."""
+    d, t = re.escape(sign), re.escape(SIGNS[sign])
+    grouped = rf"[+-]?\d{{1,3}}(?:(?:{t}\d{{3}}){{2,}}|(?:{t}\d{{3}})+{d}\d*)"
+    return rf"(?!{AMBIGUOUS}$)(?:{grouped}|[+-]?(?:\d+{d}\d*|{d}\d+)(?:[eE][+-]?\d+)?)"
+
+
+def _first(columns: Mapping[str, "pd.Series[str]"], pattern: str) -> str | None:
+    for name, cells in columns.items():
+        fits = cells.str.fullmatch(pattern)
+        if fits.any():
+            return f"line {fits.idxmax()}, column {name}"
+    return None
