@@ -6,6 +6,7 @@ either, begin in the folder of the file.
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,11 @@ class TrainingSettings(Settings):
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
     weight_decay: float = Field(0.0, ge=0)
     dp: RecordPrivacySettings | None = Field(None, description="differential privacy of each record; none: plain SGD")
+
+    @property
+    def cases_at_once(self) -> int:
+        """Cases of which the model's outputs are in memory at once: a batch, or the part of one that is."""
+        return self.batch_size if self.dp is None else min(self.batch_size, self.dp.physical_batch_size)
 
 
 class ServerSettings(Settings):
@@ -230,6 +236,10 @@ class DefenceSettings(Settings):
     outlier_window: int = Field(64, ge=16, le=10_000, description="norms of earlier sums that it is compared with")
 
 
+LOWER_IS_BETTER = frozenset({"brier", "distance", "ece", "error", "hausdorff", "loss", "mae", "mse", "nll", "rmse"})
+"""Words in the name of a metric of which less is better."""
+
+
 class StopSettings(Settings):
     """When a run ends. The first rule that holds ends it."""
 
@@ -240,9 +250,30 @@ class StopSettings(Settings):
         gt=0,
         description="end the run, as failed, when the training of every site has failed in the same way for so long",
     )
-    target_metric: str = "auc"
+    target_metric: str | None = Field(
+        None, description="chooses the best version; none: auc, or the first figure of a task that has none"
+    )
+    lower_is_better: bool | None = Field(None, description="of target_metric; none: as LOWER_IS_BETTER knows its name")
     target: float | None = Field(None, description="value of target_metric at which time_to_target_s is taken")
     stop_at_target: bool = False
+
+    def better(self, metric: str, value: float, than: float) -> bool:
+        """Whether ``value`` of ``metric`` is better than another.
+
+        >>> StopSettings().better("auc", 0.9, 0.8), StopSettings().better("val_loss", 0.9, 0.8)
+        (True, False)
+        """
+        return value < than if self.less_is_better(metric) else value > than
+
+    def reached(self, metric: str, value: float) -> bool:
+        """Whether ``value`` of ``metric`` is the target, or better."""
+        return self.target is not None and not self.better(metric, self.target, value)
+
+    def less_is_better(self, metric: str) -> bool:
+        """Whether less of ``metric`` is better."""
+        if self.lower_is_better is not None and self.target_metric in {None, metric}:
+            return self.lower_is_better
+        return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.lower()))
 
 
 class RunSettings(Settings):

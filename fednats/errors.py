@@ -6,7 +6,9 @@
     |-- ConfigError            a setting, file or task the operator has to mend
     |-- BusError               the bus cannot be reached or does not answer
     |   |-- UnreachableError   a daemon that starts cannot connect
-    |   `-- BusFullError       a stream is at its limit; what was offered is not stored
+    |   |-- BusFullError       a stream is at its limit; what was offered is not stored
+    |   `-- FencedError        a stream refuses a publisher whose lease another one has taken
+    |-- RivalError             another daemon does this one's work: one of them ends
     |-- LocalStorageError      this machine's disk does not take what must be on it
     |-- RunFailedError         a run ended because it could not go on
     |-- InterruptedRunError    Ctrl-C; everything was stopped
@@ -40,6 +42,14 @@ class UnreachableError(BusError):
 
 class BusFullError(BusError):
     """A stream is at its limit; the message offered was not stored and must be kept by the sender."""
+
+
+class FencedError(BusError):
+    """A stream has refused what was published under a lease that is not the newest there; nothing is stored."""
+
+
+class RivalError(FednatsError):
+    """Another daemon with the same role and name is running, or has taken over; the text names its host."""
 
 
 class LocalStorageError(FednatsError):

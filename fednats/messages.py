@@ -20,6 +20,9 @@ MAX_CHUNKS = 2**16
 MAX_FRAMES = 256
 MAX_DIMENSIONS = 16
 MAX_METRICS = 256
+MAX_FIGURES = 64
+"""Figures of a task's own that are summed."""
+
 MAX_METRIC = 1e15
 """Largest magnitude of a metric; sums of them stay finite."""
 
@@ -31,6 +34,9 @@ Metrics = Annotated[dict[Name, Metric], Field(max_length=MAX_METRICS)]
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """A number of things, or of a version; bounded, so that sums of them stay far from any limit."""
+
+FigureNames = Annotated[tuple[Name, ...], Field(max_length=MAX_FIGURES)]
+Arrangement = Annotated[int, Field(ge=0, le=2**16)] | None
 
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 
@@ -146,6 +152,21 @@ class Control(Message):
     reason: Text
 
 
+class Lease(Message):
+    """Which process acts for the coordinator or for a region: one at a time.
+
+    The newest in the stream counts. Its sequence number there is the fencing token: whatever else the process
+    publishes is stored only while that message is the newest of its subject.
+    """
+
+    kind: ClassVar[str] = "lease"
+
+    run: Token
+    instance: Token = Field(description="drawn at random when the process started; kept nowhere")
+    term: Positive = Field(description="counts the holders")
+    place: Token = Field(description="digest over this boot of the machine and the folder with the daemon's state")
+
+
 class Update(Message):
     """One site's delta; payload: the weighted-summable encoding of the quantised delta."""
 
@@ -198,7 +219,9 @@ class Evaluation(Message):
     site: Token
     version: Count
     key_id: Token
-    n_classes: int = Field(ge=0, le=1000, description="0 for a task that scores no classes: no payload then")
+    n_classes: int = Field(ge=0, le=1000, description="whose cases are counted; 0 for a task that scores no classes")
+    arrangement: Arrangement = Field(description="of the figures that are summed; none: only class counts are")
+    figures: FigureNames = Field(description="names of the figures that are summed, in the order of the task")
     n_samples: Count = Field(description="of the metrics; 0 without them")
     metrics: Metrics = Field(description="readable by the region; empty unless the site's policy gives them")
     min_sites: Positive = Field(description="as of an update")
@@ -216,6 +239,8 @@ class EvaluationSum(Message):
     key_id: Token
     n_sites: Positive
     n_classes: int = Field(ge=0, le=1000)
+    arrangement: Arrangement
+    figures: FigureNames
     n_samples: Count
     metrics: Metrics
     min_sites: Positive = Field(description="as of an aggregate")
@@ -237,6 +262,18 @@ class Reject(Message):
     data: bytes = Field(description="its first bytes")
 
 
+class Holder(BaseModel):
+    """What a process with a lease answers to another that asks for it; the other one's question has the same form."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    instance: Token
+    term: Count = Field(description="0: has no lease yet")
+    host: str = Field(max_length=255)
+    pid: Count
+    since: str = Field(max_length=40, description="ISO 8601, UTC")
+
+
 class Presence(BaseModel):
     """What a service says of itself while it is there: JSON, so that people can read the bucket."""
 
@@ -253,4 +290,4 @@ class Presence(BaseModel):
     n_sites: Count = Field(0, description="sites of this region and of those below, there or not; 0: not all are known")
 
 
-AnyMessage = Chunk | ModelManifest | Control | Update | Aggregate | Evaluation | EvaluationSum | Reject
+AnyMessage = Chunk | ModelManifest | Control | Lease | Update | Aggregate | Evaluation | EvaluationSum | Reject

@@ -82,6 +82,19 @@ def chunk(prefix: str, payload_id: str, index: int) -> str:
     return f"{prefix}.chunk.{payload_id}.{index}"
 
 
+# --- one at a time ----------------------------------------------------------------------------------------------------
+
+
+def lease(prefix: str) -> str:
+    """Who may publish below ``prefix`` (`model` or `aggregate`): the newest message is the lease that counts."""
+    return f"{prefix}.lease"
+
+
+def holder(run: str, role: str, name: str) -> str:
+    """Where the daemon that holds the lease of ``role`` and ``name`` answers that it is alive."""
+    return f"fed.{run}.holder.{role}.{name}"
+
+
 # --- what was refused -------------------------------------------------------------------------------------------------
 
 

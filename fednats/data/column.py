@@ -53,6 +53,13 @@ class Column:
         values[missing] = np.nan
         return values
 
+    def whole_numbers(self) -> list[int | None]:
+        """Read the cells as whole numbers, None where one is missing; raises ConfigError."""
+        missing = self.is_missing()
+        values = self.numbers(missing)
+        self.refuse(~missing & (values != np.round(values)), "no whole number")
+        return [None if gone else int(value) for value, gone in zip(values, missing, strict=True)]
+
     def codes(self, values: Sequence[str | float], missing: Mask) -> NDArray[np.int64]:
         """Return the position of each cell among ``values``, int64[n]; -1 where ``missing``.
 

@@ -54,13 +54,6 @@ class CsvFile:
     file: Path
     columns: Mapping[str, Column]
 
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())).cells)
-
-    def lines(self) -> Sequence[int]:
-        """Line in the file on which each row begins."""
-        return [int(line) for line in next(iter(self.columns.values())).cells.index]
-
 
 def format_of(stated: Format | Mapping[str, Any] | None) -> Format:
     """Return the format that a task's option states, such as ``{"decimal": ","}``.

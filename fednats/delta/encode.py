@@ -98,7 +98,7 @@ class Encoder:
         )
 
     def encode_counts(self, counts: NDArray[np.int64]) -> tuple[bytes, ...]:
-        """Encode ``counts``, int64[n], none negative, as chunks that add up with those of other sites.
+        """Encode ``counts``, int64[n], as chunks that add up with those of other sites.
 
         Raises:
             LocalDataError: a count is larger than a field holds.
@@ -154,7 +154,7 @@ class _Bfv:
         return self._encrypt(self._packing, values)
 
     def count_parts(self, counts: NDArray[np.int64]) -> tuple[bytes, ...]:
-        if (largest := int(counts.max(initial=0))) > self._counts.qmax:
+        if (largest := int(np.abs(counts).max(initial=0))) > self._counts.qmax:
             raise LocalDataError(f"{largest} test cases are counted together, at most {self._counts.qmax} can be")
         return self._encrypt(self._counts, counts)
 

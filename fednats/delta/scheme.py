@@ -12,6 +12,9 @@ from fednats.errors import ConfigError
 COUNT_FIELDS = 2
 """Counts to a slot."""
 
+PLAIN_COUNT_BITS = 15
+"""So that a sum of many sites' counts stays a 32-bit integer."""
+
 KEY_ID_NONE = "none"
 """Key id of a run without encryption."""
 
@@ -64,6 +67,11 @@ def counts_per_chunk(settings: DeltaSettings) -> int:
         scheme = bfv(settings)
         return scheme.values_per_chunk // scheme.packing.n_values * scheme.counts.n_values
     return min(sparse.SEGMENT_VALUES, settings.chunk_bytes // sparse.MAX_VALUE_BYTES)
+
+
+def count_bits(settings: DeltaSettings) -> int:
+    """Bits of the largest magnitude that a count of one site may have, whatever it is."""
+    return PLAIN_COUNT_BITS if settings.cipher == "none" else (bfv(settings).counts.qmax + 1).bit_length() - 1
 
 
 def values_per_chunk(settings: DeltaSettings) -> int:

@@ -43,6 +43,11 @@ class Pooled(Task):
         """The first task's metrics."""
         return self._first.metrics(scores, targets)
 
+    @property
+    def has_own_metrics(self) -> bool:
+        """Whether the first task has."""
+        return self._first.has_own_metrics
+
 
 def train_alone(task: Task, settings: TrainingSettings, n_steps: int, seed: int) -> NDArray[np.float32]:
     """Weights float32[n] after ``n_steps`` steps without a federation, from the initial weights of ``seed``.

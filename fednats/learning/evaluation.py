@@ -1,20 +1,31 @@
 """Metrics of a version of the model on test data."""
 
-from dataclasses import dataclass
+import math
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fednats.codec.layout import Vector
+from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, LocalDataError
+from fednats.learning.default_metrics import scoring_of
+from fednats.learning.figures import arrangement_of, flat_figures
 from fednats.learning.flat import initial_model, write_vector
-from fednats.learning.scores import MAX_CLASSES, Counts
+from fednats.learning.outputs import Kind, Outputs, gives_probabilities, outputs_of, shape_of
+from fednats.learning.scores import Counts
 from fednats.learning.task import Task
 from fednats.messages import MAX_METRIC
 
-BATCH_SIZE = 256
+BATCH_SIZE = TrainingSettings().batch_size
+MAX_SCORES_BYTES = 2**31
+"""Most that a task's own ``metrics()`` is given at once."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +33,33 @@ class Evaluated:
     """Metrics by name, and how many test cases they are of."""
 
     metrics: dict[str, float]
+    """All finite."""
     n_samples: int
     counts: Counts | None
-    """None if the task scores no classes: its outputs are no logits [n, classes], its targets no int64[n]."""
+    """None if the task scores no classes; see `fednats.learning.outputs.Outputs.n_classes`."""
+    figures: tuple[str, ...] | None
+    """Names of the figures that only a mean over hospitals can tell, those that this one's cases do not allow among them;
+    None: the counts tell all."""
+    problem: str = ""
+    """Traceback of what the task's own ``metrics()`` raised: for the hospital's eyes only, it may quote data."""
+
+    @property
+    def n_classes(self) -> int:
+        """Whose cases are counted; 0 for none."""
+        return 0 if self.counts is None else self.counts.n_classes
+
+    @property
+    def arrangement(self) -> int | None:
+        """Of the figures; None if there are none to be summed. Raises LocalDataError: there are too many."""
+        return None if self.figures is None else arrangement_of(self.figures)
+
+    def flat(self, bits: int) -> NDArray[np.int64]:
+        """Return what is sent, int64[`fednats.learning.figures.n_integers`], each of at most so many ``bits``."""
+        parts = [] if self.counts is None else [self.counts.flat()]
+        if self.figures is not None and self.arrangement is not None:
+            allowed = {name: self.metrics[name] for name in self.figures if name in self.metrics}
+            parts.append(flat_figures(allowed, self.n_samples, self.arrangement, bits))
+        return np.concatenate(parts)
 
 
 class Evaluator:
@@ -33,36 +68,135 @@ class Evaluator:
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
         self._model = model
-        self._loader = DataLoader(task.test_data(), batch_size=BATCH_SIZE)
+        self._data = task.test_data()
 
-    def evaluate(self, weights: Vector) -> Evaluated:
-        """Score every test case with ``weights`` float32[n].
+    @cached_property
+    def outputs(self) -> Outputs:
+        """What the model gives for the test cases, and which figures there will be; runs the model on one batch.
 
         Raises:
-            ConfigError: there is no test case.
-            LocalDataError: a metric is not finite, or ``weights`` is not of the model's size.
+            ConfigError: there is no test case, or the default metrics do not know such outputs and targets.
+        """
+        scores, targets = next(self._scored(BATCH_SIZE), (None, None))
+        if scores is None:
+            raise ConfigError(f"{type(self._task).__name__}: test_data() is empty; a site needs at least one test case")
+        own = self._task.has_own_metrics
+        if gives_probabilities(self._model, scores):
+            if own:
+                return self._other(scores, targets)
+            raise ConfigError(
+                f"{type(self._task).__name__}: the model ends in a sigmoid or softmax, but the default loss and metrics take"
+                " logits; leave that layer out, or write loss() and metrics()"
+            )
+        try:
+            found = outputs_of(scores, targets, (batch[1] for batch in self._loader(BATCH_SIZE)))
+        except ConfigError as error:
+            if own:
+                return self._other(scores, targets)
+            raise ConfigError(f"{type(self._task).__name__}: {error}") from None
+        return found
+
+    def evaluate(self, weights: Vector, batch_size: int = BATCH_SIZE) -> Evaluated:
+        """Score every test case with ``weights`` float32[n], ``batch_size`` at a time.
+
+        A metric that is not finite is left out. What the task's own ``metrics()`` raises is told as ``problem``.
+
+        Raises:
+            ConfigError: as `outputs`.
+            LocalDataError: the model's outputs are not finite, a target is no class of the model's, there is more than
+                ``metrics()`` can be given, or ``weights`` is not of the model's size.
         """
         write_vector(self._model, weights)
+        outputs = self.outputs
+        tally = _Tally(outputs, own=self._task.has_own_metrics, n_cases=_length(self._data))
+        for scores, targets in self._scored(batch_size):
+            tally.add(scores, targets)
+        return tally.evaluated(self._task)
+
+    def _scored(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._model.eval()
-        with torch.inference_mode():
-            batches = [(self._model(inputs), targets) for inputs, targets in self._loader]
-        if not batches:
-            raise ConfigError(f"{type(self._task).__name__}: test_data() is empty; a site needs at least one test case")
-        scores, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        metrics = self._task.metrics(scores, targets)
-        if not (np.abs(list(metrics.values())) <= MAX_METRIC).all():
-            raise LocalDataError(f"metrics are not finite, or above {MAX_METRIC:g}: {metrics}")
-        return Evaluated(metrics, len(targets), _counts(scores, targets))
+        for inputs, targets in self._loader(batch_size):
+            with torch.no_grad():
+                scores = self._model(inputs)
+            if not isinstance(scores, Tensor):
+                raise ConfigError(f"the model gives a {shape_of(scores)}; its forward() must return one tensor")
+            yield scores, targets
+
+    def _loader(self, batch_size: int) -> "DataLoader[tuple[Tensor, ...]]":
+        return DataLoader(self._data, batch_size=batch_size)
+
+    def _other(self, scores: object, targets: object) -> Outputs:
+        return Outputs(Kind.OTHER, shape_of(scores), shape_of(targets), 0, (), ())
 
 
-def _counts(scores: Tensor, targets: Tensor) -> Counts | None:
-    if scores.ndim != 2 or not 2 <= scores.shape[1] <= MAX_CLASSES:  # noqa: PLR2004 - [n, classes]
-        return None
-    if targets.ndim != 1 or targets.is_floating_point() or not 0 <= targets.min() <= targets.max() < scores.shape[1]:
-        return None
-    return Counts.of(scores.double().numpy(), targets.long().numpy())
+@dataclass
+class _Tally:
+    """What is kept of the batches of one evaluation."""
+
+    outputs: Outputs
+    own: bool
+    """Whether the task has metrics of its own."""
+    n_cases: int
+    counts: Counts | None = None
+    n_seen: int = 0
+    scores: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._scoring = None if self.own else scoring_of(self.outputs.kind)
+
+    def add(self, scores: Tensor, targets: Tensor) -> None:
+        if self.outputs.kind is not Kind.OTHER and not scores.isfinite().all():
+            raise LocalDataError(
+                "the model's outputs are not finite for some test case: a diverged model, or its input"
+            )
+        self.n_seen += len(targets)
+        if self.outputs.n_classes:
+            found = _counts(scores, targets, self.outputs.n_classes)
+            self.counts = found if self.counts is None else self.counts + found
+        if self._scoring is not None:
+            self._scoring.add(scores, targets)
+            return
+        n_bytes = scores.nbytes // max(1, len(scores)) * self.n_cases
+        if n_bytes > MAX_SCORES_BYTES:
+            raise LocalDataError(
+                f"metrics() is given all outputs at once, {n_bytes / 2**30:.1f} GiB for {self.n_cases} test cases of"
+                f" {shape_of(scores)}, at most {MAX_SCORES_BYTES / 2**30:g}; leave metrics() out, let the model give less, or"
+                " test on fewer cases"
+            )
+        self.scores.append(scores)
+        self.targets.append(targets)
+
+    def evaluated(self, task: Task) -> Evaluated:
+        found, problem = self._figures(task)
+        metrics = {name: value for name, value in found.items() if abs(value) <= MAX_METRIC}
+        told = set(self.outputs.pooled)
+        means = tuple(name for name in (found if self.own else self.outputs.means) if name not in told)
+        return Evaluated(metrics, self.n_seen, self.counts, means if self.own or not told else None, problem)
+
+    def _figures(self, task: Task) -> tuple[dict[str, float], str]:
+        if self._scoring is not None:
+            return self._scoring.figures(), ""
+        try:
+            found = task.metrics(torch.cat(self.scores), torch.cat(self.targets))
+            return {str(name): math.nan if value is None else float(value) for name, value in found.items()}, ""
+        except Exception:  # noqa: BLE001 - whatever a task's own code raises
+            return {}, traceback.format_exc()
 
 
-def evaluate(task: Task, weights: Vector) -> Evaluated:
+def _counts(scores: Tensor, targets: Tensor, n_classes: int) -> Counts:
+    logits, classes = scores.double().numpy(), targets.reshape(-1).long().numpy()
+    if logits.ndim == 1 or logits.shape[1] == 1:
+        logits = np.stack([np.zeros(len(logits)), logits.reshape(-1)], axis=1)  # softmax of 0 and z is the sigmoid of z
+    if not 0 <= classes.min() <= classes.max() < n_classes:
+        raise LocalDataError(f"a test case whose target is {classes.min()} or {classes.max()}, of {n_classes} classes")
+    return Counts.of(logits, classes)
+
+
+def evaluate(task: Task, weights: Vector, batch_size: int = BATCH_SIZE) -> Evaluated:
     """Metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`."""
-    return Evaluator(task, initial_model(task, seed=0)).evaluate(weights)
+    return Evaluator(task, initial_model(task, seed=0)).evaluate(weights, batch_size)
+
+
+def _length(data: object) -> int:
+    return len(data)  # type: ignore[arg-type]  # torch's Dataset declares no __len__

@@ -129,6 +129,19 @@ class Counts:
             found["auc"] = float(np.mean([_auc(*pair) for pair in zip(self.positives, self.negatives, strict=True)]))
         return found
 
+    def roc(self, n_points: int) -> dict[str, list[tuple[float, float]]]:
+        """Return the ROC curve of every class that has cases and is ranked, one against the rest, from (0, 0) to (1, 1).
+
+        Each is at most ``n_points`` pairs of false and true positive rate (Fawcett 2006), by the class's number.
+        """
+        first = self.n_classes - len(self.positives)
+        found = {}
+        for index, pair in enumerate(zip(self.negatives, self.positives, strict=True), start=first):
+            if all(counts.any() for counts in pair):
+                false, true = (np.concatenate([[0], np.cumsum(counts[::-1])]) / counts.sum() for counts in pair)
+                found[str(index)] = _thinned(false, true, n_points)
+        return found
+
     def _ece(self, n_cases: int) -> float:
         centres = (np.arange(self.confidence.shape[1]) + 0.5) / self.confidence.shape[1]
         n = self.confidence.sum(0)
@@ -136,12 +149,26 @@ class Counts:
         return float(np.abs(right - sure).sum() / n_cases)
 
 
-def n_counts(n_classes: int) -> int:
-    """Return how many counts there are.
+def pooled_names(n_classes: int) -> tuple[str, ...]:
+    """Return the names of all figures that counts can give, defined or not; none where no classes are counted.
 
-    >>> n_counts(2), n_counts(10)
-    (2292, 20820)
+    >>> pooled_names(2)
+    ('auc', 'accuracy', 'ece', 'recall_0', 'recall_1', 'share_0', 'share_1')
     """
+    if not n_classes:
+        return ()
+    of_classes = [f"{name}_{index}" for name in ("recall", "share") for index in range(n_classes)]
+    return ("auc", "accuracy", "ece", *of_classes)
+
+
+def n_counts(n_classes: int) -> int:
+    """Return how many counts there are; none where no classes are counted.
+
+    >>> n_counts(0), n_counts(2), n_counts(10)
+    (0, 2292, 20820)
+    """
+    if not n_classes:
+        return 0
     return 2 * _n_ranked(n_classes) * N_BINS + n_classes**2 + 2 * N_CONFIDENCE_BINS * _PER_BIN
 
 
@@ -168,3 +195,10 @@ def _auc(positives: NDArray[np.int64], negatives: NDArray[np.int64]) -> float:
     """Return the chance that a positive case is in a higher bin than a negative one, the same bin counting half."""
     below = np.concatenate([[0], np.cumsum(negatives)[:-1]])
     return float((positives * (below + negatives / 2)).sum() / (positives.sum() * negatives.sum()))
+
+
+def _thinned(false: NDArray[np.float64], true: NDArray[np.float64], n_points: int) -> list[tuple[float, float]]:
+    """Return points of a curve, about evenly spaced along it, its ends among them."""
+    way = false + true
+    chosen = np.unique(np.searchsorted(way, np.linspace(0.0, way[-1], n_points)))
+    return [(round(float(false[at]), 4), round(float(true[at]), 4)) for at in chosen]

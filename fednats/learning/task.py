@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fednats.config import ServerSettings, TrainingSettings
 from fednats.errors import ConfigError
+from fednats.learning.default_loss import default_loss
+from fednats.learning.default_metrics import default_metrics
 
 Examples = Dataset[tuple[Tensor, ...]]
 """A map-style data set: ``len(data)`` examples, ``data[i]`` one ``(input, target)``."""
@@ -64,24 +65,25 @@ class Task(ABC):
         """Load what this hospital tests on; no case of it may be in `train_data`."""
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar: cross entropy of logits [batch, classes] and int64 targets [batch]."""
-        return nn.functional.cross_entropy(model(inputs), targets)
+        """Mean loss of a batch, a scalar.
+
+        Here cross entropy, by shapes: of logits [batch, classes, ...] and int64 targets [batch, ...], or of logits and
+        targets 0 or 1 of the same size. Raises ConfigError for anything else.
+        """
+        return default_loss(model(inputs), targets)
 
     def metrics(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
-        """Figures for the model's outputs on test data, by name; higher is better, all finite.
+        """Figures for the model's outputs on all test cases, by name; nan, or left out, where the cases do not allow one.
 
-        Here ``auc`` and ``accuracy`` of logits float32[n, classes] and int64[n] targets. AUC is one against the rest,
-        averaged over the classes; it is left out where a class has no test case.
+        Here by shapes: `fednats.learning.outputs` says which. A method of your own gets all outputs at once, so they must
+        fit into memory.
         """
-        from sklearn.metrics import roc_auc_score  # noqa: PLC0415 - slow to load, and a coordinator never needs it
+        return default_metrics(scores, targets)
 
-        probabilities = scores.softmax(1)
-        found = {"accuracy": float((probabilities.argmax(1) == targets).double().mean())}
-        n_classes = scores.shape[1]
-        if len(np.unique(targets)) == n_classes:
-            ranked = probabilities[:, 1] if n_classes == 2 else probabilities  # noqa: PLR2004 - binary
-            found["auc"] = float(roc_auc_score(targets.numpy(), ranked.double().numpy(), multi_class="ovr"))
-        return found
+    @property
+    def has_own_metrics(self) -> bool:
+        """Whether `metrics` is other than the default."""
+        return type(self).metrics is not Task.metrics
 
     @classmethod
     def sites(cls, n: int, seed: int, data: Path | None = None) -> dict[str, dict[str, Any]]:

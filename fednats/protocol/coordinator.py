@@ -29,6 +29,9 @@ from fednats.protocol.outliers import NormHistory
 FINAL_EVALUATION_S = 30.0
 """How long the run stays open for the evaluations of its last version."""
 
+USUAL_METRIC = "auc"
+"""Chooses the best version where the run does not say what does, and there is one."""
+
 COVERAGE_VERSIONS = 10
 """An evaluation over fewer sites than one of this many before it does not count for the best version or the target."""
 
@@ -50,6 +53,8 @@ class Evaluated:
     n_sites: int
     n_samples: int
     metrics: dict[str, float]
+    means: tuple[str, ...]
+    """Those of ``metrics`` that are means over hospitals, weighted by cases; the others are of all cases pooled."""
 
 
 class Coordinator:
@@ -66,8 +71,10 @@ class Coordinator:
         self.reached_target_at: int | None = None
         """First version whose target metric reached the target."""
         self.reason = ""
+        self.target_metric: str | None = None
+        """By which the best version is chosen; None before the first evaluation."""
         self.failed = False
-        """Whether the run ended because no site could train."""
+        """Whether the run was closed because it cannot do what it was asked to."""
         self.norms = NormHistory(DefenceSettings())
         self._stop = StopSettings()
 
@@ -99,7 +106,7 @@ class Coordinator:
         if isinstance(event, FinalEvaluationOverdue):
             return self._close()
         if isinstance(event, EverySiteFails):
-            return self._give_up(event.why)
+            return self._give_up(f"every site fails: {event.why}")
         commands = self.collector.handle(event)
         if isinstance(event, EvaluationsSummed) and event.n_sites:
             commands += self._record(event)
@@ -144,21 +151,40 @@ class Coordinator:
                 self.norms.add(part.head.region, event.norms[identity])
 
     def _record(self, summed: EvaluationsSummed) -> list[Command]:
-        evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics)
+        evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics, summed.means)
         self.evaluated[summed.version] = evaluated
-        commands: list[Command] = []
-        value = summed.metrics.get(self._stop.target_metric)
-        recent = list(self.evaluated.values())[-COVERAGE_VERSIONS:]
-        if value is not None and summed.n_sites >= max(other.n_sites for other in recent):
-            if self.best is None or value > self.best.metrics[self._stop.target_metric]:
-                self.best = evaluated
-                commands.append(KeepBest(summed.version))
-            if self._stop.target is not None and value >= self._stop.target and self.reached_target_at is None:
-                self.reached_target_at = summed.version
-                if self._stop.stop_at_target:
-                    commands += self._finish("target reached")
+        if self.target_metric is None and (unknown := self._choose_target((*summed.metrics, *summed.undefined))):
+            self.failed = True
+            return [*self._finish(unknown), *self._close()]
+        commands = self._compare(evaluated)
         if self.state is RunState.FINISHING and self.version in self.evaluated:
             commands += self._close()
+        return commands
+
+    def _choose_target(self, figures: tuple[str, ...]) -> str:
+        """Take the metric that the run is set to, or else the usual one; return why that cannot be."""
+        asked = self._stop.target_metric
+        if not figures:
+            return ""
+        if asked is not None and asked not in figures:
+            return f"stop.target_metric is {asked!r}, and no evaluation has it; set it to one of: {', '.join(figures)}"
+        self.target_metric = asked or (USUAL_METRIC if USUAL_METRIC in figures else figures[0])
+        return ""
+
+    def _compare(self, evaluated: Evaluated) -> list[Command]:
+        """Note whether a version is the best so far, or reaches the target."""
+        metric, recent = self.target_metric, list(self.evaluated.values())[-COVERAGE_VERSIONS:]
+        value = None if metric is None else evaluated.metrics.get(metric)
+        if metric is None or value is None or evaluated.n_sites < max(other.n_sites for other in recent):
+            return []
+        commands: list[Command] = []
+        if self.best is None or self._stop.better(metric, value, self.best.metrics[metric]):
+            self.best = evaluated
+            commands.append(KeepBest(evaluated.version))
+        if self._stop.reached(metric, value) and self.reached_target_at is None:
+            self.reached_target_at = evaluated.version
+            if self._stop.stop_at_target:
+                commands += self._finish("target reached")
         return commands
 
     def _finish(self, reason: str) -> list[Command]:
@@ -171,12 +197,12 @@ class Coordinator:
             return commands + self._close()
         return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
 
-    def _give_up(self, why: str) -> list[Command]:
-        """End the run at once, without waiting for evaluations: sites that cannot train have sent theirs long ago."""
+    def _give_up(self, reason: str) -> list[Command]:
+        """End the run as failed, at once: nobody waits for evaluations of a model that came to nothing."""
         if self.state is not RunState.OPEN:
             return []
         self.failed = True
-        commands = self._finish(f"every site fails: {why}")
+        commands = self._finish(reason)
         return [command for command in commands if not isinstance(command, AwaitFinalEvaluation)] + self._close()
 
     def _close(self) -> list[Command]:

@@ -117,7 +117,11 @@ class EvaluationsSummed(Event):
     """That are in the sum; 0 if too few could be summed, and nothing was sent."""
     n_samples: int
     metrics: dict[str, float] = {}
-    """Read at the root: of all their test cases pooled."""
+    """Read at the root: of all their test cases pooled, or means over the hospitals."""
+    means: tuple[str, ...] = ()
+    """Those of ``metrics`` that are means over the hospitals, weighted by cases."""
+    undefined: tuple[str, ...] = ()
+    """Read at the root: names of the figures that such evaluations can have, and these cases do not allow."""
     spoilt_by: tuple[str, ...] = ()
     """Evaluations of sites, by id, that could not be summed: so nothing was sent, for without them it is another sum."""
 

@@ -145,9 +145,10 @@ class Site:
         return self._next()
 
     def _fail(self, event: Failed) -> Job | None:
+        """Go on after an evaluation, which is not repeated; after training wait until it is tried again."""
         evaluated = isinstance(self.job, Evaluate)
         self._give_up()
-        if evaluated:  # that version is not evaluated; training does not wait for it
+        if evaluated:
             return self._next()
         self._pauses = event.repeats
         return None

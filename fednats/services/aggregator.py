@@ -32,9 +32,10 @@ from fednats.services.answers import Fit
 from fednats.services.evaluations import Part, Summing, cases_of, payload_of, sites_of, sum_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
+from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
-from fednats.services.persist import ask, ensure, persist
+from fednats.services.persist import ask, ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, entry_of
 from fednats.services.rejects import Rejects
@@ -106,6 +107,9 @@ class AggregatorService:
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         above = settings.parent or subjects.HUB
         self._sent = SentSums(uplink, run, here, above, daemon.stopping, daemon.log)
+        sums = subjects.aggregates_stream(run, here)
+        self._lease = HeldLease(daemon, identity, uplink, sums, subjects.aggregate(run, here), settings.state_dir)
+        self._tier.may_settle = self._lease.confirmed
         self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
         self._sent_bytes = 0
         daemon.n_sites = {
@@ -124,6 +128,7 @@ class AggregatorService:
         """Make the streams, take up what was under way, then aggregate."""
         s = self._settings
         above = streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves)
+        await self._lease.take(lambda: ensure(self._log, self._uplink, above))
         await ensure(self._log, self._uplink, above, (streams.presence(s.run),) if s.regions else ())
         here = streams.in_region(s.run, s.region, leaves=s.leaves)
         await ensure(self._log, self._region, here, streams.buckets(s.run))
@@ -135,6 +140,7 @@ class AggregatorService:
         self._daemon.ready = True
         tasks = {
             "follow models": self._follow(),
+            "keep the lease": self._lease.keep(),
             "follow signers": self._identity.follow_signers(self._log),
             "execute": self._tier.execute(self._execute),
             "combine": self._tier.combine(self._combine),
@@ -168,6 +174,7 @@ class AggregatorService:
             "refused": self._tier.refused,
             "refusals": self._tier.refusals,
             "sent_bytes": self._sent_bytes,
+            "lease": self._lease.status,
         }
 
     # --- models -------------------------------------------------------------------------------------------------------
@@ -241,8 +248,11 @@ class AggregatorService:
         fit, current = await self._fit, self._machine.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
 
-        async def add(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: Part) -> tuple[bytes, ...]:
-            summed: tuple[bytes, ...] = await self._worker.call("sum_counts", fit, inputs, n_sites, like.n_classes)
+        async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> tuple[bytes, ...]:
+            n_sites, like = [sites_of([part]) for part in parts], parts[0]
+            summed: tuple[bytes, ...] = await self._worker.call(
+                "sum_counts", fit, inputs, n_sites, like.n_classes, like.arrangement
+            )
             return summed
 
         key_ids = (current.key_id, *current.older_key_ids)
@@ -261,8 +271,10 @@ class AggregatorService:
             signed = self._identity.sign(subject, head)
             entry = entry_of("evaluation_sum", head, version=command.version, payload=head.payload)
             await self._recorder.record(entry)
-            await persist(self._log, lambda: self._uplink.publish_payload(prefix, payload.payload_id, chunks))
-            await persist(self._log, lambda: self._uplink.publish(subject, signed, wire.message_id(signed)))
+            await self._lease.publish(
+                lambda fence: self._uplink.publish_payload(prefix, payload.payload_id, chunks, fence=fence)
+            )
+            await self._publish(subject, signed)
             self._sent_bytes += entry.n_bytes
             self._daemon.metrics.sent_bytes.inc(entry.n_bytes)
         await self._tier.feed(
@@ -301,10 +313,12 @@ class AggregatorService:
         head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
         sum_of = entry_of("aggregate", head, version=head.model_version, name=head.aggregate_id, payload=head.payload)
         await self._recorder.record(*(accepted(part.head) for part in combination.parts), sum_of)
-        await persist(self._log, lambda: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file))))
+        await self._lease.publish(
+            lambda fence: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file)), fence=fence)
+        )
         await asyncio.to_thread(file.unlink)
         signed = self._identity.sign(subjects.head(prefix), head)
-        await persist(self._log, lambda: self._uplink.publish(subjects.head(prefix), signed, wire.message_id(signed)))
+        await self._publish(subjects.head(prefix), signed)
         n_bytes = head.payload.n_bytes + len(signed)
         self._sent_bytes += n_bytes
         self._daemon.metrics.sent_bytes.inc(n_bytes)
@@ -319,6 +333,11 @@ class AggregatorService:
             bytes=n_bytes,
         )
         return [Combined(combination_id=identity)]
+
+    async def _publish(self, subject: str, signed: bytes) -> None:
+        await self._lease.publish(
+            lambda fence: self._uplink.publish(subject, signed, wire.message_id(signed), fence=fence)
+        )
 
     async def _newest(self, subject: str, kind: type[MessageT]) -> MessageT | None:
         """Return what this region published last on ``subject``."""

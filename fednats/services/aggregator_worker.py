@@ -6,9 +6,10 @@ from functools import partial
 from fednats.config import AggregationSettings, AggregatorSettings, DeltaSettings
 from fednats.crypto import keystream
 from fednats.crypto.signing import Signer
+from fednats.delta.scheme import count_bits
 from fednats.delta.sum import Summer, summer
 from fednats.errors import Reason, RefusedError
-from fednats.learning.scores import n_counts
+from fednats.learning.figures import n_integers
 from fednats.services.answers import Fit
 from fednats.services.keys import held, key_id_of, read_keys
 
@@ -45,10 +46,16 @@ class AggregatorWorker:
         )
 
     def sum_counts(
-        self, fit: Fit, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_classes: int
+        self,
+        fit: Fit,
+        inputs: Sequence[Sequence[bytes]],
+        n_sites: Sequence[int],
+        n_classes: int,
+        arrangement: int | None,
     ) -> tuple[bytes, ...]:
         """Add the counts of several evaluations, of so many sites each."""
-        return summer(fit.delta, held(self._keys, fit.key_id)).sum_counts(inputs, n_sites, n_counts(n_classes))
+        n = n_integers(n_classes, arrangement, count_bits(fit.delta))
+        return summer(fit.delta, held(self._keys, fit.key_id)).sum_counts(inputs, n_sites, n)
 
     def weighted_sum(
         self,

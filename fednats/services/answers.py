@@ -16,22 +16,34 @@ class Trained:
 
 @dataclass(frozen=True)
 class Scored:
-    """A site's metrics of a version, how many test cases they are of, and the counts that are sent of them."""
+    """A site's metrics of a version, how many test cases they are of, and what is sent of them, encrypted."""
 
     metrics: dict[str, float]
     n_samples: int
     key_id: str
     n_classes: int
-    """0 if the task scores no classes."""
+    """Whose cases are counted; 0 if the task scores no classes."""
+    arrangement: int | None
+    """Of the figures that are summed; None if the class counts tell all."""
+    figures: tuple[str, ...]
     chunks: tuple[bytes, ...]
+    problem: str
+    """What the task's own ``metrics()`` raised, for the hospital's log."""
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """Metrics of the test cases of several sites pooled, and how many cases they are."""
+    """What sums of several sites' evaluations say of all their test cases."""
 
-    metrics: dict[str, float]
     n_samples: int
+    metrics: dict[str, float]
+    """Of all cases pooled."""
+    means: dict[str, float]
+    """Of other figures the means over hospitals, weighted by cases."""
+    confusion: list[list[int]]
+    """[classes][classes]: cases of the row's class that were taken for the column's; empty for many classes or none."""
+    roc: dict[str, list[tuple[float, float]]]
+    """By class, one against the rest: false and true positive rate; thinned out; empty for many classes or none."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from fednats.protocol.events import (
     CombineFailed,
     Command,
     Configured,
-    EvaluationsSummed,
     Event,
     FinalEvaluationOverdue,
     KeepBest,
@@ -35,11 +34,12 @@ from fednats.protocol.events import (
 )
 from fednats.services.answers import Pooled, Version
 from fednats.services.evaluations import Part as EvaluationPart
-from fednats.services.evaluations import Summing, cases_of, mean_metrics, sites_of
+from fednats.services.evaluations import Summing, evaluations_summed
 from fednats.services.failing import give_up_when_all_fail
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
+from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
 from fednats.services.persist import ensure
@@ -121,8 +121,13 @@ class CoordinatorService:
         self._history = History()
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
+        self._pooled: dict[str, Any] = {}
+        """Confusion matrix and ROC curves of the version evaluated last, of all test cases pooled."""
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
-        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus)
+        models = subjects.models_stream(settings.run, subjects.HUB)
+        self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
+        self._tier.may_settle = self._lease.confirmed
+        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus, self._lease)
         self._told_closed = False
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
@@ -141,6 +146,7 @@ class CoordinatorService:
         """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
         at_hub = streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves)
+        await self._lease.take(lambda: ensure(self._log, self._bus, at_hub))
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
         n_events = await self._tier.restore()
@@ -158,6 +164,7 @@ class CoordinatorService:
             self._daemon,
             {
                 "receive aggregates": self._tier.receive(self._inbox, durable, filters),
+                "keep the lease": self._lease.keep(),
                 "follow signers": self._identity.follow_signers(self._log),
                 "execute": self._tier.execute(self._execute),
                 "combine": self._tier.combine(self._combine),
@@ -200,9 +207,12 @@ class CoordinatorService:
                 for region in self._settings.regions
             },
             "best": None if best is None else {"version": best.version, "metrics": best.metrics},
+            "target_metric": machine.target_metric,
             "reached_target_at": machine.reached_target_at,
             "history": self._history.shown(),
+            "pooled": self._pooled,
             "sent_bytes": self._publisher.sent_bytes,
+            "lease": self._lease.status,
             **self._figures,
         }
 
@@ -366,23 +376,25 @@ class CoordinatorService:
         current = self._machine.collector.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced
 
-        async def pool(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: EvaluationPart) -> Pooled:
+        async def pool(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[EvaluationPart]) -> Pooled:
             async with self._stepping:
-                pooled: Pooled = await self._worker.call("pool", inputs, n_sites, like.n_classes, like.key_id)
+                pooled: Pooled = await self._worker.call("pool", inputs, parts, current.settings.min_sites)
             return pooled
 
         key_ids = (current.key_id, *current.older_key_ids)
         summing = Summing(self._tier.chunks, pool, key_ids, current.settings.min_sites, self._log)
         parts, pooled = await summing.run(command)
-        n_sites, metrics = sites_of(parts), mean_metrics(parts)
-        n_samples = cases_of(parts)
+        event = evaluations_summed(command.version, parts, pooled)
         if pooled is not None:
-            n_samples, metrics = pooled.n_samples, {**metrics, **pooled.metrics}
-        await self._tier.feed(
-            EvaluationsSummed(version=command.version, n_sites=n_sites, n_samples=n_samples, metrics=metrics)
-        )
+            self._pooled = {"version": command.version, "confusion": pooled.confusion, "roc": pooled.roc}
+        await self._tier.feed(event)
         self._log.info(
-            "version_evaluated", version=command.version, n_sites=n_sites, n_samples=n_samples, metrics=metrics
+            "version_evaluated",
+            version=event.version,
+            n_sites=event.n_sites,
+            n_samples=event.n_samples,
+            metrics=event.metrics,
+            means=event.means,
         )
         await self._put_state()
 

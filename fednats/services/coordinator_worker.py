@@ -16,18 +16,26 @@ from fednats.codec.layout import Layout, blocks
 from fednats.config import CoordinatorSettings
 from fednats.crypto.sealing import ModelKeys
 from fednats.delta.decode import decoder
+from fednats.delta.scheme import count_bits
 from fednats.errors import Reason, RefusedChunkError, RefusedError
+from fednats.learning.figures import known_names, n_integers, read_figures
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
-from fednats.messages import Aggregate, Grid
+from fednats.messages import Aggregate, EvaluationSum, Grid
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
 from fednats.services.next_version import Made, NextVersion, first_version, still_of_use
 from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
 from fednats.storage.local_disk import local_disk
+
+MAX_CONFUSION_CLASSES = 30
+MAX_ROC_CLASSES = 10
+"""Of more classes no confusion matrix and no curves are shown: the status is one message."""
+
+ROC_POINTS = 60
 
 
 class CoordinatorWorker:
@@ -40,6 +48,7 @@ class CoordinatorWorker:
         self._decoder, *older = (decoder(run.delta, key) for key in keys or (None,))
         self._decoders = {held.key_id: held for held in (self._decoder, *older)}
         self._model_keys = ModelKeys.read(settings.model_key_file, settings.older_model_key_file, settings.run)
+        self._delta = run.delta
         self._chunk_bytes = run.delta.chunk_bytes
         self._max_message_bytes = max_message_bytes
         self._state_dir = settings.state_dir
@@ -137,21 +146,43 @@ class CoordinatorWorker:
         self._mean = np.zeros(0, np.float32)
         return self.current()
 
-    def pool(self, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_classes: int, key_id: str) -> Pooled:
-        """Decrypt the summed counts of several regions, and work out the figures of all their test cases pooled.
+    def pool(self, inputs: Sequence[Sequence[bytes]], heads: Sequence[EvaluationSum], min_sites: int) -> Pooled:
+        """Decrypt what several regions summed, and work out the figures of all their test cases.
+
+        Class counts give figures of the cases pooled, sums of figures give means over the hospitals. One that fewer than
+        ``min_sites`` of them have is left out: it is not many hospitals' figure.
 
         Raises:
             RefusedChunkError: a sum is malformed, or none of so many sites; ``index`` says which.
         """
-        decode = self._decoders[key_id]
-        counts = []
-        for index, (chunks, n) in enumerate(zip(inputs, n_sites, strict=True)):
+        like = heads[0]
+        bits = count_bits(self._delta)
+        n, n_classes = n_integers(like.n_classes, like.arrangement, bits), like.n_classes
+        summed, counts = np.zeros(n, np.int64), []
+        for index, (chunks, head) in enumerate(zip(inputs, heads, strict=True)):
             try:
-                counts.append(Counts.from_flat(decode.decode_counts(chunks, n, n_counts(n_classes)), n_classes))
+                flat = self._decoders[like.key_id].decode_counts(chunks, head.n_sites, n)
+                if n_classes:
+                    counts.append(Counts.from_flat(flat[: n_counts(n_classes)], n_classes))
             except RefusedError as error:
                 raise RefusedChunkError(error.reason, error.detail, index) from None
+            summed += flat
+        n_samples, means = 0, dict[str, float]()
+        if like.arrangement is not None:
+            names = known_names([head.figures for head in heads], like.arrangement)
+            n_sites = sum(head.n_sites for head in heads)
+            n_samples, found = read_figures(summed[n_counts(n_classes) :], names, like.arrangement, bits, n_sites)
+            means = {name: share.value for name, share in found.items() if share.n_sites >= min_sites}
+        if not counts:
+            return Pooled(n_samples, {}, means, [], {})
         pooled = reduce(operator.add, counts)
-        return Pooled(pooled.metrics(), pooled.n_cases)
+        return Pooled(
+            n_samples=pooled.n_cases,
+            metrics=pooled.metrics(),
+            means=means,
+            confusion=pooled.confusion.tolist() if n_classes <= MAX_CONFUSION_CLASSES else [],
+            roc=pooled.roc(ROC_POINTS) if n_classes <= MAX_ROC_CLASSES else {},
+        )
 
     def keep_best(self, version: int) -> bool:
         """Keep a version as the best one; False if its checkpoint is gone already."""

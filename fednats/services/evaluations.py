@@ -8,13 +8,19 @@ from typing import Any, Generic, TypeVar
 
 from fednats import wire
 from fednats.errors import FednatsError, Reason, RefusedChunkError, RefusedError
+from fednats.learning.figures import known_names
+from fednats.learning.scores import pooled_names
 from fednats.messages import MAX_COUNT, Evaluation, EvaluationSum, Payload
-from fednats.protocol.events import SumEvaluations, evaluation_id
+from fednats.protocol.events import EvaluationsSummed, SumEvaluations, evaluation_id
+from fednats.services.answers import Pooled
 from fednats.services.inbox import VanishedError
 from fednats.services.worker import WorkerDiedError
 
 Part = Evaluation | EvaluationSum
 Read = Callable[[Part], AsyncGenerator[bytes, None]]
+Kind = tuple[int, int | None, str]
+"""Classes, arrangement and key: only what has the same of all three adds up."""
+
 Sum = TypeVar("Sum")
 
 
@@ -26,15 +32,15 @@ class Loaded:
     chunks: tuple[bytes, ...]
 
 
-Add = Callable[[Sequence[tuple[bytes, ...]], Sequence[int], Part], Awaitable[Sum]]
-"""Takes the chunks of evaluations, the number of sites in each, and one of them: all have its classes and its key."""
+Add = Callable[[Sequence[tuple[bytes, ...]], Sequence[Part]], Awaitable[Sum]]
+"""Takes the chunks of evaluations, and their heads: all have the same classes, arrangement and key."""
 
 
 class Summing(Generic[Sum]):
     """Sums evaluations in the worker process.
 
     Whatever cannot be summed is left out, and said to be: a part that is damaged, lost, for none of ``key_ids``, or of
-    other classes or for another key than most.
+    other classes, in another arrangement or for another key than most.
     """
 
     def __init__(
@@ -55,8 +61,6 @@ class Summing(Generic[Sum]):
         """Return the evaluations that were summed, and the sum; none where they are of too few sites."""
         loaded = await self._load(summing)
         while sites_of([each.part for each in loaded]) >= self._min_sites:
-            if not loaded[0].part.n_classes:
-                return [each.part for each in loaded], None
             try:
                 return [each.part for each in loaded], await self._sum(loaded)
             except RefusedChunkError as error:
@@ -66,7 +70,7 @@ class Summing(Generic[Sum]):
         return [], None
 
     async def _load(self, summing: SumEvaluations) -> list[Loaded]:
-        kinds = Counter((part.n_classes, part.key_id) for part in summing.parts if part.key_id in self._key_ids)
+        kinds = Counter(_kind(part) for part in summing.parts if part.key_id in self._key_ids)
         kind = kinds.most_common(1)[0][0] if kinds else None
         loaded = []
         for part in summing.parts:
@@ -78,20 +82,20 @@ class Summing(Generic[Sum]):
                 self._leave_out(part, error)
         return loaded
 
-    def _check(self, part: Part, kind: tuple[int, str] | None) -> None:
+    def _check(self, part: Part, kind: Kind | None) -> None:
         if part.key_id not in self._key_ids:
             known = " or ".join(self._key_ids)
             raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {part.key_id}, this is {known}")
-        if (part.n_classes, part.key_id) != kind:
-            text = f"{part.n_classes} classes for key {part.key_id}, most are of {kind}"
-            raise RefusedError(Reason.WRONG_SHAPE, text)
+        if _kind(part) != kind:
+            raise RefusedError(Reason.WRONG_SHAPE, f"classes, arrangement and key are {_kind(part)}, of most {kind}")
+        if not part.n_classes and part.arrangement is None:
+            raise RefusedError(Reason.WRONG_SHAPE, "neither classes nor figures are counted")
         least = max(self._min_sites, part.min_sites)
         if isinstance(part, EvaluationSum) and part.n_sites < least:
             raise RefusedError(Reason.TOO_FEW_SITES, f"a sum of {part.n_sites} sites, at least {least} must be")
 
     async def _sum(self, loaded: Sequence[Loaded]) -> Sum:
-        n_sites = [sites_of([each.part]) for each in loaded]
-        return await self._add([each.chunks for each in loaded], n_sites, loaded[0].part)
+        return await self._add([each.chunks for each in loaded], [each.part for each in loaded])
 
     async def _survives(self, loaded: Loaded) -> bool:
         """Whether summing this one alone leaves the worker process alive."""
@@ -106,6 +110,10 @@ class Summing(Generic[Sum]):
 
     def _leave_out(self, part: Part, error: FednatsError) -> None:
         self._log.warning("evaluation_left_out", evaluation=evaluation_id(part), detail=str(error))
+
+
+def _kind(part: Part) -> Kind:
+    return part.n_classes, part.arrangement, part.key_id
 
 
 def payload_of(source: str, version: int, chunks: Sequence[bytes]) -> Payload:
@@ -128,6 +136,8 @@ def sum_of(run: str, region: str, parts: Sequence[Part], payload: Payload) -> Ev
         key_id=parts[0].key_id,
         n_sites=sites_of(parts),
         n_classes=parts[0].n_classes,
+        arrangement=parts[0].arrangement,
+        figures=figures_of(parts),
         n_samples=cases_of(parts),
         metrics=mean_metrics(parts),
         min_sites=max(part.min_sites for part in parts),
@@ -145,8 +155,30 @@ def cases_of(parts: Sequence[Part]) -> int:
     return min(sum(part.n_samples for part in parts), MAX_COUNT)
 
 
+def figures_of(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Return the names of the figures that are summed in ``parts``, which are of one arrangement."""
+    arrangement = parts[0].arrangement
+    return () if arrangement is None else known_names([part.figures for part in parts], arrangement)
+
+
 def mean_metrics(parts: Sequence[Part]) -> dict[str, float]:
     """Return the means, weighted by number of samples, of the metrics that all of ``parts`` give."""
     n_samples = sum(part.n_samples for part in parts)
     names = set.intersection(*(set(part.metrics) for part in parts)) if n_samples else set()
     return {name: sum(part.metrics[name] * part.n_samples for part in parts) / n_samples for name in sorted(names)}
+
+
+def evaluations_summed(version: int, parts: Sequence[Part], pooled: Pooled | None) -> EvaluationsSummed:
+    """Return what is known at the root of ``parts``, given what was decrypted of them; of none where they were too few."""
+    if pooled is None:
+        return EvaluationsSummed(version=version, n_sites=0, n_samples=0)
+    metrics = {**mean_metrics(parts), **pooled.means, **pooled.metrics}
+    names = dict.fromkeys((*pooled_names(parts[0].n_classes), *figures_of(parts)))
+    return EvaluationsSummed(
+        version=version,
+        n_sites=sites_of(parts),
+        n_samples=pooled.n_samples,
+        metrics=metrics,
+        means=tuple(name for name in metrics if name not in pooled.metrics),
+        undefined=tuple(name for name in names if name not in metrics),
+    )

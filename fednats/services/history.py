@@ -33,6 +33,7 @@ class History:
                     "n_sites": event.n_sites,
                     "n_samples": event.n_samples,
                     "metrics": event.metrics,
+                    "means": list(event.means),
                 }
             )
 

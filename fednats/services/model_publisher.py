@@ -11,9 +11,10 @@ from fednats.messages import Control, Frame, ModelManifest
 from fednats.privacy.egress import Entry
 from fednats.services.answers import Version
 from fednats.services.identity import Identity
+from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon
 from fednats.services.off_loop import off_loop
-from fednats.services.persist import ask, persist
+from fednats.services.persist import ask
 from fednats.services.recorder import Recorder, entry_of
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import read_chunks
@@ -24,7 +25,13 @@ class ModelPublisher:
     """Publishes versions, each with the frames that lead to it; doing it again changes nothing."""
 
     def __init__(
-        self, daemon: Daemon, settings: CoordinatorSettings, identity: Identity, recorder: Recorder, bus: Bus
+        self,
+        daemon: Daemon,
+        settings: CoordinatorSettings,
+        identity: Identity,
+        recorder: Recorder,
+        bus: Bus,
+        lease: HeldLease,
     ) -> None:
         self._daemon = daemon
         self._log = daemon.log
@@ -32,6 +39,7 @@ class ModelPublisher:
         self._identity = identity
         self._recorder = recorder
         self._bus = bus
+        self._lease = lease
         self._stream = subjects.models_stream(settings.run, subjects.HUB)
         self._prefix = subjects.model(settings.run)
         self.publishing = asyncio.Lock()
@@ -74,8 +82,8 @@ class ModelPublisher:
         manifest = self._manifest(version)
         signed = self._identity.sign(subjects.head(self._prefix), manifest)
         await self._recorder.record(entry_of("model", manifest, version=version.version))
-        await persist(
-            self._log, lambda: self._bus.publish(subjects.head(self._prefix), signed, wire.message_id(signed))
+        await self._lease.publish(
+            lambda fence: self._bus.publish(subjects.head(self._prefix), signed, wire.message_id(signed), fence=fence)
         )
         self.sent_bytes += n_bytes + len(signed)
         self._daemon.metrics.sent_bytes.inc(n_bytes + len(signed))
@@ -105,9 +113,10 @@ class ModelPublisher:
                 )
             )
             file = frame_file(checkpoints_folder(self._settings.state_dir), payload.payload_id)
-            await persist(
-                self._log,
-                lambda: self._bus.publish_payload(self._prefix, payload.payload_id, off_loop(read_chunks(file))),
+            await self._lease.publish(
+                lambda fence: self._bus.publish_payload(
+                    self._prefix, payload.payload_id, off_loop(read_chunks(file)), fence=fence
+                )
             )
             sent = payload.n_bytes
         self._frames.add(payload.payload_id)
@@ -126,7 +135,9 @@ class ModelPublisher:
         subject = subjects.control(self._settings.run)
         signed = self._identity.sign(subject, control)
         await self._recorder.record(entry_of("control", control, version=control.version))
-        await persist(self._log, lambda: self._bus.publish(subject, signed, wire.message_id(signed)))
+        await self._lease.publish(
+            lambda fence: self._bus.publish(subject, signed, wire.message_id(signed), fence=fence)
+        )
 
     def _manifest(self, version: Version) -> ModelManifest:
         run = self._settings.settings

@@ -250,7 +250,7 @@ class SiteService:
                     self._show_failing()
                 if self._machine.state is not protocol.State.CLOSED:
                     self._status["state"] = self._resting
-            if isinstance(came_to, protocol.Failed):
+            if isinstance(came_to, protocol.Failed) and isinstance(job, protocol.Train):
                 asyncio.get_running_loop().call_later(self._failures.pause_s, self._retry)
             if isinstance(came_to, protocol.OutsideHours):
                 self._await_hours()
@@ -304,8 +304,9 @@ class SiteService:
         except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
             kind = type(job).__name__.lower()
             self._daemon.metrics.failures.labels(kind=kind).inc()
-            repeats = isinstance(job, protocol.Train) and self._failures.note(error)
-            retry_s = self._failures.pause_s
+            trains = isinstance(job, protocol.Train)
+            repeats = trains and self._failures.note(error)
+            retry_s = self._failures.pause_s if trains else None
             self._log.error(
                 "job_failed", job=kind, version=job.version, error=str(error), retry_s=retry_s, **in_full(error)
             )
@@ -323,6 +324,9 @@ class SiteService:
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
         scored: Scored = await self._worker.call("evaluate", manifest)
+        if scored.problem:
+            self._daemon.metrics.failures.labels(kind="metrics").inc()
+            self._log.error("metrics_failed", version=manifest.version, traceback=scored.problem)
         self._metrics = scored.metrics
         if self._resting != "waiting":
             self._status["version"] = manifest.version
@@ -334,6 +338,8 @@ class SiteService:
             version=manifest.version,
             key_id=scored.key_id,
             n_classes=scored.n_classes,
+            arrangement=scored.arrangement,
+            figures=scored.figures,
             n_samples=scored.n_samples if shown else 0,
             metrics=scored.metrics if shown else {},
             min_sites=self._policy.min_sites,

@@ -15,6 +15,7 @@ from fednats.codec.layout import Difference, Layout, Vector, blocks
 from fednats.config import SiteSettings
 from fednats.crypto.sealing import ModelKeys
 from fednats.delta.encode import encoder
+from fednats.delta.scheme import count_bits
 from fednats.errors import LocalDataError, Reason, RefusedError
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
@@ -70,8 +71,10 @@ class SiteWorker:
         self._pass: Pass | None = None
 
     def prepare(self) -> int:
-        """Load everything; return the number of training cases."""
+        """Load everything, and look at what the model gives for test cases; return the number of training cases."""
         load_optimizers()
+        with task_code("evaluating"):
+            self._evaluator.outputs  # noqa: B018 - refuses now what no metric knows
         return self._trainer.n_samples
 
     def check(self, manifest: ModelManifest) -> None:
@@ -103,13 +106,20 @@ class SiteWorker:
             self._weights.advance(manifest, chain, self._model_keys)
 
     def evaluate(self, manifest: ModelManifest) -> Scored:
-        """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted counts."""
+        """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted sums."""
         with self._weights.weights(manifest.version) as weights, task_code("evaluating"):
-            evaluated = self._evaluator.evaluate(weights)
-        encode, counts = encoder(manifest.delta, held(self._keys, manifest.key_id)), evaluated.counts
-        chunks = () if counts is None else encode.encode_counts(counts.flat())
-        n_classes = 0 if counts is None else counts.n_classes
-        return Scored(evaluated.metrics, evaluated.n_samples, encode.key_id, n_classes, chunks)
+            found = self._evaluator.evaluate(weights, manifest.training.cases_at_once)
+        encode = encoder(manifest.delta, held(self._keys, manifest.key_id))
+        return Scored(
+            metrics=found.metrics,
+            n_samples=found.n_samples,
+            key_id=encode.key_id,
+            n_classes=found.n_classes,
+            arrangement=found.arrangement,
+            figures=found.figures or (),
+            chunks=encode.encode_counts(found.flat(count_bits(manifest.delta))),
+            problem=found.problem,
+        )
 
     def train(self, manifest: ModelManifest, goes_on: bool) -> Trained:  # noqa: FBT001 - a worker's call has no names
         """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.

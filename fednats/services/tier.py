@@ -81,6 +81,8 @@ class Tier:
         self.rejects = rejects
         self.inboxes: Mapping[type[Head], Inbox] = {}
         """Where contributions and evaluations of each kind come from."""
+        self.may_settle: Callable[[], Awaitable[None]] = _at_once
+        """Returns when this process may settle or refuse what was delivered; raises if it no longer may."""
         self.accepted = 0
         self.refused = 0
         self.refusals: dict[str, int] = {}
@@ -154,11 +156,13 @@ class Tier:
             command = await self._commands.get()
             match command:
                 case Settle(ids):
+                    await self.may_settle()
                     for inbox in set(self.inboxes.values()):
                         for identity in ids:
                             await self._until_done(inbox.settle, identity)
                 case Refuse(identity, reason, detail):
                     self.log.warning("refused", contribution=identity, reason=reason.value, detail=detail)
+                    await self.may_settle()
                     for inbox in set(self.inboxes.values()):
                         await self._until_done(inbox.refuse, identity, self.rejects, reason, detail)
                 case StartTimer(delay_s):
@@ -288,3 +292,7 @@ class Tier:
         """Return the time of day at the start, and since then as much as has passed, whatever the clock is set to."""
         wall_s, monotonic_s = self._started
         return wall_s + time.monotonic() - monotonic_s
+
+
+async def _at_once() -> None:
+    """Whoever is alone may."""

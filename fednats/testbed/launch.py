@@ -109,11 +109,9 @@ def refuse_failed(statuses: Statuses, output: Path) -> None:
     """Raise RunFailedError if the coordinator has ended the run because it could not go on."""
     coordinator = statuses[COORDINATOR]
     if coordinator["failed"]:
-        logs = [str(output / name / LOG_FILE) for name, status in statuses.items() if status.get("failing")]
-        logs = [log for log in logs if "/site-" in log] or [str(output / COORDINATOR / LOG_FILE)]
-        raise RunFailedError(
-            f"the run ended at version {coordinator['version']}: {coordinator['reason']}; the full error is in {logs[0]}"
-        )
+        failing = [name for name, status in statuses.items() if status["role"] == "site" and status.get("failing")]
+        log = output / min(failing, default=COORDINATOR) / LOG_FILE
+        raise RunFailedError(f"the run ended at version {coordinator['version']}: {coordinator['reason']}; see {log}")
 
 
 async def _watch(federation: FederationSettings, running_now: Running, started: float) -> Statuses:

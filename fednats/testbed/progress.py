@@ -41,6 +41,8 @@ class Progress:
     def __init__(self, run: str, task: str, stop: StopSettings, console: Console | None = None) -> None:
         self._title = Text.assemble((run, "bold"), "  ", (task.rpartition("/")[2], "dim"))
         self._stop = stop
+        self._target_metric = stop.target_metric or "metric"
+        """As the coordinator has chosen it, once it has."""
         self._console = console or Console()
         self._evaluated: dict[int, Status] = {}
         draws = self._console.is_interactive and self._console.file.isatty()  # FORCE_COLOR makes no terminal of a pipe
@@ -64,6 +66,8 @@ class Progress:
         coordinator = _of_role(statuses, "coordinator")
         history = coordinator[0].get("history", []) if coordinator else []
         new = [entry for entry in history if entry["version"] not in self._evaluated]
+        if coordinator and coordinator[0].get("target_metric"):
+            self._target_metric = coordinator[0]["target_metric"]
         self._evaluated |= {entry["version"]: entry for entry in history}
         if self._live is not None:
             self._live.update(self._screen(statuses, elapsed_s), refresh=True)
@@ -83,7 +87,7 @@ class Progress:
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim")
         facts.add_row("version", self._version(coordinator))
-        facts.add_row(Text(self._stop.target_metric), self._metric(coordinator))
+        facts.add_row(Text(self._target_metric), self._metric(coordinator))
         facts.add_row("updates", f"{coordinator.get('n_updates', 0)} in the model, {_refused(statuses)} refused")
         facts.add_row("bytes", _traffic(statuses))
         starting = [status.get("name", key) for key, status in statuses.items() if "state" not in status]
@@ -98,7 +102,7 @@ class Progress:
         return text.append(f" ({coordinator['reason']})") if coordinator.get("reason") else text
 
     def _metric(self, coordinator: Status) -> Text:
-        name = self._stop.target_metric
+        name = self._target_metric
         entries = sorted(self._evaluated.items())
         values = [entry["metrics"][name] for _, entry in entries if name in entry["metrics"]]
         target = self._stop.target
@@ -134,14 +138,14 @@ class Progress:
             table.add_column("state", width=10, no_wrap=True)
             for heading, cells in (("version", 7), ("stale", 5), ("updates", 7), ("up", 9), ("down", 9)):
                 table.add_column(heading, justify="right", width=cells, no_wrap=True)
-            table.add_column(Text(self._stop.target_metric), justify="right", width=8, no_wrap=True)
+            table.add_column(Text(self._target_metric), justify="right", width=8, no_wrap=True)
             for site in sorted((status for status in here if status["role"] == "site"), key=lambda s: str(s["name"])):
                 table.add_row(*self._site(site, newest))
             tables += [Text(), table]
         return tables
 
     def _site(self, site: Status, newest: int) -> Iterable[RenderableType]:
-        version, own = site["version"], site["metrics"].get(self._stop.target_metric)
+        version, own = site["version"], site["metrics"].get(self._target_metric)
         staleness = newest - version if 0 <= version <= newest else None
         state = site["state"]
         yield Text(site["name"])

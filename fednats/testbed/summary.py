@@ -186,7 +186,7 @@ def run_figures(federation: FederationSettings, statuses: Statuses, wan_bytes: i
         staleness=Staleness(
             mean=coordinator["staleness_sum"] / max(1, coordinator["n_updates"]), max=coordinator["staleness_max"]
         ),
-        target_metric=federation.stop.target_metric,
+        target_metric=coordinator["target_metric"] or federation.stop.target_metric or "",
         target=federation.stop.target,
         time_to_target_s=next((entry["published_s"] for entry in history if entry["version"] == reached), None),
         history=history,

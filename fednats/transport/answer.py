@@ -3,11 +3,12 @@
 import json
 from typing import Any
 
-from fednats.errors import BusError, BusFullError
+from fednats.errors import BusError, BusFullError, FencedError
 
 _NO_STREAM = 10059
 _FULL = {10023, 10028, 10047}
 _STORE_FAILED = 10077
+_WRONG_LAST_SEQUENCE = 10071
 
 
 class AwayError(BusError):
@@ -23,7 +24,7 @@ class NoStreamError(BusError):
 
 
 def answer(data: bytes, what: str) -> dict[str, Any]:
-    """Return JetStream's JSON answer; raises BusFullError, NoStreamError or BusError if it says so."""
+    """Return JetStream's JSON answer; raises BusFullError, FencedError, NoStreamError or BusError if it says so."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -36,4 +37,6 @@ def answer(data: bytes, what: str) -> dict[str, Any]:
     code, text = error.get("err_code"), f"{what}: {error.get('description')} ({error.get('err_code')})"
     if code in _FULL or (code == _STORE_FAILED and "maximum" in text):
         raise BusFullError(text)
+    if code == _WRONG_LAST_SEQUENCE:
+        raise FencedError(text)
     raise NoStreamError(text) if code == _NO_STREAM else BusError(text)

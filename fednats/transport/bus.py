@@ -27,6 +27,7 @@ from fednats.transport import payload
 from fednats.transport.answer import AwayError, NobodyError, NoStreamError, answer
 from fednats.transport.connection import Connection, connection
 from fednats.transport.consumer import Consumer, Delivery
+from fednats.transport.fence import Fence
 from fednats.transport.streams import BucketSpec, StreamSpec
 from fednats.transport.upkeep import Upkeep
 
@@ -127,18 +128,20 @@ class Bus:
 
     # --- sending
 
-    async def publish(self, subject: str, data: bytes, message_id: str) -> bool:
+    async def publish(self, subject: str, data: bytes, message_id: str, *, fence: Fence | None = None) -> bool:
         """Store a message in the stream of ``subject``; waits, for ever, while the bus is away.
 
         A ``message_id`` that the stream has seen within its duplicate window is not stored again: this returns False.
 
         Raises:
             BusFullError: the stream is at its limit; nothing is stored.
+            FencedError: the lease in ``fence`` is not the newest any more; nothing is stored.
             BusError: not permitted, too large, no stream takes the subject, or the connection was closed for good.
         """
+        headers = {"Nats-Msg-Id": message_id, **(fence.headers if fence else {})}
         while True:
             try:
-                message = await self._connection.request(subject, data, {"Nats-Msg-Id": message_id})
+                message = await self._connection.request(subject, data, headers)
             except AwayError:
                 await self._connection.wait_connected()
             else:
@@ -148,10 +151,10 @@ class Bus:
         """Tell whoever listens now; nothing is stored, nobody acknowledges. Raises BusError while the bus is away."""
         await self._connection.emit(subject, data)
 
-    async def ask(self, subject: str) -> bytes:
+    async def ask(self, subject: str, question: bytes = b"", timeout_s: float | None = None) -> bytes:
         """Return a service's answer, such as its `subjects.status`; empty if nobody is there. Raises BusError."""
         try:
-            return bytes((await self._connection.request(subject)).data)
+            return bytes((await self._connection.request(subject, question, timeout_s=timeout_s)).data)
         except NobodyError:
             return b""
 
@@ -163,6 +166,7 @@ class Bus:
         *,
         first: int = 0,
         stored: Callable[[int], Awaitable[None]] | None = None,
+        fence: Fence | None = None,
     ) -> None:
         """Store chunks, as many unacknowledged as fill the link (at most 16 MiB); returns when all are acknowledged.
 
@@ -171,7 +175,7 @@ class Bus:
         ``chunks`` begin with number ``first``; ``stored`` is told how many of all are acknowledged without a gap, as they
         come. Call it again with the same chunks to resume. Raises as `publish` does.
         """
-        await payload.publish(self._connection, prefix, payload_id, chunks, first, stored)
+        await payload.publish(self._connection, prefix, payload_id, chunks, first, stored, fence)
 
     async def has_chunk(self, prefix: str, payload_id: str, index: int, chunk: bytes) -> bool:
         """Offer one chunk again: whether the stream knew it. If not it is stored now. Raises as `publish` does."""
@@ -320,6 +324,16 @@ class Bus:
         except nats.errors.FlushTimeoutError:  # the link broke meanwhile: what it subscribed to is renewed
             self._connection.log.debug("service_not_confirmed", name=name)
         await service.add_endpoint(name="status", subject=subject, handler=respond)
+
+    async def answer(self, subject: str, respond: Callable[[bytes], bytes | None]) -> None:
+        """Answer questions on ``subject`` until the connection closes; nothing is said where ``respond`` returns None."""
+
+        async def heard(message: Msg) -> None:
+            answered = respond(message.data)
+            if answered is not None and message.reply:
+                await self._connection.emit(message.reply, answered)
+
+        await self._connection.subscribe(subject, heard)
 
     # --- inside
 

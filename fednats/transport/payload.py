@@ -2,7 +2,16 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from functools import partial
 from typing import TypeVar
 
@@ -10,6 +19,7 @@ from fednats import subjects
 from fednats.errors import Reason, RefusedError
 from fednats.transport.answer import AwayError, NobodyError, answer
 from fednats.transport.connection import Connection
+from fednats.transport.fence import Fence
 from fednats.wire import digest
 
 PAUSE_S = 0.2
@@ -25,6 +35,7 @@ async def publish(
     chunks: Iterable[bytes] | AsyncIterable[bytes],
     first: int,
     stored: Callable[[int], Awaitable[None]] | None,
+    fence: Fence | None = None,
 ) -> None:
     """Publish chunk i as `subjects.chunk` with the message id `chunk_id`; returns when all are stored.
 
@@ -35,7 +46,8 @@ async def publish(
     last: bytes | None = None
 
     def store(chunk: bytes) -> Awaitable[None]:
-        return _store(connection, subjects.chunk(prefix, payload_id, index), chunk, chunk_id(payload_id, index))
+        headers = {"Nats-Msg-Id": chunk_id(payload_id, index), **(fence.headers if fence else {})}
+        return _store(connection, subjects.chunk(prefix, payload_id, index), chunk, headers)
 
     async def calls() -> AsyncIterator[Awaitable[None]]:
         nonlocal chunk_bytes, index, last
@@ -89,8 +101,8 @@ async def read(
         yield chunk
 
 
-async def _store(connection: Connection, subject: str, chunk: bytes, message_id: str) -> None:
-    ask = partial(connection.request, subject, chunk, {"Nats-Msg-Id": message_id})
+async def _store(connection: Connection, subject: str, chunk: bytes, headers: Mapping[str, str]) -> None:
+    ask = partial(connection.request, subject, chunk, headers)
     while True:
         try:
             message = await connection.up.carry(len(chunk), ask)

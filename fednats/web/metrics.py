@@ -34,6 +34,11 @@ class Metrics:
             "Times that fewer distinct sites than a sum must have were there, at once or at a deadline.",
             registry=self.registry,
         )
+        self.rivals_refused = Counter(
+            "fednats_rivals_refused",
+            "Times that another process wanted to do the work of this one.",
+            registry=self.registry,
+        )
         self.staleness = Histogram(
             "fednats_staleness_versions",
             "Staleness of what was combined.",

@@ -47,7 +47,11 @@ async def test_a_run_whose_sites_all_fail_ends_with_the_reason_and_only_their_ow
     records.write_text(RECORD)
     sites = {name: {"region": "north", "options": {"records": str(records)}} for name in "ab"}
     federation = make_federation(
-        {"north": ["a", "b"]}, sites=sites, task=f"{code}:Failing", delta={"cipher": "none"}, stop={"all_failing_s": 0.5}
+        {"north": ["a", "b"]},
+        sites=sites,
+        task=f"{code}:Failing",
+        delta={"cipher": "none"},
+        stop={"all_failing_s": 0.5},
     )
     output = tmp_path / "out"
     async with running(federation, output) as now, tapped(now.servers) as tap:

@@ -63,6 +63,7 @@ NEVER: dict[str, tuple[str, ...]] = {
         "$JS.API.CONSUMER.>",
         "$JS.north.>",
         "$JS.hub.>",
+        "fed.run.holder.>",
     ),
     "aggregator": ("fed.run.update.>", "fed.run.model.>", "fed.run.aggregate.>", "fed.run.control", "$JS.hub.>"),
     "uplink": ("fed.run.update.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
@@ -98,6 +99,7 @@ def own_subjects() -> list[str]:
     prefixes += [subjects.update(RUN, region, site) for site, region in SITES.items()]
     found = [subject for p in prefixes for subject in (subjects.head(p), subjects.chunk(p, "id", 0))]
     found += [subjects.control(RUN)]
+    found += [subjects.lease(p) for p in (subjects.model(RUN), *(subjects.aggregate(RUN, node) for node in NODES))]
     found += [subjects.evaluation(RUN, region, site) for site, region in SITES.items()]
     found += [subjects.evaluation_sum(RUN, node) for node in NODES]
     found += [subjects.pulse(RUN, node) for node in NODES]
@@ -105,6 +107,7 @@ def own_subjects() -> list[str]:
     who = [("site", site) for site in SITES] + [("aggregator", node) for node in NODES] + [("coordinator", HUB)]
     found += [subjects.event(RUN, role, name) for role, name in who]
     found += [subjects.status(RUN, role, name) for role, name in who]
+    found += [subjects.holder(RUN, role, name) for role, name in who]
     found += [f"$KV.{subjects.presence_bucket(RUN)}.{subjects.presence_key(role, name)}" for role, name in who]
     return [*found, f"$KV.{subjects.state_bucket(RUN)}.anything", *(f"{permissions.deliver(n)}.S.x" for n in NODES)]
 

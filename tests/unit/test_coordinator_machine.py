@@ -103,6 +103,57 @@ def test_the_run_stops_at_the_target_if_told_to() -> None:
     assert evaluate(machine, 0, 0.9)[-1] == CloseRun(0, "target reached")
 
 
+def read(machine: Coordinator, number: int, undefined: tuple[str, ...] = (), **metrics: float) -> list[Command]:
+    """Have the evaluations of a version read as these figures."""
+    return machine.handle(
+        EvaluationsSummed(version=number, n_sites=4, n_samples=9, metrics=metrics, undefined=undefined)
+    )
+
+
+def summing(machine: Coordinator, *numbers: int) -> Coordinator:
+    machine.handle(version(max(numbers)))
+    for number in numbers:
+        for region in sorted(REGIONS):
+            machine.handle(EvaluationArrived(evaluation=evaluation_sum(region, number)))
+    return machine
+
+
+def test_a_target_metric_that_no_evaluation_has_closes_the_run_and_names_those_that_are_there() -> None:
+    machine = summing(coordinator(target_metric="c-index"), 0)
+    closed = read(machine, 0, undefined=("c_index",), rmse=3.0)[-1]
+    assert isinstance(closed, CloseRun)
+    assert closed.reason.endswith("'c-index', and no evaluation has it; set it to one of: rmse, c_index")
+    assert machine.failed
+
+
+def test_a_target_metric_that_is_only_undefined_yet_is_waited_for() -> None:
+    machine = summing(coordinator(target_metric="c_index"), 0, 1)
+    assert not [c for c in read(machine, 0, undefined=("c_index",)) if isinstance(c, CloseRun)]
+    assert KeepBest(1) in read(machine, 1, c_index=0.6)
+
+
+def test_less_of_an_error_is_better() -> None:
+    machine = summing(coordinator(target_metric="rmse", target=2.0), 0, 1, 2)
+    assert KeepBest(0) in read(machine, 0, rmse=3.0)
+    assert not [c for c in read(machine, 1, rmse=4.0) if isinstance(c, KeepBest)]
+    assert machine.reached_target_at is None
+    assert KeepBest(2) in read(machine, 2, rmse=2.0)
+    assert machine.reached_target_at == 2
+
+
+def test_the_settings_may_say_that_less_is_better() -> None:
+    machine = summing(coordinator(target_metric="gap", lower_is_better=True), 0, 1)
+    read(machine, 0, gap=3.0)
+    assert KeepBest(1) in read(machine, 1, gap=1.0)
+
+
+def test_without_a_target_metric_it_is_auc_or_the_task_s_first() -> None:
+    usual, own = summing(coordinator(), 0), summing(coordinator(), 0)
+    read(usual, 0, accuracy=0.5, auc=0.6)
+    read(own, 0, rmse=3.0, mae=2.0)
+    assert (usual.target_metric, own.target_metric) == ("auc", "rmse")
+
+
 def test_the_clock_ends_the_run() -> None:
     machine = coordinator()
     assert AwaitFinalEvaluation(30.0) in machine.handle(WallTimeReached())

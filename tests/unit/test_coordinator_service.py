@@ -81,7 +81,7 @@ class ShortLived:
             self.process = Process(self.process.folder)
             raise WorkerDiedError(f"the worker process ended in {method!r}")
         if method == "pool":
-            return Pooled({}, 1)
+            return Pooled(1, {}, {}, [], {})
         return True if method == "keep_best" else getattr(self.process, method)(*args)
 
     async def persist(self, _log: object, method: str, *args: object) -> Any:
@@ -104,14 +104,14 @@ class Hub:
         yield subjects.models_stream("r", subjects.HUB)
         await asyncio.Event().wait()
 
-    async def publish_payload(self, _prefix: str, payload_id: str, chunks: AsyncIterator[bytes]) -> None:
+    async def publish_payload(self, _prefix: str, payload_id: str, chunks: AsyncIterator[bytes], **_: object) -> None:
         await self.takes.wait()
         assert [chunk async for chunk in chunks] == [payload_id.encode()]
         self.payloads.append(payload_id)
 
     async def last(self, *_: object) -> None: ...
 
-    async def publish(self, *_: object) -> None: ...
+    async def publish(self, *_: object, **__: object) -> None: ...
 
     async def purge(self, *_: object) -> None: ...
 

@@ -175,13 +175,14 @@ def test_auc_of_three_classes_and_none_where_a_class_is_absent() -> None:
     assert Quadrants().metrics(scores, torch.tensor([0, 1, 1, 0, 1, 1])).keys() == {"accuracy"}
 
 
-def test_metric_that_is_not_finite_is_refused() -> None:
+def test_a_metric_that_is_not_finite_is_left_out_and_still_known_by_name() -> None:
     class Undefined(Quadrants):
         def metrics(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
             return {"c_index": float("nan"), "n": float(len(scores) + len(targets))}
 
-    with pytest.raises(LocalDataError, match="c_index"):
-        evaluate(Undefined(), initial_vector(Undefined(), 0))
+    found = evaluate(Undefined(), initial_vector(Undefined(), 0))
+    assert found.metrics == {"n": 400.0}
+    assert found.figures == ("c_index", "n")
 
 
 def test_hospital_without_a_test_case_is_named() -> None:

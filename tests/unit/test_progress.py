@@ -48,6 +48,7 @@ def coordinator(*history: dict[str, Any], version: int) -> dict[str, Any]:
         "refused": 1,
         "refusals": {"checksum": 1},
         "best": None,
+        "target_metric": "auc",
         "reached_target_at": None,
         "history": list(history),
         "n_updates": 7,

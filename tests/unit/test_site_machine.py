@@ -74,10 +74,13 @@ def test_training_that_fails_repeatedly_waits_for_its_pause_whatever_versions_co
     assert site.handle(Done()) == Train(2)
 
 
-def test_training_does_not_wait_for_an_evaluation_that_failed() -> None:
+def test_an_evaluation_that_fails_keeps_nobody_from_training() -> None:
     site = Site()
     assert site.handle(ModelSeen(0)) == Evaluate(0)
     assert site.handle(Failed()) == Train(0)
+    assert site.handle(Done()) is None  # and it is not repeated
+    site.handle(ModelSeen(1))
+    assert site.handle(Failed()) == Train(1)
 
 
 def test_a_slow_site_skips_evaluations_it_cannot_keep_up_with() -> None:

@@ -50,8 +50,9 @@ async def summed(
         for chunk in sent:
             yield chunk
 
-    async def add(inputs: Sequence[tuple[bytes, ...]], n_sites: Sequence[int], like: Part) -> tuple[bytes, ...]:
-        return summer(BFV, PUBLIC).sum_counts(inputs, n_sites, n_counts(like.n_classes))
+    async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> tuple[bytes, ...]:
+        n_sites = [sites_of([part]) for part in parts]
+        return summer(BFV, PUBLIC).sum_counts(inputs, n_sites, n_counts(parts[0].n_classes))
 
     with structlog.testing.capture_logs() as lines:
         made, total = await Summing(read, add, key_ids, min_sites, structlog.get_logger()).run(

@@ -1,16 +1,13 @@
 import os
 import py_compile
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from torch import Tensor
 
 from fednats.errors import ConfigError, TaskError
@@ -24,6 +21,7 @@ from fednats.learning.tasks.ct_nodule import CTNodule
 from fednats.learning.tasks.ct_patches import HOSPITALS, KINDS, SIZE, Hospital, synthetic_patches
 from fednats.learning.tasks.heart import HOSPITALS as HOSPITAL_FILES
 from fednats.learning.tasks.heart import HeartDisease, read_patients
+from tests.dicoms import write_dicom
 from tests.patients import write_german_csv
 
 torch.set_num_threads(1)
@@ -306,25 +304,26 @@ def test_ct_refuses_what_is_no_medmnist_file(tmp_path: Path) -> None:
     np.savez(file, images=np.zeros(3))
     with pytest.raises(ConfigError, match=r"other.npz: not a MedMNIST file"):
         CTNodule(npz=str(file)).train_data()
-    np.savez(file, train_images=np.zeros((2, 28, 28), np.uint8), train_labels=np.array([0, 7]))
-    with pytest.raises(ConfigError, match=r"train_labels holds \[0, 7\]; expected 0 and 1"):
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "said"),
+    [
+        ((2, 28, 28), [0, 7], "train_labels has 2 classes, 0 to 7; expected 0 and 1"),
+        ((2, 28, 28, 3), [0, 1], r"train_images is uint8\[2, 28, 28, 3\]: colour images \(RGB\); expected grey"),
+        ((2, 28, 28, 28), [0, 1], r"train_images is uint8\[2, 28, 28, 28\]: volumes \(3-D\); expected grey"),
+        ((2, 784), [0, 1], r"train_images is uint8\[2, 784\]; expected grey images, uint8\[n, rows, columns\]"),
+        ((2, 28, 28), [[0, 1, 1], [0, 0, 1]], r"train_labels has 3 labels for each image \(multi-label\)"),
+        ((2, 28, 28), [0, 1, 1], "train_labels has 3 labels for 2 images"),
+    ],
+)
+def test_ct_says_what_a_medmnist_file_has_instead(
+    tmp_path: Path, shape: tuple[int, ...], labels: list[Any], said: str
+) -> None:
+    file = tmp_path / "other.npz"
+    np.savez(file, train_images=np.zeros(shape, np.uint8), train_labels=np.array(labels))
+    with pytest.raises(ConfigError, match=rf"other\.npz: {said}"):
         CTNodule(npz=str(file)).train_data()
-
-
-def write_slice(file: Path, stored: NDArray[np.int16], *, intercept: float) -> None:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    slice_ = FileDataset(str(file), {}, file_meta=meta, preamble=bytes(128))
-    slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-    slice_.Rows, slice_.Columns = stored.shape
-    slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
-    slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit, slice_.PixelRepresentation = 16, 16, 15, 1
-    slice_.RescaleSlope, slice_.RescaleIntercept = 2, intercept
-    slice_.PixelData = stored.tobytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's writer, not what is tested
-        slice_.save_as(file, enforce_file_format=True)
 
 
 @pytest.fixture
@@ -333,10 +332,10 @@ def dicom_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     stored = np.zeros((64, 64), np.int16)
     stored[10, 50] = 375
-    write_slice(folder / "a.dcm", stored, intercept=-400)
-    write_slice(folder / "b.dcm", stored, intercept=-1150)
+    for name, intercept in (("a", -400), ("b", -1150), ("c", -400)):
+        write_dicom(folder / f"{name}.dcm", stored, RescaleSlope=2, RescaleIntercept=intercept)
     (folder / "labels.csv").write_text(
-        "file,label,split,row,column\na.dcm,1,train,10,50\nb.dcm,0,train,,\na.dcm,1,test,32,32\n"
+        "file,label,split,row,column\na.dcm,1,train,10,50\nb.dcm,0,train,,\nc.dcm,1,test,32,32\n"
     )
     return folder
 
@@ -356,11 +355,17 @@ def test_ct_reads_a_dicom_folder_in_hounsfield_units(dicom_folder: Path) -> None
     ("table", "said"),
     [
         ("file,label\na.dcm,1\n", "no column split"),
-        ("file,label,split\na.dcm,1,train\na.dcm,2,train\n", "labels.csv, line 3: label '2'"),
-        ("file,label,split,row,column\na.dcm,1,train,x,1\n", "line 2: row and column are whole numbers"),
-        ("file,label,split,row,column\na.dcm,1,train,99,1\n", "line 2: row 99, column 1 is outside"),
-        ("file,label,split\nc.dcm,1,train\n", "line 2: .*c.dcm: not a readable CT slice"),
-        ("file,label,split\nlabels.csv,1,train\n", "line 2: .*labels.csv: not a readable CT slice"),
+        ("file,label,split\na.dcm,1,train\na.dcm,2,train\n", "labels.csv, line 3, column label: none of"),
+        ("file,label,split\na.dcm,1,train\na.dcm,1,valid\n", "labels.csv, line 3, column split: none of"),
+        ("file,label,split,row,column\na.dcm,1,train,x,1\n", "line 2, column row: no finite number"),
+        ("file,label,split,row,column\na.dcm,1,train,99,1\n", "line 2: .*row 99, column 1 is outside"),
+        ("file,label,split\nd.dcm,1,train\n", "line 2: .*d.dcm: no such file"),
+        ("file,label,split\nlabels.csv,1,train\n", "line 2: .*labels.csv: no DICOM file"),
+        ("file,label,split\na.dcm,1,train\na.dcm,1,test\n", "line 2 and .*line 3: one patient .* in train and test"),
+        (
+            "file,label,split,patient\na.dcm,1,train,x\nb.dcm,1,train,y\nc.dcm,0,test,y\n",
+            "line 3 and .*line 4: one patient",
+        ),
         ("file,label,split\na.dcm,1,test\n", "no line with split train"),
     ],
 )
@@ -368,6 +373,19 @@ def test_ct_bad_dicom_folder_is_named_with_its_line(dicom_folder: Path, table: s
     (dicom_folder / "labels.csv").write_text(table)
     with pytest.raises(ConfigError, match=said):
         CTNodule(dicom=str(dicom_folder)).train_data()
+
+
+def test_ct_slices_are_resampled_to_the_spacing_asked_for(dicom_folder: Path) -> None:
+    stored = np.zeros((64, 64), np.int16)
+    stored[20:22, 30:32] = 375
+    write_dicom(dicom_folder / "b.dcm", stored, PixelSpacing=[0.5, 0.5], RescaleSlope=2, RescaleIntercept=-400)
+    (dicom_folder / "labels.csv").write_text("file,label,split,row,column\na.dcm,1,train,,\nb.dcm,1,train,20,30\n")
+    with pytest.raises(ConfigError, match=r"a\.dcm and .*b\.dcm: PixelSpacing differs; set spacing_mm"):
+        CTNodule(dicom=str(dicom_folder)).train_data()
+    inputs, _ = tensors(CTNodule(dicom=str(dicom_folder), spacing_mm=1.0).train_data())
+    assert inputs[1, 0].argmax() == 16 * SIZE + 16
+    with pytest.raises(ConfigError, match="spacing_mm = 0: give the millimetres"):
+        CTNodule(spacing_mm=0)
 
 
 def test_ct_takes_one_source_and_known_hospitals(tmp_path: Path) -> None:

@@ -1,20 +1,21 @@
 """Lung nodule or mimic, from small CT patches: synthetic ones, a MedMNIST file, or a folder of DICOM slices."""
 
-import csv
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from zipfile import BadZipFile
 
 import numpy as np
-import pydicom
 import torch
 from numpy.typing import NDArray
-from pydicom.errors import InvalidDicomError
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
+from fednats.data.dicom import Slice, refuse_mixed, resampled
+from fednats.data.dicom_folder import open_slices, patients_of
+from fednats.data.index import INDEX, read_index
+from fednats.data.table import Classes
 from fednats.errors import ConfigError
 from fednats.learning.task import Examples, Recommended, Task
 from fednats.learning.tasks.ct_patches import HOSPITALS, SIZE, synthetic_patches
@@ -23,6 +24,8 @@ WINDOW_CENTER_HU, WINDOW_WIDTH_HU = -400, 1500
 """The usual lung window; what lies outside is clipped."""
 
 Part = Literal["train", "test"]
+PARTS: tuple[Part, ...] = ("train", "test")
+LABEL = Classes("label", {0: 0, 1: 1})
 
 
 class CTNodule(Task):
@@ -36,7 +39,7 @@ class CTNodule(Task):
       of 28 or more pixels, labels 0 and 1; ``share=[i, n]`` takes the i-th of n uneven shares.
     * ``dicom="folder"``: a file ``labels.csv`` there with columns ``file,label,split`` and, where the finding is not
       in the middle of the slice, ``row,column`` of its centre; ``split`` is train or test. One patient's slices must
-      all be in the same split.
+      all be in the same split. With ``spacing_mm`` the slices are resampled; without, they must all have one spacing.
     """
 
     recommended: ClassVar[Recommended] = Recommended(
@@ -62,6 +65,7 @@ class CTNodule(Task):
         synthetic: str | None = None,
         npz: str | None = None,
         dicom: str | None = None,
+        spacing_mm: float | None = None,
         share: Sequence[int] = (0, 1),
         n_train: int = 800,
         n_test: int = 200,
@@ -73,7 +77,9 @@ class CTNodule(Task):
             raise ConfigError(f"ct-nodule: synthetic = {synthetic!r}: one of {', '.join(HOSPITALS)}")
         if len(share) != 2 or not 0 <= share[0] < share[1]:  # noqa: PLR2004 - a pair
             raise ConfigError(f"ct-nodule: share = {list(share)}: expected [i, n] with i from 0 to n - 1")
-        self._synthetic, self._npz, self._dicom = synthetic, npz, dicom
+        if spacing_mm is not None and not spacing_mm > 0:
+            raise ConfigError(f"ct-nodule: spacing_mm = {spacing_mm:g}: give the millimetres of a pixel, above 0")
+        self._synthetic, self._npz, self._dicom, self._spacing_mm = synthetic, npz, dicom, spacing_mm
         self._share, self._n, self._seed = tuple(share), {"train": n_train, "test": n_test}, seed
 
     def model(self) -> nn.Module:
@@ -98,10 +104,10 @@ class CTNodule(Task):
         if self._npz is not None:
             return TensorDataset(*_read_npz(Path(self._npz), part, self._share, self._seed))
         if self._dicom is not None:
-            patches, labels = _read_dicom(Path(self._dicom), part)
+            patches, labels = _read_dicom(Path(self._dicom), part, self._spacing_mm)
         elif self._synthetic is not None:
             number = list(HOSPITALS).index(self._synthetic)
-            stream = [self._seed, number, ("train", "test").index(part)]
+            stream = [self._seed, number, PARTS.index(part)]
             patches, labels = synthetic_patches(HOSPITALS[self._synthetic], self._n[part], stream)
         else:
             raise ConfigError("ct-nodule: no data; set one of the options synthetic, npz and dicom")
@@ -143,20 +149,37 @@ def windowed(patches_hu: NDArray[np.int16]) -> Tensor:
 def _read_npz(file: Path, part: Part, share: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].reshape(-1)
-    except (OSError, KeyError, ValueError) as error:
+            images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
         raise ConfigError(f"{file}: not a MedMNIST file: {error}") from error
-    if images.ndim != 3 or images.dtype != np.uint8 or len(images) != len(labels):  # noqa: PLR2004 - [n, rows, columns]
-        raise ConfigError(
-            f"{file}: {part}_images is {images.dtype}{list(images.shape)}; expected uint8[n, rows, columns]"
-        )
-    if not set(np.unique(labels)) <= {0, 1}:
-        raise ConfigError(f"{file}: {part}_labels holds {np.unique(labels).tolist()}; expected 0 and 1")
+    _refuse_images(f"{file}: {part}_images", images)
+    _refuse_labels(f"{file}: {part}_labels", labels, len(images))
     chosen = _share(len(images), share, np.random.default_rng(seed))
     pixels = torch.from_numpy(images[chosen]).unsqueeze(1).float() / 63.75 - 2
     if pixels.shape[2:] != (SIZE, SIZE):
         pixels = nn.functional.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-    return pixels, torch.from_numpy(labels[chosen].astype(np.int64))
+    return pixels, torch.from_numpy(labels[chosen].reshape(-1).astype(np.int64))
+
+
+def _refuse_images(name: str, images: NDArray[Any]) -> None:
+    got = f"{name} is {images.dtype}{list(images.shape)}"
+    expected = "expected grey images, uint8[n, rows, columns]"
+    if images.ndim == 4 and images.shape[3] == 3:  # noqa: PLR2004 - [n, rows, columns, colours]
+        raise ConfigError(f"{got}: colour images (RGB); {expected}")
+    if images.ndim >= 4:  # noqa: PLR2004 - [n, depth, rows, columns]
+        raise ConfigError(f"{got}: volumes (3-D); {expected}, so give slices of them")
+    if images.ndim != 3 or images.dtype != np.uint8:  # noqa: PLR2004 - [n, rows, columns]
+        raise ConfigError(f"{got}; {expected}")
+
+
+def _refuse_labels(name: str, labels: NDArray[Any], n_images: int) -> None:
+    if labels.ndim == 2 and labels.shape[1] > 1:  # noqa: PLR2004 - [n, labels]
+        raise ConfigError(f"{name} has {labels.shape[1]} labels for each image (multi-label); expected one, 0 or 1")
+    if labels.size != n_images:
+        raise ConfigError(f"{name} has {labels.size} labels for {n_images} images; the file is not whole")
+    values = np.unique(labels)
+    if not set(values.tolist()) <= {0, 1}:
+        raise ConfigError(f"{name} has {len(values)} classes, {values.min()} to {values.max()}; expected 0 and 1")
 
 
 def _share(n_images: int, share: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -170,59 +193,46 @@ def _share(n_images: int, share: tuple[int, ...], rng: np.random.Generator) -> N
 # --- DICOM -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """One line of labels.csv."""
-
-    where: str
-    file: Path
-    label: int
-    row: int | None
-    column: int | None
-
-
-def _read_dicom(folder: Path, part: Part) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    findings = list(_findings(folder, part))
-    if not findings:
-        raise ConfigError(f"{folder / 'labels.csv'}: no line with split {part}")
-    patches = np.stack([_patch(finding) for finding in findings])
-    return patches, np.array([finding.label for finding in findings], dtype=np.int64)
-
-
-def _findings(folder: Path, part: Part) -> Iterator[_Finding]:
-    table = folder / "labels.csv"
-    try:
-        lines = table.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{table}: cannot be read: {error}") from error
-    reader = csv.DictReader(lines)
-    if missing := {"file", "label", "split"} - set(reader.fieldnames or ()):
-        raise ConfigError(f"{table}: no column {', '.join(sorted(missing))}; expected file,label,split[,row,column]")
-    for line in reader:
-        where = f"{table}, line {reader.line_num}"
-        if line["label"] not in ("0", "1") or line["split"] not in ("train", "test"):
-            raise ConfigError(f"{where}: label {line['label']!r} is not 0 or 1, or split {line['split']!r} unknown")
-        try:
-            row, column = (int(line[key]) if line.get(key) else None for key in ("row", "column"))
-        except ValueError as error:
-            raise ConfigError(f"{where}: row and column are whole numbers or empty: {error}") from None
-        if line["split"] == part:
-            yield _Finding(where, folder / line["file"], int(line["label"]), row, column)
+def _read_dicom(folder: Path, part: Part, spacing_mm: float | None) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    index = read_index(folder, LABEL, required=["split"], whole_numbers=["frame", "row", "column"])
+    split = index.columns["split"]
+    parts = split.codes(PARTS, np.zeros(len(index.files), dtype=np.bool_))
+    slices = open_slices(index)
+    for slice_ in slices:
+        slice_.rescale()
+        slice_.refuse_not_axial()
+    refuse_mixed(slices, spacing=spacing_mm is None)
+    _refuse_overlap(patients_of(index, slices), parts.tolist(), index.lines)
+    rows, columns = index.whole_numbers("row"), index.whole_numbers("column")
+    chosen = np.flatnonzero(parts == PARTS.index(part)).tolist()
+    if not chosen:
+        raise ConfigError(f"{folder / INDEX}: no line with split {part}")
+    patches = np.stack([_patch(slices[i], rows[i], columns[i], spacing_mm) for i in chosen])
+    return patches, index.targets[chosen].numpy()
 
 
-def _patch(finding: _Finding) -> NDArray[np.int16]:
+def _refuse_overlap(patients: list[str], parts: list[int], lines: Sequence[str]) -> None:
+    """Refuse a patient who is trained and tested on: the test would be of what the model has seen."""
+    first = {patient: place for place, patient in reversed(list(enumerate(patients)))}
+    for place, patient in enumerate(patients):
+        if parts[place] != parts[first[patient]]:
+            raise ConfigError(
+                f"{lines[first[patient]]} and {lines[place]}: one patient (PatientID, or the column patient) in train"
+                " and test; put all slices of a patient into one split"
+            )
+
+
+def _patch(slice_: Slice, row: int | None, column: int | None, spacing_mm: float | None) -> NDArray[np.int16]:
     """HU int16[32, 32] around the finding; what lies beyond the slice is air."""
-    try:
-        slice_ = pydicom.dcmread(finding.file)
-        stored = slice_.pixel_array.astype(np.float64)
-        slope, intercept = float(slice_.RescaleSlope), float(slice_.RescaleIntercept)
-    except (OSError, InvalidDicomError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{finding.where}: {finding.file}: not a readable CT slice: {error}") from error
-    hu = np.clip(stored * slope + intercept, -1024, 3071).round().astype(np.int16)
-    row = hu.shape[0] // 2 if finding.row is None else finding.row
-    column = hu.shape[1] // 2 if finding.column is None else finding.column
-    if not (0 <= row < hu.shape[0] and 0 <= column < hu.shape[1]):
-        raise ConfigError(f"{finding.where}: row {row}, column {column} is outside the slice {hu.shape}")
-    padded = np.pad(hu, SIZE // 2, constant_values=-1024)
-    patch: NDArray[np.int16] = padded[row : row + SIZE, column : column + SIZE]
+    hu = slice_.hounsfield()
+    at = [n // 2 if place is None else place for n, place in zip(hu.shape, (row, column), strict=True)]
+    if not all(0 <= place < n for n, place in zip(hu.shape, at, strict=True)):
+        raise ConfigError(f"{slice_.where}: row {at[0]}, column {at[1]} is outside the slice {hu.shape}")
+    if spacing_mm is not None:
+        have_mm = slice_.spacing_mm()
+        hu = resampled(hu, have_mm, spacing_mm)
+        at = [min(int(place * have / spacing_mm), n - 1) for place, have, n in zip(at, have_mm, hu.shape, strict=True)]
+    whole = np.clip(hu, -1024, 3071).round().astype(np.int16)
+    padded = np.pad(whole, SIZE // 2, constant_values=-1024)
+    patch: NDArray[np.int16] = padded[at[0] : at[0] + SIZE, at[1] : at[1] + SIZE]
     return patch
