@@ -277,10 +277,13 @@ class StopSettings(Settings):
 
 
 class RunSettings(Settings):
-    """Everything that is the same for all participants of one run."""
+    """Everything that is the same for all participants of one run: ``RUN.toml``."""
 
     name: Token
     seed: int = 0
+    initial_model: File | None = Field(
+        None, description="safetensors file with the weights to begin with; none: those the task makes with the seed"
+    )
     training: TrainingSettings = TrainingSettings()
     server: ServerSettings = ServerSettings()
     aggregation: AggregationSettings = AggregationSettings()

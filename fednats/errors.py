@@ -103,6 +103,7 @@ class Reason(StrEnum):
     OVERSIZED = "oversized"
     SCHEMA_VERSION = "schema_version"
     WRONG_RUN = "wrong_run"
+    EARLIER_RUN = "earlier_run"
     WRONG_SENDER = "wrong_sender"
     WRONG_GRID = "wrong_grid"
     WRONG_KEY = "wrong_key"

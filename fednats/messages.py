@@ -104,12 +104,35 @@ class Frame(BaseModel):
         return not self.steps
 
 
+class Opening(BaseModel):
+    """Where a run begins, or goes on after it was extended, in the one line of versions that all runs of a federation share.
+
+    An opening takes the next version number and begins with a keyframe, so no number, and nothing that was signed for one,
+    ever comes again.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Token = Field(description="of the run")
+    first_version: Count = Field(description="of the run")
+    opened_at: Count = Field(
+        description="version that this opening begins with: the run's first, or where it was extended"
+    )
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> "Opening":
+        if self.opened_at < self.first_version:
+            raise ValueError(f"opened at version {self.opened_at}, before the run's first {self.first_version}")
+        return self
+
+
 class ModelManifest(Message):
     """One version of the global model, and the frames from which it can be made."""
 
     kind: ClassVar[str] = "model"
 
-    run: Token
+    run: Token = Field(description="the federation: the name in its kits")
+    opening: Opening = Field(description="the run that the version is of")
     version: Count
     task: Text
     seed: int
@@ -137,6 +160,8 @@ class ModelManifest(Message):
     def _is_of_this_world(self) -> "ModelManifest":
         if self.n_parameters > MAX_COUNT:
             raise ValueError(f"a model of more than {MAX_COUNT} parameters")
+        if self.version < self.opening.opened_at:
+            raise ValueError(f"version {self.version} of a run that was opened at {self.opening.opened_at}")
         check_robust(self.aggregation, self.delta)
         return self
 
@@ -147,6 +172,7 @@ class Control(Message):
     kind: ClassVar[str] = "control"
 
     run: Token
+    opening: Opening = Field(description="what was opened, or closed")
     status: Literal["open", "closed"]
     version: Count
     reason: Text

@@ -26,7 +26,7 @@ from fednats import subjects, wire
 from fednats.codec import frames, sparse
 from fednats.codec.layout import Layout
 from fednats.codec.packing import Packing
-from fednats.config import AggregationSettings, DeltaSettings, TrainingSettings
+from fednats.config import AggregationSettings, DeltaSettings, RunSettings, TrainingSettings
 from fednats.crypto import sealing, secret
 from fednats.crypto.public import PublicKey
 from fednats.crypto.sealing import ModelKeys
@@ -67,7 +67,7 @@ from fednats.storage.local_model import LocalModel
 from fednats.storage.tensor_file import TensorFile, digest_of
 from fednats.transport.answer import answer
 from tests import mutations
-from tests.makers import evaluation
+from tests.makers import FIRST, evaluation
 from tests.makers import evaluation_sum as evaluated_by
 from tests.participants import Participants
 
@@ -89,6 +89,7 @@ KEYFRAME = Frame(version=3, steps=(), payload=PAYLOAD)
 DIFFERENCE = Frame(version=4, steps=(0.25, 0.5), payload=PAYLOAD.model_copy(update={"payload_id": "q"}))
 MANIFEST = ModelManifest(
     run="r",
+    opening=FIRST,
     version=4,
     task="breast-cancer",
     seed=1,
@@ -138,7 +139,7 @@ EVALUATION = evaluation("a", auc=0.5)
 MESSAGES: tuple[Message, ...] = (
     Chunk(parts=(b"\x00\x05", b"\x01\x02")),
     MANIFEST,
-    Control(run="r", status="open", version=1, reason=""),
+    Control(run="r", opening=FIRST, status="open", version=1, reason=""),
     Lease(run="r", instance="i", term=1, place="p"),
     UPDATE,
     AGGREGATE,
@@ -148,6 +149,7 @@ MESSAGES: tuple[Message, ...] = (
 )
 ANNOUNCED = VersionAnnounced(
     version=1,
+    opening=FIRST,
     grid_ids=("g0",),
     key_id="k",
     n_chunks=1,
@@ -230,7 +232,14 @@ class Decoders:
             pass
         self._model_bytes = self._model.read_bytes()
         checkpoint = Checkpoint(
-            version=4, made_by="x", weights_digest=DIGEST, grids=(GRID,), frames=(KEYFRAME, DIFFERENCE)
+            version=4,
+            opening=FIRST,
+            settings=RunSettings(name="r"),
+            n_steps=4,
+            made_by="x",
+            weights_digest=DIGEST,
+            grids=(GRID,),
+            frames=(KEYFRAME, DIFFERENCE),
         )
         self._checkpoint: Any = checkpoint.model_dump()
         self._keyframe_chunk = wire.pack(Chunk(parts=(self._weights.tobytes(),)))

@@ -1,10 +1,23 @@
 """Messages and events that several tests need."""
 
-from fednats.config import AggregationSettings, StalenessSettings
-from fednats.messages import Aggregate, Evaluation, EvaluationSum, Payload, Update
-from fednats.protocol.events import VersionAnnounced
+from fednats.config import AggregationSettings, RunSettings, StalenessSettings, StopSettings
+from fednats.messages import Aggregate, Evaluation, EvaluationSum, Opening, Payload, Update
+from fednats.protocol.events import RunClosed, RunOpened, VersionAnnounced
 
 PAYLOAD = Payload(payload_id="p", n_bytes=3, digests=(b"0123456789abcdef",))
+
+
+FIRST = Opening(name="r", first_version=0, opened_at=0)
+
+
+def opened(opening: Opening = FIRST, **stop: object) -> RunOpened:
+    """Return that a run is opened, or extended, with these stop rules."""
+    settings = RunSettings(name=opening.name, stop=StopSettings.model_validate(stop))
+    return RunOpened(opening=opening, settings=settings)
+
+
+def closed(opening: Opening = FIRST, version: int = 0, reason: str = "max_versions reached") -> RunClosed:
+    return RunClosed(reason=reason, opened_at=opening.opened_at, version=version)
 
 
 def update(
@@ -55,9 +68,11 @@ def announcement(
     settings: AggregationSettings | None = None,
     grids: tuple[str, ...] = ("g0",),
     capacity: int | None = 500,
+    opening: Opening = FIRST,
 ) -> VersionAnnounced:
     return VersionAnnounced(
         version=version,
+        opening=opening,
         grid_ids=grids,
         key_id="k",
         n_chunks=1,

@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import nkeys
 
-from fednats.config import AggregationSettings, StalenessSettings
+from fednats.config import AggregationSettings, RunSettings, StalenessSettings
 from fednats.crypto.signing import Signer
 from fednats.messages import Aggregate, ParameterSpec, Update
 from fednats.privacy.egress import EGRESS_FILE, EgressLedger
@@ -31,7 +31,7 @@ from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_fol
 from fednats.storage.journal import Journal
 from fednats.storage.outbox import Outbox
 from fednats.storage.tensor_file import digest_of
-from tests.makers import PAYLOAD, announcement, update
+from tests.makers import FIRST, PAYLOAD, announcement, opened, update
 
 CAPACITY = 500
 SETTINGS = AggregationSettings(goal=2, region_goal=1, staleness=StalenessSettings(max_staleness=5))
@@ -75,7 +75,7 @@ class SmallRun:
             site: EgressLedger(directory / f"site-{site}" / EGRESS_FILE, SIGNER, f"site.{site}", "r")
             for site in self.outboxes
         }
-        self.hub.feed(self.now_s, Configured(sites=(), regions=tuple(REGIONS)))
+        self.hub.feed(self.now_s, Configured(sites=(), regions=tuple(REGIONS)), opened())
         for region, sites in REGIONS.items():
             self.regions[region].feed(self.now_s, Configured(sites=sites, regions=()))
         self.announce(0, made_by="")
@@ -96,6 +96,9 @@ class SmallRun:
         checkpoints.commit(
             Checkpoint(
                 version=version,
+                opening=FIRST,
+                settings=RunSettings(name="r"),
+                n_steps=version,
                 made_by=made_by,
                 weights_digest=digest,
                 grids=(),

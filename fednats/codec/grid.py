@@ -36,17 +36,18 @@ NOISE_RANGE = 6.0
 """Range of a tensor over the standard deviation of the noise that sites add to every value; little of it is clipped."""
 
 
-def initial(layout: Layout, weights: Vector, qmax: int, noise: float = 0.0) -> Grid:
+def initial(layout: Layout, weights: Vector, qmax: int, noise: float = 0.0, first_version: int = 0) -> Grid:
     """Steps before any delta is known: a tensor's range is the root mean square of its ``weights``.
 
     Args:
         layout: of the model.
-        weights: float32[n_parameters], the model at version 0.
+        weights: float32[n_parameters], the model that a run begins with.
         qmax: largest magnitude of a quantised value, 127 or 7.
         noise: standard deviation of the noise that sites add on purpose (`SitePrivacySettings`); a range holds it.
+        first_version: of the run. It is in the ids of all the run's grids: no two runs have one in common.
     """
     ranges = np.maximum(np.sqrt(layout.means(weights, np.square)), max(MIN_RANGE, NOISE_RANGE * noise))
-    return _grid(tuple(2.0 ** round(math.log2(value / qmax)) for value in ranges))
+    return _grid(str(first_version), tuple(2.0 ** round(math.log2(value / qmax)) for value in ranges))
 
 
 def adapt(grid: Grid, layout: Layout, mean_delta: Vector, n_saturated: int, n_values: int, qmax: int) -> Grid:
@@ -65,7 +66,8 @@ def adapt(grid: Grid, layout: Layout, mean_delta: Vector, n_saturated: int, n_va
     factors = tuple(_factor(float(value), saturation, float(fill.max(initial=0.0)), qmax) for value in fill)
     if all(factor == 1.0 for factor in factors):
         return grid
-    return _grid(tuple(step * factor for step, factor in zip(grid.steps, factors, strict=True)))
+    run = grid.grid_id.partition("-")[0]
+    return _grid(run, tuple(step * factor for step, factor in zip(grid.steps, factors, strict=True)))
 
 
 def _factor(fill: float, saturation: float, fullest: float, qmax: int) -> float:
@@ -89,6 +91,6 @@ def _factor(fill: float, saturation: float, fullest: float, qmax: int) -> float:
     return 1.0
 
 
-def _grid(steps: tuple[float, ...]) -> Grid:
+def _grid(run: str, steps: tuple[float, ...]) -> Grid:
     digest = hashlib.blake2b(struct.pack(f"<{len(steps)}d", *steps), digest_size=16).hexdigest()
-    return Grid(grid_id=digest, steps=steps)
+    return Grid(grid_id=f"{run}-{digest}", steps=steps)

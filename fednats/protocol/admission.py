@@ -50,6 +50,7 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -
         RefusedError: with the reason.
     """
     check_sender(head, roster)
+    check_run(head, current)
     if head.key_id not in {current.key_id, *current.older_key_ids}:
         raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {head.key_id}, the run uses {current.key_id}")
     if staleness.too_stale(current.version - version(head), current.settings.staleness):
@@ -66,6 +67,20 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -
     elif not roster.regions and head.min_sites > len(roster.sites):
         raise RefusedError(
             Reason.TOO_FEW_SITES, f"asks for sums of {head.min_sites} sites, {len(roster.sites)} report here"
+        )
+
+
+def check_run(head: Update | Aggregate, current: VersionAnnounced) -> None:
+    """Refuse what was made for an earlier run: it is a step from another model, made by other settings.
+
+    Raises:
+        RefusedError: ``earlier_run``.
+    """
+    opening = current.opening
+    if version(head) < opening.first_version:
+        raise RefusedError(
+            Reason.EARLIER_RUN,
+            f"made for version {version(head)}; run {opening.name!r} began with version {opening.first_version}",
         )
 
 

@@ -86,6 +86,10 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._contributions)
 
+    def clear(self) -> None:
+        """Forget the contributions; what is known of their sources stays."""
+        self._contributions.clear()
+
     def __contains__(self, contribution_id: str) -> bool:
         return contribution_id in self._contributions
 

@@ -47,6 +47,9 @@ REMEMBERED = 100_000
 """Settled ids kept to recognise a late duplicate."""
 
 
+_NONE_CLOSED = RunClosed(reason="", opened_at=-1, version=-1)
+
+
 class State(Enum):
     """What a collector is doing."""
 
@@ -66,6 +69,7 @@ class Collector:
         self.current: VersionAnnounced | None = None
         self.in_flight: Combination | None = None
         self._flush: Flush | None = None
+        self._closed = _NONE_CLOSED
         self._roster = roster
         self._present: frozenset[str] | None = None
         self._short = False
@@ -122,11 +126,10 @@ class Collector:
     def _announce(self, event: VersionAnnounced) -> list[Command]:
         if self.current is not None and event.version < self.current.version:
             return []
-        self.current = event
-        commands = self._expect()
-        if self._buffer is None:
-            self._buffer = Buffer(self._terms(event))
-            self.state = State.COLLECTING
+        before, self.current = self.current, event
+        commands = self._begin(event, before) if self._is_new(event, before) else []
+        commands += self._expect()
+        assert self._buffer is not None  # noqa: S101 - there is one once a run has begun
         commands += [
             self._refuse_expired(contribution, event.version) for contribution in self._buffer.expire(event.version)
         ]
@@ -164,6 +167,8 @@ class Collector:
 
     def _arrive_closed(self, event: ContributionArrived) -> list[Command]:
         identity = contribution_id(event.head)
+        if admission.version(event.head) > self._last_version:
+            return self._hold(event.head)  # its site knows more: the next run is open, and not heard of here yet
         return [] if self._is_in_flight(identity) else [Settle((identity,))]
 
     def _evaluate(self, event: EvaluationArrived) -> list[Command]:
@@ -187,14 +192,14 @@ class Collector:
 
     def _combined(self, event: Combined) -> list[Command]:
         combination = self._take_in_flight(event.combination_id)
-        for part in combination.parts:
-            if isinstance(part.head, Update):
-                self._sequences[part.head.site].settle(part.head.sequence)
         if self._buffer is not None and self._flush is not None:
             self._buffer.made(self._flush)
         return self._settle_parts(combination, event) + self._combine()
 
     def _settle_parts(self, combination: Combination, event: Combined) -> list[Command]:
+        for part in combination.parts:
+            if isinstance(part.head, Update):
+                self._sequences[part.head.site].settle(part.head.sequence)
         ids = tuple(contribution_id(part.head) for part in combination.parts)
         summed = tuple(identity for identity in ids if identity not in event.quarantined)
         for identity in summed:
@@ -218,18 +223,24 @@ class Collector:
                 commands += self._admit(part.head)
         return commands + self._combine()
 
-    def _close(self, _event: RunClosed) -> list[Command]:
-        """Give up what is buffered; a combination under way is finished."""
+    def _close(self, event: RunClosed) -> list[Command]:
+        """Give up what is buffered; a combination under way is finished. Another run, or an extension, may follow."""
+        if self.current is not None and event.opened_at < self.current.opening.opened_at:
+            return []  # the end of an earlier one
         self.state = State.CLOSED
-        ids = (*self._heads, *self._early.take())
-        self._heads.clear()
-        self._buffer = None
-        for identity in ids:
-            self._remember(identity)
-        return [Settle(ids)] if ids else []
+        self._closed = event
+        return self._give_up(event.version)
+
+    def _close_again(self, event: RunClosed) -> list[Command]:
+        if event.opened_at > self._closed.opened_at:  # opened and closed without a version that was heard of here
+            self._closed = event
+        return []
 
     def _announce_closed(self, event: VersionAnnounced) -> list[Command]:
-        self.current = event
+        if event.opening.opened_at > self._closed.opened_at:
+            return self._announce(event)
+        if self.current is None or event.version >= self.current.version:
+            self.current = event
         return []
 
     def _combined_closed(self, event: Combined) -> list[Command]:
@@ -242,6 +253,40 @@ class Collector:
         return []
 
     # --- parts of them ------------------------------------------------------------------------------------------------
+
+    def _is_new(self, event: VersionAnnounced, before: VersionAnnounced | None) -> bool:
+        """Whether a run begins with ``event``, or goes on after it was closed; that it was closed need not be known here."""
+        return before is None or event.opening.opened_at > before.opening.opened_at
+
+    def _begin(self, event: VersionAnnounced, before: VersionAnnounced | None) -> list[Command]:
+        """Go on with an extended run, or with another one: then with nothing of what was learned in the one before."""
+        commands: list[Command] = [] if before is None else self._give_up(event.opening.opened_at - 1)
+        if self._buffer is None or before is None or event.opening.first_version != before.opening.first_version:
+            self._buffer, self._flush = Buffer(self._terms(event)), None
+            commands += self._evaluations.begin(event.opening.first_version)
+        self._short = False
+        self.state = State.COLLECTING if self.in_flight is None else State.COMBINING
+        return commands
+
+    def _give_up(self, version: int) -> list[Command]:
+        """Settle what was taken in and is of ``version`` or before: the run is over without it."""
+        ids = tuple(self._heads)
+        self._heads.clear()
+        if self._buffer is not None:
+            self._buffer.clear()
+        for identity, head in self._early.take().items():
+            if admission.version(head) > version:
+                self._early.hold(admission.source(head), identity, head)
+            else:
+                ids = (*ids, identity)
+        for identity in ids:
+            self._remember(identity)
+        return [Settle(ids)] if ids else []
+
+    @property
+    def _last_version(self) -> int:
+        """The newest version of what was closed last."""
+        return max(self._closed.version, -1 if self.current is None else self.current.version)
 
     def _expect(self) -> list[Command]:
         """Go on with those who are there; say so if they are too few, once."""
@@ -271,7 +316,8 @@ class Collector:
             return [self._settled[identity] or Settle((identity,))]
         if identity in self._heads or self._is_in_flight(identity):
             return []
-        if head.grid_id not in self.current.grid_ids and may_be_early:
+        is_of_this_run = admission.version(head) >= self.current.opening.first_version
+        if head.grid_id not in self.current.grid_ids and may_be_early and is_of_this_run:
             return self._hold(head)
         try:
             admission.check(head, self._roster, self.current)
@@ -373,7 +419,7 @@ class Collector:
         (State.COMBINING, Combined): _combined,
         (State.COMBINING, CombineFailed): _combine_failed,
         (State.COMBINING, RunClosed): _close,
-        (State.CLOSED, Configured): _ignore,
+        (State.CLOSED, Configured): _configure,
         (State.CLOSED, PresenceChanged): _see,
         (State.CLOSED, VersionAnnounced): _announce_closed,
         (State.CLOSED, ContributionArrived): _arrive_closed,
@@ -382,7 +428,7 @@ class Collector:
         (State.CLOSED, DeadlineReached): _ignore,
         (State.CLOSED, Combined): _combined_closed,
         (State.CLOSED, CombineFailed): _combine_failed_closed,
-        (State.CLOSED, RunClosed): _ignore,
+        (State.CLOSED, RunClosed): _close_again,
     }
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from fednats.config import DefenceSettings, StopSettings
+from fednats.config import DefenceSettings, RunSettings, StopSettings
+from fednats.messages import Opening
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import (
@@ -19,7 +20,9 @@ from fednats.protocol.events import (
     EverySiteFails,
     FinalEvaluationOverdue,
     KeepBest,
+    OpenRun,
     RunClosed,
+    RunOpened,
     VersionAnnounced,
     WallTimeReached,
     contribution_id,
@@ -57,15 +60,42 @@ class Evaluated:
     """Those of ``metrics`` that are means over hospitals, weighted by cases; the others are of all cases pooled."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """One run, open or past."""
+
+    opening: Opening
+    """The last one, if it was extended."""
+    settings: RunSettings
+    state: RunState
+    last_version: int
+    """Below the first one while there is none yet."""
+    reason: str
+    """Why it ended."""
+    target_metric: str | None
+    best: Evaluated | None
+    reached_target_at: int | None
+
+
 class Coordinator:
-    """Collect from regions, count versions, keep the best, end the run by the first stop rule that holds."""
+    """Collect from regions, count versions, keep the best, end the run by the first stop rule that holds.
+
+    Runs follow one another in one line of versions: one is open, or none is.
+    """
 
     def __init__(self, run: str) -> None:
         self.collector = Collector(
             Roster(run=run, region=None, sites=frozenset(), regions=frozenset()),
             lambda event: event.settings.region_goal,
         )
-        self.state = RunState.OPEN
+        self.state = RunState.CLOSED
+        self.opening: Opening | None = None
+        """Of the newest run."""
+        self.settings: RunSettings | None = None
+        """Of the newest run, with the stop rules as they were extended last."""
+        self.past: list[RunRecord] = []
+        """The runs before it."""
+        self._initial_digest: bytes | None = None
         self.evaluated: dict[int, Evaluated] = {}
         self.best: Evaluated | None = None
         self.reached_target_at: int | None = None
@@ -95,10 +125,10 @@ class Coordinator:
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
-        if isinstance(event, Configured) and event.stop is not None:
-            self._stop = event.stop
-        if isinstance(event, Configured) and event.defence is not None:
-            self.norms.configure(event.defence)
+        if isinstance(event, RunOpened):
+            return self._open(event)
+        if isinstance(event, Configured) and event.settings is not None:
+            self._configure(event.settings)
         if isinstance(event, Combined):
             self._note_norms(event)
         if isinstance(event, WallTimeReached):
@@ -110,9 +140,37 @@ class Coordinator:
         commands = self.collector.handle(event)
         if isinstance(event, EvaluationsSummed) and event.n_sites:
             commands += self._record(event)
-        if isinstance(event, VersionAnnounced) and self.version >= self._stop.max_versions:
+        if isinstance(event, VersionAnnounced) and self.n_versions >= self._stop.max_versions:
             commands += self._finish("max_versions reached")
         return commands
+
+    @property
+    def n_versions(self) -> int:
+        """Versions of the newest run that followed its first one."""
+        return -1 if self.opening is None else self.version - self.opening.first_version
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first version of the newest opening was announced."""
+        current = self.collector.current
+        return current is not None and current.opening == self.opening
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        """Return all runs, the newest last."""
+        if self.opening is None or self.settings is None:
+            return []
+        newest = RunRecord(
+            opening=self.opening,
+            settings=self.settings,
+            state=self.state,
+            last_version=self.version,
+            reason=self.reason,
+            target_metric=self.target_metric,
+            best=self.best,
+            reached_target_at=self.reached_target_at,
+        )
+        return [*self.past, newest]
 
     def outliers(self, combination: Combination, norms: Mapping[str, float]) -> dict[str, str]:
         """Return which sums of ``combination`` must be left out, each with the reason in words; changes nothing.
@@ -134,13 +192,38 @@ class Coordinator:
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""
         commands = self.collector.outstanding()
+        if self.opening is not None and self.settings is not None and not self.has_begun:
+            commands.append(OpenRun(self.opening, self.settings, self._initial_digest))
         if self.best is not None:
             commands.append(KeepBest(self.best.version))
         if self.state is RunState.FINISHING:
             commands.append(AwaitFinalEvaluation(FINAL_EVALUATION_S))
         if self.state is RunState.CLOSED:
-            commands.append(CloseRun(self.version, self.reason))
+            commands += self._tell_closed()
         return commands
+
+    def _open(self, event: RunOpened) -> list[Command]:
+        """Begin a run, or go on with the newest: with all that is known of it, and other stop rules."""
+        if self.state is not RunState.CLOSED or self.in_flight is not None:
+            return []
+        if self.opening is None or event.opening.first_version != self.opening.first_version:
+            self.past = self.runs
+            self.evaluated, self.best, self.reached_target_at, self.target_metric = {}, None, None, None
+            self.norms = NormHistory(event.settings.defence)
+        elif event.settings.stop.target != self._stop.target:
+            self.reached_target_at = None  # the first version that reaches the new one is not known yet
+        self.state, self.reason, self.failed = RunState.OPEN, "", False
+        self.opening, self.settings, self._stop = event.opening, event.settings, event.settings.stop
+        self._initial_digest = event.initial_digest
+        return [OpenRun(event.opening, event.settings, event.initial_digest)]
+
+    def _configure(self, settings: RunSettings) -> None:
+        if self.opening is not None and self.opening.opened_at == 0:
+            self.settings, self._stop = settings, settings.stop
+            self.norms.configure(settings.defence)
+
+    def _tell_closed(self) -> list[Command]:
+        return [] if self.opening is None else [CloseRun(self.opening, self.version, self.reason)]
 
     def _note_norms(self, event: Combined) -> None:
         """Let the norms of what was applied count for what comes."""
@@ -151,6 +234,8 @@ class Coordinator:
                 self.norms.add(part.head.region, event.norms[identity])
 
     def _record(self, summed: EvaluationsSummed) -> list[Command]:
+        if self.opening is None or summed.version < self.opening.first_version:
+            return []  # of an earlier run, whose end did not wait for it
         evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics, summed.means)
         self.evaluated[summed.version] = evaluated
         if self.target_metric is None and (unknown := self._choose_target((*summed.metrics, *summed.undefined))):
@@ -188,11 +273,12 @@ class Coordinator:
         return commands
 
     def _finish(self, reason: str) -> list[Command]:
-        if self.state is not RunState.OPEN:
+        if self.state is not RunState.OPEN or self.opening is None:
             return []
         self.state = RunState.FINISHING
         self.reason = reason
-        commands = self.collector.handle(RunClosed(reason=reason))
+        closed = RunClosed(reason=reason, opened_at=self.opening.opened_at, version=self.version)
+        commands = self.collector.handle(closed)
         if self.version in self.evaluated:
             return commands + self._close()
         return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
@@ -209,4 +295,4 @@ class Coordinator:
         if self.state is not RunState.FINISHING:
             return []
         self.state = RunState.CLOSED
-        return [CloseRun(self.version, self.reason)]
+        return self._tell_closed()

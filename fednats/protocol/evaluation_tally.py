@@ -51,6 +51,11 @@ class EvaluationTally:
         """Whether ``version`` was given out, or up."""
         return version not in self._open and (version < self._done_below or version in self._done)
 
+    def give_up(self, below: int) -> list[str]:
+        """Give up all of versions below ``below``; return the ids of their evaluations."""
+        given_up = [version for version in self._open if version < below]
+        return [evaluation_id(part) for version in given_up for part in self._open.pop(version).values()]
+
     def add(self, evaluation: Part, min_sites: int) -> list[Closed]:
         """Count ``evaluation``, of a version that is not closed; return what that completes."""
         self._newest = max(self._newest, evaluation.version)

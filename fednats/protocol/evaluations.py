@@ -27,6 +27,7 @@ class Evaluations:
         self._tally = EvaluationTally(roster.sources)
         self._early: Early[Evaluation | EvaluationSum] = Early()
         self._summing: dict[int, SumEvaluations] = {}
+        self._first_version = 0
 
     @property
     def outstanding(self) -> tuple[SumEvaluations, ...]:
@@ -47,11 +48,18 @@ class Evaluations:
             commands += self.arrive(evaluation, current) if is_near else [Settle((identity,))]
         return commands
 
+    def begin(self, first_version: int) -> list[Command]:
+        """Go on with a run that begins with ``first_version``; give up what is of those before."""
+        self._first_version = first_version
+        given_up = tuple(self._tally.give_up(first_version))
+        return [Settle(given_up)] if given_up else []
+
     def arrive(self, evaluation: Evaluation | EvaluationSum, current: VersionAnnounced | None) -> list[Command]:
         """Take in ``evaluation``, or hold it until its version is announced here: a site may be quicker than this node."""
         identity = evaluation_id(evaluation)
         source = evaluated_by(evaluation)
-        if evaluation.run != self._roster.run or source not in self._roster.sources:
+        is_ours = evaluation.run == self._roster.run and source in self._roster.sources
+        if not is_ours or evaluation.version < self._first_version:
             return [Settle((identity,))]
         if current is None or evaluation.version > current.version:
             return [] if self._early.hold(source, identity, evaluation) else [Settle((identity,))]
@@ -65,7 +73,7 @@ class Evaluations:
     def summed(self, event: EvaluationsSummed, min_sites: int) -> list[Command]:
         """Settle what was summed; without those who spoilt a sum the others are given out again."""
         parts = {evaluation_id(part): part for part in self._summing.pop(event.version).parts}
-        if not event.spoilt_by:
+        if not event.spoilt_by or event.version < self._first_version:
             return [Settle(tuple(parts))]
         others = [part for identity, part in parts.items() if identity not in event.spoilt_by]
         return [Settle(event.spoilt_by), *self._give_out(self._tally.again(event.version, others, min_sites))]

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from fednats.config import AggregationSettings, DefenceSettings, StopSettings
+from fednats.config import AggregationSettings, RunSettings
 from fednats.errors import Reason
-from fednats.messages import Aggregate, Evaluation, EvaluationSum, Update
+from fednats.messages import Aggregate, Evaluation, EvaluationSum, Opening, Update
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -20,12 +20,26 @@ class Event(BaseModel):
     kind: ClassVar[str]
 
 
+class RunOpened(Event):
+    """The coordinator was told to begin a run, or to go on with the one that it closed last; only where none is open."""
+
+    kind: ClassVar[str] = "run_opened"
+
+    opening: Opening
+    settings: RunSettings
+    """Without ``initial_model``, which is a file of the moment."""
+    initial_digest: bytes | None = None
+    """BLAKE2b-128 of the weights that it begins with, in parameter order; None: those that the task makes with its seed."""
+
+
 class VersionAnnounced(Event):
     """A model version is current; from now on contributions may be on its grid."""
 
     kind: ClassVar[str] = "version_announced"
 
     version: int
+    opening: Opening
+    """The run that it is of."""
     grid_ids: tuple[str, ...]
     """Grids on which contributions are still taken."""
     key_id: str
@@ -47,10 +61,8 @@ class Configured(Event):
 
     sites: tuple[str, ...]
     regions: tuple[str, ...]
-    stop: StopSettings | None = None
-    """The coordinator's."""
-    defence: DefenceSettings | None = None
-    """The coordinator's."""
+    settings: RunSettings | None = None
+    """The coordinator's: they count for its first run, until that is extended or another one is opened."""
 
 
 class ContributionArrived(Event):
@@ -132,6 +144,10 @@ class RunClosed(Event):
     kind: ClassVar[str] = "run_closed"
 
     reason: str
+    opened_at: int
+    """Which opening of it ends."""
+    version: int
+    """The newest of the run, as far as is known."""
 
 
 class FinalEvaluationOverdue(Event):
@@ -160,6 +176,7 @@ EVENTS: dict[str, type[Event]] = {
     for cls in (
         Configured,
         PresenceChanged,
+        RunOpened,
         VersionAnnounced,
         ContributionArrived,
         EvaluationArrived,
@@ -273,9 +290,19 @@ class AwaitFinalEvaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenRun:
+    """Make the first version of this opening and publish it, then say `VersionAnnounced`."""
+
+    opening: Opening
+    settings: RunSettings
+    initial_digest: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class CloseRun:
     """Tell everybody that the run is over."""
 
+    opening: Opening
     version: int
     reason: str
 
@@ -290,6 +317,7 @@ Command = (
     | SumEvaluations
     | KeepBest
     | AwaitFinalEvaluation
+    | OpenRun
     | CloseRun
 )
 

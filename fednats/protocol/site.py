@@ -73,7 +73,12 @@ class BusBack:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The run is over."""
+    """The run is over; another one, or an extension, may follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A run is open, and its versions come next; nothing more is done on those before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ class Train:
 Outcome = Done | Failed | BudgetSpent | OutsideHours
 """What a job comes to."""
 
-Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed
+Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed | Opened
 Job = Evaluate | Train
 
 
@@ -122,7 +127,7 @@ class Site:
         self._to_evaluate: list[int] = []
         self._away = False
         self.trains = True
-        """Whether it still trains; after `BudgetSpent` only a new start, with a larger budget, makes it."""
+        """Whether it still trains; after `BudgetSpent` only another run, or a new start with a larger budget, makes it."""
         self.within_hours = True
         """Whether it trains now, as far as it has asked."""
         self._declined = False
@@ -141,7 +146,6 @@ class Site:
         return self._next() if self.state is State.IDLE else None
 
     def _done(self, _event: Done) -> Job | None:
-        self.state = State.IDLE
         return self._next()
 
     def _fail(self, event: Failed) -> Job | None:
@@ -169,7 +173,6 @@ class Site:
 
     def _spend(self, _event: BudgetSpent) -> Job | None:
         self.trains = False
-        self.state = State.IDLE
         return self._next()
 
     def _retry(self, _event: Retry) -> Job | None:
@@ -186,6 +189,26 @@ class Site:
 
     def _close(self, _event: Closed) -> Job | None:
         self.state = State.CLOSED
+        return None
+
+    def _end(self, _event: Outcome) -> Job | None:
+        """A job of a run that is over has ended."""
+        self.job = None
+        return None
+
+    def _reopen(self, _event: Opened) -> Job | None:
+        """Wait for the first version; a job that is still under way is finished first."""
+        self.state = State.IDLE if self.job is None else State.BUSY
+        self.trains, self._declined = True, False
+        self._newest, self._to_evaluate = -1, []
+        return None
+
+    def _note_hours(self, _event: HoursBegun) -> Job | None:
+        self.within_hours = True
+        return None
+
+    def _note_away(self, event: BusAway | BusBack) -> Job | None:
+        self._away = isinstance(event, BusAway)
         return None
 
     def _ignore(self, _event: Event) -> Job | None:
@@ -209,6 +232,7 @@ class Site:
             self.job = Train(self._newest, goes_on=True)
         else:
             self.job = None
+            self.state = State.IDLE
             return None
         self.state = State.BUSY
         return self.job
@@ -221,6 +245,7 @@ class Site:
         (State.IDLE, BusAway): _leave,
         (State.IDLE, BusBack): _come_back,
         (State.IDLE, Closed): _close,
+        (State.IDLE, Opened): _reopen,
         (State.BUSY, ModelSeen): _see,
         (State.BUSY, Done): _done,
         (State.BUSY, Failed): _fail,
@@ -232,15 +257,17 @@ class Site:
         (State.BUSY, BusAway): _leave,
         (State.BUSY, BusBack): _come_back,
         (State.BUSY, Closed): _close,
+        (State.BUSY, Opened): _reopen,
         (State.CLOSED, ModelSeen): _ignore,
-        (State.CLOSED, Done): _ignore,
-        (State.CLOSED, Failed): _ignore,
-        (State.CLOSED, BudgetSpent): _ignore,
-        (State.CLOSED, OutsideHours): _ignore,
-        (State.CLOSED, HoursBegun): _ignore,
+        (State.CLOSED, Done): _end,
+        (State.CLOSED, Failed): _end,
+        (State.CLOSED, BudgetSpent): _end,
+        (State.CLOSED, OutsideHours): _end,
+        (State.CLOSED, HoursBegun): _note_hours,
         (State.CLOSED, Declined): _ignore,
         (State.CLOSED, Retry): _ignore,
-        (State.CLOSED, BusAway): _ignore,
-        (State.CLOSED, BusBack): _ignore,
+        (State.CLOSED, BusAway): _note_away,
+        (State.CLOSED, BusBack): _note_away,
         (State.CLOSED, Closed): _ignore,
+        (State.CLOSED, Opened): _reopen,
     }

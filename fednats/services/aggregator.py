@@ -24,6 +24,7 @@ from fednats.protocol.events import (
     RunClosed,
     SumEvaluations,
     VersionAnnounced,
+    contribution_id,
     evaluation_id,
 )
 from fednats.protocol.sums import head_of, weigh
@@ -37,7 +38,7 @@ from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import ask, ensure
 from fednats.services.presence import watch_presence
-from fednats.services.recorder import Recorder, accepted, entry_of
+from fednats.services.recorder import Recorder, accepted, entry_of, run_begins
 from fednats.services.rejects import Rejects
 from fednats.services.sent_sums import SentSums
 from fednats.services.tier import Handled, Tier
@@ -110,7 +111,10 @@ class AggregatorService:
         sums = subjects.aggregates_stream(run, here)
         self._lease = HeldLease(daemon, identity, uplink, sums, subjects.aggregate(run, here), settings.state_dir)
         self._tier.may_settle = self._lease.confirmed
-        self._fit: asyncio.Future[Fit] = asyncio.get_running_loop().create_future()
+        self._fit: Fit | None = None
+        self._fits_from = 0
+        """First version of the run that ``_fit`` is for."""
+        self._fitted = asyncio.Event()
         self._sent_bytes = 0
         daemon.n_sites = {
             role: 0 for role, names in (("site", settings.sites), ("aggregator", settings.regions)) if names
@@ -187,13 +191,31 @@ class AggregatorService:
             try:
                 if record.subject == subjects.control(run):
                     control = self._identity.open(record.subject, record.data, Control)
-                    if control.status == "closed":
-                        self._log.info("run_closed", reason=control.reason, version=control.version)
-                        await self._tier.feed(RunClosed(reason=control.reason))
+                    await self._hear(control)
                     continue
                 await self._announce(self._identity.open(record.subject, record.data, ModelManifest))
             except RefusedError as error:
                 await self._tier.refuse(f"{stream}.{record.sequence}", record.subject, record.data, error)
+
+    async def _hear(self, control: Control) -> None:
+        """Take in whether the run is open; that another one is open, its first version says."""
+        opening, current = control.opening, self._machine.current
+        if current is not None and opening.opened_at < current.opening.opened_at:
+            raise RefusedError(
+                Reason.REPLAYED, f"run {opening.name!r} is {control.status}, but another one has begun since"
+            )
+        if control.status == "closed":
+            self._log.info("run_closed", opened=opening.name, reason=control.reason, version=control.version)
+            closed = RunClosed(reason=control.reason, opened_at=opening.opened_at, version=control.version)
+            await self._tier.feed(closed)
+
+    async def _fit_for(self, version: int) -> Fit | None:
+        """Return what contributions of the run that ``version`` is of look like; None if another run has begun since.
+
+        After a restart it waits until the models are seen again.
+        """
+        await self._fitted.wait()
+        return self._fit if version >= self._fits_from else None
 
     async def _announce(self, manifest: ModelManifest) -> None:
         current = self._machine.current
@@ -212,12 +234,15 @@ class AggregatorService:
             raise RefusedError(
                 Reason.WRONG_KEY, f"announced for key {manifest.key_id}, public_key_file holds {fit.key_id}"
             )
-        if not self._fit.done():
-            self._fit.set_result(fit)
+        if current is None or current.opening != manifest.opening:
+            await self._recorder.record(run_begins(manifest.opening))
+        self._fit, self._fits_from = fit, manifest.opening.first_version
+        self._fitted.set()
         self._daemon.metrics.version.set(manifest.version)
         await self._tier.feed(
             VersionAnnounced(
                 version=manifest.version,
+                opening=manifest.opening,
                 grid_ids=manifest.grid_ids,
                 key_id=manifest.key_id,
                 older_key_ids=manifest.older_key_ids,
@@ -245,8 +270,11 @@ class AggregatorService:
             done = EvaluationsSummed(version=command.version, n_sites=published.n_sites, n_samples=published.n_samples)
             await self._tier.feed(done)
             return
-        fit, current = await self._fit, self._machine.current
+        fit, current = await self._fit_for(command.version), self._machine.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
+        if fit is None:
+            await self._tier.feed(EvaluationsSummed(version=command.version, n_sites=0, n_samples=0))
+            return
 
         async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> tuple[bytes, ...]:
             n_sites, like = [sites_of([part]) for part in parts], parts[0]
@@ -293,7 +321,14 @@ class AggregatorService:
         published = await self._newest(subjects.head(prefix), Aggregate)
         if published is not None and published.aggregate_id == identity:  # before the daemon could write that down
             return [Combined(combination_id=identity)]
-        fit = await self._fit  # after a restart, once the models are seen again
+        fit = await self._fit_for(combination.version)
+        if fit is None:
+            too_late = (
+                Reason.EARLIER_RUN,
+                f"another run began before the sum at version {combination.version} was made",
+            )
+            ids = (contribution_id(part.head) for part in combination.parts)
+            return [CombineFailed(combination_id=identity, refused=dict.fromkeys(ids, too_late))]
         weights = weigh(combination, fit.capacity)
         file = self._settings.state_dir / "sum.chunks"
         await asyncio.to_thread(file.unlink, missing_ok=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from fednats.config import AggregationSettings, DeltaSettings
-from fednats.messages import Frame, Grid, ParameterSpec
+from fednats.config import AggregationSettings, DeltaSettings, RunSettings
+from fednats.messages import Frame, Grid, Opening, ParameterSpec
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Version:
     """The current model version, as far as the daemon needs it."""
 
     version: int
+    opening: Opening
+    """The run that it is of."""
+    settings: RunSettings
+    """Of that run, fitted to the hub's server."""
     made_by: str
     parameters: tuple[ParameterSpec, ...]
     weights_digest: bytes

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fednats import subjects, wire
-from fednats.config import CoordinatorSettings, RunSettings
+from fednats import subjects
+from fednats.config import CoordinatorSettings
 from fednats.errors import BusError, FednatsError, Reason, RefusedError
-from fednats.messages import Aggregate, Control, EvaluationSum
+from fednats.messages import Aggregate, EvaluationSum, Opening
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.coordinator import Coordinator, RunState
@@ -26,7 +26,9 @@ from fednats.protocol.events import (
     Event,
     FinalEvaluationOverdue,
     KeepBest,
+    OpenRun,
     Part,
+    RunOpened,
     SumEvaluations,
     VersionAnnounced,
     WallTimeReached,
@@ -44,7 +46,7 @@ from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
 from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
-from fednats.services.recorder import Recorder, accepted
+from fednats.services.recorder import Recorder, accepted, run_begins
 from fednats.services.rejects import Rejects
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -69,16 +71,11 @@ async def coordinator(daemon: Daemon, settings: CoordinatorSettings) -> None:
         daemon.log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
     name = user_name("coordinator", subjects.HUB)
     identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
-    async with Bus.connect(settings.bus, name) as bus:
-        fitting = settings.model_copy(update={"settings": fit_messages(settings.settings, bus.max_payload_bytes)})
-        async with Worker(make_worker, fitting, bus.max_payload_bytes) as worker:
-            await CoordinatorService(daemon, fitting, identity, bus, worker).live()
-
-
-def fit_messages(run: RunSettings, max_payload_bytes: int) -> RunSettings:
-    """Lower the run's ``chunk_bytes`` to what one message of the hub's server can carry."""
-    chunk_bytes = min(run.delta.chunk_bytes, max_payload_bytes - wire.ROOM_BYTES)
-    return run.model_copy(update={"delta": run.delta.model_copy(update={"chunk_bytes": chunk_bytes})})
+    async with (
+        Bus.connect(settings.bus, name) as bus,
+        Worker(make_worker, settings, bus.max_payload_bytes) as worker,
+    ):
+        await CoordinatorService(daemon, settings, identity, bus, worker).live()
 
 
 SHOWN_QUARANTINED = 20
@@ -107,7 +104,6 @@ class CoordinatorService:
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
-        self._run = settings.settings
         self._identity = identity
         self._bus = bus
         self._worker = worker
@@ -129,6 +125,9 @@ class CoordinatorService:
         self._tier.may_settle = self._lease.confirmed
         self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus, self._lease)
         self._told_closed = False
+        self._opened = asyncio.Event()
+        self._opened_s = 0.0
+        """When the newest run was opened, on the clock of the `Tier`."""
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
@@ -150,13 +149,16 @@ class CoordinatorService:
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
         n_events = await self._tier.restore()
-        version: Version = await self._worker.call("current")
-        self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
-        self._log.info("restored", n_events=n_events, version=version.version, n_parameters=self._n_parameters)
-        await self._tier.feed(
-            Configured(sites=(), regions=self._settings.regions, stop=self._run.stop, defence=self._run.defence)
-        )
-        await self._tier.feed(await self._announce(version))
+        version: Version | None = await self._worker.call("current")
+        self._log.info("restored", n_events=n_events, version=-1 if version is None else version.version)
+        settings = self._settings.settings.model_copy(update={"initial_model": None})
+        await self._tier.feed(Configured(sites=(), regions=self._settings.regions, settings=settings))
+        if self._machine.opening is None:
+            await self._open_first(version)
+        if version is not None and version.opening == self._machine.opening:
+            await self._tier.feed(await self._announce(version))
+            if self._machine.state is RunState.OPEN:
+                await self._publisher.tell_open(version.opening)
         self._daemon.ready = True
         durable = subjects.durable(subjects.HUB, self._inbox.stream)
         filters = [subjects.head(subjects.aggregate(run, "*")), subjects.evaluation_sum(run, "*")]
@@ -194,6 +196,7 @@ class CoordinatorService:
         best = machine.best
         return {
             "state": self._state(),
+            "opening": None if machine.opening is None else machine.opening.model_dump(),
             "reason": machine.reason,
             "failed": machine.failed,
             "version": machine.version,
@@ -217,7 +220,9 @@ class CoordinatorService:
         }
 
     def _state(self) -> str:
-        """Return the run's state; it is closed when everybody has been told."""
+        """Return the newest run's state; it is closed when everybody has been told."""
+        if self._machine.opening is None:
+            return "starting"
         if self._machine.state is RunState.CLOSED and not self._told_closed:
             return RunState.FINISHING.name.lower()
         return self._machine.state.name.lower()
@@ -226,17 +231,19 @@ class CoordinatorService:
 
     async def _announce(self, version: "Version") -> VersionAnnounced:
         """Publish ``version`` and the frames that lead to it; doing it again changes nothing."""
+        self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         manifest = await self._publisher.publish(version)
         await self._put_state()
         return VersionAnnounced(
             version=version.version,
+            opening=version.opening,
             grid_ids=manifest.grid_ids,
             key_id=version.key_id,
             older_key_ids=version.older_key_ids,
             n_chunks=version.n_update_chunks,
             capacity=None,
             max_total_weight=version.max_total_weight,
-            settings=self._run.aggregation,
+            settings=version.settings.aggregation,
         )
 
     async def _combine(self, combination: Combination) -> list[Event]:
@@ -323,6 +330,9 @@ class CoordinatorService:
     def _note(self, handled: Handled) -> None:
         """Keep the figures that operators see, now or from the journal."""
         self._history.note(handled)
+        if isinstance(handled.event, RunOpened):
+            self._opened_s = handled.elapsed_s
+            self._opened.set()
         if isinstance(handled.event, Combined):
             self._note_norms(handled.event)
         if handled.combination is not None:
@@ -349,7 +359,31 @@ class CoordinatorService:
             self._figures["staleness_sum"] += head.staleness_sum + part.staleness * head.n_updates
             self._figures["staleness_max"] = max(self._figures["staleness_max"], head.staleness_max + part.staleness)
 
-    # --- the run ------------------------------------------------------------------------------------------------------
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    async def _open_first(self, version: Version | None) -> None:
+        """Open the run in the daemon's own settings; with a ``version`` on disk the journal is lost, and it goes on."""
+        first = self._settings.settings
+        if version is not None:
+            await self._tier.feed(RunOpened(opening=version.opening, settings=version.settings))
+            return
+        digest = await self._worker.call("prepare_run", first)
+        opening = Opening(name=first.name, first_version=0, opened_at=0)
+        settings = first.model_copy(update={"initial_model": None})
+        await self._tier.feed(RunOpened(opening=opening, settings=settings, initial_digest=digest))
+
+    async def _open(self, command: OpenRun) -> None:
+        """Make and publish the version that an opening begins with, and tell everybody."""
+        opening = command.opening
+        self._told_closed = False
+        async with self._publisher.publishing, self._stepping:
+            version: Version = await self._worker.persist(
+                self._log, "open_run", opening, command.settings, command.initial_digest
+            )
+        await self._recorder.record(run_begins(opening))
+        await self._tier.feed(await self._announce(version))
+        await self._publisher.tell_open(opening)
+        self._log.info("run_opened", opened=opening.name, version=version.version, n_parameters=self._n_parameters)
 
     async def _execute(self, command: Command) -> None:
         match command:
@@ -362,11 +396,12 @@ class CoordinatorService:
             case AwaitFinalEvaluation(delay_s):
                 self._log.info("run_finishing", reason=self._machine.reason, version=self._machine.version)
                 self._tier.feed_later(delay_s, FinalEvaluationOverdue())
-            case CloseRun(version, reason):
-                control = Control(run=self._settings.run, status="closed", version=version, reason=reason)
-                await self._publisher.close(control)
+            case OpenRun():
+                await self._open(command)
+            case CloseRun(opening, version, reason):
+                await self._publisher.tell_closed(opening, version, reason)
                 self._told_closed = True
-                self._log.info("run_closed", version=version, reason=reason)
+                self._log.info("run_closed", opened=opening.name, version=version, reason=reason)
                 await self._put_state()
             case _:
                 raise AssertionError(f"{type(command).__name__} is not a coordinator's command")
@@ -383,7 +418,8 @@ class CoordinatorService:
 
         key_ids = (current.key_id, *current.older_key_ids)
         summing = Summing(self._tier.chunks, pool, key_ids, current.settings.min_sites, self._log)
-        parts, pooled = await summing.run(command)
+        is_of_this_run = command.version >= current.opening.first_version
+        parts, pooled = await summing.run(command) if is_of_this_run else ([], None)
         event = evaluations_summed(command.version, parts, pooled)
         if pooled is not None:
             self._pooled = {"version": command.version, "confusion": pooled.confusion, "roc": pooled.roc}
@@ -399,11 +435,18 @@ class CoordinatorService:
         await self._put_state()
 
     async def _watch_clock(self) -> None:
-        if self._run.stop.max_wall_s is not None:
-            await asyncio.sleep(max(0.0, self._run.stop.max_wall_s - self._tier.elapsed_s))
-            if self._machine.state is RunState.OPEN:
-                await self._tier.feed(WallTimeReached())
-        await asyncio.Event().wait()
+        """End the open run when it has lasted as long as it may, for ever."""
+        while True:
+            self._opened.clear()
+            settings, is_open = self._machine.settings, self._machine.state is RunState.OPEN
+            longest_s = settings.stop.max_wall_s if settings is not None and is_open else None
+            rest_s = None if longest_s is None else max(0.0, self._opened_s + longest_s - self._tier.elapsed_s)
+            try:
+                async with asyncio.timeout(rest_s):
+                    await self._opened.wait()
+            except TimeoutError:
+                if self._machine.state is RunState.OPEN:
+                    await self._tier.feed(WallTimeReached())
 
     async def _put_state(self) -> None:
         state = {

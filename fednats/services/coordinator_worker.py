@@ -10,26 +10,31 @@ from functools import reduce
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from fednats import wire
 from fednats.codec import grid as grids
-from fednats.codec.layout import Layout, blocks
-from fednats.config import CoordinatorSettings
+from fednats.codec.layout import Layout, Vector, blocks
+from fednats.config import CoordinatorSettings, RunSettings
 from fednats.crypto.sealing import ModelKeys
+from fednats.delta import scheme
 from fednats.delta.decode import decoder
 from fednats.delta.scheme import count_bits
-from fednats.errors import Reason, RefusedChunkError, RefusedError
+from fednats.errors import ConfigError, Reason, RefusedChunkError, RefusedError
 from fednats.learning.figures import known_names, n_integers, read_figures
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
+from fednats.learning.initial_weights import load_weights
 from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
-from fednats.messages import Aggregate, EvaluationSum, Grid
+from fednats.messages import Aggregate, EvaluationSum, Grid, Opening
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
-from fednats.services.next_version import Made, NextVersion, first_version, still_of_use
-from fednats.storage.checkpoints import Checkpoints, checkpoints_folder
+from fednats.services.next_version import Made, NextVersion, Start, first_version, still_of_use
+from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder, newest_checkpoint
 from fednats.storage.local_disk import local_disk
+from fednats.storage.tensor_file import TensorFile, digest_of
 
 MAX_CONFUSION_CLASSES = 30
 MAX_ROC_CLASSES = 10
@@ -43,52 +48,159 @@ class CoordinatorWorker:
 
     def __init__(self, settings: CoordinatorSettings, max_message_bytes: int) -> None:
         torch.set_num_threads(1)
-        run = settings.settings
-        keys = read_keys(settings.secret_key_file, settings.older_secret_key_file, "secret_key_file")
-        self._decoder, *older = (decoder(run.delta, key) for key in keys or (None,))
-        self._decoders = {held.key_id: held for held in (self._decoder, *older)}
+        self._settings = settings
+        self._keys = read_keys(settings.secret_key_file, settings.older_secret_key_file, "secret_key_file")
         self._model_keys = ModelKeys.read(settings.model_key_file, settings.older_model_key_file, settings.run)
-        self._delta = run.delta
-        self._chunk_bytes = run.delta.chunk_bytes
         self._max_message_bytes = max_message_bytes
         self._state_dir = settings.state_dir
-        self._max_staleness = run.aggregation.staleness.max_staleness
-        self._optimizer = ServerOptimizer(run.server)
-        with task_code("loading the task"):
-            model = initial_model(make_task(settings.task.path, settings.task.options), run.seed)
-        self._layout = Layout(parameters_of(model))
-        self._checkpoints = Checkpoints(
-            checkpoints_folder(settings.state_dir), self._layout.parameters, self._optimizer.slots
-        )
-        stored = self._checkpoints.newest()
-        if stored is None:
-            weights = FlatModel(model)
-            noise = 0.0 if run.delta.dp is None else run.delta.dp.deviation
-            grid = grids.initial(self._layout, weights, self._decoder.qmax, noise)
-            stored = first_version(self._checkpoints, self._model_keys, weights, grid, self._chunk_bytes)
-        self._checkpoints.weights(stored.version).close()
-        self._checkpoints.state(stored.version).close()
-        self._current = stored
+        self._initial = settings.state_dir / "initial.safetensors"
         self._mean = np.zeros(0, np.float32)
         self._delta_norm = 0.0
+        self._current: Checkpoint | None = None
+        stored = newest_checkpoint(checkpoints_folder(settings.state_dir))
+        if stored is not None:
+            # the first run may be given other settings with a restart; later ones have theirs from who started them
+            run = settings.settings if stored.opening.opened_at == 0 else stored.settings
+            stored = stored.model_copy(update={"settings": run.model_copy(update={"initial_model": None})})
+            self._use(stored.settings)
+            self._checkpoints.weights(stored.version).close()
+            self._checkpoints.state(stored.version).close()
+            self._current = stored
 
-    def current(self) -> Version:
-        """Return the current version."""
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def prepare_run(self, run: RunSettings) -> bytes | None:
+        """Check that ``run`` can be opened here, and copy what it begins with; return the digest of that.
+
+        None if it begins with what the task makes with its seed.
+
+        Raises:
+            ConfigError: the keys, the regions, the task or ``initial_model`` do not fit; the text names the remedy.
+        """
+        self._check_delta(run)
+        model = self._make_model(run)
+        if run.training.dp is not None:
+            from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where it is asked for
+
+            refuse_unsuitable(model)
+        if run.initial_model is None:
+            return None
+        load_weights(model, run.initial_model)
+        weights, parameters = FlatModel(model), parameters_of(model)
+        partial = self._initial.with_suffix(".partial")
+        with (
+            local_disk(self._state_dir),
+            TensorFile.create(partial, [(spec.name, spec.shape) for spec in parameters], {}) as copy,
+        ):
+            for block in blocks(len(weights)):
+                copy.write(block.start, weights[block])
+            copy.sync()
+        partial.rename(self._initial)
+        return digest_of(weights)
+
+    def open_run(self, opening: Opening, run: RunSettings, initial_digest: bytes | None) -> Version:
+        """Make the version that ``opening`` begins with, unless it is there; durable on return.
+
+        Raises:
+            ConfigError: the copy of the initial model is gone or damaged, or the keys are others than when it was made.
+            LocalStorageError: the disk is full; nothing was changed.
+        """
+        current = self._current
+        if current is None or current.opening != opening:
+            extended = current is not None and current.opening.first_version == opening.first_version
+            with local_disk(self._state_dir):
+                if current is not None and not extended:
+                    self._checkpoints.keep_run(current)
+                model = self._use(run)
+                if extended and current is not None:
+                    start = self._extension(current, opening, run)
+                else:
+                    start = self._start(model, opening, run, initial_digest)
+                self._current = first_version(self._checkpoints, self._model_keys, start, self._run.delta.chunk_bytes)
+            self._delta_norm = 0.0
+        return self._version()
+
+    def _make_model(self, run: RunSettings) -> nn.Module:
+        with task_code("loading the task"):
+            return initial_model(make_task(self._settings.task.path, self._settings.task.options), run.seed)
+
+    def _use(self, run: RunSettings) -> nn.Module:
+        """Go on with the settings of a run; return the model as the task makes it."""
+        run = fit_messages(run, self._max_message_bytes)
+        self._run = run
+        self._decoder, *older = (decoder(run.delta, key) for key in self._keys or (None,))
+        self._decoders = {held.key_id: held for held in (self._decoder, *older)}
+        self._optimizer = ServerOptimizer(run.server)
+        model = self._make_model(run)
+        self._layout = Layout(parameters_of(model))
+        folder = checkpoints_folder(self._state_dir)
+        self._checkpoints = Checkpoints(folder, self._layout.parameters, self._optimizer.slots)
+        return model
+
+    def _start(self, model: nn.Module, opening: Opening, run: RunSettings, initial_digest: bytes | None) -> Start:
+        weights: Vector = FlatModel(model)
+        if initial_digest is not None:
+            weights = TensorFile.read(self._initial)
+            if digest_of(weights) != initial_digest:
+                raise ConfigError(f"{self._initial} is not what run {opening.name} was started with; restore it")
+        noise = 0.0 if run.delta.dp is None else run.delta.dp.deviation
+        grid = grids.initial(self._layout, weights, self._decoder.qmax, noise, opening.first_version)
+        return Start(opening, run, (grid,), weights)
+
+    def _extension(self, current: Checkpoint, opening: Opening, run: RunSettings) -> Start:
+        weights, state = self._checkpoints.weights(current.version), self._checkpoints.state(current.version)
+        return Start(opening, run, current.grids, weights, state, current.n_steps)
+
+    def _check_delta(self, run: RunSettings) -> None:
+        """Refuse what the kits cannot serve. Raises as `prepare_run`."""
+        kits = self._settings.settings.delta
+        if run.delta.tiers != kits.tiers:
+            raise ConfigError(f"delta.tiers is {run.delta.tiers}, the federation has {kits.tiers}: set it to that")
+        if self._keys and run.delta.cipher == "none":
+            raise ConfigError(
+                'delta.cipher is "none", but the kits have keys, and nobody who has one takes part: leave it out'
+            )
+        try:
+            scheme.qmax(run.delta)
+            for key in self._keys or (None,):
+                decoder(run.delta, key)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the kits' key for homomorphic encryption does not serve delta.value_bits = {run.delta.value_bits},"
+                f" delta.max_total_weight = {run.delta.max_total_weight} ({error}). Set them as the kits were made with,"
+                f" {kits.value_bits} and {kits.max_total_weight}, or make kits for a federation with other settings"
+            ) from None
+
+    # --- versions -----------------------------------------------------------------------------------------------------
+
+    def current(self) -> Version | None:
+        """Return the current version, None before the first run is opened."""
+        return None if self._current is None else self._version()
+
+    def _version(self) -> Version:
+        current = self._newest
         return Version(
-            version=self._current.version,
-            made_by=self._current.made_by,
+            version=current.version,
+            opening=current.opening,
+            settings=self._run,
+            made_by=current.made_by,
             parameters=self._layout.parameters,
-            weights_digest=self._current.weights_digest,
-            frames=still_of_use(self._current.frames, self._max_message_bytes),
-            grids=self._current.grids,
+            weights_digest=current.weights_digest,
+            frames=still_of_use(current.frames, self._max_message_bytes),
+            grids=current.grids,
             key_id=self._decoder.key_id,
             older_key_ids=tuple(key_id for key_id in self._decoders if key_id != self._decoder.key_id),
             max_total_weight=self._decoder.max_total_weight,
             n_update_chunks=-(-self._layout.n_parameters // self._decoder.values_per_chunk),
             delta_norm=self._delta_norm,
-            norms=self._current.norms,
-            quarantined=self._current.quarantined,
+            norms=current.norms,
+            quarantined=current.quarantined,
         )
+
+    @property
+    def _newest(self) -> Checkpoint:
+        assert self._current is not None  # noqa: S101 - a run was opened, or nothing is asked for
+        return self._current
 
     def begin(self) -> None:
         """Start a new combination, dropping what an earlier one left."""
@@ -134,9 +246,9 @@ class CoordinatorWorker:
         making = NextVersion(
             self._checkpoints,
             self._model_keys,
-            self._current,
+            self._newest,
             self._layout,
-            self._chunk_bytes,
+            self._run.delta.chunk_bytes,
             self._max_message_bytes,
         )
         with local_disk(self._state_dir):
@@ -144,7 +256,7 @@ class CoordinatorWorker:
             self._current = making.make(self._optimizer, self._mean, made, adapted)
         self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
-        return self.current()
+        return self._version()
 
     def pool(self, inputs: Sequence[Sequence[bytes]], heads: Sequence[EvaluationSum], min_sites: int) -> Pooled:
         """Decrypt what several regions summed, and work out the figures of all their test cases.
@@ -156,7 +268,7 @@ class CoordinatorWorker:
             RefusedChunkError: a sum is malformed, or none of so many sites; ``index`` says which.
         """
         like = heads[0]
-        bits = count_bits(self._delta)
+        bits = count_bits(self._run.delta)
         n, n_classes = n_integers(like.n_classes, like.arrangement, bits), like.n_classes
         summed, counts = np.zeros(n, np.int64), []
         for index, (chunks, head) in enumerate(zip(inputs, heads, strict=True)):
@@ -189,13 +301,13 @@ class CoordinatorWorker:
         return self._checkpoints.keep_best(version)
 
     def _grid(self, grid_id: str) -> Grid:
-        for grid in self._current.grids:
+        for grid in self._newest.grids:
             if grid.grid_id == grid_id:
                 return grid
-        raise RefusedError(Reason.WRONG_GRID, f"grid {grid_id} is not among the last {len(self._current.grids)}")
+        raise RefusedError(Reason.WRONG_GRID, f"grid {grid_id} is not among the last {len(self._newest.grids)}")
 
     def _adapted_grids(self, heads: Sequence[Aggregate]) -> tuple[Grid, ...]:
-        before = self._current.grids
+        before, max_staleness = self._newest.grids, self._run.aggregation.staleness.max_staleness
         current = before[-1]
         if any(head.grid_id != current.grid_id for head in heads):
             return before  # what was clipped on an older grid says nothing of this one
@@ -205,7 +317,13 @@ class CoordinatorWorker:
         if adapted is current:
             return before
         older = tuple(grid for grid in before if grid.grid_id != adapted.grid_id)
-        return (*older[-self._max_staleness :], adapted) if self._max_staleness else (adapted,)
+        return (*older[-max_staleness:], adapted) if max_staleness else (adapted,)
+
+
+def fit_messages(run: RunSettings, max_payload_bytes: int) -> RunSettings:
+    """Lower the run's ``chunk_bytes`` to what one message of the hub's server can carry."""
+    chunk_bytes = min(run.delta.chunk_bytes, max_payload_bytes - wire.ROOM_BYTES)
+    return run.model_copy(update={"delta": run.delta.model_copy(update={"chunk_bytes": chunk_bytes})})
 
 
 def _squares(values: NDArray[np.float32]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings
 from fednats.errors import BusError
-from fednats.messages import Control, Frame, ModelManifest
+from fednats.messages import Control, Frame, ModelManifest, Opening
 from fednats.privacy.egress import Entry
 from fednats.services.answers import Version
 from fednats.services.identity import Identity
@@ -44,7 +44,8 @@ class ModelPublisher:
         self._prefix = subjects.model(settings.run)
         self.publishing = asyncio.Lock()
         """Held while a version's frames are read; who makes the next one, which removes some, holds it too."""
-        self._closed: Control | None = None
+        self._control: Control | None = None
+        """What was said last of the run being open."""
         self._frames: set[str] = set()
         """Payload ids of the frames that are in the stream."""
         self.sent_bytes = 0
@@ -54,13 +55,17 @@ class ModelPublisher:
         async with self.publishing:
             return await self._publish(version)
 
-    async def close(self, control: Control) -> None:
-        """Tell everybody that the run is over."""
-        async with self.publishing:
-            self._closed = control
-            await self._tell_closed(control)
+    async def tell_open(self, opening: Opening) -> None:
+        """Tell everybody that a run is open; its first version was published."""
+        run = self._settings.run
+        await self._tell(Control(run=run, opening=opening, status="open", version=opening.opened_at, reason=""))
 
-    async def publish_again(self, current: Callable[[], Awaitable[Version]]) -> None:
+    async def tell_closed(self, opening: Opening, version: int, reason: str) -> None:
+        """Tell everybody that a run is over."""
+        run = self._settings.run
+        await self._tell(Control(run=run, opening=opening, status="closed", version=version, reason=reason))
+
+    async def publish_again(self, current: Callable[[], Awaitable[Version | None]]) -> None:
         """Publish the ``current`` version again whenever the hub had lost its streams, for ever.
 
         It is asked for here: the next one may just have been made.
@@ -70,10 +75,12 @@ class ModelPublisher:
                 async with self.publishing:
                     self._frames.clear()
                     version = await current()
+                    if version is None:
+                        continue
                     await self._publish(version)
                     self._log.warning("version_published_again", version=version.version)
-                    if self._closed is not None:
-                        await self._tell_closed(self._closed)
+                    if self._control is not None:
+                        await self._publish_control(self._control)
 
     async def _publish(self, version: Version) -> ModelManifest:
         n_bytes = 0
@@ -131,7 +138,12 @@ class ModelPublisher:
             else:
                 self._frames.discard(payload_id)
 
-    async def _tell_closed(self, control: Control) -> None:
+    async def _tell(self, control: Control) -> None:
+        async with self.publishing:
+            self._control = control
+            await self._publish_control(control)
+
+    async def _publish_control(self, control: Control) -> None:
         subject = subjects.control(self._settings.run)
         signed = self._identity.sign(subject, control)
         await self._recorder.record(entry_of("control", control, version=control.version))
@@ -140,9 +152,10 @@ class ModelPublisher:
         )
 
     def _manifest(self, version: Version) -> ModelManifest:
-        run = self._settings.settings
+        run = version.settings
         return ModelManifest(
             run=self._settings.run,
+            opening=version.opening,
             version=version.version,
             task=self._settings.task.path,
             seed=run.seed,

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from fednats import wire
 from fednats.codec import frames
 from fednats.codec.layout import Difference, Layout, Vector, blocks
+from fednats.config import RunSettings
 from fednats.crypto import sealing
 from fednats.crypto.sealing import ModelKeys
 from fednats.learning.server_optimizer import ServerOptimizer
-from fednats.messages import DIGEST_BYTES, Chunk, Frame, Grid
+from fednats.messages import DIGEST_BYTES, Chunk, Frame, Grid, Opening
 from fednats.storage.checkpoints import Checkpoint, Checkpoints
 from fednats.storage.chunk_file import ChunkFile
 from fednats.storage.tensor_file import TensorFile
@@ -85,6 +86,9 @@ class NextVersion:
             )
         checkpoint = Checkpoint(
             version=version,
+            opening=self._current.opening,
+            settings=self._current.settings,
+            n_steps=self._current.n_steps + 1,
             made_by=made_by,
             weights_digest=digest,
             grids=grids,
@@ -110,7 +114,7 @@ class NextVersion:
                 name: before[position * n + block.start : position * n + block.stop]
                 for position, name in enumerate(optimizer.slots, 1)
             }
-            stepped, slots = optimizer.step(before[block], slots, mean_delta[block], n_steps=self._current.version)
+            stepped, slots = optimizer.step(before[block], slots, mean_delta[block], n_steps=self._current.n_steps)
             after.write(block.start, stepped)
             for position, name in enumerate(optimizer.slots, 1):
                 after.write(position * n + block.start, slots[name])
@@ -132,19 +136,44 @@ class NextVersion:
         return frame, digest.digest()
 
 
-def first_version(
-    checkpoints: Checkpoints, keys: ModelKeys, initial: Vector, grid: Grid, chunk_bytes: int
-) -> Checkpoint:
-    """Commit version 0 with the weights ``initial``; durable on return."""
-    weights, state = checkpoints.create(0)
+@dataclass(frozen=True)
+class Start:
+    """What an opening begins with."""
+
+    opening: Opening
+    settings: RunSettings
+    grids: tuple[Grid, ...]
+    weights: Vector
+    """float32[n_parameters]"""
+    state: Vector | None = None
+    """The optimiser's, to go on with: ``target``, then its slots; none: a fresh one."""
+    n_steps: int = 0
+
+
+def first_version(checkpoints: Checkpoints, keys: ModelKeys, start: Start, chunk_bytes: int) -> Checkpoint:
+    """Commit the version that an opening begins with, a keyframe; durable on return."""
+    version = start.opening.opened_at
+    weights, state = checkpoints.create(version)
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for block in blocks(len(initial)):
-        values = initial[block]
+    for block in blocks(len(start.weights)):
+        values = start.weights[block]
         weights.write(block.start, values)
         state.write(block.start, values)
         digest.update(values.tobytes())
-    keyframe = write_keyframe(checkpoints, keys, weights, 0, "k0-first", chunk_bytes)
-    checkpoint = Checkpoint(version=0, made_by="", weights_digest=digest.digest(), grids=(grid,), frames=(keyframe,))
+    if start.state is not None:
+        for block in blocks(len(start.state)):
+            state.write(block.start, start.state[block])
+    keyframe = write_keyframe(checkpoints, keys, weights, version, f"k{version}-first", chunk_bytes)
+    checkpoint = Checkpoint(
+        version=version,
+        opening=start.opening,
+        settings=start.settings,
+        n_steps=start.n_steps,
+        made_by="",
+        weights_digest=digest.digest(),
+        grids=start.grids,
+        frames=(keyframe,),
+    )
     checkpoints.commit(checkpoint, weights, state)
     return checkpoint
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from fednats import wire
 from fednats.crypto.signing import SIGNATURE_BYTES
-from fednats.messages import Aggregate, Message, Payload, Update
+from fednats.messages import Aggregate, Message, Opening, Payload, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import EgressLedger, Entry
 from fednats.protocol import admission
@@ -112,6 +112,11 @@ def entry_of(
         epsilon=epsilon,
         detail=detail,
     )
+
+
+def run_begins(opening: Opening) -> Entry:
+    """Return the entry that says of which run versions are from the first one of ``opening`` on; nothing leaves with it."""
+    return Entry("run", version=opening.first_version, name=opening.name)
 
 
 def accepted(head: Update | Aggregate) -> Entry:

@@ -8,13 +8,13 @@ from typing import Any
 from fednats import subjects, wire
 from fednats.config import SiteSettings
 from fednats.errors import BusError, LocalStorageError
-from fednats.messages import Evaluation, Update
+from fednats.messages import Evaluation, Opening, Update
 from fednats.privacy.egress import Entry
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon
 from fednats.services.off_loop import off_loop, paced
 from fednats.services.persist import RETRY_S
-from fednats.services.recorder import INTERVAL_S, SUMMED_UP, Recorder, entry_of
+from fednats.services.recorder import INTERVAL_S, SUMMED_UP, Recorder, entry_of, run_begins
 from fednats.storage.outbox import Outbox
 from fednats.transport.bus import Bus
 
@@ -56,6 +56,11 @@ class Sender:
         await self._recorder.begin(SUMMED_UP)
         await asyncio.to_thread(self._outbox.release)
         self._to_send.set()
+
+    async def begin_run(self, opening: Opening) -> None:
+        """Record that what leaves from now on is of this run. Raises LocalStorageError."""
+        await self._recorder.record(run_begins(opening))
+        await self.look()
 
     async def look(self) -> None:
         """Look into the outbox again."""

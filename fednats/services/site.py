@@ -20,7 +20,7 @@ from fednats.errors import (
     RefusedError,
     TaskError,
 )
-from fednats.messages import Control, Evaluation, Frame, ModelManifest, Update
+from fednats.messages import Control, Evaluation, Frame, ModelManifest, Opening, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import EGRESS_FILE
 from fednats.privacy.policy import read_policy
@@ -32,6 +32,7 @@ from fednats.services.failing import Failures
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, in_full, until_stopped
 from fednats.services.off_loop import chunk_file
+from fednats.services.persist import RETRY_S
 from fednats.services.recorder import Recorder
 from fednats.services.sender import Sender
 from fednats.services.worker import Worker, WorkerDiedError
@@ -92,7 +93,8 @@ class SiteService:
         self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
         self._local = LocalModel(model_folder(settings.state_dir))
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
-        self._run_closed = False
+        self._closed_at = -1
+        """Which opening was closed last, by the version that it began with."""
         self._failures = Failures()
         self._working = asyncio.Lock()
         self._status: dict[str, Any] = {
@@ -159,12 +161,7 @@ class SiteService:
 
     async def _take(self, record: Record) -> None:
         if record.subject == subjects.control(self._settings.run):
-            control = self._identity.open(record.subject, record.data, Control)
-            if control.status == "closed":
-                self._log.info("run_closed", reason=control.reason, version=control.version)
-                self._run_closed = True
-                self._machine.handle(protocol.Closed())
-                self._status["state"] = "closed"
+            self._hear(self._identity.open(record.subject, record.data, Control))
             return
         manifest = self._identity.open(record.subject, record.data, ModelManifest)
         if manifest.version < (newest := max(self._manifests, default=self._local.held)):
@@ -177,12 +174,55 @@ class SiteService:
         if self._daemon.declined:
             self._daemon.declined.clear()
             self._status["state"] = self._resting
+        if manifest.opening.opened_at > self._opened_at:
+            await self._begin(manifest.opening)
         self._manifests[manifest.version] = manifest
         while len(self._manifests) > KEPT_MANIFESTS:
             self._manifests.popitem(last=False)
         self._daemon.metrics.version.set(manifest.version)
         self._log.debug("model_seen", version=manifest.version)
         self._start(self._machine.handle(protocol.ModelSeen(manifest.version)))
+
+    def _hear(self, control: Control) -> None:
+        """Take in whether the run is open; that another one is open, its first version says."""
+        opening = control.opening
+        if opening.opened_at < max(self._opened_at, self._closed_at):
+            raise RefusedError(
+                Reason.REPLAYED, f"run {opening.name!r} is {control.status}, but another one has begun since"
+            )
+        if control.status == "closed":
+            self._log.info("run_closed", opened=opening.name, reason=control.reason, version=control.version)
+            self._closed_at = opening.opened_at
+            self._machine.handle(protocol.Closed())
+            self._status["state"] = "closed"
+
+    async def _begin(self, opening: Opening) -> None:
+        """Go on with another run, or with one that was extended, and with nothing of those before."""
+        while True:
+            try:
+                n_dropped = await self._worker.persist(self._log, "begin_run", opening.first_version)
+                await self._sender.begin_run(opening)
+                break
+            except LocalStorageError as error:
+                self._log.warning("run_waits_for_disk", error=str(error), retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+        if self._closed_at < opening.opened_at and not self._daemon.stopping.is_set():
+            self._log.info("run_opened", opened=opening.name, version=opening.opened_at, updates_dropped=n_dropped)
+            self._machine.handle(protocol.Opened())
+            self._status["state"] = self._resting
+
+    @property
+    def _newest(self) -> ModelManifest | None:
+        return self._manifests[max(self._manifests)] if self._manifests else None
+
+    @property
+    def _opened_at(self) -> int:
+        """Which opening the newest version is of, by the version that it began with."""
+        return -1 if self._newest is None else self._newest.opening.opened_at
+
+    @property
+    def _run_closed(self) -> bool:
+        return self._closed_at >= max(self._opened_at, 0)
 
     def _decline(self, why: str) -> None:
         """Say on the bus that this site takes no part, and why, until a version comes that it may train on."""
@@ -244,6 +284,8 @@ class SiteService:
             job = await self._jobs.get()
             async with self._working:
                 came_to = await self._attempt(job)
+                if job.version < self._opened_at and not isinstance(came_to, protocol.OutsideHours):
+                    came_to = protocol.Done()  # of a run that is over
                 self._start(self._machine.handle(came_to))
                 if isinstance(job, protocol.Train) and isinstance(came_to, protocol.Done):
                     self._failures.clear()
@@ -288,7 +330,7 @@ class SiteService:
         if isinstance(job, protocol.Train) and self._opens_in_s > 0:
             return protocol.OutsideHours()
         manifest = self._manifests.get(job.version)
-        if manifest is None:
+        if manifest is None or job.version < self._opened_at:
             return protocol.Done()
         try:
             if not await self._load(manifest):
@@ -358,10 +400,10 @@ class SiteService:
         seconds = time.monotonic() - started
         self._daemon.metrics.train_seconds.inc(seconds)
         self._status["train_s"] += seconds
-        if self._run_closed:
-            return  # meanwhile: nobody takes updates any more
-        self._status["state"] = "encrypting"
         newest = self._manifests[max(self._manifests)]
+        if self._run_closed or newest.opening.first_version != manifest.opening.first_version:
+            return  # meanwhile: nobody takes updates of it any more
+        self._status["state"] = "encrypting"
         update = await self._encode(newest)
         await self._show_spending(newest)
         self._log.info(

@@ -100,6 +100,21 @@ class SiteWorker:
         for frame in manifest.frames:
             self._weights.check(frame, self._layout.n_parameters)
 
+    def begin_run(self, first_version: int) -> int:
+        """Drop what is of runs before the one that begins with ``first_version``; return how many updates were waiting.
+
+        Raises:
+            LocalStorageError: the disk does not take it; nothing was dropped.
+        """
+        if self._pass is not None and self._pass.version < first_version:
+            self._pass = None
+        if self._local.exists():
+            with read_or_drop(self._local) as local:
+                is_earlier = int(local.metadata.get("version", -1)) < first_version
+            if is_earlier:
+                self._local.unlink()
+        return self._outbox.begin_run(first_version)
+
     def advance(self, manifest: ModelManifest, chain: tuple[Frame, ...]) -> None:
         """Make the weights of ``manifest`` along frames that were fetched; raises as `LocalModel.advance`."""
         with local_disk(self._settings.state_dir):

@@ -9,8 +9,9 @@ from pathlib import Path
 import msgpack
 from pydantic import BaseModel, ConfigDict
 
+from fednats.config import RunSettings
 from fednats.errors import ConfigError, RefusedError
-from fednats.messages import Frame, Grid, ParameterSpec
+from fednats.messages import Frame, Grid, Opening, ParameterSpec
 from fednats.storage.chunk_file import ChunkFile, read_chunks
 from fednats.storage.tensor_file import TensorFile, sync_folder
 from fednats.wire import unpack_values
@@ -27,8 +28,14 @@ class Checkpoint(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int
+    opening: Opening
+    """The run that it is of."""
+    settings: RunSettings
+    """Of that run."""
+    n_steps: int
+    """Steps that the run's optimiser has made."""
     made_by: str
-    """Id of the combination that made this version; empty for the first."""
+    """Id of the combination that made this version; empty where a run was opened with it."""
     weights_digest: bytes
     grids: tuple[Grid, ...]
     """Grids on which contributions may still be under way; the last is the current one."""
@@ -105,7 +112,7 @@ class Checkpoints:
             file.close()
             raise ConfigError(
                 f"{self._directory}: holds a model of {len(file)} parameters, the task's has {n_parameters};"
-                " give the new run a state_dir of its own"
+                " restore the task, or give another one kits and a state_dir of its own"
             )
         return file
 
@@ -129,10 +136,17 @@ class Checkpoints:
         path = weights_file(self._directory, version)
         if not path.exists():
             return False
-        partial = self._directory / "best.partial"
-        shutil.copyfile(path, partial)
-        partial.rename(self._directory / BEST_FILE)
+        _copy(path, self._directory / BEST_FILE)
         return True
+
+    def keep_run(self, last: Checkpoint) -> None:
+        """Keep the last version of a run, and its best, in ``runs/NAME``: another one is about to begin."""
+        folder = self._directory / "runs" / last.opening.name
+        folder.mkdir(parents=True, exist_ok=True)
+        _copy(weights_file(self._directory, last.version), folder / "last.safetensors")
+        best = self._directory / BEST_FILE
+        if best.exists():
+            best.rename(folder / BEST_FILE)
 
     def _tidy(self, newest: Checkpoint) -> None:
         old = sorted(_versions(self._directory))[:-KEPT_VERSIONS]
@@ -186,6 +200,11 @@ def weights_file(directory: Path, version: int) -> Path:
 def _versions(directory: Path) -> list[int]:
     numbers = (path.stem.removeprefix("version-") for path in directory.glob("version-*.msgpack"))
     return [int(number) for number in numbers if number.isdecimal()]
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, _partial(target))
+    _partial(target).rename(target)
 
 
 def _partial(path: Path) -> Path:

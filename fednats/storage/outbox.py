@@ -151,6 +151,24 @@ class Outbox:
                 )
                 connection.execute("DELETE FROM chunk WHERE update_id = ?", (dropped.update_id,))
 
+    def begin_run(self, first_version: int) -> int:
+        """Drop what is of versions before ``first_version``: updates whose sending has not begun, and the residual.
+
+        One whose sending has begun is sent to its end, and refused by its region. Returns how many updates were dropped.
+        """
+        with self._transaction() as connection:
+            dropped = connection.execute(
+                f"UPDATE outgoing SET claimed = 0, dropped_at = CURRENT_TIMESTAMP WHERE {_WAITING}"  # noqa: S608 - a constant
+                " AND offered_at IS NULL AND base_version < ? RETURNING update_id",
+                (first_version,),
+            ).fetchall()
+            connection.executemany("DELETE FROM chunk WHERE update_id = ?", dropped)
+            connection.execute(
+                "DELETE FROM residual WHERE sequence <= (SELECT MAX(sequence) FROM outgoing WHERE base_version < ?)",
+                (first_version,),
+            )
+        return len(dropped)
+
     # --- the daemon's side --------------------------------------------------------------------------------------------
 
     def last_trained(self) -> int:

@@ -9,7 +9,7 @@ from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
-from fednats.protocol.coordinator import Coordinator
+from fednats.protocol.coordinator import Coordinator, RunRecord
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -18,6 +18,7 @@ from fednats.protocol.events import (
     Command,
     ContributionArrived,
     Refuse,
+    RunOpened,
     Settle,
     VersionAnnounced,
     contribution_id,
@@ -70,6 +71,8 @@ class Book:
         """By id, in the order of making; without those that failed."""
         self.failed: set[str] = set()
         self.problems: list[str] = []
+        self.n_openings = 0
+        """At the hub: runs that were opened, or extended; each begins with a version that no sum made."""
         self.end_s = 0.0
         self._name = f"{file.parent.name}/{file.name}"
         entries = read_journal(file)
@@ -100,6 +103,21 @@ class Book:
     def in_flight(self) -> Combination | None:
         """The sum that was being made when the journal ends."""
         return self._machine.in_flight
+
+    @property
+    def n_versions(self) -> int:
+        """At the hub: versions that were made, those that runs began with included."""
+        return self.n_done + self.n_openings
+
+    @property
+    def runs(self) -> list[RunRecord]:
+        """At the hub: the runs, the newest last."""
+        return self._machine.runs if isinstance(self._machine, Coordinator) else []
+
+    @property
+    def is_opening(self) -> bool:
+        """At the hub: whether a run was opened, and its first version is not journalled yet."""
+        return isinstance(self._machine, Coordinator) and not self._machine.has_begun
 
     @property
     def n_done(self) -> int:
@@ -140,6 +158,7 @@ class Book:
             self.taken.setdefault(contribution_id(event.head), Taken(event.head, entry.at_s))
         if isinstance(event, Combined) and in_flight is not None:
             self._check_quarantine(entry.sequence, event, in_flight)
+        self.n_openings += isinstance(event, RunOpened)
         commands = self._machine.handle(event)
         if isinstance(event, Combined) and in_flight is not None:
             self.finish(in_flight.combination_id, event.quarantined)
@@ -195,7 +214,7 @@ class Book:
             self.problems.append(
                 f"{self._name}: event {entry.sequence} announces version {event.version} after {before}"
             )
-        if isinstance(event, Combined) and self._version != self.n_done:
+        if isinstance(event, Combined) and self._version != self.n_versions - 1:
             self.problems.append(
-                f"{self._name}: event {entry.sequence}: {self.n_done} versions were made, the newest is {self._version}"
+                f"{self._name}: event {entry.sequence}: {self.n_versions} versions were made, the newest is {self._version}"
             )

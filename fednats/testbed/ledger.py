@@ -19,7 +19,7 @@ do not: too stale, wrong grid, wrong key and the like are decided from a head al
 reported as a note: honest updates may be in it, but the rule is one that everybody can compute again, and is. Nor does garbage: whatever no
 outbox knows was not made by a site's daemon, and is reported as a note, even if it was good enough to be summed. But an
 update that its site made and the bus took whole, and that is refused as damaged, is a finding; so is a sum that the
-node above refused for anything but its age or its norm, for honest updates are in it.
+node above refused for anything but its age (too stale, or of an earlier run) or its norm, for honest updates are in it.
 """
 
 import asyncio
@@ -44,6 +44,9 @@ OVERTAKEN_S = 30.0
 
 DAMAGED = {Reason.CHECKSUM, Reason.CIPHERTEXT}
 """Reasons that an honest update is never refused for."""
+
+TOO_LATE = {Reason.TOO_STALE, Reason.EARLIER_RUN}
+"""Reasons that an honest sum is refused for: its model is no longer the one that is trained."""
 
 _POLL_S = 0.5
 
@@ -171,16 +174,19 @@ class _Audit:
         """Check the newest checkpoint, as it was before and after its journal was read."""
         hub = self._books[HUB]
         made = [identity for identity, version in hub.made.items() if version.is_done]
-        if after is None or after.version < len(made):
-            newest = after and after.version
-            self._find(f"checkpoint: the journal has {len(made)} versions, the newest on disk is {newest}")
-        if before is None or before.version == 0:
+        newest = hub.n_versions - 1  # by the journal
+        pending = hub.is_opening  # killed between opening a run and writing down its first version
+        if after is None or after.version < newest - pending:
+            self._find(
+                f"checkpoint: the journal has {newest} versions, the newest on disk is {after and after.version}"
+            )
+        if before is None or not before.made_by:
             return
         version, made_by = before.version, before.made_by
         in_flight = hub.in_flight.combination_id if hub.in_flight is not None else None
-        if version == len(made) + 1 and made_by == in_flight:
+        if version == newest + 1 and made_by == in_flight:
             hub.finish(made_by, before.quarantined)  # killed between applying and writing that down
-        elif version > len(made) or made[version - 1] != made_by:
+        elif version > newest or made_by not in made:
             self._find(f"checkpoint: version {version} was made by {made_by}, which the journal does not say")
 
     # --- sums ---------------------------------------------------------------------------------------------------------
@@ -200,7 +206,7 @@ class _Audit:
                 self._ledger.notes.append(
                     f"quarantined: sum {identity} of {region} by {above.node}: its norm is an outlier"
                 )
-            elif taken.fate is Fate.REFUSED and taken.reason is not Reason.TOO_STALE and identity in book.made:
+            elif taken.fate is Fate.REFUSED and taken.reason not in TOO_LATE and identity in book.made:
                 self._find(f"refused: sum {identity} of {region} by {above.node}: {taken.reason}")
             self._check_once(f"sum {identity} of {region}", taken)
         sent = [identity for identity, made in book.made.items() if made.is_done]

@@ -29,6 +29,7 @@ from fednats.protocol.events import (
     DeadlineReached,
     Event,
     Refuse,
+    RunOpened,
     StartTimer,
     contribution_id,
 )
@@ -202,7 +203,8 @@ class CoordinatorNode:
     def start(self) -> None:
         """Publish the first version."""
         run = self._world.settings
-        self.feed(Configured(sites=(), regions=self._regions, stop=run.stop, defence=run.defence))
+        self.feed(Configured(sites=(), regions=self._regions))
+        self.feed(RunOpened(opening=self._world.opening, settings=run))
         self._publish(self.versions[0])
 
     def feed(self, event: Event) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fednats.codec.layout import Layout
 from fednats.config import RunSettings
 from fednats.delta.sum import summer
-from fednats.messages import DIGEST_BYTES, Grid, Payload
+from fednats.messages import DIGEST_BYTES, Grid, Opening, Payload
 from fednats.protocol.events import Refuse, VersionAnnounced
 
 Weights = NDArray[np.float32]
@@ -52,6 +52,7 @@ class World:
     def __init__(self, settings: RunSettings, layout: Layout) -> None:
         self.clock = Clock()
         self.settings = settings
+        self.opening = Opening(name=settings.name, first_version=0, opened_at=0)
         self.layout = layout
         self.payloads: dict[str, list[bytes]] = {}
         """Chunks of the contributions under way."""
@@ -73,6 +74,7 @@ class World:
         add = summer(self.settings.delta, None)
         return VersionAnnounced(
             version=version.number,
+            opening=self.opening,
             grid_ids=tuple(grid.grid_id for grid in version.grids),
             key_id=add.key_id,
             n_chunks=-(-self.layout.n_parameters // add.values_per_chunk),

@@ -50,7 +50,7 @@ from fednats.storage.outbox import ChunkKey, Outbox, outbox_file
 from fednats.subjects import HUB
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport.bus import Bus
-from tests.makers import aggregate, announcement, evaluation, update
+from tests.makers import FIRST, aggregate, announcement, evaluation, update
 
 RUN = "r"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c", "d")))
@@ -268,6 +268,7 @@ def manifest(version: int) -> ModelManifest:
     delta = DeltaSettings(cipher="none")
     return ModelManifest(
         run=RUN,
+        opening=FIRST,
         version=version,
         task=TASK,
         seed=0,
@@ -327,7 +328,7 @@ async def test_a_site_takes_models_and_control_of_the_coordinator_only(bus: Conn
             count += 1
             await bus.coordinator.publish(MODEL, signed(bus, role, node, MODEL, manifest(7)), f"forged-{count}")
             await refused(daemon, "signature", count)
-        control = Control(run=RUN, status="closed", version=7, reason="forged")
+        control = Control(run=RUN, opening=FIRST, status="closed", version=7, reason="forged")
         subject = subjects.control(RUN)
         await bus.coordinator.publish(subject, signed(bus, "aggregator", "north", subject, control), "control")
         await refused(daemon, "signature", count + 1)

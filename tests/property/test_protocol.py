@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from fednats.config import AggregationSettings, StalenessSettings
 from fednats.errors import Reason
-from fednats.messages import Update
+from fednats.messages import Opening, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
 from fednats.protocol.events import (
@@ -28,7 +28,7 @@ from fednats.protocol.events import (
     contribution_id,
 )
 from fednats.protocol.weights import apportion
-from tests.makers import announcement, update
+from tests.makers import FIRST, announcement, closed, update
 
 SITES = ("a", "b", "c", "d")
 ROSTER = Roster(run="r", region="north", sites=frozenset(SITES), regions=frozenset())
@@ -51,6 +51,11 @@ class Crashes(RuleBasedStateMachine):
         self.published: dict[str, Combination] = {}  # the bus drops a second message of the same id
         self.refused: dict[str, Reason] = {}
         self.damaged: set[str] = set()
+        self.opening = FIRST
+        self.closed = False
+        self.first_of = {0: 0}  # version to the first one of its run
+        self.left_over: set[str] = set()
+        self.n_grids = 1
         self.grids = ["g0"]
         self.present = frozenset(SITES)
         self.start()
@@ -76,8 +81,8 @@ class Crashes(RuleBasedStateMachine):
     def send(self, site: str, age: int, ahead: bool, min_sites: int) -> None:  # noqa: FBT001
         """Train on some older version, encode on the newest grid the site knows: perhaps one not yet heard of here."""
         self.sent[site] += 1
-        grid = f"g{len(self.grids)}" if ahead else self.grids[-1]
-        version = max(0, self.version - age)
+        grid = f"g{self.n_grids}" if ahead else self.grids[-1]
+        version = self.version + 1 if ahead and self.closed else max(0, self.version - age)
         sent = update(site, self.sent[site], version=version, grid=grid, min_sites=min_sites)
         self.stream[sent.update_id] = sent
 
@@ -87,13 +92,51 @@ class Crashes(RuleBasedStateMachine):
         identity = data.draw(st.sampled_from(sorted(self.stream)))
         self.feed(ContributionArrived(head=self.stream[identity]))
 
+    @precondition(lambda self: not self.closed)
     @rule(new_grid=st.booleans())
     def announce(self, new_grid: bool) -> None:  # noqa: FBT001
         self.version += 1
-        ahead = {sent.grid_id for sent in self.stream.values()} - set(self.grids)
-        if new_grid or ahead:  # what sites have seen at the coordinator is announced here next
-            self.grids.append(f"g{len(self.grids)}")
-        self.feed(announcement(self.version, settings=SETTINGS, grids=tuple(self.grids)))
+        if new_grid or self.is_ahead():
+            self.add_grid()
+        self.tell_version()
+
+    @precondition(lambda self: not self.closed)
+    @rule(heard=st.booleans())
+    def close(self, heard: bool) -> None:  # noqa: FBT001
+        """End the run; a region whose link is cut hears of the next one only."""
+        self.closed = True
+        if heard:
+            self.feed(closed(self.opening, self.version))
+
+    @precondition(lambda self: self.closed)
+    @rule(extends=st.booleans())
+    def open(self, extends: bool) -> None:  # noqa: FBT001
+        self.closed = False
+        self.version += 1
+        first = self.opening.first_version if extends else self.version
+        self.opening = Opening(name="r", first_version=first, opened_at=self.version)
+        if not extends:
+            self.grids.clear()
+        if not extends or self.is_ahead():
+            self.add_grid()
+        self.tell_version()
+
+    @precondition(lambda self: self.opening != FIRST)
+    @rule()
+    def hear_an_old_end(self) -> None:
+        self.feed(closed(FIRST, 0))
+
+    def is_ahead(self) -> bool:
+        """Whether a site is on a grid that it has seen at the coordinator, and that is announced here next."""
+        return f"g{self.n_grids}" in {sent.grid_id for sent in self.stream.values()}
+
+    def add_grid(self) -> None:
+        self.grids.append(f"g{self.n_grids}")
+        self.n_grids += 1
+
+    def tell_version(self) -> None:
+        self.first_of[self.version] = self.opening.first_version
+        self.feed(announcement(self.version, settings=SETTINGS, grids=tuple(self.grids), opening=self.opening))
 
     @rule(present=st.frozensets(st.sampled_from(SITES)))
     def come_and_go(self, present: frozenset[str]) -> None:
@@ -114,12 +157,19 @@ class Crashes(RuleBasedStateMachine):
                 self.to_report.append(combination.combination_id)
             case Settle(ids):
                 for identity in ids:
+                    self.note_left_over(identity)
                     self.stream.pop(identity, None)
             case Refuse(identity, reason, _):
                 self.refused[identity] = reason
                 self.stream.pop(identity, None)
             case _:
                 pass
+
+    def note_left_over(self, identity: str) -> None:
+        """What is settled and in no sum is of a run that is over."""
+        if identity in self.stream and not self.counted()[identity]:
+            assert self.closed or self.stream[identity].base_version < self.opening.opened_at
+            self.left_over.add(identity)
 
     @precondition(lambda self: self.to_report)
     @rule()
@@ -169,6 +219,7 @@ class Crashes(RuleBasedStateMachine):
     def nothing_counts_twice(self) -> None:
         assert max(self.counted().values(), default=0) <= 1
         assert not self.refused.keys() & self.counted().keys()
+        assert not self.left_over & self.counted().keys()
 
     @invariant()
     def every_sum_has_enough_sites(self) -> None:
@@ -177,13 +228,21 @@ class Crashes(RuleBasedStateMachine):
             assert len(sites) >= max(SETTINGS.min_sites, *(part.head.min_sites for part in made.parts))
 
     @invariant()
+    def no_run_takes_what_was_made_for_an_earlier_one(self) -> None:
+        for made in self.published.values():
+            first = self.first_of[made.version]
+            assert all(part.head.base_version >= first for part in made.parts if isinstance(part.head, Update))
+
+    @invariant()
     def nothing_is_lost(self) -> None:
-        """Whatever the bus no longer holds was counted, or refused for a reason that it really gave."""
+        """What the bus no longer holds was counted, left over by the end of its run, or refused for a reason it really gave."""
         everything = {f"{site}-{n}" for site, count in self.sent.items() for n in range(1, count + 1)}
-        assert everything <= self.stream.keys() | self.counted().keys() | self.refused.keys()
+        assert everything <= self.stream.keys() | self.counted().keys() | self.refused.keys() | self.left_over
         for identity, reason in self.refused.items():
             if reason is Reason.CIPHERTEXT:
                 assert identity in self.damaged
+            elif reason is Reason.EARLIER_RUN:
+                assert self.opening.first_version > 0
             else:
                 assert reason is Reason.TOO_STALE
                 assert self.version > SETTINGS.staleness.max_staleness
@@ -208,6 +267,8 @@ class Crashes(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Whatever happened: those who are there go on, if they are enough."""
+        if self.closed:
+            self.open(extends=False)
         self.finish_all()
         n_published = len(self.published)
         for site in sorted(self.present):

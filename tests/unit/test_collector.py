@@ -17,12 +17,11 @@ from fednats.protocol.events import (
     EvaluationArrived,
     EvaluationsSummed,
     Refuse,
-    RunClosed,
     Settle,
     StartTimer,
     SumEvaluations,
 )
-from tests.makers import aggregate, announcement, evaluation, update
+from tests.makers import aggregate, announcement, closed, evaluation, update
 
 ROSTER = Roster(run="r", region="north", sites=frozenset({"a", "b", "c"}), regions=frozenset({"fjord", "delta"}))
 
@@ -270,7 +269,7 @@ def test_a_closed_run_settles_everything() -> None:
     machine = collector()
     machine.handle(announcement())
     arrive(machine, update("a"))
-    assert machine.handle(RunClosed(reason="done")) == [Settle(("a-1",))]
+    assert machine.handle(closed()) == [Settle(("a-1",))]
     assert machine.state is State.CLOSED
     assert arrive(machine, update("b")) == [Settle(("b-1",))]
 

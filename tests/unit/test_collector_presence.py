@@ -18,12 +18,11 @@ from fednats.protocol.events import (
     EvaluationArrived,
     PresenceChanged,
     ReportWaiting,
-    RunClosed,
     Settle,
     StartTimer,
     SumEvaluations,
 )
-from tests.makers import aggregate, announcement, evaluation, update
+from tests.makers import aggregate, announcement, closed, evaluation, update
 
 SITES = frozenset({"a", "b", "c"})
 
@@ -123,7 +122,7 @@ def test_a_restarted_machine_says_again_that_it_waits() -> None:
     machine = collector()
     present(machine, "a")
     assert machine.outstanding() == [ReportWaiting(0, 1, 2)]
-    machine.handle(RunClosed(reason="done"))
+    machine.handle(closed())
     assert machine.outstanding() == []
 
 
@@ -204,7 +203,7 @@ def test_a_replay_decides_as_was_decided(state: State) -> None:
     if state is not State.COLLECTING:
         events.append(ContributionArrived(head=update("b")))
     if state is State.CLOSED:
-        events += [RunClosed(reason="done"), PresenceChanged(present=("a",))]
+        events += [closed(), PresenceChanged(present=("a",))]
     first = Collector(Roster("r", "north", SITES, frozenset()), lambda event: event.settings.goal)
     again = Collector(Roster("r", "north", SITES, frozenset()), lambda event: event.settings.goal)
     for event in events:

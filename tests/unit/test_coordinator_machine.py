@@ -1,4 +1,4 @@
-from fednats.config import AggregationSettings, StopSettings
+from fednats.config import AggregationSettings
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
@@ -18,15 +18,15 @@ from fednats.protocol.events import (
     VersionAnnounced,
     WallTimeReached,
 )
-from tests.makers import aggregate, announcement, evaluation_sum
+from tests.makers import FIRST, aggregate, announcement, evaluation_sum, opened
 
 REGIONS = frozenset({"fjord", "delta"})
 
 
 def coordinator(**stop: object) -> Coordinator:
     machine = Coordinator("r")
-    settings = StopSettings.model_validate({"max_versions": 10, **stop})
-    machine.handle(Configured(sites=(), regions=tuple(sorted(REGIONS)), stop=settings))
+    machine.handle(Configured(sites=(), regions=tuple(sorted(REGIONS))))
+    machine.handle(opened(FIRST, **{"max_versions": 10, **stop}))
     machine.handle(version(0))
     return machine
 
@@ -88,19 +88,19 @@ def test_the_run_ends_after_its_last_version_is_evaluated() -> None:
     assert AwaitFinalEvaluation(30.0) in apply(machine, "fjord", 1)
     assert machine.state is RunState.FINISHING
     assert machine.handle(ContributionArrived(head=aggregate("delta"))) == [Settle(("delta-1",))]
-    assert evaluate(machine, 1, 0.7)[-1] == CloseRun(1, "max_versions reached")
+    assert evaluate(machine, 1, 0.7)[-1] == CloseRun(FIRST, 1, "max_versions reached")
 
 
 def test_the_run_ends_without_the_last_evaluations_if_they_do_not_come() -> None:
     machine = coordinator(max_versions=1)
     apply(machine, "fjord", 1)
-    assert machine.handle(FinalEvaluationOverdue()) == [CloseRun(1, "max_versions reached")]
+    assert machine.handle(FinalEvaluationOverdue()) == [CloseRun(FIRST, 1, "max_versions reached")]
     assert machine.handle(FinalEvaluationOverdue()) == []
 
 
 def test_the_run_stops_at_the_target_if_told_to() -> None:
     machine = coordinator(target=0.8, stop_at_target=True)
-    assert evaluate(machine, 0, 0.9)[-1] == CloseRun(0, "target reached")
+    assert evaluate(machine, 0, 0.9)[-1] == CloseRun(FIRST, 0, "target reached")
 
 
 def read(machine: Coordinator, number: int, undefined: tuple[str, ...] = (), **metrics: float) -> list[Command]:
@@ -189,7 +189,7 @@ def test_a_restart_finishes_what_was_closing() -> None:
     apply(machine, "fjord", 1)
     assert machine.outstanding() == [AwaitFinalEvaluation(30.0)]
     machine.handle(FinalEvaluationOverdue())
-    assert machine.outstanding() == [CloseRun(1, "max_versions reached")]
+    assert machine.outstanding() == [CloseRun(FIRST, 1, "max_versions reached")]
 
 
 def test_evaluations_that_could_not_be_read_are_no_figure() -> None:

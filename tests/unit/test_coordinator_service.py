@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from fednats import subjects, wire
-from fednats.config import CoordinatorSettings, parse
+from fednats.config import CoordinatorSettings, RunSettings, parse
 from fednats.crypto.signing import Signer
 from fednats.messages import Aggregate, Frame, Grid, Payload
 from fednats.protocol.events import (
@@ -32,7 +32,7 @@ from fednats.services.lifecycle import Daemon
 from fednats.services.worker import WorkerDiedError
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import ChunkFile
-from tests.makers import aggregate, announcement, evaluation_sum
+from tests.makers import FIRST, aggregate, announcement, evaluation_sum, opened
 
 TURNS = 100
 """Of the event loop: more than a task needs to come as far as it can."""
@@ -160,7 +160,7 @@ class Fixture:
         """Take the run up at version 0, and an evaluation of it."""
         evaluated = EvaluationArrived(evaluation=evaluation_sum("north"))
         configured = Configured(sites=(), regions=("north",))
-        await self.service._tier.feed(configured, announcement(capacity=None), evaluated)
+        await self.service._tier.feed(configured, opened(), announcement(capacity=None), evaluated)
 
     async def combine(self) -> list[Any]:
         part = Part(aggregate("north"), mass=1.0, staleness=0)
@@ -169,7 +169,23 @@ class Fixture:
 
 def version(number: int, made_by: str, frames: tuple[Frame, ...]) -> Version:
     grids = (Grid(grid_id="g0", steps=()),)
-    return Version(number, made_by, (), bytes(16), frames, grids, "k", (), 500, 1, 0.0, {"north-1": 1.0}, {})
+    return Version(
+        number,
+        FIRST,
+        RunSettings(name="r"),
+        made_by,
+        (),
+        bytes(16),
+        frames,
+        grids,
+        "k",
+        (),
+        500,
+        1,
+        0.0,
+        {"north-1": 1.0},
+        {},
+    )
 
 
 @pytest.mark.parametrize("ended_by", ["pool", "keep_best"])

@@ -23,7 +23,7 @@ from fednats.errors import ConfigError, RefusedError
 from fednats.services.aggregator_worker import AggregatorWorker
 from fednats.services.coordinator_worker import CoordinatorWorker
 from fednats.services.keys import held, read_keys
-from tests.makers import aggregate
+from tests.makers import FIRST, aggregate
 from tests.participants import seed
 
 BUS = BusSettings(url="tls://127.0.0.1:4222")
@@ -93,8 +93,9 @@ def test_the_coordinator_decrypts_what_either_key_is_for(pairs: list[tuple[bytes
         "secret_key_file": new,
         "older_secret_key_file": old,
     }
-    worker = CoordinatorWorker(parse(raw, CoordinatorSettings, source="test"), 2**20)
-    version = worker.current()
+    settings = parse(raw, CoordinatorSettings, source="test")
+    worker = CoordinatorWorker(settings, 2**20)
+    version = worker.open_run(FIRST, settings.settings, None)
     assert (version.key_id, version.older_key_ids) == (key_id(pairs[1][1]), (key_id(pairs[0][1]),))
     layout, grid = Layout(version.parameters), version.grids[-1]
     delta = np.linspace(-0.01, 0.01, layout.n_parameters, dtype=np.float32)

@@ -12,11 +12,11 @@ from fednats.cli import app
 from fednats.errors import ConfigError, Reason
 from fednats.privacy.egress import EGRESS_FILE, LEDGER_FILE
 from fednats.protocol import collector, sequences
-from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached, RunClosed
+from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached
 from fednats.services.recorder import entry_of
 from fednats.testbed import ledger as ledger_of_a_run
 from fednats.testbed.ledger import OVERTAKEN_S, Ledger, settled, verify
-from tests.makers import announcement, update
+from tests.makers import announcement, closed, update
 from tests.small_run import SETTINGS, SmallRun
 
 Rows = list[list[Any]]
@@ -120,7 +120,7 @@ def test_a_coordinator_killed_between_applying_and_writing_that_down_is_sound(ru
 
 def test_what_the_run_leaves_over_when_it_closes_is_said(run: SmallRun) -> None:
     late = run.send("north", "a")
-    run.regions["north"].feed(run.now_s, ContributionArrived(head=late), RunClosed(reason="max_versions reached"))
+    run.regions["north"].feed(run.now_s, ContributionArrived(head=late), closed())
     run.regions["north"].feed(run.now_s, ContributionArrived(head=run.send("north", "b")))
     ledger = found(run)
     assert ledger.findings == []
@@ -221,7 +221,7 @@ async def test_what_is_sent_and_never_comes_before_the_books_are_closed_is_found
     monkeypatch.setattr(ledger_of_a_run, "OVERTAKEN_S", 0.0)
     run.send("north", "a")
     assert (await settled(run.directory)).findings == [], "the region does not know of the end, and may take it in yet"
-    run.regions["north"].feed(run.now_s, RunClosed(reason="max_versions reached"))
+    run.regions["north"].feed(run.now_s, closed())
     ledger = await settled(run.directory)
     (finding,) = ledger.findings
     assert finding.startswith("undelivered: update a-4 of a has not come to north, which knows that the run is closed")
@@ -230,7 +230,7 @@ async def test_what_is_sent_and_never_comes_before_the_books_are_closed_is_found
 
 async def test_the_end_of_a_run_waits_for_what_is_under_way(run: SmallRun) -> None:
     last = run.send("north", "a")
-    run.regions["north"].feed(run.now_s, RunClosed(reason="max_versions reached"))
+    run.regions["north"].feed(run.now_s, closed())
     settling = asyncio.create_task(settled(run.directory))
     while not (await asyncio.to_thread(verify, run.directory)).undelivered:
         pass

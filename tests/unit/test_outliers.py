@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fednats.config import AggregationSettings, DefenceSettings, StopSettings
+from fednats.config import AggregationSettings, DefenceSettings
 from fednats.errors import Reason
 from fednats.protocol.coordinator import Coordinator
 from fednats.protocol.events import (
@@ -18,7 +18,7 @@ from fednats.protocol.events import (
     Settle,
 )
 from fednats.protocol.outliers import ALL_FLOOR, MIN_HISTORY, OWN_FLOOR, START, NormHistory
-from tests.makers import aggregate, announcement
+from tests.makers import aggregate, announcement, opened
 
 
 def history(**settings: object) -> NormHistory:
@@ -103,7 +103,8 @@ class Run:
         self.journal: list[Event] = []
         self.machine = Coordinator("r")
         self._settings = AggregationSettings(region_goal=region_goal)
-        self.feed(Configured(sites=(), regions=("north", "south"), stop=StopSettings(), defence=DefenceSettings()))
+        self.feed(Configured(sites=(), regions=("north", "south")))
+        self.feed(opened())
         self.announce(0)
 
     def feed(self, event: Event) -> list[Command]:

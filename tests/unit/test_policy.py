@@ -16,6 +16,7 @@ from fednats.learning.task_code import load_task, task_file
 from fednats.messages import Grid, ModelManifest, ParameterSpec
 from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
 from fednats.services.off_loop import paced
+from tests.makers import FIRST
 
 SHIPPED = Path(__file__).parents[2] / "sites" / "policy.toml"
 
@@ -29,6 +30,7 @@ def written(tmp_path: Path, text: str) -> Policy:
 def asked(aggregation: AggregationSettings | None = None, delta: DeltaSettings | None = None) -> ModelManifest:
     return ModelManifest(
         run="r",
+        opening=FIRST,
         version=0,
         task="own.py:Mine",
         seed=0,

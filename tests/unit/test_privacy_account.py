@@ -24,6 +24,7 @@ from fednats.services.site_worker import SiteWorker
 from fednats.storage.local_model import model_folder
 from fednats.storage.outbox import Outbox, outbox_file
 from fednats.storage.tensor_file import TensorFile
+from tests.makers import FIRST
 
 PASS = Charge("record", "gaussian", 4.0, 0.2, 20)
 EPSILON = rdp.epsilon(PASS.cost(), 1e-5)
@@ -134,6 +135,7 @@ def manifest(*, training: dict[str, Any] | None = None, delta: dict[str, Any] | 
     parameters = parameters_of(initial_model(make_task("breast-cancer", OPTIONS), 0))
     return ModelManifest(
         run="r",
+        opening=FIRST,
         version=0,
         task="breast-cancer",
         seed=0,

@@ -16,7 +16,7 @@ from fednats.messages import Control, Update
 from fednats.services import identity as identities
 from fednats.services.identity import Identity
 from fednats.testbed.connected_bus import until
-from tests.makers import update
+from tests.makers import FIRST, update
 from tests.participants import Participants, seed
 
 HEAD = subjects.head(subjects.update("r", "north", "a"))
@@ -88,7 +88,7 @@ def test_what_is_not_signed_is_refused(them: Participants, data: bytes) -> None:
 
 def test_models_and_control_are_the_coordinator_s_alone(them: Participants) -> None:
     subject = subjects.control("r")
-    control = Control(run="r", status="closed", version=3, reason="x")
+    control = Control(run="r", opening=FIRST, status="closed", version=3, reason="x")
     site = them.identity("site.a")
     assert site.open(subject, them.identity("coordinator.hub").sign(subject, control), Control) == control
     for name in ("aggregator.north", "site.b", "site.a"):

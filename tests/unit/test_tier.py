@@ -18,7 +18,6 @@ from fednats.protocol.events import (
     ContributionArrived,
     DeadlineReached,
     Event,
-    RunClosed,
     contribution_id,
 )
 from fednats.services.lifecycle import Daemon
@@ -28,7 +27,7 @@ from fednats.storage.journal import Journal, read_journal
 from fednats.transport.bus import Bus
 from fednats.transport.connection import Connection
 from fednats.transport.upkeep import Upkeep
-from tests.makers import announcement, update
+from tests.makers import announcement, closed, update
 
 ROSTER = Roster(run="r", region="north", sites=frozenset({"a", "b"}), regions=frozenset())
 
@@ -156,5 +155,5 @@ async def test_who_gives_up_waiting_does_not_take_his_event_back(made: Fixture) 
         feeding = asyncio.ensure_future(made.tier.feed(announcement()))
         await asyncio.sleep(0)
         feeding.cancel()
-        await made.tier.feed(RunClosed(reason="over"))
+        await made.tier.feed(closed())
     assert [event.kind for event in made.machine.handled] == ["version_announced", "run_closed"]

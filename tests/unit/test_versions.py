@@ -12,16 +12,17 @@ from safetensors.numpy import load_file
 from fednats import wire
 from fednats.codec import frames, grid
 from fednats.codec.layout import Layout
-from fednats.config import AggregationSettings, DeltaSettings, ServerSettings, TrainingSettings
+from fednats.config import AggregationSettings, DeltaSettings, RunSettings, ServerSettings, TrainingSettings
 from fednats.crypto.sealing import ModelKeys, generate
 from fednats.errors import ConfigError, LocalStorageError, Reason, RefusedError
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
-from fednats.services.next_version import LONGEST_CHAIN, Made, NextVersion, first_version
+from fednats.services.next_version import LONGEST_CHAIN, Made, NextVersion, Start, first_version
 from fednats.storage.checkpoints import KEPT_VERSIONS, Checkpoint, Checkpoints, frame_file
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
 from fednats.storage.tensor_file import TensorFile
+from tests.makers import FIRST
 
 PARAMETERS = (ParameterSpec(name="weight", shape=(100, 70)), ParameterSpec(name="bias", shape=(70,)))
 LAYOUT = Layout(PARAMETERS)
@@ -43,7 +44,8 @@ class Origin:
         self.rng = np.random.default_rng(0)
         weights = self.rng.normal(size=N).astype(np.float32)
         self.exact = weights.copy()
-        first = first_version(self.checkpoints, self.keys, weights, grid.initial(LAYOUT, weights, 127), CHUNK_BYTES)
+        start = Start(FIRST, RunSettings(name="r"), (grid.initial(LAYOUT, weights, 127),), weights)
+        first = first_version(self.checkpoints, self.keys, start, CHUNK_BYTES)
         self.made = [first]
 
     def step(self, scale: float = 0.01) -> Checkpoint:
@@ -94,6 +96,7 @@ def killed(*_: object, **__: object) -> None:
 def manifest(checkpoint: Checkpoint) -> ModelManifest:
     return ModelManifest(
         run="r",
+        opening=FIRST,
         version=checkpoint.version,
         task="t",
         seed=0,
