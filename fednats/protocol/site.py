@@ -199,7 +199,7 @@ class Site:
     def _reopen(self, _event: Opened) -> Job | None:
         """Wait for the first version; a job that is still under way is finished first."""
         self.state = State.IDLE if self.job is None else State.BUSY
-        self.trains, self._declined = True, False
+        self.trains, self._declined, self._pauses = True, False, False
         self._newest, self._to_evaluate = -1, []
         return None
 

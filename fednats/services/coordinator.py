@@ -174,8 +174,8 @@ class CoordinatorService:
                 "watch the clock": self._watch_clock(),
                 "give up when all fail": give_up_when_all_fail(
                     self._daemon,
-                    lambda: (self._machine.version, self._tier.accepted, self._machine.state),
-                    self._run.stop.all_failing_s,
+                    self._progress,
+                    lambda: self._machine.stop.all_failing_s,
                     self._tier.feed,
                 ),
                 "watch regions": watch_presence(
@@ -190,6 +190,11 @@ class CoordinatorService:
             },
             self._tier.drain,
         )
+
+    def _progress(self) -> tuple[int, int] | None:
+        """Return what changes while sites contribute; None while no run is open."""
+        is_open = self._machine.state is RunState.OPEN
+        return (self._machine.version, self._tier.accepted) if is_open else None
 
     def _status(self) -> dict[str, Any]:
         machine = self._machine

@@ -52,17 +52,23 @@ def all_fail(daemon: Daemon) -> str:
 
 
 async def give_up_when_all_fail(
-    daemon: Daemon, progress: Callable[[], object], after_s: float, feed: Callable[[Event], Awaitable[None]]
+    daemon: Daemon,
+    progress: Callable[[], object],
+    after_s: Callable[[], float],
+    feed: Callable[[Event], Awaitable[None]],
 ) -> None:
-    """Feed `EverySiteFails` when every site has failed in the same way for ``after_s`` without any ``progress``; for ever."""
+    """Feed `EverySiteFails` when every site has failed in the same way for ``after_s`` without any ``progress``; for ever.
+
+    ``progress`` is None while no run is open.
+    """
     loop = asyncio.get_running_loop()
     before, since_s = ("", progress()), loop.time()
     while True:
-        await asyncio.sleep(min(LOOK_S, after_s))
+        await asyncio.sleep(min(LOOK_S, after_s()))
         now = (all_fail(daemon), progress())
-        if now != before or not now[0]:
+        if now != before or not now[0] or now[1] is None:
             before, since_s = now, loop.time()
-        elif loop.time() - since_s >= after_s:
-            daemon.log.error("every_site_fails", why=now[0], after_s=after_s)
+        elif loop.time() - since_s >= after_s():
+            daemon.log.error("every_site_fails", why=now[0], after_s=after_s())
             await feed(EverySiteFails(why=now[0]))
             since_s = loop.time()

@@ -208,6 +208,8 @@ class SiteService:
                 await asyncio.sleep(RETRY_S)
         if self._closed_at < opening.opened_at and not self._daemon.stopping.is_set():
             self._log.info("run_opened", opened=opening.name, version=opening.opened_at, updates_dropped=n_dropped)
+            self._failures.clear()
+            self._show_failing()
             self._machine.handle(protocol.Opened())
             self._status["state"] = self._resting
 

@@ -81,12 +81,17 @@ def test_a_region_passes_on_what_its_sites_and_the_regions_below_say() -> None:
 
 
 async def test_the_run_is_given_up_only_when_all_fail_without_progress() -> None:
-    node, fed, progress = daemon(), asyncio.Queue[Event](), [0]
+    node, fed = daemon(), asyncio.Queue[Event]()
+    progress: list[int | None] = [0]
     note_said(node, "aggregator", [said(1, a=WHY)])
-    watching = asyncio.create_task(give_up_when_all_fail(node, lambda: progress[0], 0.02, fed.put))
-    for _ in range(10):
-        progress[0] += 1
+    watching = asyncio.create_task(give_up_when_all_fail(node, lambda: progress[0], lambda: 0.02, fed.put))
+    for number in range(10):
+        progress[0] = number
         await asyncio.sleep(0.01)
     assert fed.empty()
+    progress[0] = None
+    await asyncio.sleep(0.1)
+    assert fed.empty(), "no run is open"
+    progress[0] = 10
     assert await fed.get() == EverySiteFails(why=WHY)
     watching.cancel()
