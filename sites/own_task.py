@@ -1,4 +1,4 @@
-"""A hospital's own task, all of it: ``sites/own_task.py:MyTask`` with the option ``csv = "patients.csv"``."""
+"""A hospital's own task, all of it: what the columns of a CSV mean, and a torch model. Every hospital has the same file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,8 @@ from torch import nn
 from fednats.data.table import Category, Classes, Number, Table
 from fednats.learning.task import Examples, Task
 
+# Number: mean and scale are what is usual in the field, not your own; low and high are what is possible.
+# indicator=True lets a value be missing, impute=60 puts 60 in its place; without either it is refused.
 PATIENTS = Table(
     features=(
         Number("age", mean=60, scale=15, low=0, high=120),
@@ -27,11 +29,11 @@ class MyTask(Task):
         self.csv, self.csv_format = csv, csv_format
 
     def model(self) -> nn.Module:
-        """Two layers."""
-        return nn.Sequential(nn.Linear(PATIENTS.n_features, 16), nn.ReLU(), nn.Linear(16, 2))
+        """Two layers; any torch model may stand here, if its shape does not depend on your data."""
+        return nn.Sequential(nn.Linear(PATIENTS.n_features, 16), nn.ReLU(), nn.Linear(16, PATIENTS.n_outputs))
 
     def train_data(self) -> Examples:
-        """Four patients in five."""
+        """Four patients in five, the same ones in every run."""
         train, _ = PATIENTS.read(self.csv, self.csv_format).split()
         return train
 

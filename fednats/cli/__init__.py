@@ -3,7 +3,7 @@
 import typer
 
 from fednats import __version__
-from fednats.cli import audit, bench, daemons, federation, link, provision
+from fednats.cli import audit, bench, daemons, federation, link, provision, task
 from fednats.cli.errors import report
 
 app = typer.Typer(
@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (federation, daemons, provision, link, bench, audit):
+for group in (federation, task, daemons, provision, link, bench, audit):
     app.add_typer(group.commands)
 
 

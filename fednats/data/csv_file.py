@@ -11,6 +11,7 @@ import io
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,8 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16", "utf-16"),
 )
 _WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+_LOOKED_AT = 20
+"""Rows that show whether a delimiter is the right one."""
 _ENCODINGS = "cp1252 (Windows, Western Europe), utf-16, gb18030 (Chinese: GBK), shift_jis, cp1251"
 
 
@@ -101,6 +104,29 @@ def read_csv(
         file,
         {name: Column(file, name, column, sign, form.thousands, form.missing) for name, column in series.items()},
     )
+
+
+def first_rows(file: Path, written: Format) -> tuple[str, list[str]]:
+    """Return the delimiter and the header of a file whose columns nobody has named yet.
+
+    Raises:
+        ConfigError: not exactly one delimiter makes rows of one length of its first lines, and none is stated.
+    """
+    text = _text(file, written)
+    if text[:4].lower() == "sep=" and text[5:6] in "\r\n":
+        raise ConfigError(f"{file}: its first line states the delimiter for Excel; remove that line")
+    fitting = {}
+    for delimiter in [written.delimiter] if written.delimiter else DELIMITERS:
+        try:
+            rows = [row for _, row in islice(_rows(file, text, delimiter, 1), _LOOKED_AT)]
+        except ConfigError:  # quotes that do not fit this delimiter
+            continue
+        if len(rows[0]) > 1 and len({len(row) for row in rows}) == 1:
+            fitting[delimiter] = [name.strip() for name in rows[0]]
+    if len(fitting) != 1:
+        found = f"{len(fitting)} delimiters make" if fitting else "no delimiter makes"
+        raise ConfigError(f"{file}: {found} columns of its first lines; state the delimiter")
+    return next(iter(fitting.items()))
 
 
 # --- bytes to text ---------------------------------------------------------------------------------------------------

@@ -178,6 +178,11 @@ class Table:
         """Length of an input."""
         return sum(feature.n_features for feature in self.features)
 
+    @property
+    def n_outputs(self) -> int:
+        """Length of an output: a logit for each class, or 1 for a `Number`."""
+        return self.target.n_classes if isinstance(self.target, Classes) else 1
+
     def read(self, file: Path | str, written: Format | Mapping[str, Any] | None = None) -> Cases:
         """Read the cases of one hospital: inputs float32[n_features], targets int64 (a `Number`: float32).
 

@@ -25,7 +25,11 @@ from fednats.learning.default_loss import default_loss
 from fednats.learning.default_metrics import default_metrics
 
 Examples = Dataset[tuple[Tensor, ...]]
-"""A map-style data set: ``len(data)`` examples, ``data[i]`` one ``(input, target)``."""
+"""A map-style data set: ``len(data)`` examples, ``data[i]`` one ``(input, target)``.
+
+It may say whose its examples are with ``patients``, one text for each, and how many values are missing with ``n_missing``, a
+count for each column; `fednats.data.cases.Cases` does.
+"""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fednats.config import SiteSettings, parse
+from fednats.data.column import MISSING
+from fednats.data.csv_file import Format, format_of
 from fednats.provision.plan import LeafAddress, ServerAddress
 from fednats.testbed.federation import FederationSettings
 
@@ -78,6 +81,19 @@ def test_the_readme_s_task_is_the_shipped_example() -> None:
     example = (ROOT / "sites" / "own_task.py").read_text()
     without_docstrings = re.sub(r'^        """.*?"""\n', "", example, flags=re.MULTILINE)
     assert text.strip() in without_docstrings
+
+
+def test_the_document_of_data_states_every_format_and_its_examples_run() -> None:
+    examples: dict[str, Any] = {}
+    for text in blocks("docs/data.md", "python"):
+        exec(text, examples)  # noqa: S102 - what a reader does with it
+    inputs = torch.zeros(2, examples["MOLES"].channels, *examples["MOLES"].size)
+    assert examples["resnet"]()(inputs).shape == (2, 1)
+    document = (ROOT / "docs" / "data.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", document, re.MULTILINE)) >= set(Format.model_fields)
+    assert all(f"`{marker}`" in document for marker in MISSING if marker)
+    (options,) = (tomllib.loads(text)["options"] for text in blocks("docs/data.md", "toml"))
+    assert format_of(options["csv_format"]).decimal == ","
 
 
 def test_the_example_settings_of_a_site_are_valid() -> None:

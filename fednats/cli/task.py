@@ -1,0 +1,48 @@
+"""``fednats task``: write a task of one's own."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer()
+task = typer.Typer(help="Write a task of your own.", no_args_is_help=True)
+commands.add_typer(task, name="task")
+
+
+class Source(StrEnum):
+    """What a hospital's data is."""
+
+    CSV = "csv"
+    IMAGES = "images"
+    DICOM = "dicom"
+
+
+@task.command("new")
+def task_new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of the task, such as ward_7: it makes ward_7.py")],
+    source: Annotated[Source, typer.Option("--from", help="what your data is")],
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a CSV with a header: its columns become the task's schema")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="the column to predict  [default: the last]")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="of the CSV, if it is not found out")] = None,
+    encoding: Annotated[str | None, typer.Option(help="of the CSV, if it is not UTF-8")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the files")] = Path(),
+) -> None:
+    """Write a task and a federation file to try it with; nothing is overwritten, no value of the data is shown."""
+    from fednats.templates.new_task import new_task  # noqa: PLC0415 - torch
+
+    stated = {"delimiter": delimiter, "encoding": encoding}
+    written = {key: value for key, value in stated.items() if value is not None}
+    made = new_task(name, source.value, out, data=data, label=label, written=written)
+    for file in made.files:
+        typer.echo(file)
+    if made.to_fill:
+        typer.echo(
+            f"fill in, in {made.files[0]}: the values of {', '.join(made.to_fill)}; mean and scale of each Number"
+        )
+    typer.echo(f"set, in {made.files[1]}: where the data of each hospital is; then: fednats run {made.files[1]}")
