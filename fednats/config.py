@@ -24,6 +24,8 @@ from pydantic import (
 )
 
 from fednats.errors import ConfigError
+from fednats.names import ChosenName
+from fednats.secret_file import check_closed
 
 ENVIRONMENT_PREFIX = "FEDNATS_"
 
@@ -31,7 +33,7 @@ MIN_CHUNK_BYTES = 4096
 """So the number of chunks of a payload is bounded by its bytes."""
 
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-"""A name that becomes one token of a NATS subject."""
+"""What becomes one token of a NATS subject; names that people choose are a `ChosenName`."""
 
 
 FOLDER = "folder"
@@ -48,12 +50,8 @@ def _placed_task(path: str, info: ValidationInfo) -> str:
 
 
 def _closed(path: Path, info: ValidationInfo) -> Path:
-    try:
-        mode = path.stat().st_mode & 0o777
-    except OSError:
-        return path  # whoever reads it says so
-    if info.context is not None and mode & 0o077:
-        raise ValueError(f"{path} is secret, and others may read it (mode {mode:o}): chmod 600 {path}")
+    if info.context is not None:
+        check_closed(path)
     return path
 
 
@@ -61,7 +59,7 @@ File = Annotated[Path, AfterValidator(_placed)]
 """A path; a relative one in a settings file begins where that file is."""
 
 SecretFile = Annotated[File, AfterValidator(_closed)]
-"""A file that nobody but its owner may read; settings from a file are refused while others may."""
+"""A file that is closed to others, see `check_closed`; settings from a file are refused while it is not."""
 
 
 class Settings(BaseModel):
@@ -279,7 +277,7 @@ class StopSettings(Settings):
 class RunSettings(Settings):
     """Everything that is the same for all participants of one run: ``RUN.toml``."""
 
-    name: Token
+    name: ChosenName
     seed: int = 0
     initial_model: File | None = Field(
         None, description="safetensors file with the weights to begin with; none: those the task makes with the seed"
@@ -328,7 +326,7 @@ class TaskSettings(Settings):
 class DaemonSettings(Settings):
     """What every daemon is told."""
 
-    run: Token
+    run: ChosenName
     state_dir: File
     signers_file: File = Field(description="public keys of all participants (TOML); read again when it changes")
     web: WebSettings = WebSettings()
@@ -339,8 +337,8 @@ class DaemonSettings(Settings):
 class SiteSettings(DaemonSettings):
     """``fednats site --config FILE``."""
 
-    site: Token
-    region: Token
+    site: ChosenName
+    region: ChosenName
     bus: BusSettings
     model_key_file: SecretFile = Field(
         description="seals the models for coordinator and sites; 32 bytes, the same for all"
@@ -361,11 +359,11 @@ class SiteSettings(DaemonSettings):
 class AggregatorSettings(DaemonSettings):
     """``fednats aggregator --config FILE``."""
 
-    region: Token
-    parent: Token | None = Field(None, description="region above this one; none: the hub")
+    region: ChosenName
+    parent: ChosenName | None = Field(None, description="region above this one; none: the hub")
     depth: int = Field(1, ge=1, description="aggregators on the way to the hub, this one included")
-    sites: tuple[Token, ...] = Field((), description="sites of this region")
-    regions: tuple[Token, ...] = Field((), description="regions below this one")
+    sites: tuple[ChosenName, ...] = Field((), description="sites of this region")
+    regions: tuple[ChosenName, ...] = Field((), description="regions below this one")
     min_sites: int = Field(2, ge=1, description="this region's own word: runs that ask for sums of fewer are refused")
     bus: BusSettings = Field(description="the region's private account: sites and updates")
     uplink: BusSettings = Field(description="the account of the leaf link: models and aggregates")
@@ -377,7 +375,7 @@ class AggregatorSettings(DaemonSettings):
 class CoordinatorSettings(DaemonSettings):
     """``fednats coordinator --config FILE``."""
 
-    regions: tuple[Token, ...] = Field(min_length=1, description="regions directly below the hub")
+    regions: tuple[ChosenName, ...] = Field(min_length=1, description="regions directly below the hub")
     bus: BusSettings
     model_key_file: SecretFile = Field(
         description="seals the models for coordinator and sites; 32 bytes, the same for all"
@@ -428,7 +426,7 @@ def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:
         return f"{key}: unknown setting; remove it or correct its name"
     if kind == "missing":
         return f"{key}: missing; set it"
-    return f"{key}: {message}"
+    return f"{key}: {message.removeprefix('Value error, ')}"
 
 
 def _overlay(raw: dict[str, Any], environment: Mapping[str, str]) -> None:

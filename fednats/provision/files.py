@@ -29,7 +29,8 @@ class Files:
         try:
             _folder(path.parent)
             if path.exists() and path.read_bytes() == content:
-                path.chmod(mode)
+                if path.stat().st_mode & 0o777 & ~mode:  # a secret was opened to others; what was closed stays closed
+                    path.chmod(mode)
                 return
             part = path.with_name(f"{path.name}.part")
             part.unlink(missing_ok=True)

@@ -41,6 +41,7 @@ def provision(
         ConfigError: the plan does not fit what was provisioned before; the text names the remedy.
         LocalStorageError: a file cannot be written.
     """
+    servers.check_stores(plan)
     kits, files = Kits(out), Files()
     before = Registry.read(kits.authority / "registry.toml", plan.name)
     registry = before or Registry(run=plan.name)

@@ -2,17 +2,14 @@
 
 from pathlib import Path
 
-from fednats.config import DeltaSettings, Settings, Token, parse
+from fednats.config import DeltaSettings
 from fednats.errors import ConfigError
+from fednats.names import checked_node
 from fednats.provision import epochs, nkey
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits
 
 _ROLES = ("site", "aggregator", "uplink", "link", "observer", "coordinator")
-
-
-class _Name(Settings):
-    node: Token
 
 
 def new_key(name: str, folder: Path) -> str:
@@ -24,7 +21,7 @@ def new_key(name: str, folder: Path) -> str:
     role, _, node = name.partition(".")
     if role not in _ROLES:
         raise ConfigError(f"{name}: give ROLE.NAME, with a role of {', '.join(_ROLES)}")
-    parse({"node": node}, _Name, source=name)
+    checked_node(name, node)
     path = folder / Kits(folder).seed_file(name).name
     if path.exists():
         raise ConfigError(f"{path} is there already; a key is never overwritten: give another --out, or remove it")

@@ -7,7 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from fednats.config import RunSettings, Settings, TaskSettings, Token
+from fednats.config import RunSettings, Settings, TaskSettings
+from fednats.names import ChosenName
 from fednats.permissions import user_name
 from fednats.privacy.policy import Policy
 from fednats.subjects import HUB
@@ -79,9 +80,9 @@ class Server:
 class RegionPlan:
     """One region of a federation; ``parent`` is the region above it, none the hub."""
 
-    name: Token
-    sites: tuple[Token, ...] = ()
-    parent: Token | None = None
+    name: ChosenName
+    sites: tuple[ChosenName, ...] = ()
+    parent: ChosenName | None = None
     bus: LeafAddress = field(default_factory=LeafAddress)
 
 
@@ -93,8 +94,10 @@ class Plan(Settings):
     leaves: bool = True
     bus: ServerAddress = ServerAddress()
     task: TaskSettings = Field(description="the coordinator's")
-    site_tasks: Mapping[Token, TaskSettings] = Field({}, description="by site; none: the coordinator's")
-    site_policies: Mapping[Token, Policy] = Field({}, description="by site: its first; none: no stricter than the run")
+    site_tasks: Mapping[ChosenName, TaskSettings] = Field({}, description="by site; none: the coordinator's")
+    site_policies: Mapping[ChosenName, Policy] = Field(
+        {}, description="by site: its first; none: no stricter than the run"
+    )
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Plan":
@@ -102,6 +105,8 @@ class Plan(Settings):
         for kind, names in (("region", [region.name for region in self.regions]), ("site", sites)):
             if doubled := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{kind} {doubled[0]}: is there twice")
+        if HUB in (region.name for region in self.regions):
+            raise ValueError(f"region {HUB}: that is the name of the node above all regions; give it another")
         if not self.leaves and any(region.parent for region in self.regions):
             raise ValueError("regions under regions need leaves")
         self.top_down()

@@ -76,7 +76,7 @@ def _how(path: Path) -> str:
     return 'as `link_seed: "SU..."`' if path.suffix == ".conf" else "as `fednats keys new` wrote it"
 
 
-_KEEP = """Secret files are readable by their owner only (0600) and have to stay so, or no daemon starts. Copy the folder over a channel you trust, to the
+_KEEP = """Secret files are readable by their owner only (0600) and have to stay closed, or no daemon starts. Copy the folder over a channel you trust, to the
 machine that runs it, and keep no second copy.
 """
 

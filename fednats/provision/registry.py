@@ -6,8 +6,9 @@ from pathlib import Path
 
 import tomli_w
 
-from fednats.config import Settings, Token, parse
+from fednats.config import Settings, parse
 from fednats.errors import ConfigError
+from fednats.names import ChosenName
 from fednats.provision.files import Files
 
 SIGNING_ROLES = ("coordinator", "aggregator", "site")
@@ -16,7 +17,7 @@ SIGNING_ROLES = ("coordinator", "aggregator", "site")
 class Registry(Settings):
     """``authority/registry.toml``. Public keys only: a seed may be anywhere, also with its owner alone."""
 
-    run: Token
+    run: ChosenName
     epoch: int = 1
     """Counts the pairs of keys for homomorphic encryption."""
     own_pairs: bool = False

@@ -12,6 +12,7 @@ from fednats.provision.authority import Authority
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits, Plan
 from fednats.subjects import HUB
+from fednats.transport import streams
 
 
 def config_file(name: str) -> Path:
@@ -54,6 +55,47 @@ def server_conf(plan: Plan, node: str) -> str:
     }
     text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
     return f"{text}bus_max_store: {server.max_store}\n"  # in quotes it would be no size
+
+
+def check_stores(plan: Plan) -> None:
+    """Refuse a server that may not store what its streams may take: the services could not make them.
+
+    Raises:
+        ConfigError: naming the setting, and what is needed.
+    """
+    for node in (HUB, *(region.name for region in plan.regions if plan.leaves)):
+        needed, given = store_bytes(plan, node), _bytes_of(plan.server(node).max_store)
+        if needed > given:
+            section = "bus" if node == HUB else f"regions.{node}.bus"
+            raise ConfigError(
+                f'[{section}] max_store = "{plan.server(node).max_store}": the streams of this server may take'
+                f" {needed / 2**30:.1f} GiB together; give {-(-needed // 2**30)}GB or more (it is a limit, and takes no disk"
+                " by itself)"
+            )
+
+
+def store_bytes(plan: Plan, node: str) -> int:
+    """Return the most that all streams of a run may take at the server of ``node``."""
+    run = plan.name
+    made: list[streams.StreamSpec | streams.BucketSpec] = []
+    if node == HUB:
+        made += [*streams.at_hub(run, plan.children_of(None), leaves=plan.leaves), *streams.buckets(run)]
+    for region in plan.regions:
+        if not plan.leaves or region.name == node:
+            children = plan.children_of(region.name)
+            made += streams.at_uplink(run, region.name, region.parent, children, leaves=plan.leaves)
+            made += streams.in_region(run, region.name, leaves=plan.leaves)
+            made += [*streams.buckets(run), *([streams.presence(run)] if children else [])]
+    return streams.needed_bytes(made)
+
+
+def _bytes_of(size: str) -> int:
+    """Return a size of nats-server's in bytes: there KB is 1024 bytes.
+
+    >>> _bytes_of("20GB") == 20 * 2**30
+    True
+    """
+    return int(size[:-2]) << 10 * (1 + "KMGT".index(size[-2]))
 
 
 def _write(plan: Plan, node: str, config: str, text: str, kits: Kits, authority: Authority, files: Files) -> None:

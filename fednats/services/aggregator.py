@@ -41,6 +41,7 @@ from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, entry_of, run_begins
 from fednats.services.rejects import Rejects
 from fednats.services.sent_sums import SentSums
+from fednats.services.server_limit import follow_server_limit
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker
 from fednats.storage.chunk_file import read_chunks
@@ -148,6 +149,7 @@ class AggregatorService:
             "follow signers": self._identity.follow_signers(self._log),
             "execute": self._tier.execute(self._execute),
             "combine": self._tier.combine(self._combine),
+            "follow the server's limit": follow_server_limit(self._daemon, self._uplink),
             "be seen by the region": self._daemon.be_seen(self._region),
             "be seen from above": self._daemon.be_seen(self._uplink, subjects.HUB, *([s.parent] if s.parent else [])),
         }

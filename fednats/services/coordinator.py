@@ -48,6 +48,7 @@ from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, run_begins
 from fednats.services.rejects import Rejects
+from fednats.services.server_limit import follow_server_limit
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
@@ -186,6 +187,7 @@ class CoordinatorService:
                     "aggregator",
                     self._settings.regions,
                 ),
+                "follow the server's limit": follow_server_limit(self._daemon, self._bus),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._tier.drain,

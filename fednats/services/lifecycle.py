@@ -17,6 +17,7 @@ from fednats import subjects
 from fednats.config import DaemonSettings
 from fednats.errors import BusError, FednatsError, HospitalError
 from fednats.messages import Presence
+from fednats.permissions import user_name
 from fednats.services import state_dir
 from fednats.services.loop_lag import LoopLag
 from fednats.transport.bus import Bus
@@ -47,6 +48,8 @@ class Daemon:
     loop_lag: LoopLag = field(default_factory=LoopLag)
     waits: Callable[[], bool] = lambda: False
     """Whether it cannot contribute: until others are there, or any more."""
+    obstacles: dict[str, str] = field(default_factory=dict)
+    """What keeps it from working, by what it is: it is not ready meanwhile. Said by `hinder`."""
     declined: dict[str, Mapping[str, str]] = field(default_factory=dict)
     """By role: which services, this one and those below, take no part in the run, and why."""
     failing: dict[str, Mapping[str, str]] = field(default_factory=dict)
@@ -56,19 +59,41 @@ class Daemon:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has started and its connections stand."""
-        return self.ready and all(bus.connected for bus in self.buses)
+        """Whether it has started, its connections stand, and nothing keeps it from working."""
+        return self.not_ready() is None
+
+    def not_ready(self) -> str | None:
+        """Return why it is not ready; None if it is."""
+        if self.obstacles:
+            return "; ".join(self.obstacles.values())
+        if not self.ready:
+            return "it is starting or stopping"
+        return None if all(bus.connected for bus in self.buses) else "the bus is away"
 
     @property
     def presence(self) -> Presence:
         """What it says of itself on the bus."""
+        declined = _together(self.declined)
+        if self.obstacles:
+            declined[user_name(self.role, self.name)] = "; ".join(self.obstacles.values())
         return Presence(
             release=fednats.__version__,
-            waits=self.waits(),
-            declined=_together(self.declined),
+            waits=self.waits() or bool(self.obstacles),
+            declined=declined,
             failing=_together(self.failing),
             n_sites=sum(self.n_sites.values()) if all(self.n_sites.values()) else 0,
         )
+
+    def hinder(self, what: str, why: str, event: str, **fields: object) -> None:
+        """Note that ``what`` keeps it from working, and log ``event`` with the reason unless that was said before."""
+        if self.obstacles.get(what) != why:
+            self.log.error(event, remedy=why, **fields)
+        self.obstacles[what] = why
+
+    def unhinder(self, what: str) -> None:
+        """Note that ``what`` no longer keeps it from working."""
+        if self.obstacles.pop(what, None) is not None:
+            self.log.info("obstacle_gone", obstacle=what)
 
     def describe(self) -> dict[str, Any]:
         """Return what the micro service's ``status`` endpoint shows, to whoever may ask on the bus."""
@@ -77,6 +102,7 @@ class Daemon:
             "name": self.name,
             "run": self.run,
             "ready": self.is_ready,
+            "obstacles": self.obstacles,
             "loop_lag_ms": self.loop_lag.describe(),
             "declined": self.presence.declined,
             "failing": self.presence.failing,
@@ -142,9 +168,7 @@ async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon
         loop.add_signal_handler(number, daemon.stopping.set)
     async with (
         asyncio.TaskGroup() as group,
-        serving(
-            settings.web, settings.state_dir, daemon.metrics, lambda: daemon.is_ready, daemon.describe_here
-        ) as port,
+        serving(settings.web, settings.state_dir, daemon.metrics, daemon.not_ready, daemon.describe_here) as port,
     ):
         lag = group.create_task(daemon.loop_lag.watch(daemon.metrics.loop_lag.observe), name="loop lag")
         daemon.log.info("started", web_port=port)

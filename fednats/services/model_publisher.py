@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings
-from fednats.errors import BusError
-from fednats.messages import Control, Frame, ModelManifest, Opening
+from fednats.errors import BusError, ConfigError
+from fednats.messages import DIGEST_BYTES, Control, Frame, ModelManifest, Opening
 from fednats.privacy.egress import Entry
 from fednats.services.answers import Version
 from fednats.services.identity import Identity
@@ -19,6 +19,11 @@ from fednats.services.recorder import Recorder, entry_of
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import read_chunks
 from fednats.transport.bus import Bus
+
+HEAD_BYTES = 2048
+"""More than a head of an update or a sum ever takes without its digests."""
+DIGEST_ROOM_BYTES = DIGEST_BYTES + 2
+"""Of one digest in a head."""
 
 
 class ModelPublisher:
@@ -83,11 +88,12 @@ class ModelPublisher:
                         await self._publish_control(self._control)
 
     async def _publish(self, version: Version) -> ModelManifest:
+        manifest = self._manifest(version)
+        signed = self._identity.sign(subjects.head(self._prefix), manifest)
+        self._say_largest(version, len(signed))
         n_bytes = 0
         for frame in version.frames:
             n_bytes += await self._publish_frame(frame)
-        manifest = self._manifest(version)
-        signed = self._identity.sign(subjects.head(self._prefix), manifest)
         await self._recorder.record(entry_of("model", manifest, version=version.version))
         await self._lease.publish(
             lambda fence: self._bus.publish(subjects.head(self._prefix), signed, wire.message_id(signed), fence=fence)
@@ -98,6 +104,18 @@ class ModelPublisher:
         self._log.info("version_published", version=version.version, bytes=n_bytes, delta_norm=version.delta_norm)
         await self._forget_frames({frame.payload.payload_id for frame in version.frames})
         return manifest
+
+    def _say_largest(self, version: Version, manifest_bytes: int) -> None:
+        """Tell the regions, with the pulse, how large the run's messages are: chunks, manifests, heads of updates and sums.
+
+        Raises:
+            ConfigError: the hub's server does not take them.
+        """
+        chunk_bytes = self._settings.settings.delta.chunk_bytes + wire.ROOM_BYTES
+        head_bytes = HEAD_BYTES + version.n_update_chunks * DIGEST_ROOM_BYTES
+        limit = self._bus.need(max(chunk_bytes, head_bytes, manifest_bytes))
+        if limit.too_small:
+            raise ConfigError(f"{limit.remedy}, or make delta.chunk_bytes larger if the heads are too large")
 
     async def _publish_frame(self, frame: Frame) -> int:
         """Publish the chunks of ``frame`` unless they are in the stream; return the bytes sent."""

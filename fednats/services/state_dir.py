@@ -1,7 +1,8 @@
-"""A daemon's ``state_dir``: closed to other users, and one daemon's at a time."""
+"""A daemon's ``state_dir``: what is written there is closed to other users, and one daemon's at a time."""
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,30 +11,44 @@ from fednats.errors import ConfigError
 
 LOCK_FILE = "daemon.lock"
 
+_OTHERS_WRITE, _GROUP_WRITES = 0o002, 0o020
+
 
 @contextmanager
 def own(state_dir: Path) -> Iterator[None]:
-    """Make ``state_dir`` and keep other users, and other daemons, out of it while the context is open.
+    """Keep other users out of what is written, and other daemons out of ``state_dir``, while the context is open.
 
-    The process's umask is set for good: whatever the daemon and its worker write, there or elsewhere, is theirs alone.
+    The process's umask is set for good: whatever the daemon and its worker write, there or elsewhere, is theirs alone
+    (0600). A folder that is not there is made, closed to others (0700). One that is there, a volume or what a link leads
+    to, keeps its mode and owner; it is refused if others could put their own files in the place of the daemon's.
 
     Raises:
-        ConfigError: it cannot be made, is another user's, or a daemon runs on it.
+        ConfigError: it cannot be made or written, others may write in it, or a daemon runs on it.
     """
     os.umask(0o077)
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
-        state_dir.chmod(0o700)
+        _refuse_open(state_dir, state_dir.stat())
         lock = os.open(state_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise ConfigError(
-            f"state_dir: {state_dir} cannot be made or closed to other users ({error.strerror}); give a folder of this user's"
+            f"state_dir: {state_dir} cannot be made or written ({error.strerror}); give a folder that this user may write"
         ) from error
     try:
         _lock(lock, state_dir)
         yield
     finally:
         os.close(lock)
+
+
+def _refuse_open(state_dir: Path, found: os.stat_result) -> None:
+    mode = stat.S_IMODE(found.st_mode)
+    roots_group = found.st_uid == 0 and os.geteuid() != 0  # a volume of Kubernetes with fsGroup
+    if mode & _OTHERS_WRITE or (mode & _GROUP_WRITES and not roots_group):
+        raise ConfigError(
+            f"state_dir: others may write in {state_dir} (mode {mode:o}, owner {found.st_uid}), and so change what the daemon"
+            f" remembers; name a folder in it that is not there yet, such as {state_dir / 'state'}, or chmod 700 {state_dir}"
+        )
 
 
 def _lock(lock: int, state_dir: Path) -> None:

@@ -15,7 +15,6 @@ from fednats.config import (
     Settings,
     StopSettings,
     TaskSettings,
-    Token,
     TrainingSettings,
     check_robust,
     load,
@@ -23,6 +22,7 @@ from fednats.config import (
 from fednats.errors import ConfigError
 from fednats.learning.task import Task
 from fednats.learning.task_code import load_task
+from fednats.names import ChosenName
 from fednats.privacy.policy import Policy
 from fednats.provision.plan import LeafAddress, Plan, RegionPlan, ServerAddress
 from fednats.subjects import HUB
@@ -32,7 +32,7 @@ from fednats.testbed.wan import WanSettings
 class RegionSettings(Settings):
     """``[regions.NAME]``."""
 
-    parent: Token | None = Field(None, description="region above this one; none: the hub")
+    parent: ChosenName | None = Field(None, description="region above this one; none: the hub")
     bus: LeafAddress = LeafAddress()
     wan: WanSettings | None = Field(None, description="between its nats-server and the one above; none: a good link")
 
@@ -40,7 +40,7 @@ class RegionSettings(Settings):
 class SiteInFederation(Settings):
     """``[sites.NAME]``."""
 
-    region: Token
+    region: ChosenName
     options: dict[str, Any] = Field({}, description="options of the task at this site, over the common ones")
     slow_factor: float = Field(1.0, ge=1, description="local training takes this many times as long")
     policy: Policy | None = Field(
@@ -59,7 +59,7 @@ class SiteInFederation(Settings):
 class FederationSettings(Settings):
     """``FEDERATION.toml``."""
 
-    name: Token
+    name: ChosenName
     task: str = Field(description="name of a shipped task, or path/to/file.py:ClassName")
     seed: int = 0
     options: dict[str, Any] = Field({}, description="options of the task, common to all sites")
@@ -69,8 +69,8 @@ class FederationSettings(Settings):
     delta: DeltaSettings = DeltaSettings()
     stop: StopSettings = StopSettings()
     defence: DefenceSettings = DefenceSettings()
-    regions: dict[Token, RegionSettings] = Field(min_length=1)
-    sites: dict[Token, SiteInFederation] = Field(min_length=1)
+    regions: dict[ChosenName, RegionSettings] = Field(min_length=1)
+    sites: dict[ChosenName, SiteInFederation] = Field(min_length=1)
     leaves: bool = Field(default=True, description="a nats-server per region; without, all connect to the hub")
     bus: ServerAddress = Field(ServerAddress(), description="the hub's server, for provisioning")
 

@@ -140,10 +140,10 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
 
 
 def _plan(federation: FederationSettings, output: Path) -> Plan:
-    """Return what the kits are made from; every hospital's privacy account is in the folder of the run."""
+    """Return what the kits are made from; a privacy account that no policy names is in the folder of the run."""
     plan = federation.plan()
     policies = {
-        name: policy.model_copy(update={"privacy_account": output / f"privacy-{name}.sqlite"})
+        name: policy.model_copy(update={"privacy_account": policy.privacy_account or output / f"privacy-{name}.sqlite"})
         for name, policy in plan.site_policies.items()
     }
     return plan.model_copy(update={"site_policies": policies})

@@ -56,7 +56,8 @@ class DaemonProcess:
 
     async def start(self) -> None:
         """Write the settings file and start the process, in a session of its own."""
-        self.state_dir.mkdir(parents=True, exist_ok=True)
+        self.state_dir.parent.mkdir(parents=True, exist_ok=True)
+        self.state_dir.mkdir(mode=0o700, exist_ok=True)
         (self.state_dir / PORT_FILE).unlink(missing_ok=True)
         config = self.state_dir / f"{self.role}.toml"
         settings = self.settings.model_dump(mode="json", exclude_none=True)

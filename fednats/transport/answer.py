@@ -6,7 +6,8 @@ from typing import Any
 from fednats.errors import BusError, BusFullError, FencedError
 
 _NO_STREAM = 10059
-_FULL = {10023, 10028, 10047}
+_FULL = {10023, 10028}
+_NO_ROOM = 10047
 _STORE_FAILED = 10077
 _WRONG_LAST_SEQUENCE = 10071
 
@@ -23,8 +24,16 @@ class NoStreamError(BusError):
     """The stream does not exist."""
 
 
+class NoRoomError(BusFullError):
+    """The server may not promise a stream as much room as it is to have."""
+
+
 def answer(data: bytes, what: str) -> dict[str, Any]:
-    """Return JetStream's JSON answer; raises BusFullError, FencedError, NoStreamError or BusError if it says so."""
+    """Return JetStream's JSON answer.
+
+    Raises:
+        BusFullError, NoRoomError, FencedError, NoStreamError, BusError: if it says so.
+    """
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -35,6 +44,8 @@ def answer(data: bytes, what: str) -> dict[str, Any]:
     if not error:
         return dict(body)
     code, text = error.get("err_code"), f"{what}: {error.get('description')} ({error.get('err_code')})"
+    if code == _NO_ROOM:
+        raise NoRoomError(text)
     if code in _FULL or (code == _STORE_FAILED and "maximum" in text):
         raise BusFullError(text)
     if code == _WRONG_LAST_SEQUENCE:

@@ -28,13 +28,12 @@ from fednats.transport.answer import AwayError, NobodyError, NoStreamError, answ
 from fednats.transport.connection import Connection, connection
 from fednats.transport.consumer import Consumer, Delivery
 from fednats.transport.fence import Fence
+from fednats.transport.message_limit import HEADER_ROOM_BYTES, Limit
 from fednats.transport.streams import BucketSpec, StreamSpec
 from fednats.transport.upkeep import Upkeep
 
 __all__ = ["Bus", "Delivery", "Record"]
 
-HEADER_ROOM_BYTES = 4096
-"""Kept free below the server's largest message for headers, also those that a copying server adds."""
 POLL_INTERVAL_S = 5.0
 """How often `Bus.follow` looks although nothing was announced."""
 WATCH_INTERVAL_S = 1.0
@@ -94,6 +93,19 @@ class Bus:
     def max_payload_bytes(self) -> int:
         """Largest ``data`` that may be published: what this server takes in a message, less room for headers."""
         return self._connection.client.max_payload - HEADER_ROOM_BYTES
+
+    def need(self, n_bytes: int) -> Limit:
+        """Say how large a ``data`` the run publishes; it goes on with the pulse. Return it beside what the server takes."""
+        self._upkeep.limit.need(n_bytes + HEADER_ROOM_BYTES)
+        return self._upkeep.limit.now
+
+    def limits(self) -> AsyncGenerator[Limit, None]:
+        """Yield what the run needs and what the server takes, now, whenever either has changed, and after reconnections.
+
+        What is needed is what `need` was told, or what the node above says. Nothing is copied from there while the server
+        takes less.
+        """
+        return self._upkeep.limit.changes()
 
     @property
     def sent(self) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from nats.aio.msg import Msg
 
 from fednats.errors import BusError
 from fednats.transport.connection import Connection
+from fednats.transport.message_limit import MessageLimit
 from fednats.transport.streams import NANOSECONDS, Origin, StreamSpec
 
 PULSE_INTERVAL_S = 0.25
@@ -28,13 +29,14 @@ PATIENCE_S = 4.0
 
 
 class Copying:
-    """The sources of one stream."""
+    """The sources of one stream; none of them as long as this server does not take what they would send."""
 
-    def __init__(self, connection: Connection, spec: StreamSpec) -> None:
+    def __init__(self, connection: Connection, spec: StreamSpec, limit: MessageLimit) -> None:
         self._connection = connection
         self._spec = spec
+        self._limit = limit
         self._heard = asyncio.Event()
-        self._sources = [Source(origin, self._heard) for origin in spec.sources]
+        self._sources = [Source(origin, self._heard, limit) for origin in spec.sources]
 
     async def run(self) -> None:
         """Look after them for ever; raises BusError when the connection is closed for good."""
@@ -60,6 +62,9 @@ class Copying:
         name = self._spec.name
         try:
             info = await self._connection.api(f"STREAM.INFO.{name}")
+            if self._limit.now.too_small:
+                await self._stop(info["config"])
+                return
             for source in heard:
                 if source.to_be_set_up(info.get("sources") or ()):
                     self._connection.log.info("copying_set_up", stream=name, origin=source.origin.stream)
@@ -72,19 +77,28 @@ class Copying:
         for sources in (without, [each.config() for each in self._spec.sources]):
             await self._connection.api(f"STREAM.UPDATE.{self._spec.name}", {**config, "sources": sources})
 
+    async def _stop(self, config: Mapping[str, Any]) -> None:
+        """Copy nothing; what `_set_up` puts in again once the limit allows it."""
+        if config.get("sources"):
+            await self._connection.api(f"STREAM.UPDATE.{self._spec.name}", {**config, "sources": []})
+            self._connection.log.warning("copying_stopped", stream=self._spec.name, **self._limit.now._asdict())
+
 
 class Source:
     """One origin: when its side was heard, and when the copying from it was set up."""
 
-    def __init__(self, origin: Origin, any_heard: asyncio.Event) -> None:
+    def __init__(self, origin: Origin, any_heard: asyncio.Event, limit: MessageLimit) -> None:
         self.origin = origin
+        self._limit = limit
         self._any_heard = any_heard
         self._heard = False
         self._heard_at = self._set_up_at = asyncio.get_running_loop().time()  # the server has begun to do so itself
         self._patience_s = PATIENCE_S
 
-    async def hear(self, _message: Msg) -> None:
+    async def hear(self, message: Msg) -> None:
         """Note a pulse; the first one after a silence says that the link is a new one."""
+        if self.origin.says_limit:
+            self._limit.hear(message.data)
         now = asyncio.get_running_loop().time()
         if now - self._heard_at > SILENT_S:
             self._patience_s = 0.0

@@ -4,7 +4,7 @@ Each function returns what one service ensures at its start with `Bus.ensure_str
 A stream of models or of rejects drops its oldest when full. All others refuse: the sender keeps what was not taken.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class Origin:
     deliver: str = ""
     pulse: str | None = None
     """What is heard from there while the link stands; none: it is on the same server."""
+    says_limit: bool = False
+    """Whether the pulse says how large the run's messages are: that of the node above does."""
 
     def config(self) -> Mapping[str, Any]:
         """Return it as the server's JSON: all of it, where the server alone might start at the newest of other origins."""
@@ -68,6 +70,11 @@ class StreamSpec:
     pulse: str | None = None
     """What its maker says regularly, for those who copy it over a link."""
 
+    @property
+    def n_bytes(self) -> int:
+        """The most that it takes."""
+        return self.limits.max_bytes
+
     def config(self, max_message_bytes: int) -> dict[str, Any]:
         """Return it as the server's JSON; ``max_message_bytes`` is what that server takes."""
         config: dict[str, Any] = {
@@ -79,7 +86,8 @@ class StreamSpec:
             "max_bytes": self.limits.max_bytes,
             "max_msgs": self.limits.max_messages,
             "max_age": self.limits.max_age_s * NANOSECONDS,
-            "max_msg_size": max_message_bytes,
+            # What a copy refused for its size it would never ask for again, also after a server's limit was raised.
+            "max_msg_size": -1 if self.sources else max_message_bytes,
             "subjects": list(self.subjects),
             "duplicate_window": self.limits.duplicate_window_s * NANOSECONDS,
             "allow_direct": True,
@@ -97,7 +105,8 @@ class BucketSpec:
 
     name: str
     ttl_s: float | None = None
-    max_bytes: int = 64 * 2**20
+    n_bytes: int = 64 * 2**20
+    """The most that it takes."""
 
     def config(self, max_message_bytes: int) -> dict[str, Any]:
         """Return the stream that is the bucket, as the server's JSON; see `StreamSpec.config`."""
@@ -109,7 +118,7 @@ class BucketSpec:
             "num_replicas": 1,
             "discard": "new",
             "max_msgs_per_subject": 1,
-            "max_bytes": self.max_bytes,
+            "max_bytes": self.n_bytes,
             "max_msg_size": max_message_bytes,
             "allow_direct": True,
             "allow_rollup_hdrs": False,  # else who renews one key may roll all of them up into it
@@ -154,6 +163,7 @@ def at_uplink(
                 api=f"$JS.{above}.API",
                 deliver=permissions.deliver(region),
                 pulse=subjects.pulse(run, above),
+                says_limit=True,
             ),
         ),
         limits=MODELS,
@@ -183,6 +193,11 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
         discard="new",
     )
     return (models, updates, _rejects(run, region))
+
+
+def needed_bytes(specs: Iterable[StreamSpec | BucketSpec]) -> int:
+    """Return what a server must be allowed to store for all of them."""
+    return sum(spec.n_bytes for spec in specs)
 
 
 def buckets(run: str) -> tuple[BucketSpec, ...]:

@@ -3,13 +3,15 @@
 import asyncio
 import time
 from collections.abc import Awaitable
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from fednats.errors import BusError
-from fednats.transport.answer import AwayError, NoStreamError
+from fednats.transport.answer import AwayError, NoRoomError, NoStreamError
 from fednats.transport.connection import Connection
 from fednats.transport.copying import PULSE_INTERVAL_S, Copying
+from fednats.transport.message_limit import MessageLimit
 from fednats.transport.streams import BucketSpec, StreamSpec
 
 RETRY_S = 1.0
@@ -21,6 +23,7 @@ class Upkeep:
     def __init__(self, connection: Connection) -> None:
         self.recreated: asyncio.Queue[str] = asyncio.Queue()
         """Names of streams that had to be made anew after a reconnection."""
+        self.limit = MessageLimit(connection)
         self._connection = connection
         self._specs: dict[str, StreamSpec | BucketSpec] = {}
         self._reconnected = asyncio.Event()
@@ -45,10 +48,22 @@ class Upkeep:
         created = await self._make(spec)
         self._specs[spec.name] = spec
         if isinstance(spec, StreamSpec) and spec.sources:
-            self._start(f"copy {spec.name}", Copying(self._connection, spec).run())
+            self._start(f"copy {spec.name}", Copying(self._connection, spec, self.limit).run())
         return created
 
     async def _make(self, spec: StreamSpec | BucketSpec) -> bool:
+        try:
+            return await self._made(spec)
+        except NoRoomError as error:
+            raise BusError(
+                f"{error}: {spec.name} may take up to {spec.n_bytes / 2**30:.1f} GiB, and with the other streams that is more"
+                " than the server may store; raise bus_max_store in its server.conf (bus/README.md says how much its"
+                " streams need) and start it again: it is a limit, and takes no disk by itself"
+            ) from error
+
+    async def _made(self, spec: StreamSpec | BucketSpec) -> bool:
+        if isinstance(spec, StreamSpec) and self.limit.now.too_small:
+            spec = replace(spec, sources=())
         wanted = spec.config(self._connection.client.max_payload)
         name = wanted["name"]
         try:
@@ -92,7 +107,7 @@ class Upkeep:
             pulses = {spec.pulse for spec in self._specs.values() if isinstance(spec, StreamSpec) and spec.pulse}
             try:
                 for pulse in pulses:
-                    await self._connection.emit(pulse, b"")
+                    await self._connection.emit(pulse, self.limit.pulse)
             except AwayError:
                 pass  # the connection says so
             except BusError as error:

@@ -19,10 +19,12 @@ async def serving(
     settings: WebSettings,
     state_dir: Path,
     metrics: Metrics,
-    ready: Callable[[], bool],
+    not_ready: Callable[[], str | None],
     status: Callable[[], Mapping[str, Any]],
 ) -> AsyncIterator[int]:
     """Serve while the context is open; the port taken is yielded and written to ``state_dir/web.port``.
+
+    ``not_ready`` returns what the daemon waits for, None if it is ready.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -32,7 +34,8 @@ async def serving(
         return web.Response(text="ok\n")
 
     async def readyz(_request: web.Request) -> web.Response:
-        return web.Response(text="ready\n") if ready() else web.Response(status=503, text="not ready\n")
+        why = not_ready()
+        return web.Response(text="ready\n") if why is None else web.Response(status=503, text=f"not ready: {why}\n")
 
     async def show_metrics(_request: web.Request) -> web.Response:
         return web.Response(body=metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

@@ -88,8 +88,10 @@ async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeF
             await sends(kit / "state" / "outbox.sqlite")
             second = await asyncio.to_thread(fednats, "site", "--config", str(kit / "site.toml"), cwd=tmp_path, code=1)
             assert f"a daemon runs on {kit / 'state'} already" in second
-            written = [kit / "state", *(kit / "state").rglob("*"), *kit.glob("*.sqlite")]
+            written = [*(kit / "state").rglob("*"), *kit.glob("*.sqlite")]
+            assert written
             assert not [path for path in written if path.stat().st_mode & 0o077]
+            assert (kit / "state").stat().st_mode & 0o777 == 0o755, "a folder that it did not make was changed"
         finally:
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0

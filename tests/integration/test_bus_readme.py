@@ -1,6 +1,10 @@
+from math import ceil
 from pathlib import Path
 
 from fednats import permissions
+from fednats.config import parse
+from fednats.provision.plan import Plan, RegionPlan
+from fednats.provision.servers import store_bytes
 from fednats.transport import streams
 
 README = (Path(__file__).parents[2] / "bus" / "README.md").read_text(encoding="utf-8")
@@ -36,3 +40,18 @@ def test_the_readmes_limits_of_rejects_are_the_streams() -> None:
         assert spec.name.replace("hub", "<node>").replace("<region>", "<node>") in row
         assert f"| {limits.max_bytes // 2**20} MiB, {limits.max_messages:,} messages |" in row
         assert f"| {limits.max_age_s // 86400} days | drops the oldest |" in row
+
+
+def test_the_readmes_stores_are_what_provisioning_asks_for() -> None:
+    def gibibytes(node: str, regions: tuple[RegionPlan, ...], *, leaves: bool = True) -> float:
+        raw = {"run": {"name": "r"}, "regions": regions, "task": {"path": "heart"}, "leaves": leaves}
+        return store_bytes(parse(raw, Plan, source="test"), node) / streams.GIB
+
+    one, below = RegionPlan("a", ("x", "y")), RegionPlan("b", ("v", "w"), parent="a")
+    hub, leaf, above = gibibytes("hub", (one,)), gibibytes("a", (one,)), gibibytes("a", (one, below))
+    alone = gibibytes("hub", (one,), leaves=False) - hub
+    text = " ".join(README.split())
+    assert (
+        f"the hub needs {ceil(hub)} GB, a leaf {ceil(leaf)} GB, a leaf with regions below it {ceil(above)} GB" in text
+    )
+    assert f"a hub without leaves {ceil(hub)} GB and {ceil(alone)} GB more for each region" in text

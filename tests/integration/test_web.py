@@ -19,12 +19,15 @@ async def test_health_readiness_metrics_and_status(tmp_path: Path) -> None:
     metrics = Metrics()
     metrics.refused.labels(reason="checksum").inc()
     async with (
-        serving(WebSettings(), tmp_path, metrics, lambda: ready, lambda: {"state": "waiting"}) as port,
+        serving(
+            WebSettings(), tmp_path, metrics, lambda: None if ready else "the bus is away", lambda: {"state": "waiting"}
+        ) as port,
         aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session,
     ):
         assert (tmp_path / "web.port").read_text() == f"{port}\n"
         assert (await session.get("/healthz")).status == 200
-        assert (await session.get("/readyz")).status == 503
+        waiting = await session.get("/readyz")
+        assert (waiting.status, await waiting.text()) == (503, "not ready: the bus is away\n")
         ready = True
         assert (await session.get("/readyz")).status == 200
         text = await (await session.get("/metrics")).text()
@@ -33,8 +36,8 @@ async def test_health_readiness_metrics_and_status(tmp_path: Path) -> None:
 
 
 async def test_a_taken_port_is_named(tmp_path: Path) -> None:
-    def never() -> bool:
-        return False
+    def never() -> str:
+        return "never"
 
     async with serving(WebSettings(), tmp_path, Metrics(), never, dict) as port:
         with pytest.raises(ConfigError, match=str(port)):

@@ -32,6 +32,7 @@ from fednats.services.lifecycle import Daemon
 from fednats.services.worker import WorkerDiedError
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import ChunkFile
+from fednats.transport.message_limit import Limit
 from tests.makers import FIRST, aggregate, announcement, evaluation_sum, opened
 
 TURNS = 100
@@ -108,6 +109,9 @@ class Hub:
         await self.takes.wait()
         assert [chunk async for chunk in chunks] == [payload_id.encode()]
         self.payloads.append(payload_id)
+
+    def need(self, n_bytes: int) -> Limit:
+        return Limit(n_bytes, n_bytes)
 
     async def last(self, *_: object) -> None: ...
 

@@ -151,7 +151,7 @@ async def test_a_daemon_notices_a_change_and_survives_a_damaged_file(
     ("changes", "expected"),
     [
         ({"run": "other"}, "is of run 'other'"),
-        ({"keys": {"site.a": "UNKEY"}}, "keys.site.a: Value error, not a public nkey"),
+        ({"keys": {"site.a": "UNKEY"}}, "keys.site.a: not a public nkey"),
         ({"keys": {}}, "has no key for site.a"),
         ({"colour": "red"}, "colour: unknown setting"),
     ],
