@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,8 @@ from fednats.protocol.events import (
     WallTimeReached,
     contribution_id,
 )
-from fednats.services.answers import Pooled, Version
-from fednats.services.evaluations import Part as EvaluationPart
-from fednats.services.evaluations import Summing, evaluations_summed
+from fednats.services.answers import Version
+from fednats.services.evaluation_reader import EvaluationReader
 from fednats.services.failing import give_up_when_all_fail
 from fednats.services.history import History
 from fednats.services.identity import Identity
@@ -118,8 +117,6 @@ class CoordinatorService:
         self._history = History()
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
-        self._pooled: dict[str, Any] = {}
-        """Confusion matrix and ROC curves of the version evaluated last, of all test cases pooled."""
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         models = subjects.models_stream(settings.run, subjects.HUB)
         self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
@@ -131,6 +128,7 @@ class CoordinatorService:
         """When the newest run was opened, on the clock of the `Tier`."""
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
+        self._evaluations = EvaluationReader(self._tier.chunks, worker, self._stepping, daemon.log)
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
         daemon.n_sites = {"aggregator": 0}
         daemon.status = self._status
@@ -145,11 +143,14 @@ class CoordinatorService:
     async def _live(self) -> None:
         """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
+        self._daemon.doing = "making the run's streams"
         at_hub = streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves)
         await self._lease.take(lambda: ensure(self._log, self._bus, at_hub))
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
+        self._daemon.doing = "taking up the run from its journal"
         n_events = await self._tier.restore()
+        self._daemon.doing = "loading torch and the model"
         version: Version | None = await self._worker.call("current")
         self._log.info("restored", n_events=n_events, version=-1 if version is None else version.version)
         settings = self._settings.settings.model_copy(update={"initial_model": None})
@@ -160,7 +161,7 @@ class CoordinatorService:
             await self._tier.feed(await self._announce(version))
             if self._machine.state is RunState.OPEN:
                 await self._publisher.tell_open(version.opening)
-        self._daemon.ready = True
+        self._daemon.ready, self._daemon.doing = True, ""
         durable = subjects.durable(subjects.HUB, self._inbox.stream)
         filters = [subjects.head(subjects.aggregate(run, "*")), subjects.evaluation_sum(run, "*")]
         await until_stopped(
@@ -220,7 +221,7 @@ class CoordinatorService:
             "target_metric": machine.target_metric,
             "reached_target_at": machine.reached_target_at,
             "history": self._history.shown(),
-            "pooled": self._pooled,
+            "cases": self._evaluations.cases,
             "sent_bytes": self._publisher.sent_bytes,
             "lease": self._lease.status,
             **self._figures,
@@ -414,22 +415,11 @@ class CoordinatorService:
                 raise AssertionError(f"{type(command).__name__} is not a coordinator's command")
 
     async def _read_evaluations(self, command: SumEvaluations) -> None:
-        """Decrypt what regions summed of their sites' counts: figures of all their test cases pooled."""
+        """Have read what regions summed of their sites' evaluations, and say it."""
         current = self._machine.collector.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced
 
-        async def pool(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[EvaluationPart]) -> Pooled:
-            async with self._stepping:
-                pooled: Pooled = await self._worker.call("pool", inputs, parts, current.settings.min_sites)
-            return pooled
-
-        key_ids = (current.key_id, *current.older_key_ids)
-        summing = Summing(self._tier.chunks, pool, key_ids, current.settings.min_sites, self._log)
-        is_of_this_run = command.version >= current.opening.first_version
-        parts, pooled = await summing.run(command) if is_of_this_run else ([], None)
-        event = evaluations_summed(command.version, parts, pooled)
-        if pooled is not None:
-            self._pooled = {"version": command.version, "confusion": pooled.confusion, "roc": pooled.roc}
+        event = await self._evaluations.read(command, current)
         await self._tier.feed(event)
         self._log.info(
             "version_evaluated",

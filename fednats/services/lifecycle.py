@@ -40,6 +40,8 @@ class Daemon:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by SIGTERM or SIGINT: take no new work, finish what is under way."""
     ready: bool = False
+    doing: str = "connecting to the bus"
+    """What it does until it has started, in words; empty from then on."""
     buses: list[Bus] = field(default_factory=list)
     """Connections without which the daemon is not ready."""
     status: Callable[[], Mapping[str, Any]] = dict
@@ -67,7 +69,7 @@ class Daemon:
         if self.obstacles:
             return "; ".join(self.obstacles.values())
         if not self.ready:
-            return "it is starting or stopping"
+            return self.doing or "it is stopping"
         return None if all(bus.connected for bus in self.buses) else "the bus is away"
 
     @property
@@ -102,6 +104,7 @@ class Daemon:
             "name": self.name,
             "run": self.run,
             "ready": self.is_ready,
+            "doing": self.doing,
             "obstacles": self.obstacles,
             "loop_lag_ms": self.loop_lag.describe(),
             "declined": self.presence.declined,

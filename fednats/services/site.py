@@ -118,9 +118,10 @@ class SiteService:
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
         await self._sender.begin()
+        self._daemon.doing = "loading torch, the task and its data"
         n_samples = await self._worker.call("prepare")
         self._log.info("data_loaded", n_samples=n_samples)
-        self._daemon.ready = True
+        self._daemon.ready, self._daemon.doing = True, ""
         self._status["state"] = "waiting"
         await until_stopped(
             self._daemon,

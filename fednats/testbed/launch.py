@@ -28,6 +28,7 @@ from fednats.testbed.processes import LOG_FILE, DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
+from fednats.testbed.timeline import Timeline
 from fednats.testbed.wan import Wan, WanSettings
 
 POLL_S = 0.5
@@ -83,15 +84,16 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     _refuse_used(output)
     if federation.training.dp is not None:
         await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
+    timeline = Timeline()
     async with running(federation, output) as federation_running:
-        statuses = await _watch(federation, federation_running, started)
+        statuses = await _watch(federation, federation_running, timeline, started)
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
     weights = await asyncio.to_thread(_keep_model, output)
     refuse_failed(statuses, output)
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
-    figures = run_figures(federation, statuses, federation_running.wan_bytes)
+    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline)
 
     def write(comparison: Comparison) -> Summary:
         summary = summarise(figures, comparison, time.monotonic() - started)
@@ -114,7 +116,7 @@ def refuse_failed(statuses: Statuses, output: Path) -> None:
         raise RunFailedError(f"the run ended at version {coordinator['version']}: {coordinator['reason']}; see {log}")
 
 
-async def _watch(federation: FederationSettings, running_now: Running, started: float) -> Statuses:
+async def _watch(federation: FederationSettings, running_now: Running, timeline: Timeline, started: float) -> Statuses:
     """Show progress until the coordinator has closed the run; return the last statuses."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -122,11 +124,13 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
         loop.add_signal_handler(number, interrupted.set)
     statuses: Statuses = {}
     try:
-        with Progress(federation.name, federation.task, federation.stop) as progress:
+        names = [daemon.name for daemon in running_now.daemons]
+        with Progress(federation.name, federation.task, federation.stop, names) as progress:
             while statuses.get(COORDINATOR, {}).get("state") != "closed":
                 running_now.daemons.check()
                 statuses = with_newest(statuses, await running_now.daemons.statuses())
                 progress.update(statuses, time.monotonic() - started)
+                timeline.note(statuses, time.monotonic() - started)
                 try:
                     async with asyncio.timeout(POLL_S):
                         await interrupted.wait()
