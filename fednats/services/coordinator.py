@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fednats import subjects
 from fednats.config import CoordinatorSettings
 from fednats.errors import BusError, FednatsError, Reason, RefusedError
-from fednats.messages import Aggregate, EvaluationSum, Opening
+from fednats.messages import Aggregate, EvaluationSum
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.coordinator import Coordinator, RunState
@@ -28,10 +28,8 @@ from fednats.protocol.events import (
     KeepBest,
     OpenRun,
     Part,
-    RunOpened,
     SumEvaluations,
     VersionAnnounced,
-    WallTimeReached,
     contribution_id,
 )
 from fednats.services.answers import Version
@@ -47,6 +45,7 @@ from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, run_begins
 from fednats.services.rejects import Rejects
+from fednats.services.runs import Runs
 from fednats.services.server_limit import follow_server_limit
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -122,10 +121,9 @@ class CoordinatorService:
         self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
         self._tier.may_settle = self._lease.confirmed
         self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus, self._lease)
-        self._told_closed = False
-        self._opened = asyncio.Event()
-        self._opened_s = 0.0
-        """When the newest run was opened, on the clock of the `Tier`."""
+        self._runs = Runs(settings, identity, self._machine, self._tier, worker, daemon.log)
+        self._ending: asyncio.TimerHandle | None = None
+        """Ends the run when the last evaluations do not come."""
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
         self._evaluations = EvaluationReader(self._tier.chunks, worker, self._stepping, daemon.log)
@@ -156,7 +154,7 @@ class CoordinatorService:
         settings = self._settings.settings.model_copy(update={"initial_model": None})
         await self._tier.feed(Configured(sites=(), regions=self._settings.regions, settings=settings))
         if self._machine.opening is None:
-            await self._open_first(version)
+            await self._runs.open_first(version)
         if version is not None and version.opening == self._machine.opening:
             await self._tier.feed(await self._announce(version))
             if self._machine.state is RunState.OPEN:
@@ -173,7 +171,8 @@ class CoordinatorService:
                 "execute": self._tier.execute(self._execute),
                 "combine": self._tier.combine(self._combine),
                 "publish again": self._publisher.publish_again(lambda: self._worker.persist(self._log, "current")),
-                "watch the clock": self._watch_clock(),
+                "watch the clock": self._runs.watch_clock(),
+                "take orders": self._runs.take_orders(self._bus),
                 "give up when all fail": give_up_when_all_fail(
                     self._daemon,
                     self._progress,
@@ -203,7 +202,7 @@ class CoordinatorService:
         machine = self._machine
         best = machine.best
         return {
-            "state": self._state(),
+            "state": self._runs.state,
             "opening": None if machine.opening is None else machine.opening.model_dump(),
             "reason": machine.reason,
             "failed": machine.failed,
@@ -226,14 +225,6 @@ class CoordinatorService:
             "lease": self._lease.status,
             **self._figures,
         }
-
-    def _state(self) -> str:
-        """Return the newest run's state; it is closed when everybody has been told."""
-        if self._machine.opening is None:
-            return "starting"
-        if self._machine.state is RunState.CLOSED and not self._told_closed:
-            return RunState.FINISHING.name.lower()
-        return self._machine.state.name.lower()
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
@@ -338,9 +329,7 @@ class CoordinatorService:
     def _note(self, handled: Handled) -> None:
         """Keep the figures that operators see, now or from the journal."""
         self._history.note(handled)
-        if isinstance(handled.event, RunOpened):
-            self._opened_s = handled.elapsed_s
-            self._opened.set()
+        self._runs.note(handled)
         if isinstance(handled.event, Combined):
             self._note_norms(handled.event)
         if handled.combination is not None:
@@ -369,21 +358,11 @@ class CoordinatorService:
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
-    async def _open_first(self, version: Version | None) -> None:
-        """Open the run in the daemon's own settings; with a ``version`` on disk the journal is lost, and it goes on."""
-        first = self._settings.settings
-        if version is not None:
-            await self._tier.feed(RunOpened(opening=version.opening, settings=version.settings))
-            return
-        digest = await self._worker.call("prepare_run", first)
-        opening = Opening(name=first.name, first_version=0, opened_at=0)
-        settings = first.model_copy(update={"initial_model": None})
-        await self._tier.feed(RunOpened(opening=opening, settings=settings, initial_digest=digest))
-
     async def _open(self, command: OpenRun) -> None:
         """Make and publish the version that an opening begins with, and tell everybody."""
         opening = command.opening
-        self._told_closed = False
+        if self._ending is not None:
+            self._ending.cancel()  # of the run before
         async with self._publisher.publishing, self._stepping:
             version: Version = await self._worker.persist(
                 self._log, "open_run", opening, command.settings, command.initial_digest
@@ -403,12 +382,12 @@ class CoordinatorService:
                 self._log.info("best_version", version=version, kept=kept)
             case AwaitFinalEvaluation(delay_s):
                 self._log.info("run_finishing", reason=self._machine.reason, version=self._machine.version)
-                self._tier.feed_later(delay_s, FinalEvaluationOverdue())
+                self._ending = self._tier.feed_later(delay_s, FinalEvaluationOverdue())
             case OpenRun():
                 await self._open(command)
             case CloseRun(opening, version, reason):
                 await self._publisher.tell_closed(opening, version, reason)
-                self._told_closed = True
+                self._runs.told_closed = True
                 self._log.info("run_closed", opened=opening.name, version=version, reason=reason)
                 await self._put_state()
             case _:
@@ -431,24 +410,10 @@ class CoordinatorService:
         )
         await self._put_state()
 
-    async def _watch_clock(self) -> None:
-        """End the open run when it has lasted as long as it may, for ever."""
-        while True:
-            self._opened.clear()
-            settings, is_open = self._machine.settings, self._machine.state is RunState.OPEN
-            longest_s = settings.stop.max_wall_s if settings is not None and is_open else None
-            rest_s = None if longest_s is None else max(0.0, self._opened_s + longest_s - self._tier.elapsed_s)
-            try:
-                async with asyncio.timeout(rest_s):
-                    await self._opened.wait()
-            except TimeoutError:
-                if self._machine.state is RunState.OPEN:
-                    await self._tier.feed(WallTimeReached())
-
     async def _put_state(self) -> None:
         state = {
             "version": self._machine.version,
-            "state": self._state(),
+            "state": self._runs.state,
             "metrics": self._history.newest_metrics,
         }
         try:
