@@ -34,7 +34,7 @@ class PrivateTrainer(Trainer):
 
         dp_sgd.refuse_unsuitable(self._model)
         if not self._loss_is_a_mean:
-            dp_sgd.check_loss(self._task, self._model, self._data, self.n_samples)
+            dp_sgd.check_loss(self._task, self._model, self._data)
             self._loss_is_a_mean = True
 
     def train(self, start: Vector, settings: TrainingSettings, seed: int) -> LocalPass:
