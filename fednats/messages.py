@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fednats import __version__
 from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings, check_robust
 
 DIGEST_BYTES = 16
@@ -29,6 +30,15 @@ MAX_FIGURES = 64
 MAX_METRIC = 1e15
 """Largest magnitude of a metric; sums of them stay finite."""
 
+MAX_VERDICTS = 32
+"""Verdicts in one receipt: the newest ones."""
+
+MAX_DETAIL = 300
+"""Characters that a verdict says beyond its reason."""
+
+NO_RECORD = "0" * 64
+"""Head of a ledger that has no record yet."""
+
 Digest = Annotated[bytes, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Name = Annotated[str, Field(max_length=512)]
 Text = Annotated[str, Field(max_length=4096)]
@@ -42,6 +52,9 @@ FigureNames = Annotated[tuple[Name, ...], Field(max_length=MAX_FIGURES)]
 Arrangement = Annotated[int, Field(ge=0, le=2**16)] | None
 
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Release = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,64}$")]
+LedgerHead = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Hash of the newest record of a ledger (`fednats.privacy.egress`), hexadecimal SHA-256."""
 
 
 class Message(BaseModel):
@@ -50,6 +63,12 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     kind: ClassVar[str]
+
+
+class SignedMessage(Message):
+    """Base of what is signed; it names the release of its sender, so that a refusal can say which two do not agree."""
+
+    release: Release = __version__
 
 
 class ParameterSpec(BaseModel):
@@ -129,7 +148,7 @@ class Opening(BaseModel):
         return self
 
 
-class ModelManifest(Message):
+class ModelManifest(SignedMessage):
     """One version of the global model, and the frames from which it can be made."""
 
     kind: ClassVar[str] = "model"
@@ -169,7 +188,7 @@ class ModelManifest(Message):
         return self
 
 
-class Control(Message):
+class Control(SignedMessage):
     """Whether the run is open, and why not if it is not."""
 
     kind: ClassVar[str] = "control"
@@ -181,7 +200,7 @@ class Control(Message):
     reason: Text
 
 
-class Lease(Message):
+class Lease(SignedMessage):
     """Which process acts for the coordinator or for a region: one at a time.
 
     The newest in the stream counts. Its sequence number there is the fencing token: whatever else the process
@@ -196,7 +215,7 @@ class Lease(Message):
     place: Token = Field(description="digest over this boot of the machine and the folder with the daemon's state")
 
 
-class Update(Message):
+class Update(SignedMessage):
     """One site's delta; payload: the weighted-summable encoding of the quantised delta."""
 
     kind: ClassVar[str] = "update"
@@ -212,10 +231,13 @@ class Update(Message):
     n_samples: Positive
     saturated: Count = Field(description="values that the grid clipped")
     min_sites: Positive = Field(description="distinct sites that the site asks every sum with it to be of")
+    ledger_head: LedgerHead = Field(
+        NO_RECORD, description="newest record of the site's egress ledger when the update was first offered to the bus"
+    )
     payload: Payload
 
 
-class Aggregate(Message):
+class Aggregate(SignedMessage):
     """A weighted sum of at least ``min_sites`` distinct sites' deltas."""
 
     kind: ClassVar[str] = "aggregate"
@@ -238,7 +260,7 @@ class Aggregate(Message):
     payload: Payload
 
 
-class Evaluation(Message):
+class Evaluation(SignedMessage):
     """One site's counts of one version on its own test data; payload: the summable encoding of the counts."""
 
     kind: ClassVar[str] = "evaluation"
@@ -257,7 +279,7 @@ class Evaluation(Message):
     payload: Payload
 
 
-class EvaluationSum(Message):
+class EvaluationSum(SignedMessage):
     """Sums of the counts of at least ``min_sites`` distinct sites; ``metrics`` are means weighted by ``n_samples``."""
 
     kind: ClassVar[str] = "evaluation_sum"
@@ -274,6 +296,37 @@ class EvaluationSum(Message):
     metrics: Metrics
     min_sites: Positive = Field(description="as of an aggregate")
     payload: Payload
+
+
+Outcome = Literal["accepted", "refused", "left_over"]
+"""Accepted: in a sum that its region has made. Left over: the run closed before it was in one."""
+
+
+class Verdict(BaseModel):
+    """What became of one update at its region."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Token = Field(description="id of the update; of one that could not be read, `wire.message_id` of its head")
+    sequence: Count = Field(description="number of the update; 0 if it could not be read")
+    outcome: Outcome
+    reason: Annotated[str, Field(max_length=64)] = Field(description="of a refusal, a `Reason`; else empty")
+    detail: Annotated[str, Field(max_length=MAX_DETAIL)]
+    ledger_head: LedgerHead = Field(description="as the update had it: the region countersigns the site's ledger")
+
+
+class Receipt(SignedMessage):
+    """What a region tells one of its sites: the newest verdicts on its updates, the newest last.
+
+    Each receipt repeats the verdicts of those before, so a site that misses one loses nothing.
+    """
+
+    kind: ClassVar[str] = "receipt"
+
+    run: Token
+    region: Token
+    site: Token
+    verdicts: Annotated[tuple[Verdict, ...], Field(max_length=MAX_VERDICTS)]
 
 
 class Reject(Message):
@@ -319,7 +372,7 @@ class Presence(BaseModel):
     n_sites: Count = Field(0, description="sites of this region and of those below, there or not; 0: not all are known")
 
 
-class RunOrder(Message):
+class RunOrder(SignedMessage):
     """What the holder of the coordinator's kit asks of the coordinator that runs."""
 
     kind: ClassVar[str] = "run_order"
@@ -349,7 +402,7 @@ class RunRow(BaseModel):
     reached_target_at: Count | None = Field(description="first version that reached the target")
 
 
-class RunAnswer(Message):
+class RunAnswer(SignedMessage):
     """What the coordinator says to an order."""
 
     kind: ClassVar[str] = "run_answer"
@@ -372,5 +425,6 @@ AnyMessage = (
     | Aggregate
     | Evaluation
     | EvaluationSum
+    | Receipt
     | Reject
 )

@@ -69,7 +69,8 @@ class Evaluator:
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
         self._model = model
-        self._data = Batches(task, "test_data", task.test_data(), model)
+        self.data = task.test_data()
+        self._data = Batches(task, "test_data", self.data, model)
 
     @cached_property
     def outputs(self) -> Outputs:

@@ -64,7 +64,8 @@ class Trainer:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
-        self._data = Batches(task, "train_data", task.train_data(), model)
+        self.data = task.train_data()
+        self._data = Batches(task, "train_data", self.data, model)
         self.n_samples = len(self._data)
         self._model = model
         entries = model.state_dict().items()
@@ -83,6 +84,26 @@ class Trainer:
             train_loss = self._steps(settings, seed)
         self._model.zero_grad()  # a gradient is as large as the model, and what follows needs none
         return LocalPass(n_samples=self.n_samples, train_loss=train_loss)
+
+    def parameters_without_gradient(self, settings: TrainingSettings) -> list[str]:
+        """Train on one batch, discard the result, and name the trainable parameters that got no gradient.
+
+        Raises:
+            LocalDataError: the loss is not finite.
+        """
+        before = read_vector(self._model)
+        with self._from(before, seed=0):
+            self._model.train()
+            inputs, targets = next(self._batches(settings.batch_size, seed=0))
+            loss = self._task.loss(self._model, inputs, targets)
+            if not math.isfinite(loss.item()):
+                raise LocalDataError(f"loss of the first batch is {loss.item()}; is a value of the data not finite?")
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            named = list(self._model.named_parameters())
+            unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+        self._model.zero_grad()
+        write_vector(self._model, before)
+        return unused
 
     @contextmanager
     def _from(self, start: Vector, seed: int) -> Iterator[None]:

@@ -30,7 +30,7 @@ from fednats.privacy.policy import read_policy
 from fednats.privacy.skellam import SkellamRounding
 from fednats.privacy.spending import Spending
 from fednats.privacy.trainer import PrivateTrainer
-from fednats.services.answers import Scored, Trained
+from fednats.services.answers import Prepared, Scored, Trained
 from fednats.services.keys import held, key_id_of, read_keys
 from fednats.storage.local_disk import local_disk
 from fednats.storage.local_model import LocalModel, model_folder, read_or_drop
@@ -81,12 +81,19 @@ class SiteWorker:
         self._pass: Pass | None = None
         self._rehearsed: TrainingSettings | None = None
 
-    def prepare(self) -> int:
-        """Load everything, and look at what the model gives for test cases; return the number of training cases."""
+    def prepare(self) -> Prepared:
+        """Load everything, and try the task on one batch, so that what fails every pass fails now.
+
+        Raises:
+            HospitalError: the task fails, or its loss is not finite.
+            ConfigError: its outputs and targets are none that the default metrics know.
+        """
         load_optimizers()
-        with task_code("evaluating"):
-            self._evaluator.outputs  # noqa: B018 - refuses now what no metric knows
-        return self._trainer.n_samples
+        with task_code("training on one batch"):
+            without_gradient = self._trainer.parameters_without_gradient(TrainingSettings())
+        with task_code("evaluating one batch"):
+            outputs = str(self._evaluator.outputs)
+        return Prepared(self._trainer.n_samples, outputs, tuple(without_gradient))
 
     def check(self, manifest: ModelManifest) -> None:
         """Refuse a manifest that is not of this site's task or key, or asks for more than the hospital allows.

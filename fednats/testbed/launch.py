@@ -1,11 +1,12 @@
 """Run a whole federation on this machine: servers, daemons, progress, comparison, report."""
 
 import asyncio
+import os
 import shutil
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from fednats.testbed.processes import LOG_FILE, DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
+from fednats.testbed.supervisor import Supervisor
 from fednats.testbed.timeline import Timeline
 from fednats.testbed.wan import Wan, WanSettings
 
@@ -78,22 +80,38 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
 
     Raises:
         RunFailedError: no site could train, or the run could not do what it was asked to.
-        FednatsError: a daemon died, or the settings do not work.
+        FednatsError: something ended and starting it again is of no use, or the settings do not work.
     """
+    with private_files():
+        return await _run_federation(federation, output)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Let nobody else read what this process and those that it starts write: models are learned from patients' data."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+async def _run_federation(federation: FederationSettings, output: Path) -> Summary:
     started = time.monotonic()
     _refuse_used(output)
     if federation.training.dp is not None:
         await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
     timeline = Timeline()
     async with running(federation, output) as federation_running:
-        statuses = await _watch(federation, federation_running, timeline, started)
+        supervisor = Supervisor([*federation_running.servers.servers, *federation_running.daemons])
+        statuses = await _watch(federation, federation_running, supervisor, timeline, started)
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
     weights = await asyncio.to_thread(_keep_model, output)
     refuse_failed(statuses, output)
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
-    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline)
+    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline, supervisor.restarts)
 
     def write(comparison: Comparison) -> Summary:
         summary = summarise(figures, comparison, time.monotonic() - started)
@@ -116,8 +134,10 @@ def refuse_failed(statuses: Statuses, output: Path) -> None:
         raise RunFailedError(f"the run ended at version {coordinator['version']}: {coordinator['reason']}; see {log}")
 
 
-async def _watch(federation: FederationSettings, running_now: Running, timeline: Timeline, started: float) -> Statuses:
-    """Show progress until the coordinator has closed the run; return the last statuses."""
+async def _watch(
+    federation: FederationSettings, running_now: Running, supervisor: Supervisor, timeline: Timeline, started: float
+) -> Statuses:
+    """Show progress until the coordinator has closed the run, and start again what ends; return the last statuses."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -127,9 +147,9 @@ async def _watch(federation: FederationSettings, running_now: Running, timeline:
         names = [daemon.name for daemon in running_now.daemons]
         with Progress(federation.name, federation.task, federation.stop, names) as progress:
             while statuses.get(COORDINATOR, {}).get("state") != "closed":
-                running_now.daemons.check()
+                await supervisor.mend()
                 statuses = with_newest(statuses, await running_now.daemons.statuses())
-                progress.update(statuses, time.monotonic() - started)
+                progress.update(statuses, time.monotonic() - started, supervisor.restarts)
                 timeline.note(statuses, time.monotonic() - started)
                 try:
                     async with asyncio.timeout(POLL_S):

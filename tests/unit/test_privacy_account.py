@@ -343,3 +343,13 @@ def test_the_update_of_a_private_delta_has_noise_and_leaves_no_noise_behind(tmp_
             "SELECT data FROM residual WHERE sequence = (SELECT MAX(sequence) FROM outgoing)"
         ).fetchone()
     assert np.abs(np.frombuffer(data, "<f4")).max() < 2.0**-8
+
+
+def test_an_account_with_charges_deleted_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "privacy.sqlite"
+    account = Account(file)
+    for version in range(3):
+        account.charge("r", version, [Charge("record", "gaussian", 4.0, 0.2, 20)], None)
+    account._connection.execute("DELETE FROM charge WHERE number = 3")
+    with pytest.raises(ConfigError, match=r"privacy\.sqlite: charges were deleted.* 3 rows were written, 2 are there"):
+        Account(file)
