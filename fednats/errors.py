@@ -14,9 +14,11 @@
     |   `-- DatabaseLockedError  another process holds one of its files
     |-- RunFailedError         a run ended because it could not go on
     |-- InterruptedRunError    Ctrl-C; everything was stopped
+    |-- ImpossibleModelError   the next version would hold a value that no model can have
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- HospitalError          work on a hospital's own data failed
     |   |-- TaskError          the code of a task failed, or does not fit
+    |   |   `-- DataError      a hospital's data is not what its task states
     |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
     |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
     `-- RefusedError           something that reached us from others and is refused, with its reason
@@ -83,6 +85,10 @@ class InterruptedRunError(FednatsError):
     """Ctrl-C; everything was stopped."""
 
 
+class ImpossibleModelError(FednatsError):
+    """The next version would hold a value that no model can have; it was not made, and would not be another time."""
+
+
 class OverflowRefusedError(FednatsError):
     """A weighted sum whose total weight would overflow its fields; nothing was added."""
 
@@ -103,6 +109,10 @@ class HospitalError(FednatsError):
 
 class TaskError(HospitalError):
     """The code of a task failed, or what it returned does not fit."""
+
+
+class DataError(TaskError):
+    """A hospital's data is not what its task states; the text names file and place and the remedy, never a value."""
 
 
 class LocalDataError(HospitalError):

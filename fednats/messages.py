@@ -19,6 +19,8 @@ MAX_CHUNKS = 2**16
 """Chunks of one payload: 16 GiB of the usual ones."""
 
 MAX_FRAMES = 256
+FROZEN_DIGEST_BYTES = 8
+MAX_FROZEN_BYTES = 2**14 * FROZEN_DIGEST_BYTES
 MAX_RUNS = 100
 """Runs in one answer: the newest."""
 
@@ -72,12 +74,13 @@ class SignedMessage(Message):
 
 
 class ParameterSpec(BaseModel):
-    """One floating-point tensor of the model's state dict, in the order of the flat vector."""
+    """One tensor that travels, in the order of the flat vector."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Name
     shape: Annotated[tuple[Count, ...], Field(max_length=MAX_DIMENSIONS)]
+    statistic: bool = Field(default=False, description="a running mean or variance, which no gradient moves")
 
 
 class Grid(BaseModel):
@@ -160,6 +163,9 @@ class ModelManifest(SignedMessage):
     seed: int
     parameters: tuple[ParameterSpec, ...]
     weights_digest: Digest = Field(description="BLAKE2b-128 of all weights, float32 little endian, in parameter order")
+    frozen_digests: bytes = Field(
+        b"", max_length=MAX_FROZEN_BYTES, description="BLAKE2b-64 of each tensor that stays as the task makes it"
+    )
     frames: tuple[Frame, ...] = Field(
         max_length=MAX_FRAMES, description="in the stream now, by version; at least one chain leads here"
     )

@@ -102,6 +102,7 @@ class SmallRun:
                 n_steps=version,
                 made_by=made_by,
                 weights_digest=digest,
+                frozen_digests=b"",
                 grids=(),
                 frames=(),
                 quarantined=dict(quarantined),

@@ -22,6 +22,7 @@ from fednats.protocol.events import (
     KeepBest,
     OpenRun,
     RunClosed,
+    RunFailed,
     RunOpened,
     VersionAnnounced,
     WallTimeReached,
@@ -134,6 +135,9 @@ class Coordinator:
             self._note_norms(event)
         if isinstance(event, WallTimeReached):
             return self._finish("max_wall_s reached")
+        if isinstance(event, RunFailed):
+            self.failed = self.failed or self.state is RunState.OPEN
+            return self._finish(event.reason)
         if isinstance(event, FinalEvaluationOverdue):
             return self._close()
         if isinstance(event, EverySiteFails):

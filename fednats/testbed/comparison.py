@@ -142,4 +142,5 @@ def _tasks(federation: FederationSettings, sites: Sequence[str]) -> list[Task]:
 def evaluate_pooled(federation: FederationSettings, weights: NDArray[np.float32]) -> Metrics:
     """Return the metrics of ``weights``, float32[n], on the test cases of all hospitals together."""
     with task_code("evaluating"):
-        return evaluate(Pooled(_tasks(federation, tuple(federation.sites))), weights).metrics
+        tasks = _tasks(federation, tuple(federation.sites))
+        return evaluate(Pooled(tasks), weights, seed=federation.seed).metrics

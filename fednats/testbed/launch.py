@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -13,10 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fednats.config import DaemonSettings, TaskSettings
+from fednats.config import DaemonSettings
 from fednats.errors import FednatsError, InterruptedRunError, RunFailedError
+from fednats.learning.entries import entries_of
+from fednats.learning.flat import initial_model
 from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
+from fednats.learning.whole_model import write_whole_model
 from fednats.provision.plan import Plan
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
@@ -99,15 +101,14 @@ def private_files() -> Iterator[None]:
 async def _run_federation(federation: FederationSettings, output: Path) -> Summary:
     started = time.monotonic()
     _refuse_used(output)
-    if federation.training.dp is not None:
-        await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
+    await asyncio.to_thread(_refuse_unsuitable, federation)
     timeline = Timeline()
     async with running(federation, output) as federation_running:
         supervisor = Supervisor([*federation_running.servers.servers, *federation_running.daemons])
         statuses = await _watch(federation, federation_running, supervisor, timeline, started)
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
-    weights = await asyncio.to_thread(_keep_model, output)
+    weights = await asyncio.to_thread(_keep_model, federation, output)
     refuse_failed(statuses, output)
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
@@ -194,20 +195,28 @@ def _refuse_used(output: Path) -> None:
         raise FednatsError(f"{output} holds a federation already; give another --output or remove it")
 
 
-def _refuse_unsuitable(task: TaskSettings) -> None:
-    """Say now, and not at every site, what in the model cannot be trained with differential privacy."""
-    from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where a run asks for it
+def _refuse_unsuitable(federation: FederationSettings) -> None:
+    """Say now, and not at every site, what of the model cannot travel, or be trained with differential privacy."""
+    task = federation.task_of(None)
+    with task_code("making the model"):
+        model = initial_model(make_task(task.path, task.options), federation.seed)
+    entries_of(model)
+    if federation.training.dp is not None:
+        from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where a run asks for it
 
-    with task_code("loading the task"):
-        refuse_unsuitable(make_task(task.path, task.options).model())
+        refuse_unsuitable(model)
 
 
-def _keep_model(output: Path) -> NDArray[np.float32]:
-    """Copy the last version to ``model.safetensors``; return its weights, float32[n]."""
+def _keep_model(federation: FederationSettings, output: Path) -> NDArray[np.float32]:
+    """Write the last version to ``model.safetensors``, whole; return what travels of it, float32[n]."""
     folder = checkpoints_folder(output / COORDINATOR)
     newest = newest_checkpoint(folder)
     if newest is None:
         raise FednatsError(f"{output}: the coordinator left no model version")
-    shutil.copyfile(weights_file(folder, newest.version), output / "model.safetensors")
-    with TensorFile.read(output / "model.safetensors") as weights:
-        return weights[0 : len(weights)]
+    task = federation.task_of(None)
+    with TensorFile.read(weights_file(folder, newest.version)) as file:
+        weights = file[0 : len(file)]
+    write_whole_model(
+        output / "model.safetensors", make_task(task.path, task.options), federation.seed, weights, newest.version
+    )
+    return weights

@@ -13,6 +13,7 @@ from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, SiteSettings, TrainingSettings, parse
 from fednats.crypto import sealing
 from fednats.errors import BudgetSpentError, ConfigError, LocalStorageError
+from fednats.learning.entries import frozen_digests
 from fednats.learning.flat import initial_model, initial_vector, parameters_of
 from fednats.learning.task_code import make_task
 from fednats.messages import Grid, ModelManifest
@@ -284,8 +285,10 @@ def test_what_cannot_be_trained_with_noise_is_not_charged(tmp_path: Path) -> Non
     folder.mkdir(parents=True)
     with TensorFile.create(folder / "version-0.safetensors", [(s.name, s.shape) for s in parameters], {}) as values:
         values.write(0, initial_vector(task, 0))
+    frozen = frozen_digests(initial_model(task, 0))
+    announced = manifest(training=DP_SGD).model_copy(update={"parameters": parameters, "frozen_digests": frozen})
     with pytest.raises(Exception, match=r"1 \(BatchNorm1d\): use nn.GroupNorm"):
-        SiteWorker(settings).train(manifest(training=DP_SGD), False)  # noqa: FBT003 - as the daemon calls it
+        SiteWorker(settings).train(announced, False)  # noqa: FBT003 - as the daemon calls it
     assert Account(account_file(settings, NO_POLICY)).n_charges("record") == 0
 
 
