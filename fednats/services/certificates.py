@@ -42,7 +42,7 @@ async def watch_certificates(daemon: Daemon, buses: Sequence[BusSettings]) -> No
             left_s = ends[url] - time.time()
             if (days := stage(left_s)) is not None and said.get(url) != days:
                 remedy = "run `fednats provision`, hand out server.pem, reload the server"
-                fields = {"server": url, "ends_in_days": math.floor(left_s / DAY_S)}
+                fields = {"server": url, "ends_in_days": max(0, math.floor(left_s / DAY_S))}
                 daemon.log.warning("certificate_ending", **fields, remedy=remedy)
                 daemon.notices.add(What.CERTIFICATE_ENDING, fields)
             said[url] = days
