@@ -117,7 +117,7 @@ async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Wat
                     task.result()
             return all(daemon.is_ready and daemon.sources for daemon in daemons)
 
-        await until(ready)
+        await until(ready, 150)  # the coordinator loads torch
         site = await stack.enter_async_context(Bus.connect(servers.site(REGION, SITE), f"site.{SITE}"))
         await site.put(subjects.presence_bucket(RUN), f"site.{SITE}", b'{"release": "0"}')
         await site.publish(subjects.head(subjects.update(RUN, REGION, SITE)), b"garbage", "1")
