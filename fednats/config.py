@@ -5,6 +5,7 @@ A daemon's file may be overridden by environment variables: ``FEDNATS_BUS__URL``
 either, begin in the folder of the file.
 """
 
+import json
 import os
 import re
 import tomllib
@@ -290,6 +291,14 @@ class RunSettings(Settings):
         return self
 
 
+class Extension(Settings):
+    """How far a run that is closed may go on: ``fednats run extend``."""
+
+    versions: int = Field(ge=1, le=10**9, description="beyond those that it has")
+    wall_s: float | None = Field(None, gt=0, description="from then on; none: max_wall_s of the run, if it has one")
+    target: float | None = Field(None, description="another one; none: as before")
+
+
 # --- what one daemon is told ----------------------------------------------------------------------------------------
 
 
@@ -413,6 +422,15 @@ def parse(raw: Mapping[str, Any], cls: type[SettingsT], *, source: str, folder: 
     except ValidationError as error:
         problems = [_describe(problem["loc"], problem["type"], problem["msg"]) for problem in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(problems)) from error
+
+
+def parse_json(text: str, cls: type[SettingsT], source: str) -> SettingsT:
+    """Validate JSON ``text`` as ``cls``. Raises as `parse`."""
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{source}: not valid JSON ({error})") from error
+    return parse(raw, cls, source=source)
 
 
 def _describe(location: tuple[int | str, ...], kind: str, message: str) -> str:

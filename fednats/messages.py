@@ -18,6 +18,9 @@ MAX_CHUNKS = 2**16
 """Chunks of one payload: 16 GiB of the usual ones."""
 
 MAX_FRAMES = 256
+MAX_RUNS = 100
+"""Runs in one answer: the newest."""
+
 MAX_DIMENSIONS = 16
 MAX_METRICS = 256
 MAX_FIGURES = 64
@@ -312,4 +315,58 @@ class Presence(BaseModel):
     )
 
 
-AnyMessage = Chunk | ModelManifest | Control | Lease | Update | Aggregate | Evaluation | EvaluationSum | Reject
+class RunOrder(Message):
+    """What the holder of the coordinator's kit asks of the coordinator that runs."""
+
+    kind: ClassVar[str] = "run_order"
+
+    run: Token
+    order_id: Token
+    verb: Literal["start", "extend", "list"]
+    version: int = Field(ge=-1, le=MAX_COUNT, description="newest that is known; of list: -1")
+    settings: str = Field(max_length=2**18, description="JSON: RunSettings to start, Extension to extend, else empty")
+
+
+class RunRow(BaseModel):
+    """One run, as people see it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Token
+    state: Name
+    first_version: Count
+    last_version: int = Field(ge=-1, le=MAX_COUNT)
+    opened: Name = Field(description="ISO 8601, UTC")
+    closed: Name = Field(description="likewise; empty while it is open")
+    reason: Text = Field(description="why it was closed")
+    best: Count | None = Field(description="version with the best value of the target metric")
+    metric: Name = Field(description="the target metric; empty before the first evaluation")
+    value: Metric | None = Field(description="its value at the best version")
+    reached_target_at: Count | None = Field(description="first version that reached the target")
+
+
+class RunAnswer(Message):
+    """What the coordinator says to an order."""
+
+    kind: ClassVar[str] = "run_answer"
+
+    run: Token
+    order_id: Token
+    error: Text = Field(description="why nothing was done; empty if it was")
+    version: int = Field(ge=-1, le=MAX_COUNT, description="the newest")
+    runs: tuple[RunRow, ...] = Field(max_length=MAX_RUNS, description="the newest last")
+
+
+AnyMessage = (
+    Chunk
+    | ModelManifest
+    | Control
+    | RunOrder
+    | RunAnswer
+    | Lease
+    | Update
+    | Aggregate
+    | Evaluation
+    | EvaluationSum
+    | Reject
+)

@@ -174,6 +174,7 @@ def coordinator(run: str) -> Permissions:
             *_make(models),
             *_read(models),
             f"$JS.API.STREAM.PURGE.{models}",
+            subjects.run_order(run),
             *_make(below),
             *_consume(below),
             *_reject(run, HUB),
@@ -185,6 +186,7 @@ def coordinator(run: str) -> Permissions:
         ),
         subscribe=(
             f"{inbox(user_name('coordinator', HUB))}.>",
+            subjects.run_order(run),
             subjects.holder(run, "coordinator", HUB),
             subjects.pulse(run, "*"),
             *_wake(run),

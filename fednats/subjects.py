@@ -125,6 +125,19 @@ def sender(subject: str) -> str:
     return names[0] if kind == "aggregate" else HUB
 
 
+# --- orders to the coordinator ----------------------------------------------------------------------------------------
+
+
+def run_order(run: str) -> str:
+    """Where the coordinator takes orders to start, extend and list runs: only its own bus user may publish there."""
+    return f"fed.{run}.order"
+
+
+def run_answer(run: str) -> str:
+    """What its answers are signed for."""
+    return f"fed.{run}.order.answer"
+
+
 # --- who is there -----------------------------------------------------------------------------------------------------
 
 

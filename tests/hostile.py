@@ -52,6 +52,8 @@ from fednats.messages import (
     Payload,
     Presence,
     Reject,
+    RunAnswer,
+    RunOrder,
     Update,
 )
 from fednats.protocol.admission import Roster
@@ -141,6 +143,8 @@ MESSAGES: tuple[Message, ...] = (
     MANIFEST,
     Control(run="r", opening=FIRST, status="open", version=1, reason=""),
     Lease(run="r", instance="i", term=1, place="p"),
+    RunOrder(run="r", order_id="o", verb="list", version=-1, settings=""),
+    RunAnswer(run="r", order_id="o", error="", version=1, runs=()),
     UPDATE,
     AGGREGATE,
     EVALUATION,

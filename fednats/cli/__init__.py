@@ -1,25 +1,35 @@
 """The command line: ``fednats --help``. A file for each group of commands."""
 
+from typing import Annotated
+
 import typer
 
 from fednats import __version__
-from fednats.cli import audit, bench, daemons, federation, link, provision, task
+from fednats.cli import audit, bench, daemons, federation, link, provision, runs, task
 from fednats.cli.errors import report
 
 app = typer.Typer(
-    help="Train one model over many hospitals while every record stays where it is.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (federation, task, daemons, provision, link, bench, audit):
+for group in (federation, runs, task, daemons, provision, link, bench, audit):
     app.add_typer(group.commands)
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
+    if asked:
+        typer.echo(f"fednats {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fednats(
+    _version: Annotated[  # noqa: FBT002 - an option of the command line
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train one model over many hospitals while every record stays where it is."""
 
 
 def main() -> None:

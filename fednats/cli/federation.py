@@ -1,4 +1,4 @@
-"""``fednats demo``, ``run`` and ``verify``: a whole federation on this machine."""
+"""``fednats demo`` and ``verify``: a whole federation on this machine."""
 
 import asyncio
 from enum import StrEnum
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fednats.cli.arguments import FederationFile
 from fednats.errors import ConfigError
 from fednats.services.lifecycle import configure_logging
 
@@ -67,20 +66,7 @@ def demo(
         data=None if data is None else data.resolve(),
         dp=dp,
     )
-    _run(federation, output, wan, slow)
-
-
-@commands.command()
-def run(
-    federation: FederationFile,
-    output: Output = Path("output"),
-    wan: Wan = None,
-    slow: Slow = None,
-) -> None:
-    """Run your own federation on this machine, as processes; see docs/federation-file.md."""
-    from fednats.testbed.federation import load_federation  # noqa: PLC0415
-
-    _run(load_federation(federation), output, wan, slow)
+    run_here(federation, output, wan, slow)
 
 
 @commands.command()
@@ -90,12 +76,13 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="output
 
     found = asyncio.run(ledger.settled(directory.resolve()))
     Console().print(ledger_table.table(found))
-    for text in (*found.notes, *found.findings, found.line):
+    for text in (*found.runs, *found.notes, *found.findings, found.line):
         typer.echo(text)
     raise typer.Exit(1 if found.findings else 0)
 
 
-def _run(federation: "FederationSettings", output: Path, wan: str | None, slow: list[str] | None) -> None:
+def run_here(federation: "FederationSettings", output: Path, wan: str | None, slow: list[str] | None) -> None:
+    """Run ``federation`` on this machine to its end, and print what came of it."""
     from fednats.testbed.launch import run_federation  # noqa: PLC0415
     from fednats.testbed.summary import comparison, spent  # noqa: PLC0415
     from fednats.testbed.wan import parse_wan  # noqa: PLC0415

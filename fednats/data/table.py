@@ -54,6 +54,10 @@ class Number:
     """Numbers that stand for a missing value in this column, such as 0 or 999."""
 
     def __post_init__(self) -> None:
+        if not all(
+            isinstance(value, int | float) for value in (self.mean, self.scale)
+        ):  # `fednats task new` writes ...
+            raise ConfigError(f"Number {self.name!r}: fill in mean and scale: the usual value and spread in the field")
         if not (isfinite(self.mean) and isfinite(self.scale) and self.scale):
             raise ConfigError(f"Number {self.name!r}: mean and scale must be finite, scale not 0")
 

@@ -81,6 +81,18 @@ def values_per_chunk(settings: DeltaSettings) -> int:
     return min(sparse.SEGMENT_VALUES, settings.chunk_bytes // sparse.MAX_VALUE_BYTES)
 
 
+def update_bytes(settings: DeltaSettings, n_parameters: int) -> int:
+    """Largest size of the chunks of an update, their framing apart.
+
+    >>> update_bytes(DeltaSettings(), 1_000_000)
+    5793792
+    """
+    if settings.cipher == "bfv":
+        scheme = bfv(settings)
+        return -(-n_parameters // scheme.packing.n_values) * scheme.parameters.ciphertext_bytes
+    return n_parameters * sparse.MAX_VALUE_BYTES
+
+
 def required(key: bytes | None, which: str) -> bytes:
     """``key``, or a `ConfigError` that says how to get one."""
     if key is None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,13 +81,19 @@ class Trainer:
         Raises:
             LocalDataError: the loss is not finite, or ``start`` is not of the model's size.
         """
+        with self._from(start, seed):
+            train_loss = self._steps(settings, seed)
+        self._model.zero_grad()  # a gradient is as large as the model, and what follows needs none
+        return LocalPass(n_samples=self.n_samples, train_loss=train_loss)
+
+    @contextmanager
+    def _from(self, start: Vector, seed: int) -> Iterator[None]:
+        """Begin with the weights ``start``; dropout and augmentation follow from ``seed``."""
         self._model.load_state_dict(self._fresh, strict=False)
         write_vector(self._model, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            train_loss = self._steps(settings, seed)
-        self._model.zero_grad()  # a gradient is as large as the model, and what follows needs none
-        return LocalPass(n_samples=self.n_samples, train_loss=train_loss)
+            yield
 
     def _steps(self, settings: TrainingSettings, seed: int) -> float:
         if settings.dp is not None:

@@ -24,6 +24,8 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS charge (number INTEGER PRIMARY KEY, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
     run TEXT NOT NULL, version INTEGER NOT NULL, level TEXT NOT NULL, mechanism TEXT NOT NULL,
     noise_multiplier REAL NOT NULL, parameter REAL NOT NULL, n_steps INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS unfinished (run TEXT NOT NULL, site TEXT NOT NULL, n_updates INTEGER NOT NULL,
+    n_passes INTEGER NOT NULL, PRIMARY KEY (run, site)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS charge_level ON charge (level, mechanism, noise_multiplier, parameter, n_steps);
 """
 
@@ -45,6 +47,15 @@ class Charge:
         return self.n_steps * of_one(self.noise_multiplier, self.parameter)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a site stands in a run: ``n_updates`` were stored."""
+
+    run: str
+    site: str
+    n_updates: int
+
+
 class Account:
     """All charges on one hospital's data."""
 
@@ -59,13 +70,25 @@ class Account:
             BudgetSpentError: the records' epsilon would go beyond ``budget``; nothing was booked.
             LocalStorageError: the disk does not take it; nothing was booked, so nothing may be released.
         """
+        with self._transaction():
+            self._book(run, version, charges, budget)
+
+    def charge_pass(self, at: "Place", version: int, charge: Charge, budget: Budget | None) -> None:
+        """Book a pass that begins now, as `charge`; it counts as unfinished until the site has one update more."""
         with self._transaction() as connection:
-            self._check(charges, budget)
-            connection.executemany(
-                "INSERT INTO charge (run, version, level, mechanism, noise_multiplier, parameter, n_steps)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [(run, version, *astuple(one)) for one in charges],
+            self._book(at.run, version, [charge], budget)
+            connection.execute(
+                "INSERT INTO unfinished VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET n_updates = excluded.n_updates,"
+                " n_passes = CASE WHEN n_updates = excluded.n_updates THEN n_passes + 1 ELSE 1 END",
+                astuple(at),
             )
+
+    def n_unfinished(self, at: "Place") -> int:
+        """Return how many passes were charged since the site's newest update was stored."""
+        query = "SELECT n_passes FROM unfinished WHERE run = ? AND site = ? AND n_updates = ?"
+        with self._reading():
+            row = self._connection.execute(query, astuple(at)).fetchone()
+        return 0 if row is None else int(row[0])
 
     def check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         """Raise BudgetSpentError if ``charges`` could not be booked now."""
@@ -86,6 +109,14 @@ class Account:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+    def _book(self, run: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
+        self._check(charges, budget)
+        self._connection.executemany(
+            "INSERT INTO charge (run, version, level, mechanism, noise_multiplier, parameter, n_steps)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [(run, version, *astuple(one)) for one in charges],
+        )
 
     def _check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         if budget is None:

@@ -32,6 +32,12 @@ class Audit:
     """Each with its line."""
     notes: list[str] = field(default_factory=list)
 
+    def run_of(self, version: int | None) -> str:
+        """Return the run that ``version`` is of, by the records that say where runs begin; empty if none says so."""
+        begun = {record.version: record.name for record in self.records if record.what == "run"}
+        first = max((at for at in begun if at is not None and version is not None and at <= version), default=None)
+        return "" if first is None else begun[first]
+
     @property
     def n_bytes(self) -> Counter[str]:
         """Bytes by kind."""

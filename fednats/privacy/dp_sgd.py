@@ -107,20 +107,19 @@ class PrivateSteps:
         task: Task,
         model: nn.Module,
         data: Examples,
-        n_cases: int,
         optimizer: optim.Optimizer,
         settings: RecordPrivacySettings,
-        sample_rate: float,
+        expected_batch_size: float,
         randomness: Randomness,
     ) -> None:
         self._task = task
         self._data = data
-        self._n_cases = n_cases
         self._settings = settings
-        self._sample_rate = sample_rate
-        self._randomness = randomness
+        self._in_place = [layer for layer in model.modules() if getattr(layer, "inplace", False) is True]
+        for layer in self._in_place:  # opacus's hooks cannot see what such a layer overwrites
+            layer.inplace = False  # type: ignore[assignment]  # torch types what it does not know as a module
         self._module = GradSampleModule(model, strict=False)  # `refuse_unsuitable` and `fixed_entries` see to the rest
-        self._optimizer = PrivateOptimizer(optimizer, settings, sample_rate * n_cases, randomness)
+        self._optimizer = PrivateOptimizer(optimizer, settings, expected_batch_size, randomness)
 
     def close(self) -> None:
         """Take the hooks off the model, and what they kept."""
@@ -133,11 +132,8 @@ class PrivateSteps:
                 delattr(layer, left)
         for parameter in model.parameters():
             vars(parameter).pop("_current_grad_sample", None)
-
-    def batch(self) -> list[int]:
-        """Draw the cases of a step: each with probability ``sample_rate``, by itself; there may be none."""
-        drawn = self._randomness.uniform(self._n_cases) <= self._sample_rate
-        return [int(index) for index in drawn.nonzero()[0]]
+        for layer in self._in_place:
+            layer.inplace = True  # type: ignore[assignment]  # as above
 
     def step(self, batch: Sequence[int]) -> float:
         """Take one step on the cases ``batch``; return the sum of their losses.

@@ -1,5 +1,6 @@
 """What a site asks before it trains and before it releases: may I, and it is booked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from fednats.privacy.policy import Policy
 from fednats.privacy.spending import LevelSpent, Spending
 
 if TYPE_CHECKING:
-    from fednats.privacy.account import Account, Charge, Level
+    from fednats.privacy.account import Account, Charge, Level, Place
 
 
 def account_file(settings: SiteSettings, policy: Policy) -> Path:
@@ -23,7 +24,7 @@ class Guard:
     """Keeps a site's account; the file is opened when a run, or the site's budget, asks for it."""
 
     def __init__(self, settings: SiteSettings, policy: Policy) -> None:
-        self._run = settings.run
+        self._run, self._site = settings.run, settings.site
         self._file = account_file(settings, policy)
         self._budget = policy.budget
         self._opened: Account | None = None
@@ -34,33 +35,43 @@ class Guard:
         dp = manifest.training.dp is not None or manifest.delta.dp is not None
         return dp or self._budget is not None
 
-    def charge_pass(self, manifest: ModelManifest, sample_rate: float, layout: Layout) -> None:
-        """Book the pass on ``manifest`` that begins now.
+    def check_pass(self, manifest: ModelManifest, sample_rate: float, layout: Layout) -> None:
+        """Raise BudgetSpentError if the pass on ``manifest`` could not be booked now; books nothing."""
+        if self.concerns(manifest):
+            charge = self._of_pass(manifest, sample_rate)
+            charges = [charge] if charge else self._of_update(manifest.delta, layout, manifest.grid, dp_sgd=False)
+            self._account.check(charges, self._budget)
 
-        Without DP-SGD its noise comes with the update (`charge_update`); here is only asked whether that may be.
+    def charge_pass(self, manifest: ModelManifest, sample_rate: float, n_updates: int) -> None:
+        """Book the pass on ``manifest`` that begins now; ``n_updates`` were stored before it.
+
+        Without DP-SGD there is nothing to book: the noise comes with the update (`charge_update`).
 
         Raises:
             BudgetSpentError: it may not begin.
             LocalStorageError: it could not be booked, so it may not begin.
         """
-        if not self.concerns(manifest):
-            return
-        dp = manifest.training.dp
-        if dp is not None:
-            from fednats.privacy.account import Charge  # noqa: PLC0415 - opacus is loaded where something is booked
+        if charge := self._of_pass(manifest, sample_rate):
+            self._account.charge_pass(self._place(n_updates), manifest.version, charge, self._budget)
+            self._note(manifest, [charge])
 
-            n_steps = manifest.training.local_steps
-            self._charge(manifest, [Charge("record", "gaussian", dp.noise_multiplier, sample_rate, n_steps)])
-        else:
-            charges = self._of_update(manifest.delta, layout, manifest.grid, dp_sgd=False)
-            self._account.check(charges, self._budget)
+    def n_unfinished(self, manifest: ModelManifest, n_updates: int) -> int:
+        """Return how many passes of DP-SGD were booked and became no update, since the last of ``n_updates`` was stored."""
+        return 0 if manifest.training.dp is None else self._account.n_unfinished(self._place(n_updates))
 
-    def charge_update(self, newest: ModelManifest, layout: Layout, *, dp_sgd: bool) -> None:
-        """Book the update that is encoded now on the grid of ``newest``; ``dp_sgd``: its pass was booked. Raises likewise."""
-        if self.concerns(newest):
-            charges = self._of_update(newest.delta, layout, newest.grid, dp_sgd=dp_sgd)
-            if charges:
-                self._charge(newest, charges)
+    def charge_update(
+        self, newest: ModelManifest, layout: Layout, *, dp_sgd: bool, booked: "Sequence[Charge]" = ()
+    ) -> "Sequence[Charge]":
+        """Book the update that is encoded now on the grid of ``newest``; return what is booked for it.
+
+        ``dp_sgd``: its pass was booked. ``booked``: what was booked for it before, when storing it failed: it is not booked
+        again, because nothing of that attempt was sent. Raises as `charge_pass`.
+        """
+        charges = self._of_update(newest.delta, layout, newest.grid, dp_sgd=dp_sgd) if self.concerns(newest) else []
+        if charges and charges != booked:
+            self._account.charge(self._run, newest.version, charges, self._budget)
+            self._note(newest, charges)
+        return charges
 
     def spending(self, manifest: ModelManifest) -> Spending | None:
         """Return what was spent, at the delta of the budget or else of the run; None where nothing is booked."""
@@ -99,10 +110,22 @@ class Guard:
             charges.append(Charge("record", "skellam", noise / 2, variance))
         return charges
 
-    def _charge(self, manifest: ModelManifest, charges: "list[Charge]") -> None:
+    def _of_pass(self, manifest: ModelManifest, sample_rate: float) -> "Charge | None":
+        from fednats.privacy.account import Charge  # noqa: PLC0415 - as above
+
+        dp = manifest.training.dp
+        n_steps = manifest.training.local_steps
+        return None if dp is None else Charge("record", "gaussian", dp.noise_multiplier, sample_rate, n_steps)
+
+    def _place(self, n_updates: int) -> "Place":
+        from fednats.privacy.account import Place  # noqa: PLC0415 - as above
+
+        return Place(self._run, self._site, n_updates)
+
+    def _note(self, manifest: ModelManifest, charges: "Sequence[Charge]") -> None:
+        """Keep what was booked last, for `spending`."""
         from fednats.privacy import rdp  # noqa: PLC0415 - as above
 
-        self._account.charge(self._run, manifest.version, charges, self._budget)
         spent = self.spending(manifest)
         for one in charges:
             level = None if spent is None else spent.record if one.level == "record" else spent.site

@@ -10,12 +10,25 @@ from rich.text import Text
 from fednats.privacy.audit import Audit
 from fednats.privacy.egress import Record
 
-_COLUMNS = ("record", "time (UTC)", "what", "version", "name", "messages", "bytes", "epsilon", "digest", "remark")
+_COLUMNS = (
+    "record",
+    "time (UTC)",
+    "what",
+    "run",
+    "version",
+    "name",
+    "messages",
+    "bytes",
+    "epsilon",
+    "digest",
+    "remark",
+)
 _NUMBERS = {"record", "version", "messages", "bytes", "epsilon"}
 _DIGEST_CHARACTERS = 12
 
 _MEANINGS = {
     "started": "the daemon began; nothing left",
+    "run": "a run began with this version; nothing left",
     "update": "the change of the model after one local pass, encrypted",
     "evaluation": "how well a model version does on this hospital's test data",
     "other": "presence, status answers, requests to the bus and acknowledgements",
@@ -24,7 +37,7 @@ _MEANINGS = {
     "evaluation_sum": "several hospitals' evaluations, summed up",
     "model": "the announcement of a model version",
     "frame": "the model, or its difference from the version before, sealed",
-    "control": "the end of the run",
+    "control": "the beginning or the end of a run",
 }
 
 _STYLE = """
@@ -43,7 +56,7 @@ def table(audit: Audit) -> Table:
     for name in _COLUMNS:
         drawn.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
     for record in audit.records:
-        cells = dict(zip(_COLUMNS, _cells(record), strict=True))
+        cells = dict(zip(_COLUMNS, _cells(audit, record), strict=True))
         cells["digest"] = cells["digest"][:_DIGEST_CHARACTERS]
         drawn.add_row(*map(Text, cells.values()))
     return drawn
@@ -61,7 +74,7 @@ def page(audit: Audit) -> str:
             '<html lang="en"><head><meta charset="utf-8">',
             f"<title>{escape(audit.path.name)} of {escape(of)}</title><style>{_STYLE}</style></head><body>",
             f"<h1>What left: {escape(of)}</h1>",
-            f"<p>Run {escape(runs)}; {escape(days)}. Ledger: {escape(audit.path.name)}.</p>",
+            f"<p>Federation {escape(runs)}; {escape(days)}. Ledger: {escape(audit.path.name)}.</p>",
             _verdict(audit),
             "<h2>By kind</h2>",
             _by_kind(audit.records),
@@ -71,18 +84,19 @@ def page(audit: Audit) -> str:
             _epsilon(audit.records),
             "<h2>All records</h2>",
             "<p>Bytes are payload. An update that is on record twice was sent again after an interruption, or left once.</p>",
-            _html_table(_COLUMNS, (_cells(record) for record in audit.records)),
+            _html_table(_COLUMNS, (_cells(audit, record) for record in audit.records)),
             "</body></html>",
             "",
         ]
     )
 
 
-def _cells(record: Record) -> tuple[str, ...]:
+def _cells(audit: Audit, record: Record) -> tuple[str, ...]:
     return (
         str(record.sequence),
         record.at[:19].replace("T", " "),
         record.what,
+        audit.run_of(record.version),
         "" if record.version is None else str(record.version),
         record.name,
         str(record.n_messages),

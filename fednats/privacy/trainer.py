@@ -1,9 +1,12 @@
 """Local training with differential privacy of each record, where the run asks for it."""
 
+from collections.abc import Iterable, Sequence
+
 from torch import nn
 
 from fednats.codec.layout import Vector
 from fednats.config import TrainingSettings
+from fednats.errors import ConfigError
 from fednats.learning.task import Task
 from fednats.learning.trainer import OPTIMIZERS, LocalPass, Trainer
 from fednats.privacy.randomness import Randomness
@@ -42,26 +45,49 @@ class PrivateTrainer(Trainer):
         """
         return super().train(start, settings, seed if settings.dp is None else self._randomness.seed())
 
+    def rehearse(self, start: Vector, settings: TrainingSettings, *, whole: bool) -> None:
+        """Take steps of DP-SGD as a pass would and discard the result: what fails here is charged nothing.
+
+        One batch of the usual size and an empty one; with ``whole`` every case once.
+
+        Raises:
+            TaskError: a layer, or the loss, cannot be trained with differential privacy.
+            LocalDataError: a loss is not finite.
+        """
+        self.refuse_unsuitable()
+        size = min(settings.batch_size, self.n_samples)
+        stop = self.n_samples if whole else size
+        batches = [range(first, min(first + size, stop)) for first in range(0, stop, size)]
+        with self._from(start, self._randomness.seed()):
+            self._private_steps(settings, [*batches, range(0)])
+
     def _steps(self, settings: TrainingSettings, seed: int) -> float:
         if settings.dp is None:
             return super()._steps(settings, seed)
+        return self._private_steps(settings, (self._draw(settings) for _ in range(settings.local_steps)))
+
+    def _draw(self, settings: TrainingSettings) -> list[int]:
+        """Draw the cases of a step, each with probability `sample_rate` independently; there may be none."""
+        drawn = self._randomness.uniform(self.n_samples) <= self.sample_rate(settings)
+        return [int(index) for index in drawn.nonzero()[0]]
+
+    def _private_steps(self, settings: TrainingSettings, batches: Iterable[Sequence[int]]) -> float:
+        """Take one step on each of ``batches``; return the mean loss of a case."""
         from fednats.privacy import dp_sgd  # noqa: PLC0415 - as above
 
+        if settings.dp is None:
+            raise ConfigError("training.dp is not set: there is no noise to train with")
         self.refuse_unsuitable()
         self._model.train()
         before = dp_sgd.fixed_entries(self._model)
         optimizer = OPTIMIZERS[settings.optimizer](self._model, settings)
+        expected_size = self.sample_rate(settings) * self.n_samples
         steps = dp_sgd.PrivateSteps(
-            *(self._task, self._model, self._data, self.n_samples),
-            optimizer,
-            settings.dp,
-            self.sample_rate(settings),
-            self._randomness,
+            self._task, self._model, self._data, optimizer, settings.dp, expected_size, self._randomness
         )
         total, n_cases = 0.0, 0
         try:
-            for _ in range(settings.local_steps):
-                batch = steps.batch()
+            for batch in batches:
                 total += steps.step(batch)
                 n_cases += len(batch)
         finally:

@@ -207,6 +207,8 @@ class Coordinator:
             self.past = self.runs
             self.evaluated, self.best, self.reached_target_at, self.target_metric = {}, None, None, None
             self.norms = NormHistory(event.settings.defence)
+        elif event.settings.stop.target_metric not in {None, self.target_metric}:
+            self.best, self.reached_target_at, self.target_metric = None, None, None  # another figure says what is best
         elif event.settings.stop.target != self._stop.target:
             self.reached_target_at = None  # the first version that reaches the new one is not known yet
         self.state, self.reason, self.failed = RunState.OPEN, "", False

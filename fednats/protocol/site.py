@@ -34,6 +34,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class NotStored:
+    """The pass asked for was made, but its update could not be stored; it is kept. Say `Retry` after a pause."""
+
+
+@dataclass(frozen=True, slots=True)
 class BudgetSpent:
     """The training asked for would go beyond the privacy budget; nothing was trained, and asking again is of no use."""
 
@@ -94,11 +99,18 @@ class Train:
     """Whether it was trained on before, and this pass starts from where the last one ended."""
 
 
-Outcome = Done | Failed | BudgetSpent | OutsideHours
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Store the update of the pass on this version that is kept; then say as after `Train`."""
+
+    version: int
+
+
+Outcome = Done | Failed | NotStored | BudgetSpent | OutsideHours
 """What a job comes to."""
 
 Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed | Opened
-Job = Evaluate | Train
+Job = Evaluate | Train | Store
 
 
 class State(Enum):
@@ -128,6 +140,8 @@ class Site:
         self.within_hours = True
         """Whether it trains now, as far as it has asked."""
         self._declined = False
+        self._kept: int | None = None
+        """Version of a pass that was made and is to be stored before anything else is done with the model."""
 
     def handle(self, event: Event) -> Job | None:
         """Take in what happened, return the job to start now, if any."""
@@ -141,6 +155,7 @@ class Site:
         return self._next() if self.state is State.IDLE else None
 
     def _done(self, _event: Done) -> Job | None:
+        self._kept = None
         return self._next()
 
     def _fail(self, _event: Failed) -> Job | None:
@@ -148,6 +163,11 @@ class Site:
         evaluated = isinstance(self.job, Evaluate)
         self._give_up()
         return self._next() if evaluated else None
+
+    def _keep(self, _event: NotStored) -> Job | None:
+        self._kept = None if self.job is None else self.job.version
+        self.state, self.job = State.IDLE, None
+        return None
 
     def _postpone(self, _event: OutsideHours) -> Job | None:
         self._give_up()
@@ -165,6 +185,7 @@ class Site:
 
     def _spend(self, _event: BudgetSpent) -> Job | None:
         self.trains = False
+        self._kept = None
         return self._next()
 
     def _retry(self, _event: Retry) -> Job | None:
@@ -179,7 +200,7 @@ class Site:
         return None
 
     def _close(self, _event: Closed) -> Job | None:
-        self.state = State.CLOSED
+        self.state, self._kept = State.CLOSED, None
         return None
 
     def _end(self, _event: Outcome) -> Job | None:
@@ -191,7 +212,7 @@ class Site:
         """Wait for the first version; a job that is still under way is finished first."""
         self.state = State.IDLE if self.job is None else State.BUSY
         self.trains, self._declined = True, False
-        self._newest, self._to_evaluate = -1, []
+        self._newest, self._to_evaluate, self._kept = -1, [], None
         return None
 
     def _note_hours(self, _event: HoursBegun) -> Job | None:
@@ -207,14 +228,16 @@ class Site:
 
     def _give_up(self) -> None:
         """Forget that it was trained on: the same version is taken again, or a newer one."""
-        if isinstance(self.job, Train) and not self.job.goes_on:
+        if isinstance(self.job, Store) or (isinstance(self.job, Train) and not self.job.goes_on):
             self._last_trained = self._trained_before
-        self.state = State.IDLE
+        self.state, self._kept = State.IDLE, None
         self.job = None
 
     def _next(self) -> Job | None:
         may_train = self.trains and self.within_hours and not self._declined
-        if self._to_evaluate:
+        if self._kept is not None:
+            self.job = Store(self._kept)
+        elif self._to_evaluate:
             self.job = Evaluate(self._to_evaluate.pop(0))
         elif may_train and self._newest > self._last_trained:
             self._trained_before, self._last_trained = self._last_trained, self._newest
@@ -240,6 +263,7 @@ class Site:
         (State.BUSY, ModelSeen): _see,
         (State.BUSY, Done): _done,
         (State.BUSY, Failed): _fail,
+        (State.BUSY, NotStored): _keep,
         (State.BUSY, BudgetSpent): _spend,
         (State.BUSY, OutsideHours): _postpone,
         (State.BUSY, HoursBegun): _open,
@@ -252,6 +276,7 @@ class Site:
         (State.CLOSED, ModelSeen): _ignore,
         (State.CLOSED, Done): _end,
         (State.CLOSED, Failed): _end,
+        (State.CLOSED, NotStored): _end,
         (State.CLOSED, BudgetSpent): _end,
         (State.CLOSED, OutsideHours): _end,
         (State.CLOSED, HoursBegun): _note_hours,

@@ -10,6 +10,7 @@ from fednats.config import (
     BusSettings,
     CoordinatorSettings,
     DaemonSettings,
+    RunSettings,
     SiteSettings,
     TaskSettings,
     WebSettings,
@@ -23,6 +24,7 @@ from fednats.subjects import HUB
 
 STATE = Path("state")
 SIGNERS_FILE = "signers.toml"
+INITIAL_FILE = "initial.safetensors"
 POLICY_FILE = "policy.toml"
 POLICY = """\
 # What this hospital's daemon may do, whatever a run asks for: the hospital's own word, for it to make stricter.
@@ -42,7 +44,7 @@ def write_coordinator(plan: Plan, kits: Kits, registry: Registry, of_epochs: Map
         bus=_bus(plan, HUB, "coordinator", HUB),
         web=_web(registry, "coordinator", HUB),
         task=_task(plan.task, kits.coordinator, files),
-        settings=plan.run,
+        settings=_with_initial_model(plan.run, kits.coordinator, files),
         **of_epochs,
     )
     _write(kits.coordinator / "coordinator.toml", settings, files)
@@ -122,6 +124,15 @@ def _task(task: TaskSettings, kit: Path, files: Files) -> TaskSettings:
         return task
     files.public(kit / Path(file).name, Path(file).read_bytes())
     return task.model_copy(update={"path": f"{Path(file).name}:{name}"})
+
+
+def _with_initial_model(run: RunSettings, kit: Path, files: Files) -> RunSettings:
+    """Copy what the first run begins with into the kit; where that was handed out and is gone here, it is there already."""
+    if run.initial_model is None:
+        return run
+    if run.initial_model.exists():
+        files.private(kit / INITIAL_FILE, run.initial_model.read_bytes())
+    return run.model_copy(update={"initial_model": Path(INITIAL_FILE)})
 
 
 def _write(path: Path, settings: DaemonSettings, files: Files) -> None:

@@ -136,17 +136,19 @@ class AggregatorService:
     async def _live(self) -> None:
         """Make the streams, take up what was under way, then aggregate."""
         s = self._settings
+        self._daemon.doing = "making the region's streams"
         above = streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves)
         await self._lease.take(lambda: ensure(self._log, self._uplink, above))
         await ensure(self._log, self._uplink, above, (streams.presence(s.run),) if s.regions else ())
         here = streams.in_region(s.run, s.region, leaves=s.leaves)
         await ensure(self._log, self._region, here, streams.buckets(s.run))
         await self._recorder.begin()
+        self._daemon.doing = "taking up the region from its journal"
         n_events = await self._tier.restore()
         self._log.info("restored", n_events=n_events)
         if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
             await self._tier.feed(Configured(sites=s.sites, regions=s.regions))
-        self._daemon.ready = True
+        self._daemon.ready, self._daemon.doing = True, ""
         tasks = {
             "follow models": self._follow(),
             "keep the lease": self._lease.keep(),

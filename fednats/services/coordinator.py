@@ -4,14 +4,14 @@ import asyncio
 import json
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects
 from fednats.config import CoordinatorSettings
 from fednats.errors import BusError, FednatsError, Reason, RefusedError
-from fednats.messages import Aggregate, EvaluationSum, Opening
+from fednats.messages import Aggregate, EvaluationSum
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.coordinator import Coordinator, RunState
@@ -28,16 +28,13 @@ from fednats.protocol.events import (
     KeepBest,
     OpenRun,
     Part,
-    RunOpened,
     SumEvaluations,
     VersionAnnounced,
-    WallTimeReached,
     contribution_id,
 )
-from fednats.services.answers import Pooled, Version
+from fednats.services.answers import Version
 from fednats.services.certificates import watch_certificates
-from fednats.services.evaluations import Part as EvaluationPart
-from fednats.services.evaluations import Summing, evaluations_summed
+from fednats.services.evaluation_reader import EvaluationReader
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
@@ -49,6 +46,7 @@ from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, run_begins
 from fednats.services.rejects import Rejects
+from fednats.services.runs import Runs
 from fednats.services.server_limit import follow_server_limit
 from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker, WorkerDiedError
@@ -119,19 +117,17 @@ class CoordinatorService:
         self._history = History()
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
-        self._pooled: dict[str, Any] = {}
-        """Confusion matrix and ROC curves of the version evaluated last, of all test cases pooled."""
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         models = subjects.models_stream(settings.run, subjects.HUB)
         self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
         self._tier.may_settle = self._lease.confirmed
         self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus, self._lease)
-        self._told_closed = False
-        self._opened = asyncio.Event()
-        self._opened_s = 0.0
-        """When the newest run was opened, on the clock of the `Tier`."""
+        self._runs = Runs(settings, identity, self._machine, self._tier, worker, daemon.log)
+        self._ending: asyncio.TimerHandle | None = None
+        """Ends the run when the last evaluations do not come."""
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
+        self._evaluations = EvaluationReader(self._tier.chunks, worker, self._stepping, daemon.log)
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
         daemon.status = self._status
         daemon.buses.append(bus)
@@ -145,22 +141,25 @@ class CoordinatorService:
     async def _live(self) -> None:
         """Make the streams, publish the current version, then take aggregates."""
         run = self._settings.run
+        self._daemon.doing = "making the run's streams"
         at_hub = streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves)
         await self._lease.take(lambda: ensure(self._log, self._bus, at_hub))
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
+        self._daemon.doing = "taking up the run from its journal"
         n_events = await self._tier.restore()
+        self._daemon.doing = "loading torch and the model"
         version: Version | None = await self._worker.call("current")
         self._log.info("restored", n_events=n_events, version=-1 if version is None else version.version)
         settings = self._settings.settings.model_copy(update={"initial_model": None})
         await self._tier.feed(Configured(sites=(), regions=self._settings.regions, settings=settings))
         if self._machine.opening is None:
-            await self._open_first(version)
+            await self._runs.open_first(version)
         if version is not None and version.opening == self._machine.opening:
             await self._tier.feed(await self._announce(version))
             if self._machine.state is RunState.OPEN:
                 await self._publisher.tell_open(version.opening)
-        self._daemon.ready = True
+        self._daemon.ready, self._daemon.doing = True, ""
         durable = subjects.durable(subjects.HUB, self._inbox.stream)
         filters = [subjects.head(subjects.aggregate(run, "*")), subjects.evaluation_sum(run, "*")]
         await until_stopped(
@@ -172,7 +171,8 @@ class CoordinatorService:
                 "execute": self._tier.execute(self._execute),
                 "combine": self._tier.combine(self._combine),
                 "publish again": self._publisher.publish_again(lambda: self._worker.persist(self._log, "current")),
-                "watch the clock": self._watch_clock(),
+                "watch the clock": self._runs.watch_clock(),
+                "take orders": self._runs.take_orders(self._bus),
                 "watch regions": watch_presence(
                     self._daemon,
                     self._machine.collector,
@@ -193,7 +193,7 @@ class CoordinatorService:
         machine = self._machine
         best = machine.best
         return {
-            "state": self._state(),
+            "state": self._runs.state,
             "opening": None if machine.opening is None else machine.opening.model_dump(),
             "reason": machine.reason,
             "failed": machine.failed,
@@ -212,19 +212,11 @@ class CoordinatorService:
             "target_metric": machine.target_metric,
             "reached_target_at": machine.reached_target_at,
             "history": self._history.shown(),
-            "pooled": self._pooled,
+            "cases": self._evaluations.cases,
             "sent_bytes": self._publisher.sent_bytes,
             "lease": self._lease.status,
             **self._figures,
         }
-
-    def _state(self) -> str:
-        """Return the newest run's state; it is closed when everybody has been told."""
-        if self._machine.opening is None:
-            return "starting"
-        if self._machine.state is RunState.CLOSED and not self._told_closed:
-            return RunState.FINISHING.name.lower()
-        return self._machine.state.name.lower()
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
@@ -332,9 +324,7 @@ class CoordinatorService:
     def _note(self, handled: Handled) -> None:
         """Keep the figures that operators see, now or from the journal."""
         self._history.note(handled)
-        if isinstance(handled.event, RunOpened):
-            self._opened_s = handled.elapsed_s
-            self._opened.set()
+        self._runs.note(handled)
         if isinstance(handled.event, Combined):
             self._note_norms(handled.event)
         if handled.combination is not None:
@@ -363,21 +353,11 @@ class CoordinatorService:
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
-    async def _open_first(self, version: Version | None) -> None:
-        """Open the run in the daemon's own settings; with a ``version`` on disk the journal is lost, and it goes on."""
-        first = self._settings.settings
-        if version is not None:
-            await self._tier.feed(RunOpened(opening=version.opening, settings=version.settings))
-            return
-        digest = await self._worker.call("prepare_run", first)
-        opening = Opening(name=first.name, first_version=0, opened_at=0)
-        settings = first.model_copy(update={"initial_model": None})
-        await self._tier.feed(RunOpened(opening=opening, settings=settings, initial_digest=digest))
-
     async def _open(self, command: OpenRun) -> None:
         """Make and publish the version that an opening begins with, and tell everybody."""
         opening = command.opening
-        self._told_closed = False
+        if self._ending is not None:
+            self._ending.cancel()  # of the run before
         async with self._publisher.publishing, self._stepping:
             version: Version = await self._worker.persist(
                 self._log, "open_run", opening, command.settings, command.initial_digest
@@ -398,12 +378,12 @@ class CoordinatorService:
                 self._log.info("best_version", version=version, kept=kept)
             case AwaitFinalEvaluation(delay_s):
                 self._log.info("run_finishing", reason=self._machine.reason, version=self._machine.version)
-                self._tier.feed_later(delay_s, FinalEvaluationOverdue())
+                self._ending = self._tier.feed_later(delay_s, FinalEvaluationOverdue())
             case OpenRun():
                 await self._open(command)
             case CloseRun(opening, version, reason):
                 await self._publisher.tell_closed(opening, version, reason)
-                self._told_closed = True
+                self._runs.told_closed = True
                 self._log.info("run_closed", opened=opening.name, version=version, reason=reason)
                 closed = {"opened": opening.name, "version": version, "reason": reason}
                 self._daemon.notices.add(What.RUN_CLOSED, closed)
@@ -412,22 +392,11 @@ class CoordinatorService:
                 raise AssertionError(f"{type(command).__name__} is not a coordinator's command")
 
     async def _read_evaluations(self, command: SumEvaluations) -> None:
-        """Decrypt what regions summed of their sites' counts: figures of all their test cases pooled."""
+        """Have read what regions summed of their sites' evaluations, and say it."""
         current = self._machine.collector.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced
 
-        async def pool(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[EvaluationPart]) -> Pooled:
-            async with self._stepping:
-                pooled: Pooled = await self._worker.call("pool", inputs, parts, current.settings.min_sites)
-            return pooled
-
-        key_ids = (current.key_id, *current.older_key_ids)
-        summing = Summing(self._tier.chunks, pool, key_ids, current.settings.min_sites, self._log)
-        is_of_this_run = command.version >= current.opening.first_version
-        parts, pooled = await summing.run(command) if is_of_this_run else ([], None)
-        event = evaluations_summed(command.version, parts, pooled)
-        if pooled is not None:
-            self._pooled = {"version": command.version, "confusion": pooled.confusion, "roc": pooled.roc}
+        event = await self._evaluations.read(command, current)
         await self._tier.feed(event)
         self._log.info(
             "version_evaluated",
@@ -439,24 +408,10 @@ class CoordinatorService:
         )
         await self._put_state()
 
-    async def _watch_clock(self) -> None:
-        """End the open run when it has lasted as long as it may, for ever."""
-        while True:
-            self._opened.clear()
-            settings, is_open = self._machine.settings, self._machine.state is RunState.OPEN
-            longest_s = settings.stop.max_wall_s if settings is not None and is_open else None
-            rest_s = None if longest_s is None else max(0.0, self._opened_s + longest_s - self._tier.elapsed_s)
-            try:
-                async with asyncio.timeout(rest_s):
-                    await self._opened.wait()
-            except TimeoutError:
-                if self._machine.state is RunState.OPEN:
-                    await self._tier.feed(WallTimeReached())
-
     async def _put_state(self) -> None:
         state = {
             "version": self._machine.version,
-            "state": self._state(),
+            "state": self._runs.state,
             "metrics": self._history.newest_metrics,
         }
         try:

@@ -237,7 +237,7 @@ class HeldLease:
             return None
         return _parsed(said)
 
-    def _answer(self, question: bytes) -> bytes | None:
+    async def _answer(self, question: bytes) -> bytes | None:
         asking = _parsed(question)
         if asking is None or asking.instance == self._me.instance:
             return None

@@ -41,6 +41,8 @@ class Daemon:
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by SIGTERM or SIGINT: take no new work, finish what is under way."""
     ready: bool = False
+    doing: str = "connecting to the bus"
+    """What it does until it has started, in words; empty from then on."""
     buses: list[Bus] = field(default_factory=list)
     """Connections without which the daemon is not ready."""
     status: Callable[[], Mapping[str, Any]] = dict
@@ -73,7 +75,7 @@ class Daemon:
         if refusals := [bus.refusal for bus in self.buses if bus.refusal]:
             return "; ".join(refusals)
         if not self.ready:
-            return "it is starting or stopping"
+            return self.doing or "it is stopping"
         return None if all(bus.connected for bus in self.buses) else "the bus is away"
 
     @property
@@ -104,6 +106,7 @@ class Daemon:
             "name": self.name,
             "run": self.run,
             "ready": self.is_ready,
+            "doing": self.doing,
             "not_ready": self.not_ready(),
             "loop_lag_ms": self.loop_lag.describe(),
             "declined": self.presence.declined,

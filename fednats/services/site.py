@@ -120,9 +120,10 @@ class SiteService:
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
         await self._sender.begin()
+        self._daemon.doing = "loading torch, the task and its data"
         n_samples = await self._worker.call("prepare")
         self._log.info("data_loaded", n_samples=n_samples)
-        self._daemon.ready = True
+        self._daemon.ready, self._daemon.doing = True, ""
         self._status["state"] = "waiting"
         await until_stopped(
             self._daemon,
@@ -293,7 +294,7 @@ class SiteService:
                 self._start(self._machine.handle(came_to))
                 if self._machine.state is not protocol.State.CLOSED:
                     self._status["state"] = self._resting
-            if isinstance(came_to, protocol.Failed) and isinstance(job, protocol.Train):
+            if isinstance(came_to, protocol.Failed | protocol.NotStored) and not isinstance(job, protocol.Evaluate):
                 asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
             if isinstance(came_to, protocol.OutsideHours):
                 self._await_hours()
@@ -332,28 +333,33 @@ class SiteService:
         if manifest is None or job.version < self._opened_at:
             return protocol.Done()
         try:
-            if not await self._load(manifest):
-                return protocol.Done()
-            if isinstance(job, protocol.Evaluate):
-                await self._evaluate(manifest)
-            else:
-                await self._train(manifest, goes_on=job.goes_on)
+            return await self._do(job, manifest)
         except BudgetSpentError as error:
             self._log.warning("budget_spent", version=job.version, reason=str(error))
             self._daemon.notices.add(What.BUDGET_SPENT, {"version": job.version})
             await self._show_spending(manifest, spent=True)
             return protocol.BudgetSpent()
         except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
-            kind = type(job).__name__.lower()
-            self._daemon.metrics.failures.labels(kind=kind).inc()
-            retry_s = RETRY_JOB_S if isinstance(job, protocol.Train) else None
-            self._log.error(
-                "job_failed", job=kind, version=job.version, error=str(error), retry_s=retry_s, **in_full(error)
-            )
+            self._count_failed(type(job).__name__.lower(), job.version, error)
             if isinstance(error, RefusedError):
                 self._count_refused("model_refused", error, version=job.version)
             return protocol.Failed()
-        return protocol.Done()
+
+    async def _do(self, job: protocol.Job, manifest: ModelManifest) -> protocol.Outcome:
+        if isinstance(job, protocol.Store):
+            return await self._store(manifest)
+        if not await self._load(manifest):
+            return protocol.Done()
+        if isinstance(job, protocol.Evaluate):
+            await self._evaluate(manifest)
+            return protocol.Done()
+        await self._train(manifest, goes_on=job.goes_on)
+        return await self._store(manifest)
+
+    def _count_failed(self, kind: str, version: int, error: FednatsError) -> None:
+        self._daemon.metrics.failures.labels(kind=kind).inc()
+        retry_s = None if kind == "evaluate" else RETRY_JOB_S
+        self._log.error("job_failed", job=kind, version=version, error=str(error), retry_s=retry_s, **in_full(error))
 
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"
@@ -392,11 +398,29 @@ class SiteService:
         seconds = time.monotonic() - started
         self._daemon.metrics.train_seconds.inc(seconds)
         self._status["train_s"] += seconds
+        self._log.info(
+            "trained",
+            version=manifest.version,
+            train_loss=round(trained.train_loss, 4),
+            train_s=round(seconds, 2),
+            goes_on=goes_on,
+        )
+
+    async def _store(self, manifest: ModelManifest) -> protocol.Outcome:
+        """Have the pass on ``manifest`` encoded and stored for the sender; if that fails, nothing makes room for it."""
         newest = self._manifests[max(self._manifests)]
         if self._run_closed or newest.opening.first_version != manifest.opening.first_version:
-            return  # meanwhile: nobody takes updates of it any more
+            return protocol.Done()  # meanwhile: nobody takes updates of it any more
         self._status["state"] = "encrypting"
-        update = await self._encode(newest)
+        try:
+            update: Update = await self._worker.call("encode", newest)
+        except FednatsError as error:
+            await asyncio.to_thread(self._outbox.release)
+            await self._sender.look()
+            if not isinstance(error, LocalStorageError):
+                raise
+            self._count_failed("store", manifest.version, error)
+            return protocol.NotStored()
         await self._show_spending(newest)
         self._log.info(
             "update_stored",
@@ -404,21 +428,9 @@ class SiteService:
             base_version=update.base_version,
             bytes=update.payload.n_bytes,
             saturated=update.saturated,
-            train_loss=round(trained.train_loss, 4),
-            train_s=round(seconds, 2),
-            goes_on=goes_on,
         )
         await self._sender.look()
-
-    async def _encode(self, newest: ModelManifest) -> Update:
-        """Have the pass encoded and stored; if that fails, nothing makes room for it."""
-        try:
-            update: Update = await self._worker.call("encode", newest)
-        except FednatsError:
-            await asyncio.to_thread(self._outbox.release)
-            await self._sender.look()
-            raise
-        return update
+        return protocol.Done()
 
     async def _show_spending(self, manifest: ModelManifest, *, spent: bool = False) -> None:
         if manifest.training.dp is None and manifest.delta.dp is None and self._policy.budget is None:

@@ -4,16 +4,18 @@ import ctypes
 import hashlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from fednats import wire
 from fednats.codec.layout import Difference, Layout, Vector, blocks
-from fednats.config import SiteSettings
+from fednats.config import SiteSettings, TrainingSettings
 from fednats.crypto.sealing import ModelKeys
+from fednats.delta import scheme
 from fednats.delta.encode import encoder
 from fednats.delta.scheme import count_bits
 from fednats.errors import LocalDataError, Reason, RefusedError
@@ -35,8 +37,14 @@ from fednats.storage.local_model import LocalModel, model_folder, read_or_drop
 from fednats.storage.outbox import ChunkKey, Outbox, first_number, outbox_file
 from fednats.storage.tensor_file import TensorFile
 
+if TYPE_CHECKING:
+    from fednats.privacy.account import Charge
 
-@dataclass(frozen=True)
+OUTBOX_BYTES = 5
+"""Beside the chunks the outbox keeps a residual (float32) and the quantised value (int8) of each parameter."""
+
+
+@dataclass
 class Pass:
     """A local pass whose result is in the model, waiting to be encoded."""
 
@@ -45,6 +53,8 @@ class Pass:
     n_samples: int
     goes_on: bool
     dp_sgd: bool
+    booked: "Sequence[Charge]" = ()
+    """What was charged for its update by an attempt to store it that failed."""
 
 
 class SiteWorker:
@@ -69,6 +79,7 @@ class SiteWorker:
         self._local = settings.state_dir / "local.safetensors"
         self._guard = Guard(settings, self._policy)
         self._pass: Pass | None = None
+        self._rehearsed: TrainingSettings | None = None
 
     def prepare(self) -> int:
         """Load everything, and look at what the model gives for test cases; return the number of training cases."""
@@ -139,21 +150,43 @@ class SiteWorker:
     def train(self, manifest: ModelManifest, goes_on: bool) -> Trained:  # noqa: FBT001 - a worker's call has no names
         """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.
 
-        With ``goes_on`` it starts from where the last such pass on that version ended, and notes where it ends.
+        With ``goes_on`` it starts from where the last such pass on that version ended, and notes where it ends. What would
+        make the pass useless is looked for before the privacy account is charged: no budget, no room on the disk, a task
+        that fails.
 
         Raises:
             BudgetSpentError: it would go beyond the privacy budget; nothing was trained.
-            LocalStorageError: it could not be booked in the privacy account; nothing was trained.
+            LocalStorageError: it could not be booked in the privacy account, or the disk has no room for its update; nothing
+                was trained.
+            LocalDataError: the loss or the result is not finite.
         """
-        seed = _seed(manifest.seed, self._settings.site, manifest.version, self._outbox.n_made())
-        dp_sgd = manifest.training.dp is not None
+        self._pass = None
+        n_made = self._outbox.n_made()
+        seed = _seed(manifest.seed, self._settings.site, manifest.version, n_made)
+        sample_rate = self._trainer.sample_rate(manifest.training)
+        self._guard.check_pass(manifest, sample_rate, self._layout)
+        self._check_room(manifest)
         with self._start(manifest.version, goes_on=goes_on) as start, task_code("training"):
-            if dp_sgd:
-                self._trainer.refuse_unsuitable()  # before it is charged
-            self._guard.charge_pass(manifest, self._trainer.sample_rate(manifest.training), self._layout)
+            self._rehearse(manifest, start, n_made)
+            self._guard.charge_pass(manifest, sample_rate, n_made)
             trained = self._trainer.train(start, manifest.training, seed)
+            _refuse_not_finite(Difference(self._model, start))
+        dp_sgd = manifest.training.dp is not None
         self._pass = Pass(manifest.version, seed, trained.n_samples, goes_on, dp_sgd)
         return Trained(trained.n_samples, trained.train_loss)
+
+    def _rehearse(self, manifest: ModelManifest, start: Vector, n_made: int) -> None:
+        """Try what a pass with noise does on one batch, or on every case if the last pass that was charged failed."""
+        training = manifest.training
+        lost = self._guard.n_unfinished(manifest, n_made)
+        if training.dp is not None and (lost or training != self._rehearsed):
+            self._trainer.rehearse(start, training, whole=lost > 0)
+            self._rehearsed = training
+
+    def _check_room(self, manifest: ModelManifest) -> None:
+        n = self._layout.n_parameters
+        with local_disk(self._settings.state_dir):
+            self._outbox.check_room(scheme.update_bytes(manifest.delta, n) + n * OUTBOX_BYTES)
 
     def spending(self, manifest: ModelManifest) -> Spending | None:
         """Return what was spent of the privacy of this hospital's data; None where the run does not spend any."""
@@ -164,8 +197,8 @@ class SiteWorker:
 
         Raises:
             BudgetSpentError: the noise on this grid would go beyond the privacy budget; the pass is dropped.
-            LocalStorageError: the disk is full; nothing of the update is stored and it can be encoded again.
-            LocalDataError: nothing was trained, or the delta is not finite.
+            LocalStorageError: the disk is full; nothing of the update is stored, and the pass is kept to be encoded again.
+            LocalDataError: nothing was trained, or the worker process that trained has ended.
         """
         done = self._pass
         if done is None:
@@ -181,8 +214,7 @@ class SiteWorker:
 
     def _encode(self, done: "Pass", delta: Vector, newest: ModelManifest) -> Update:
         encode = encoder(newest.delta, held(self._keys, newest.key_id))
-        self._guard.charge_update(newest, self._layout, dp_sgd=done.dp_sgd)
-        spending = self._guard.spending(newest)
+        self._check_room(newest)
         sequence, dropped = self._outbox.next_sequence(), self._outbox.begin(self._settings.max_outbox)
         update_id = uuid.uuid4().hex
         rng = np.random.default_rng(done.seed)
@@ -192,6 +224,8 @@ class SiteWorker:
         saturated = 0
         rounding = None if newest.delta.dp is None else SkellamRounding(newest.delta.dp, delta, residual)
         chunks = encode.encode(delta, residual, self._layout, newest.grid, rng, rounding)
+        done.booked = self._guard.charge_update(newest, self._layout, dp_sgd=done.dp_sgd, booked=done.booked)
+        spending = self._guard.spending(newest)
         for position, chunk in enumerate(chunks):
             key = ChunkKey(update_id, sequence, position, chunk.start)
             self._outbox.add_chunk(key, chunk.data, chunk.values, chunk.residual)
@@ -230,6 +264,12 @@ class SiteWorker:
             for block in blocks(len(self._model)):
                 file.write(block.start, self._model[block])
         partial.rename(self._local)
+
+
+def _refuse_not_finite(delta: Vector) -> None:
+    for block in blocks(len(delta)):
+        if not np.isfinite(delta[block]).all():
+            raise LocalDataError("training made a weight that is not finite; lower the learning rate?")
 
 
 def return_free_memory() -> None:

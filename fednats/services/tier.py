@@ -62,8 +62,10 @@ class Handled:
     """What became of one event, now or before a restart."""
 
     event: Event
+    at_s: float
+    """Since the epoch."""
     elapsed_s: float
-    """Since the first event of the run."""
+    """Since the first event."""
     commands: list[Command]
     combination: Combination | None
     """The one that the event says is done, without what was left out of it."""
@@ -249,7 +251,7 @@ class Tier:
         for command in commands:
             if isinstance(command, Refuse):
                 self._count_refused(command)
-        self._note(Handled(event, at_s - self._first_at_s, commands, combination))
+        self._note(Handled(event, at_s, at_s - self._first_at_s, commands, combination))
         return commands
 
     def _count_combined(self, combination: Combination) -> None:

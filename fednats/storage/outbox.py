@@ -97,10 +97,7 @@ class Outbox:
         """
         newest = self._newest()
         with self._transaction() as connection:
-            connection.execute(
-                f"DELETE FROM chunk WHERE update_id NOT IN (SELECT update_id FROM outgoing WHERE {_WAITING})"  # noqa: S608 - a constant
-            )
-            connection.execute("DELETE FROM residual WHERE sequence <> ?", (newest,))
+            self._sweep(connection, newest)
             connection.execute("UPDATE outgoing SET claimed = 0 WHERE claimed = 1")
             (n_waiting,) = connection.execute(f"SELECT COUNT(*) FROM outgoing WHERE {_WAITING}").fetchone()  # noqa: S608 - as above
             row = None
@@ -112,6 +109,21 @@ class Outbox:
         with self._writing() as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted is room for the chunks to come
         return None if row is None else Dropped(row[0], tuple(msgpack.unpackb(row[1])))
+
+    def check_room(self, n_bytes: int) -> None:
+        """Refuse an update of ``n_bytes``, residual included, that the disk has no room for; it is not begun.
+
+        Raises:
+            LocalStorageError: with what is free.
+        """
+        with self._transaction() as connection:
+            self._sweep(connection, self._newest())
+        (n_pages,), (page_bytes,) = self._read("PRAGMA freelist_count"), self._read("PRAGMA page_size")
+        free = shutil.disk_usage(self._path.parent).free + n_pages * page_bytes
+        if free < n_bytes:
+            raise LocalStorageError(
+                f"{self._path}: {free} bytes are free, an update needs {n_bytes}; nothing was trained. Make room on its disk"
+            )
 
     def residual(self, layout: Layout, dropped: Dropped | None) -> "Residual":
         """Return what the next update has to make up for."""
@@ -239,6 +251,14 @@ class Outbox:
         self._connection.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _sweep(connection: sqlite3.Connection, newest: int) -> None:
+        """Remove what an unfinished update left, and residuals that a newer one replaced."""
+        connection.execute(
+            f"DELETE FROM chunk WHERE update_id NOT IN (SELECT update_id FROM outgoing WHERE {_WAITING})"  # noqa: S608 - a constant
+        )
+        connection.execute("DELETE FROM residual WHERE sequence <> ?", (newest,))
 
     def stored_residual(self, sequence: int, part: slice) -> NDArray[np.float32] | None:
         """Return what update ``sequence`` left of ``part``, float32, None if it left nothing there."""

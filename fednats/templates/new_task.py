@@ -147,7 +147,7 @@ def _feature(column: Guessed) -> str:
             f"        Category({name}, (){gaps}),  # list its {column.n_different} values, and those of other hospitals"
         )
     codes = f"  # {column.n_different} different numbers: codes? Then Category" if column.codes else ""
-    return f"        Number({name}, mean=0, scale=1{gaps}),{codes}"
+    return f"        Number({name}, mean=..., scale=...{gaps}),{codes}"
 
 
 def _quoted(name: str) -> str:

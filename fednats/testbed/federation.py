@@ -10,6 +10,7 @@ from fednats.config import (
     AggregationSettings,
     DefenceSettings,
     DeltaSettings,
+    File,
     RunSettings,
     ServerSettings,
     Settings,
@@ -62,6 +63,9 @@ class FederationSettings(Settings):
     name: ChosenName
     task: str = Field(description="name of a shipped task, or path/to/file.py:ClassName")
     seed: int = 0
+    initial_model: File | None = Field(
+        None, description="safetensors file with the weights that the first run begins with"
+    )
     options: dict[str, Any] = Field({}, description="options of the task, common to all sites")
     training: TrainingSettings = TrainingSettings()
     server: ServerSettings = ServerSettings()
@@ -146,6 +150,7 @@ class FederationSettings(Settings):
         return RunSettings(
             name=self.name,
             seed=self.seed,
+            initial_model=self.initial_model,
             training=self.training,
             server=self.server,
             aggregation=self.aggregation,
@@ -219,6 +224,8 @@ def load_federation(path: Path) -> FederationSettings:
         ConfigError: naming the file, the key and what is wrong with it.
     """
     federation = load(path, FederationSettings)
+    if federation.initial_model is not None and not federation.initial_model.is_file():
+        raise ConfigError(f"{path}: initial_model: there is no file {federation.initial_model}")
     file, colon, name = federation.task.rpartition(":")
     task = f"{(path.parent / file).resolve()}:{name}" if colon else federation.task
     load_task(task)

@@ -27,6 +27,7 @@ from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
+from fednats.testbed.timeline import Timeline
 from fednats.testbed.wan import Wan, WanSettings
 
 POLL_S = 0.5
@@ -81,8 +82,9 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     _refuse_used(output)
     if federation.training.dp is not None:
         await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
+    timeline = Timeline()
     async with running(federation, output) as federation_running:
-        statuses = await _watch(federation, federation_running, started)
+        statuses = await _watch(federation, federation_running, timeline, started)
         if statuses[COORDINATOR]["failed"]:
             raise FednatsError(f"the run was closed: {statuses[COORDINATOR]['reason']}")
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
@@ -91,14 +93,14 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
-    figures = run_figures(federation, statuses, federation_running.wan_bytes)
+    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline)
     summary = summarise(figures, comparison, time.monotonic() - started)
     summary.write(output / "summary.json")
     write_report(summary, output / "report.html")
     return summary
 
 
-async def _watch(federation: FederationSettings, running_now: Running, started: float) -> Statuses:
+async def _watch(federation: FederationSettings, running_now: Running, timeline: Timeline, started: float) -> Statuses:
     """Show progress until the coordinator has closed the run; return the last statuses."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -106,11 +108,13 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
         loop.add_signal_handler(number, interrupted.set)
     statuses: Statuses = {}
     try:
-        with Progress(federation.name, federation.task, federation.stop) as progress:
+        names = [daemon.name for daemon in running_now.daemons]
+        with Progress(federation.name, federation.task, federation.stop, names) as progress:
             while statuses.get(COORDINATOR, {}).get("state") != "closed":
                 running_now.daemons.check()
                 statuses = with_newest(statuses, await running_now.daemons.statuses())
                 progress.update(statuses, time.monotonic() - started)
+                timeline.note(statuses, time.monotonic() - started)
                 try:
                     async with asyncio.timeout(POLL_S):
                         await interrupted.wait()
@@ -124,10 +128,10 @@ async def _watch(federation: FederationSettings, running_now: Running, started: 
 
 
 def _plan(federation: FederationSettings, output: Path) -> Plan:
-    """Return what the kits are made from; every hospital's privacy account is in the folder of the run."""
+    """Return what the kits are made from; a privacy account that no policy names is in the folder of the run."""
     plan = federation.plan()
     policies = {
-        name: policy.model_copy(update={"privacy_account": output / f"privacy-{name}.sqlite"})
+        name: policy.model_copy(update={"privacy_account": policy.privacy_account or output / f"privacy-{name}.sqlite"})
         for name, policy in plan.site_policies.items()
     }
     return plan.model_copy(update={"site_policies": policies})

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from fednats.errors import ConfigError, Reason
 from fednats.messages import Aggregate, Update
+from fednats.protocol.coordinator import RunRecord, RunState
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.checkpoints import Checkpoint, checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile, digest_of
@@ -68,6 +69,8 @@ class Ledger:
     """Number of accepted updates by what became of the sums they are in; `APPLIED` is where all should be in the end."""
     n_weighed: int = 0
     """Heads of sums that were compared with what the region's journal says is in them."""
+    runs: list[str] = field(default_factory=list)
+    """Which versions are of which run, a line for each."""
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     undelivered: list[str] = field(default_factory=list)
@@ -116,6 +119,7 @@ def verify(directory: Path) -> Ledger:
         for region, book in books.items()
         for site in sorted(book.sites)
     }
+    ledger.runs = [_line(run) for run in books[HUB].runs]
     ledger.findings += [problem for book in books.values() for problem in book.problems]
     ledger.findings += _wrong_weights(directory)
     for (region, site), outbox in outboxes.items():
@@ -312,6 +316,14 @@ class _Audit:
                 return f"{LOST if taken.sums[0] in self._lost else UNDER_WAY} above"
             taken = above
         return f"{taken.fate.value} above"
+
+
+def _line(run: RunRecord) -> str:
+    """Return which versions are of ``run``, and what became of it."""
+    became = f"closed: {run.reason}" if run.state is RunState.CLOSED else run.state.name.lower()
+    went_on = run.opening.opened_at > run.opening.first_version
+    extended = f", extended at version {run.opening.opened_at}" if went_on else ""
+    return f"run {run.opening.name}: versions {run.opening.first_version} to {run.last_version}{extended}, {became}"
 
 
 def _became(taken: Taken) -> str:

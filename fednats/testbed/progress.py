@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fednats.config import StopSettings
+from fednats.testbed.summary import task_name
 
 Status = Mapping[str, Any]
 """What a daemon serves on /status; one that starts says only its role, name and run."""
@@ -35,11 +36,19 @@ STATE_STYLES = {
 class Progress:
     """Show how a run goes on, from the daemons' statuses.
 
-    ``console`` is standard output unless given.
+    ``daemons`` are the names of those to wait for; ``console`` is standard output unless given.
     """
 
-    def __init__(self, run: str, task: str, stop: StopSettings, console: Console | None = None) -> None:
-        self._title = Text.assemble((run, "bold"), "  ", (task.rpartition("/")[2], "dim"))
+    def __init__(
+        self,
+        run: str,
+        task: str,
+        stop: StopSettings,
+        daemons: Sequence[str] = (),
+        console: Console | None = None,
+    ) -> None:
+        self._title = Text.assemble((run, "bold"), "  ", (task_name(task), "dim"))
+        self._daemons = daemons
         self._stop = stop
         self._target_metric = stop.target_metric or "metric"
         """As the coordinator has chosen it, once it has."""
@@ -90,10 +99,20 @@ class Progress:
         facts.add_row(Text(self._target_metric), self._metric(coordinator))
         facts.add_row("updates", f"{coordinator.get('n_updates', 0)} in the model, {_refused(statuses)} refused")
         facts.add_row("bytes", _traffic(statuses))
-        starting = [status.get("name", key) for key, status in statuses.items() if "state" not in status]
-        if starting:
-            facts.add_row("starting", Text(", ".join(sorted(starting)), style="yellow"))
+        for doing, names in sorted(self._starting(statuses).items()):
+            facts.add_row("starting", Text(f"{', '.join(sorted(names))}: {doing}", style="yellow"))
         return Group(title, facts, *self._regions(statuses, coordinator.get("version", -1)))
+
+    def _starting(self, statuses: Mapping[str, Status]) -> dict[str, list[str]]:
+        """Return who is not there yet, by what they are doing."""
+        found: dict[str, list[str]] = {}
+        for key in dict.fromkeys((*self._daemons, *statuses)):
+            status = statuses.get(key)
+            if status is None:
+                found.setdefault("starting its process", []).append(key)
+            elif status.get("doing"):
+                found.setdefault(status["doing"], []).append(key)
+        return found
 
     def _version(self, coordinator: Status) -> Text:
         if "state" not in coordinator:

@@ -1,79 +1,31 @@
 """``report.html``: a run for a hospital's reader, one file that needs nothing from anywhere."""
 
-import re
-from collections.abc import Iterable, Sequence
 from html import escape
-from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.filesize import decimal
 
-from fednats.testbed.summary import Summary, bound, compared, figure, gain
-
-INK = "#0a0b0c"
-"""Becomes the colour of the page's text, so that a plot follows dark mode."""
-
-COLOURS = {"alone": "#9aa0a6", "mean": "#6b7280", "federation": "#2a86c8", "pooled": "#d98a1f"}
-LINES = ("#2a86c8", "#d98a1f", "#2f9e77", "#b8609b", "#6b7280")
-"""Colours that colour-blind readers tell apart (after Okabe and Ito 2008), on white and on black."""
-
-PLOT_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "fednats",
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
-PLOT_WIDTH = 8.4
-
-CSS = """
-:root { color-scheme: light dark; --line: #d9dce1; --soft: #5c6470; --mark: #eaf3fb; }
-@media (prefers-color-scheme: dark) { :root { --line: #3a3f47; --soft: #a3abb6; --mark: #182c3d; } }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption, figcaption, .note { color: var(--soft); font-size: .9rem; text-align: left; caption-side: bottom; }
-caption { padding-top: .4rem; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; padding-left: .3rem; font-weight: inherit; overflow-wrap: anywhere; }
-thead th { font-weight: 600; vertical-align: bottom; }
-tr.federation { background: var(--mark); font-weight: 600; }
-.wide { overflow-x: auto; }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; display: block; }
-@media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
-"""
+from fednats.testbed import plots
+from fednats.testbed.page import count, figures, html, note, table
+from fednats.testbed.summary import Summary, bound, compared, figure, gain, is_mean, less_is_better, task_name
 
 
 def write_report(summary: Summary, path: Path) -> None:
     """Write ``summary`` as an HTML page with its plots inside; the same summary gives the same bytes."""
-    with mpl.rc_context(PLOT_STYLE):
+    with mpl.rc_context(plots.STYLE):
         body = "\n".join(
             (
-                f"<h1>{_title(summary)}</h1>",
+                f"<h1>{escape(_title(summary))}</h1>",
                 f"<p>{_what_was_run(summary)} {_how(summary)} {_what_came_of_it(summary)}</p>",
                 "<h2>What it is worth</h2>",
                 _comparison(summary),
-                _figure("bars", bars(summary), "Longer is better. Each bar is one row of the table."),
                 "<h2>How it was learned</h2>",
                 _learning(summary),
+                "<h2>Which cases it gets wrong</h2>",
+                _cases(summary),
                 "<h2>What each hospital did</h2>",
-                _sites(summary),
+                _sites(summary) + _over_time(summary),
                 "<h2>What left each hospital</h2>",
                 _left(summary) + _spent(summary),
                 "<h2>Staleness</h2>",
@@ -84,26 +36,21 @@ def write_report(summary: Summary, path: Path) -> None:
                 _settings(summary),
             )
         )
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_title(summary)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(html(_title(summary), body), encoding="utf-8")
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
 def _title(summary: Summary) -> str:
-    return f"fednats: {escape(summary.task)}, learned by {len(summary.sites)} hospitals"
+    return f"fednats: {task_name(summary.task)}, learned by {len(summary.sites)} hospitals"
 
 
 def _what_was_run(summary: Summary) -> str:
     return (
-        f"{_count(len(summary.sites), 'hospital')} in {_count(len(summary.regions), 'region')} trained one model of "
-        f"{summary.n_parameters:,} parameters for the task {escape(summary.task)}, each on its own data, "
-        f"in {_count(summary.versions, 'version')}."
+        f"{count(len(summary.sites), 'hospital')} in {count(len(summary.regions), 'region')} trained one model of "
+        f"{summary.n_parameters:,} parameters for the task {escape(task_name(summary.task))}, each on its own data, "
+        f"in {count(summary.versions, 'version')}."
     )
 
 
@@ -119,12 +66,14 @@ def _how(summary: Summary) -> str:
 
 def _what_came_of_it(summary: Summary) -> str:
     name = summary.target_metric
-    federated, alone, pooled = (
-        figure(found, name) for found in (summary.federated, summary.mean_alone, summary.pooled)
-    )
+    found = (summary.federated, summary.mean_alone, summary.pooled)
+    if not any(name in metrics for metrics in found):
+        return f"What that is worth cannot be said in {escape(name)}: it has no value." if name else ""
+    federated, alone, pooled = (figure(metrics, name) for metrics in found)
     return (
         f"On everybody's test cases the federation reaches {escape(name)} {federated}, where a hospital alone "
         f"reaches {alone} on average and all data in one place would give {pooled}."
+        + (f" Less {escape(name)} is better." if less_is_better(summary, name) else "")
     )
 
 
@@ -133,33 +82,112 @@ def _what_came_of_it(summary: Summary) -> str:
 
 def _comparison(summary: Summary) -> str:
     names = summary.metric_names
+    if not names:
+        return note("No model could be scored on everybody's test cases, so there is nothing to compare.")
     rows = [
         (row.kind, [row.label, *(cell for n in names for cell in (figure(row.metrics, n), gain(summary, row, n)))])
         for row in compared(summary)
     ]
-    return _table(
+    return table(
         ["trained by", *(heading for name in names for heading in (name, "vs mean alone"))],
         rows,
         "Every figure is on everybody's test cases: those of all hospitals together. "
         "Pooling all data is what a federation avoids; it is computed here only for comparison.",
+    ) + figures(
+        "compared",
+        [plots.compared_on(summary, name) for name in names],
+        "Each point is a row of the table. The axes fit the figures and need not begin at 0.",
     )
 
 
 def _learning(summary: Summary) -> str:
     if not summary.history:
-        return "<p>No version was evaluated.</p>"
+        return note("No version was evaluated, so nothing shows how the model was learned.")
     name, target = escape(summary.target_metric), summary.target
     reached = "No target was set."
     if target is not None:
         at = summary.time_to_target_s
         when = "not reached" if at is None else f"reached after {at:.1f} s"
         reached = f"The target, {name} {target:g}, was {when}."
-    caption = (
-        "Each hospital scores its own test cases with every version and sends encrypted counts; shown are the figures of "
-        "all their cases pooled, as the coordinator reads them. Scores are counted in bins, so AUC may differ from the "
-        "table above by up to 0.002."
+    shown = plots.shown_metrics(summary)
+    drawn = [plots.learned(summary, [metric], f"{metric}, {_what_of(summary, metric)}") for metric in shown]
+    if recalls := plots.recalls(summary):
+        drawn.append(plots.learned(summary, recalls, f"recall of each class, {_what_of(summary, recalls[0])}"))
+    if summary.target_metric in shown:
+        drawn.insert(1, plots.over_time(summary))
+    else:
+        reached += f" No evaluation has a value of {name}: the test cases do not allow it."
+    return f"<p>{reached}</p>" + figures("learned", drawn, _how_scored(summary, [*shown, *recalls]))
+
+
+def _what_of(summary: Summary, metric: str) -> str:
+    whose = "mean over hospitals" if is_mean(summary, metric) else "all test cases pooled"
+    return f"{whose} (less is better)" if less_is_better(summary, metric) else whose
+
+
+def _how_scored(summary: Summary, metrics: list[str]) -> str:
+    """Say whose figures the plots show, and how the coordinator has them."""
+    text = "Each hospital scores its own test cases with every version."
+    encrypted = "" if summary.cipher == "none" else "encrypted "
+    if not all(is_mean(summary, metric) for metric in metrics):
+        text += (
+            f" All test cases pooled: the hospitals send {encrypted}counts, and the figure is that of all their cases together;"
+            " scores are counted in bins, so AUC may differ from the table above by up to 0.002."
+        )
+    if any(is_mean(summary, metric) for metric in metrics):
+        text += (
+            " Mean over hospitals: each hospital's own figure, weighted by its test cases; that need not be the figure of all"
+            " cases together, which the table above has."
+        )
+    return text
+
+
+def _cases(summary: Summary) -> str:
+    cases = summary.cases
+    if not cases.confusion and not cases.roc:
+        return note("No confusion matrix and no ROC curve: the task scores no classes, or too many to show.")
+    parts = []
+    if cases.confusion:
+        rows = [
+            ("", [f"class {index}", *(f"{n:,}" for n in row), f"{row[index] / sum(row):.0%}" if sum(row) else "-"])
+            for index, row in enumerate(cases.confusion)
+        ]
+        parts.append(
+            table(
+                ["true class", *(f"taken for {index}" for index in range(len(rows))), "recall"],
+                rows,
+                f"All hospitals' test cases pooled, as version {cases.version} scores them.",
+            )
+        )
+    if cases.roc:
+        caption = f"Version {cases.version}; each class against the rest, from counts in bins. Dotted: a coin."
+        parts.append(figures("roc", [plots.roc(summary)], caption))
+    else:
+        parts.append(
+            note("No ROC curve: no class has both kinds of test cases, or there are too many classes to show.")
+        )
+    return "".join(parts)
+
+
+def _over_time(summary: Summary) -> str:
+    if not any(summary.timeline.values()):
+        return note("What each hospital did by when was not recorded.")
+    last = [seen[-1] for seen in summary.timeline.values() if seen]
+    sent, received = (max(each) for each in zip(*((at.sent_bytes, at.received_bytes) for at in last), strict=True))
+    (sent_in, sent_unit), (received_in, received_unit) = plots.byte_unit(sent), plots.byte_unit(received)
+    drawn = [
+        plots.by_site(summary, "updates sent", lambda seen: seen.updates),
+        plots.by_site(summary, "staleness [versions]", lambda seen: seen.staleness),
+        plots.by_site(summary, f"sent [{sent_in}]", lambda seen: seen.sent_bytes, sent_unit),
+        plots.by_site(summary, f"received [{received_in}]", lambda seen: seen.received_bytes, received_unit),
+    ]
+    return figures(
+        "sites",
+        drawn,
+        "Over the time since the start of the first process. Staleness: how many versions the newest is ahead of the one that the"
+        " hospital trained on last. Regions know who contributes, the coordinator does not: this was read from the hospitals' own"
+        " daemons, which are all on one machine here.",
     )
-    return f"<p>{reached}</p>" + _figure("curves", curves(summary), caption)
 
 
 def _sites(summary: Summary) -> str:
@@ -178,7 +206,7 @@ def _sites(summary: Summary) -> str:
         )
         for name, site in summary.site_figures.items()
     ]
-    return _table(
+    return table(
         ["hospital", "region", "updates sent", "training [s]", "training share", "sent", "received"],
         rows,
         "Training share: part of the run that the hospital spent training; for the rest it evaluated, encrypted or "
@@ -203,18 +231,18 @@ def _left(summary: Summary) -> str:
         n_values = site.updates * summary.n_parameters
         per_update = decimal(round(site.sent_bytes / site.updates)) if site.updates else "-"
         rows.append(("", [name, per_update, f"{site.sent_bytes / n_values:.2f}" if n_values else "-"]))
-    table = _table(
-        ["hospital", "size of an update", "bytes per parameter"],
+    sizes = table(
+        ["hospital", "sent per update", "bytes per parameter"],
         rows,
-        f"Over all updates: {summary.uplink_bytes_per_parameter:.2f} bytes per parameter; 32-bit numbers in the clear "
-        "would be 4.",
+        f"Evaluations included. Over all updates: {summary.uplink_bytes_per_parameter:.2f} bytes per parameter; 32-bit "
+        "numbers in the clear would be 4.",
     )
     return (
         "<p>No patient record: of each training pass only the change of the model's parameters was sent, rounded to "
         f"{summary.value_bits} bits per parameter. {how} Beside it, a hospital tells its region its numbers of cases, "
         "how many values the rounding cut off, and encrypted counts of how its test cases were scored; the region passes "
         "on sums.</p>"
-    ) + table
+    ) + sizes
 
 
 def _spent(summary: Summary) -> str:
@@ -229,7 +257,7 @@ def _spent(summary: Summary) -> str:
         "<p>It was noisy on purpose (differential privacy): whatever is done with what left a hospital, whether any one record "
         "was among its data changes the odds of what comes of it by a factor of at most e to the power epsilon, but for a "
         "probability of delta.</p>"
-    ) + _table(
+    ) + table(
         ["hospital", "passes", "epsilon of a record", "epsilon of the hospital", "delta"],
         rows,
         "Over all runs on this data. Smaller is safer; a dash is no such guarantee.",
@@ -245,17 +273,18 @@ def _staleness(summary: Summary) -> str:
 
 
 def _refusals(summary: Summary) -> str:
-    accepted = _count(summary.updates_accepted, "update")
+    accepted = count(summary.updates_accepted, "update")
     if not summary.refusals:
         return f"<p>{accepted} went into the model, nothing was refused.</p>"
     rows = [("", [reason.replace("_", " "), f"{n:,}"]) for reason, n in sorted(summary.refusals.items())]
-    return f"<p>{accepted} went into the model, {_count(summary.updates_rejected, 'message')} refused.</p>" + _table(
+    return f"<p>{accepted} went into the model, {count(summary.updates_rejected, 'message')} refused.</p>" + table(
         ["reason", "refused"], rows
     )
 
 
 def _settings(summary: Summary) -> str:
     facts = {
+        "run": summary.name or "-",
         "task": summary.task,
         "seed": str(summary.seed),
         "mode": {"sync": "synchronous", "async": "asynchronous"}[summary.mode],
@@ -267,94 +296,4 @@ def _settings(summary: Summary) -> str:
         "target": "none" if summary.target is None else f"{summary.target_metric} {summary.target:g}",
         "wall time, comparison included": f"{summary.wall_s:.1f} s",
     }
-    return _table(["setting", "value"], [("", [key, value]) for key, value in facts.items()])
-
-
-# --- plots ----------------------------------------------------------------------------------------------------------
-
-
-def bars(summary: Summary) -> Figure:
-    """Plot the comparison, a panel per metric."""
-    rows, names = compared(summary), summary.metric_names
-    plot = Figure(figsize=(PLOT_WIDTH, 0.7 + 0.3 * len(rows)), layout="constrained")
-    panels = plot.subplots(1, max(1, len(names)), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, names, strict=False):
-        shown = [(place, row) for place, row in enumerate(rows) if name in row.metrics]
-        axes.barh(
-            [place for place, _ in shown],
-            [row.metrics[name] for _, row in shown],
-            color=[COLOURS[row.kind] for _, row in shown],
-        )
-        for place, row in shown:
-            value = figure(row.metrics, name)
-            axes.text(1.02, place, value, transform=axes.get_yaxis_transform(), verticalalignment="center")
-        if name in summary.federated:
-            axes.axvline(summary.federated[name], color=COLOURS["federation"], linewidth=1, linestyle=":")
-        axes.set_xlabel(name)
-    panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
-    panels[0].invert_yaxis()
-    return plot
-
-
-def curves(summary: Summary) -> Figure:
-    """Plot the metrics over versions and over time, with the target."""
-    plot = Figure(figsize=(PLOT_WIDTH, 3.4), layout="constrained")
-    over_version, over_time = plot.subplots(1, 2, sharey=True)
-    _curve(over_version, summary, "version")
-    _curve(over_time, summary, "published_s")
-    over_version.set_xlabel("model version")
-    over_version.set_ylabel("all test cases pooled")
-    over_version.xaxis.set_major_locator(MaxNLocator(integer=True))
-    over_time.set_xlabel("time at which the version was published [s]")
-    if summary.time_to_target_s is not None:
-        over_time.axvline(summary.time_to_target_s, color=INK, linewidth=1, linestyle=":", label="target reached")
-    handles, labels = over_time.get_legend_handles_labels()
-    plot.legend(handles, labels, loc="outside upper center", ncols=4)
-    return plot
-
-
-def _curve(axes: Axes, summary: Summary, key: str) -> None:
-    history = sorted(summary.history, key=lambda entry: float(entry[key]))
-    names = {name: None for entry in history for name in entry["metrics"] if not name.startswith("share_")}
-    for name, colour in zip(sorted(names, key=lambda name: name != summary.target_metric), LINES, strict=False):
-        points = [(entry[key], entry["metrics"][name]) for entry in history if name in entry["metrics"]]
-        width = 2.0 if name == summary.target_metric else 1.2
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=width, marker="o", markersize=3, label=name)
-    if summary.target is not None:
-        label = f"target {summary.target_metric} {summary.target:g}"
-        axes.axhline(summary.target, color=INK, linewidth=1, linestyle="--", label=label)
-
-
-# --- HTML -----------------------------------------------------------------------------------------------------------
-
-
-def _table(headings: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], caption: str = "") -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "".join(
-        f'<tr class="{kind}"><th scope="row">{escape(cells[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells[1:])
-        + "</tr>\n"
-        for kind, cells in rows
-    )
-    below = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{below}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
-
-
-def _figure(name: str, plot: Figure, caption: str) -> str:
-    return f"<figure>{_svg(name, plot, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _svg(name: str, plot: Figure, label: str) -> str:
-    """Draw as an <svg> element for inside a page: no outside names, ids of its own, ink in the page's colour."""
-    buffer = StringIO()
-    plot.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    return text.replace(INK, "currentColor").replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+    return table(["setting", "value"], [("", [key, value]) for key, value in facts.items()], style="text")

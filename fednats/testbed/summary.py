@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from rich.table import Table
 from rich.text import Text
 
+from fednats.config import StopSettings
 from fednats.testbed.comparison import Comparison
 from fednats.testbed.federation import FederationSettings
+from fednats.testbed.timeline import Seen, Timeline
 
 Metrics = dict[str, float]
-"""Figures by name, as the task's ``metrics`` names them; higher is better."""
+"""Figures by name, as the task's ``metrics`` names them."""
 
 Statuses = Mapping[str, Mapping[str, Any]]
 """What each daemon serves on /status, by name: ``coordinator``, ``aggregator-REGION``, ``site-NAME``."""
@@ -45,7 +47,7 @@ class SiteFigures(_Figures):
     region: str
     updates: int
     sent_bytes: int
-    """Bytes of its updates."""
+    """Bytes of its updates and evaluations."""
     received_bytes: int
     """Bytes of the models it took."""
     train_s: float
@@ -59,12 +61,25 @@ class SiteFigures(_Figures):
     """Whether it stopped training because its budget allowed no further pass."""
 
 
+class Cases(_Figures):
+    """How the test cases of all hospitals pooled were scored by the version evaluated last."""
+
+    version: int = -1
+    confusion: list[list[int]] = []
+    """[classes][classes]: cases of the row's class that were taken for the column's; empty if no classes are scored, or many."""
+    roc: dict[str, list[tuple[float, float]]] = {}
+    """False and true positive rate, by class."""
+
+
 class RunFigures(_Figures):
     """What is known of a run from what its daemons say at the end.
 
-    ``history`` is as the coordinator reads it from encrypted counts, of the test cases of all hospitals pooled.
+    ``history`` is as the coordinator reads it: figures of the test cases of all hospitals pooled, but for those that it lists as
+    ``means`` over the hospitals, weighted by cases.
     """
 
+    name: str = ""
+    """Of the run."""
     task: str
     seed: int
     sites: list[str]
@@ -87,11 +102,16 @@ class RunFigures(_Figures):
     """Per update."""
     staleness: Staleness
     target_metric: str
+    lower_is_better: bool | None = None
+    """Of the target metric; None: as its name says."""
     target: float | None
     time_to_target_s: float | None
     """Coordinator's clock when the first version that met the target was published; none: not reached."""
     history: list[dict[str, Any]]
-    """Per evaluated version: version, published_s, evaluated_s, n_sites, n_samples, metrics."""
+    """Per evaluated version: version, published_s, evaluated_s, n_sites, n_samples, metrics, means."""
+    cases: Cases = Cases()
+    timeline: dict[str, list[Seen]] = {}
+    """What each site had done by when."""
     site_figures: dict[str, SiteFigures]
 
 
@@ -151,8 +171,10 @@ def with_newest(statuses: Statuses, newest: Statuses) -> Statuses:
     return merged
 
 
-def run_figures(federation: FederationSettings, statuses: Statuses, wan_bytes: int) -> RunFigures:
-    """Put together what all daemons said last (``statuses``) and what crossed the leaf links."""
+def run_figures(
+    federation: FederationSettings, statuses: Statuses, wan_bytes: int, timeline: Timeline | None = None
+) -> RunFigures:
+    """Put together what all daemons said last (``statuses``) and before (``timeline``), and what crossed the leaf links."""
     coordinator = statuses["coordinator"]
     sites = {name: statuses[f"site-{name}"] for name in federation.sites}
     aggregators = [statuses[f"aggregator-{name}"] for name in federation.regions]
@@ -165,6 +187,7 @@ def run_figures(federation: FederationSettings, statuses: Statuses, wan_bytes: i
     for tier in (coordinator, *aggregators):
         refusals.update(tier["refusals"])
     return RunFigures(
+        name=federation.name,
         task=federation.task,
         seed=federation.seed,
         sites=list(federation.sites),
@@ -185,9 +208,12 @@ def run_figures(federation: FederationSettings, statuses: Statuses, wan_bytes: i
             mean=coordinator["staleness_sum"] / max(1, coordinator["n_updates"]), max=coordinator["staleness_max"]
         ),
         target_metric=coordinator["target_metric"] or federation.stop.target_metric or "",
+        lower_is_better=federation.stop.lower_is_better,
         target=federation.stop.target,
         time_to_target_s=next((entry["published_s"] for entry in history if entry["version"] == reached), None),
         history=history,
+        cases=Cases(**coordinator["cases"]),
+        timeline={} if timeline is None else timeline.shown(),
         site_figures={
             name: SiteFigures(
                 region=site["region"],
@@ -251,6 +277,26 @@ def gain(summary: Summary, row: Row, metric: str) -> str:
     return f"{row.metrics[metric] - alone[metric]:+.3f}"
 
 
+def less_is_better(summary: RunFigures, metric: str) -> bool:
+    """Whether less of ``metric`` is better, as the run had it."""
+    stop = StopSettings(target_metric=summary.target_metric or None, lower_is_better=summary.lower_is_better)
+    return stop.less_is_better(metric)
+
+
+def is_mean(summary: RunFigures, metric: str) -> bool:
+    """Whether the history has a mean over hospitals of ``metric``, not the figure of all test cases pooled."""
+    return any(metric in entry.get("means", ()) for entry in summary.history)
+
+
+def task_name(task: str) -> str:
+    """Return what people call a task: its class, or the name of a shipped one.
+
+    >>> task_name("/home/me/own.py:Sepsis"), task_name("heart")
+    ('Sepsis', 'heart')
+    """
+    return task.rpartition(":")[2]
+
+
 def figure(metrics: Mapping[str, float], name: str) -> str:
     """Write a metric with three decimals, or a dash where it could not be computed."""
     return f"{metrics[name]:.3f}" if name in metrics else "-"
@@ -283,7 +329,7 @@ def spent(summary: Summary) -> Table | None:
 def comparison(summary: Summary) -> Table:
     """Compare the federation with each hospital alone and with all data in one place."""
     table = Table(
-        title=Text(f"{summary.task}: what the federation is worth"),
+        title=Text(f"{task_name(summary.task)}: what the federation is worth"),
         caption="On everybody's test cases: those of all hospitals together.",
     )
     table.add_column("trained by")

@@ -342,11 +342,14 @@ class Bus:
             self._connection.log.debug("service_not_confirmed", name=name)
         await service.add_endpoint(name="status", subject=subject, handler=respond)
 
-    async def answer(self, subject: str, respond: Callable[[bytes], bytes | None]) -> None:
-        """Answer questions on ``subject`` until the connection closes; nothing is said where ``respond`` returns None."""
+    async def answer(self, subject: str, respond: Callable[[bytes], Awaitable[bytes | None]]) -> None:
+        """Answer questions on ``subject``, one after the other, until the connection closes.
+
+        Nothing is said where ``respond`` returns None.
+        """
 
         async def heard(message: Msg) -> None:
-            answered = respond(message.data)
+            answered = await respond(message.data)
             if answered is not None and message.reply:
                 await self._connection.emit(message.reply, answered)
 

@@ -11,14 +11,16 @@ import pytest
 
 from fednats.errors import TaskError
 from fednats.privacy import rdp
+from fednats.privacy.account import Account, Place
 from fednats.privacy.policy import Budget, Policy
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
 from fednats.testbed.summary import spent
 from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
+from tests.e2e.faults import found, outbox
 from tests.e2e.ledgers import balanced
-from tests.e2e.until import Statuses, end_after, until
+from tests.e2e.until import ENDLESS, Statuses, end_after, until
 
 TRAINING = {
     "local_steps": 5,
@@ -95,6 +97,36 @@ async def test_a_site_whose_budget_is_spent_stays_a_consumer_and_nobody_waits_fo
     assert 1 <= len(said) <= 2  # once, and once more after the restart
     assert "max_epsilon" in said[0]["reason"]
     assert sum(event["event"] == "update_stored" for event in events) == ALLOWED
+
+
+async def test_two_daemons_on_one_account_keep_one_budget_though_one_is_killed_in_training(
+    make_federation: MakeFederation, tmp_path: Path
+) -> None:
+    """Hospitals a and b train on the same patients, so they share an account; its budget allows both of them six passes."""
+    allowed = 6
+    federation = make_federation({"north": ["a", "b", "c"]}, training=TRAINING, stop=ENDLESS)
+    step = rdp.sampled_gaussian(4.0, min(1.0, 64 / n_cases(tmp_path / "a.csv")))
+    account = tmp_path / "hospital.sqlite"
+    budget = Budget(max_epsilon=rdp.epsilon((5 * allowed + 2) * step, 1e-5))
+    shared = {"policy": Policy(budget=budget, privacy_account=account), "slow_factor": 5.0}
+    sites = {name: site.model_copy(update=shared) if name in "ab" else site for name, site in federation.sites.items()}
+    federation = federation.model_copy(update={"sites": sites})
+
+    def both_spent(statuses: Statuses) -> bool:
+        return all(statuses.get(f"site-{name}", {}).get("state") == "spent" for name in "ab")
+
+    async with running(federation, tmp_path / "out") as now:
+        await found(now, lambda: (account.exists() and Account(account).n_unfinished(Place("small", "a", 0))) or None)
+        await now.daemons["site-a"].kill()  # its pass is charged and will send nothing
+        await now.daemons["site-a"].start()
+        statuses = await until(now, both_spent)
+        n_stored = sum(int(outbox(now, name, "SELECT COUNT(*) FROM outgoing")[0][0]) for name in "ab")
+    assert Account(account).n_charges("record") == allowed
+    assert n_stored == allowed - 1
+    for name in "ab":
+        privacy = statuses[f"site-{name}"]["privacy"]
+        assert privacy["record"]["epsilon"] == pytest.approx(rdp.epsilon(5 * allowed * step, 1e-5))
+        assert privacy["record"]["epsilon"] <= budget.max_epsilon
 
 
 async def test_both_kinds_of_noise_travel_encrypted_and_are_accounted(

@@ -54,6 +54,7 @@ NEVER: dict[str, tuple[str, ...]] = {
     "site": (
         "fed.run.model.>",
         "fed.run.control",
+        "fed.run.order",
         "fed.run.aggregate.>",
         "fed.run.reject.>",
         "fed.run.pulse.>",
@@ -65,10 +66,25 @@ NEVER: dict[str, tuple[str, ...]] = {
         "$JS.hub.>",
         "fed.run.holder.>",
     ),
-    "aggregator": ("fed.run.update.>", "fed.run.model.>", "fed.run.aggregate.>", "fed.run.control", "$JS.hub.>"),
-    "uplink": ("fed.run.update.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
+    "aggregator": (
+        "fed.run.order",
+        "fed.run.update.>",
+        "fed.run.model.>",
+        "fed.run.aggregate.>",
+        "fed.run.control",
+        "$JS.hub.>",
+    ),
+    "uplink": ("fed.run.order", "fed.run.update.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
     "coordinator": ("fed.run.update.>", "fed.run.aggregate.>", "fed.run.evaluation.*.*", "$JS.north.>", "$JS.south.>"),
-    "observer": ("fed.run.update.>", "fed.run.model.>", "fed.run.control", "fed.run.aggregate.>", "$KV.>", "$JS.ACK.>"),
+    "observer": (
+        "fed.run.order",
+        "fed.run.update.>",
+        "fed.run.model.>",
+        "fed.run.control",
+        "fed.run.aggregate.>",
+        "$KV.>",
+        "$JS.ACK.>",
+    ),
 }
 """Written by hand: what no user of a role may publish, whatever the matrix says."""
 
@@ -98,7 +114,7 @@ def own_subjects() -> list[str]:
     prefixes = [subjects.model(RUN), *(subjects.aggregate(RUN, node) for node in NODES)]
     prefixes += [subjects.update(RUN, region, site) for site, region in SITES.items()]
     found = [subject for p in prefixes for subject in (subjects.head(p), subjects.chunk(p, "id", 0))]
-    found += [subjects.control(RUN)]
+    found += [subjects.control(RUN), subjects.run_order(RUN)]
     found += [subjects.lease(p) for p in (subjects.model(RUN), *(subjects.aggregate(RUN, node) for node in NODES))]
     found += [subjects.evaluation(RUN, region, site) for site, region in SITES.items()]
     found += [subjects.evaluation_sum(RUN, node) for node in NODES]

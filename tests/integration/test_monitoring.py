@@ -115,7 +115,8 @@ async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Wat
             for task in living:
                 if task.done():
                     task.result()
-            return all(daemon.is_ready and daemon.sources for daemon in daemons)
+            opened = made.coordinator.status().get("version") == 0
+            return opened and all(daemon.is_ready and daemon.sources for daemon in daemons)
 
         await until(ready, 150)  # the coordinator loads torch
         site = await stack.enter_async_context(Bus.connect(servers.site(REGION, SITE), f"site.{SITE}"))

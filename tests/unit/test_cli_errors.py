@@ -5,7 +5,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from fednats import __version__
+from fednats.cli import app
 from fednats.cli.errors import INTERRUPTED, report
 from fednats.errors import ConfigError, InterruptedRunError, TaskError
 from fednats.learning.task_errors import task_code
@@ -38,3 +41,8 @@ def test_every_error_of_a_group_is_printed_once(capsys: pytest.CaptureFixture[st
     same = ConfigError("one")
     assert report(ExceptionGroup("", [same, ExceptionGroup("", [same, ConfigError("two")])])) == 1
     assert capsys.readouterr().err == "fednats: one\nfednats: two\n"
+
+
+def test_the_version_is_an_option() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"fednats {__version__}\n")

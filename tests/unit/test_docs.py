@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fednats.config import SiteSettings, parse
+from fednats.config import RunSettings, SiteSettings, parse
 from fednats.data.column import MISSING
 from fednats.data.csv_file import Format, format_of
 from fednats.provision.plan import LeafAddress, ServerAddress
@@ -67,6 +67,11 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
             exclude_none=True
         )
     assert required <= set(documented)
+
+
+def test_the_run_in_the_document_is_one() -> None:
+    (text,) = blocks("docs/runs.md", "toml")
+    assert parse(tomllib.loads(text), RunSettings, source="docs/runs.md").stop.max_versions == 60
 
 
 def test_the_readme_s_federation_is_one() -> None:

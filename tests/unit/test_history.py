@@ -15,8 +15,8 @@ def grown(n_versions: int) -> History:
     history = History()
     for version in range(n_versions):
         evaluated = EvaluationsSummed(version=version, n_sites=2, n_samples=100, metrics=METRICS)
-        history.note(Handled(announcement(version), float(version), [], None))
-        history.note(Handled(evaluated, version + 0.5, [], None))
+        history.note(Handled(announcement(version), 0.0, float(version), [], None))
+        history.note(Handled(evaluated, 0.0, version + 0.5, [], None))
     return history
 
 

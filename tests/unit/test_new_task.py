@@ -85,14 +85,17 @@ def test_a_csv_fills_in_the_schema_and_a_person_the_rest(tmp_path: Path) -> None
     text = (tmp_path / "ward.py").read_text()
     assert "# Nr" not in text  # names are quoted
     assert '# "Nr": another whole number in each row, left out' in text
-    assert 'Number("creatinine", mean=0, scale=1, indicator=True)' in text
+    assert 'Number("creatinine", mean=..., scale=..., indicator=True)' in text
     for value in ("f", "p0", "healthy", "ill"):
         assert not re.search(rf"\b{value}\b", text.split("class MyTask")[0] + printed)
     with pytest.raises(ConfigError, match=r"Category 'sex': states no values; list all"):
         load_federation(tmp_path / "federation.toml")
+    (tmp_path / "ward.py").write_text(text.replace('Category("sex", ())', 'Category("sex", ("f", "m"))'))
+    with pytest.raises(ConfigError, match=r"Number 'age': fill in mean and scale: the usual value"):
+        load_federation(tmp_path / "federation.toml")
     text = text.replace('Category("sex", ())', 'Category("sex", ("f", "m"))')
     text = text.replace('Classes("outcome", {})', 'Classes("outcome", {"healthy": 0, "ill": 1})')
-    (tmp_path / "ward.py").write_text(text.replace("mean=0, scale=1", "mean=60, scale=30"))
+    (tmp_path / "ward.py").write_text(text.replace("mean=..., scale=...", "mean=60, scale=30"))
     settings = load_federation(tmp_path / "federation.toml").task_of("a")
     assert settings.options == {"csv": str(data)}
     trains(make_task(settings.path, settings.options))
@@ -106,8 +109,8 @@ def test_kinds_are_guessed_from_cells(tmp_path: Path) -> None:
     run("ward", "--from", "csv", "--data", data, "--out", tmp_path, "--label", "krank", "--encoding", "utf-16")
     text = (tmp_path / "ward.py").read_text(encoding="utf-8")
     for line in (
-        'Number("Größe", mean=0, scale=1),  # 2 different numbers: codes? Then Category',
-        'Number("crp", mean=0, scale=1),\n',
+        'Number("Größe", mean=..., scale=...),  # 2 different numbers: codes? Then Category',
+        'Number("crp", mean=..., scale=...),\n',
         '# "note": text with 60 different values, left out',
         '# "leer": empty, left out',
         'target=Classes("krank", {}),  # the class, from 0, of each of its 2 values',

@@ -143,3 +143,17 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_loses_nothing(outbox: Outbox)
     outbox._connection.execute("PRAGMA max_page_count = 100000")
     store(outbox, [1, 2, 3, 4], 0.25)
     assert [head.update_id for head in outbox.pending()] == ["a-1", "a-2"]
+
+
+def test_another_run_begins_without_what_waits_and_what_rounding_left_of_the_one_before(outbox: Outbox) -> None:
+    store(outbox, [1, 2, 3, 4], 0.5)
+    store(outbox, [1, 2, 3, 4], 0.5)
+    assert outbox.offer("a-1") == 0
+    assert outbox.begin_run(first_version=3) == 1
+    assert [head.update_id for head in outbox.pending()] == ["a-1"], "its sending has begun: it may have arrived"
+    assert residual(outbox) == [0.0] * 4
+    assert outbox.next_sequence() == 3
+    store(outbox, [1, 2, 3, 4], 0.25)
+    assert outbox.begin_run(first_version=3) == 0, "a restart drops nothing of the run that goes on"
+    assert residual(outbox) == [0.25] * 4
+    assert outbox.counts() == {"waiting": 2, "sent": 0, "dropped": 1}

@@ -12,7 +12,7 @@ import pytest
 from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, SiteSettings, TrainingSettings, parse
 from fednats.crypto import sealing
-from fednats.errors import BudgetSpentError, ConfigError, LocalDataError, LocalStorageError
+from fednats.errors import BudgetSpentError, ConfigError, LocalStorageError
 from fednats.learning.flat import initial_model, initial_vector, parameters_of
 from fednats.learning.task_code import make_task
 from fednats.messages import Grid, ModelManifest
@@ -175,7 +175,8 @@ def test_a_budget_without_an_account_that_outlives_the_kit_is_refused(tmp_path: 
 
 def test_a_run_without_noise_at_a_site_without_budget_keeps_no_account(tmp_path: Path) -> None:
     guard = Guard(site(tmp_path), NO_POLICY)
-    guard.charge_pass(manifest(), 0.2, LAYOUT)
+    guard.check_pass(manifest(), 0.2, LAYOUT)
+    guard.charge_pass(manifest(), 0.2, 0)
     guard.charge_update(manifest(), LAYOUT, dp_sgd=False)
     assert guard.spending(manifest()) is None
     assert not account_file(site(tmp_path), NO_POLICY).exists()
@@ -184,18 +185,18 @@ def test_a_run_without_noise_at_a_site_without_budget_keeps_no_account(tmp_path:
 def test_a_run_without_noise_is_not_trained_in_at_a_site_with_a_budget(tmp_path: Path) -> None:
     guard = Guard(site(tmp_path), Policy(budget=Budget(max_epsilon=100.0)))
     with pytest.raises(BudgetSpentError, match="the run adds no noise"):
-        guard.charge_pass(manifest(), 0.2, LAYOUT)
+        guard.check_pass(manifest(), 0.2, LAYOUT)
     with pytest.raises(BudgetSpentError, match="the run adds no noise"):
         guard.charge_update(manifest(), LAYOUT, dp_sgd=False)
     guard.charge_update(manifest(), LAYOUT, dp_sgd=True)  # the noise is in it already
     with pytest.raises(BudgetSpentError, match="has no bound"):
-        guard.charge_pass(manifest(training={"dp": {"noise_multiplier": 0.0}}), 0.2, LAYOUT)
+        guard.check_pass(manifest(training={"dp": {"noise_multiplier": 0.0}}), 0.2, LAYOUT)
 
 
 def test_noise_on_the_whole_delta_also_hides_a_record_at_twice_the_distance(tmp_path: Path) -> None:
     guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(delta=SKELLAM)
-    guard.charge_pass(run, 0.2, LAYOUT)
+    guard.charge_pass(run, 0.2, 0)
     assert guard.spending(run).record.epsilon == 0.0  # type: ignore[union-attr]  # nothing is released yet
     guard.charge_update(run, LAYOUT, dp_sgd=False)
     spent = guard.spending(run)
@@ -212,7 +213,7 @@ def test_with_both_a_record_is_charged_for_dp_sgd_alone(tmp_path: Path) -> None:
     """What comes after DP-SGD, noise included, tells no more of a record."""
     guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(training=DP_SGD, delta=SKELLAM)
-    guard.charge_pass(run, 0.2, LAYOUT)
+    guard.charge_pass(run, 0.2, 0)
     guard.charge_update(run, LAYOUT, dp_sgd=True)
     spent = guard.spending(run)
     assert spent is not None
@@ -224,7 +225,7 @@ def test_with_both_a_record_is_charged_for_dp_sgd_alone(tmp_path: Path) -> None:
 def test_no_bound_is_null_in_json(tmp_path: Path) -> None:
     guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(training={"dp": {"noise_multiplier": 0.0}})
-    guard.charge_pass(run, 0.2, LAYOUT)
+    guard.charge_pass(run, 0.2, 0)
     spent = guard.spending(run)
     assert spent is not None
     assert math.isinf(spent.record.epsilon)
@@ -242,14 +243,21 @@ def worker(settings: SiteSettings) -> SiteWorker:
     return SiteWorker(settings)
 
 
-def test_a_pass_is_booked_before_it_begins_and_again_when_it_is_made_again(tmp_path: Path) -> None:
+def test_a_pass_is_booked_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that is interrupted stays booked: its noise may have been seen."""
     settings = site(tmp_path)
-    diverging = manifest(training={**DP_SGD, "learning_rate": 1e30})
     made = worker(settings)
-    for n_passes in (1, 2):
-        with pytest.raises(LocalDataError, match="loss is"):
-            made.train(diverging, False)  # noqa: FBT003 - as the daemon calls it
-        assert Account(account_file(settings, NO_POLICY)).n_charges("record") == n_passes
+    booked = []
+
+    def interrupted(*_: object) -> None:
+        booked.append(Account(account_file(settings, NO_POLICY)).n_charges("record"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made._trainer, "train", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            made.train(manifest(training=DP_SGD), False)  # noqa: FBT003 - as the daemon calls it
+    assert booked == [1, 2]
 
 
 def test_a_worker_runs_no_task_that_the_policy_does_not_list(tmp_path: Path) -> None:
@@ -278,7 +286,7 @@ def test_what_cannot_be_trained_with_noise_is_not_charged(tmp_path: Path) -> Non
         values.write(0, initial_vector(task, 0))
     with pytest.raises(Exception, match=r"1 \(BatchNorm1d\): use nn.GroupNorm"):
         SiteWorker(settings).train(manifest(training=DP_SGD), False)  # noqa: FBT003 - as the daemon calls it
-    assert not account_file(settings, NO_POLICY).exists()
+    assert Account(account_file(settings, NO_POLICY)).n_charges("record") == 0
 
 
 def test_a_second_run_at_the_same_hospital_goes_on_where_the_first_ended(tmp_path: Path) -> None:

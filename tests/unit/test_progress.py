@@ -8,6 +8,7 @@ from rich.console import Console
 from fednats.config import StopSettings
 from fednats.testbed.progress import Progress, sparkline
 
+DAEMONS = ["coordinator", "aggregator-north", "aggregator-south", "site-a", "site-b", "site-c"]
 STOP = StopSettings.model_validate({"target": 0.85, "max_versions": 20})
 
 
@@ -101,14 +102,14 @@ def statuses() -> dict[str, dict[str, Any]]:
         "aggregator-north": aggregator(),
         "site-a": site("a-clinic"),
         "site-b": site("b-clinic", state="waiting", version=-1, updates=0, sent_bytes=0, metrics={}),
-        "site-c": {"role": "site", "name": "c-clinic", "run": "demo", "ready": False},
+        "site-c": {"role": "site", "name": "c-clinic", "run": "demo", "ready": False, "doing": "loading"},
     }
 
 
 def shown(width: int, stream: io.StringIO | None = None) -> list[str]:
     stream = stream or Terminal()
     console = Console(file=stream, width=width, height=60, force_terminal=True, color_system=None)
-    with Progress("demo", "heart", STOP, console) as progress:
+    with Progress("demo", "heart", STOP, DAEMONS, console) as progress:
         progress.update(statuses(), 83.2)
     return [line.rstrip() for line in CONTROL.sub("", stream.getvalue()).replace("\r", "\n").splitlines()]
 
@@ -133,7 +134,8 @@ def test_a_terminal_shows_where_the_run_stands() -> None:
     assert row(lines, "auc") == ["auc", "0.900", "▁█", "target", "0.850"]
     assert " ".join(row(lines, "updates")) == "updates 7 in the model, 3 refused"
     assert " ".join(row(lines, "bytes")) == "bytes 1.2 MB from the sites, 4.6 MB to them, 3.4 MB from the regions"
-    assert row(lines, "starting") == ["starting", "c-clinic"]
+    starting = dict.fromkeys(line for line in lines if line.startswith("starting"))
+    assert list(starting) == ["starting  site-c: loading", "starting  aggregator-south: starting its process"]
 
 
 def test_a_terminal_without_unicode_gets_plain_characters() -> None:
@@ -144,7 +146,7 @@ def test_a_terminal_without_unicode_gets_plain_characters() -> None:
 
 def plain() -> tuple[Progress, io.StringIO]:
     stream = io.StringIO()
-    return Progress("demo", "path/to/own.py:Own", STOP, Console(file=stream, width=80)), stream
+    return Progress("demo", "path/to/own.py:Own", STOP, DAEMONS, Console(file=stream, width=80)), stream
 
 
 def test_a_pipe_gets_one_line_per_evaluated_version() -> None:

@@ -1,14 +1,21 @@
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fednats.testbed import plots
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Summary
 
 HOSTILE = '<script>alert("$1")</script>'
+
+
+def seen(at: int) -> dict[str, Any]:
+    staleness = 1 if at else None
+    return {"at_s": 2.0 * at, "updates": at, "staleness": staleness, "sent_bytes": 9000 * at, "received_bytes": 0}
 
 
 def a_summary(**changes: Any) -> Summary:
@@ -21,6 +28,7 @@ def a_summary(**changes: Any) -> Summary:
             "n_sites": 2,
             "n_samples": 100,
             "metrics": {"auc": 0.7 + 0.1 * version},
+            "means": [],
         }
         for version in range(3)
     ]
@@ -52,6 +60,12 @@ def a_summary(**changes: Any) -> Summary:
             "target": 0.85,
             "time_to_target_s": 2.5,
             "history": history,
+            "cases": {
+                "version": 2,
+                "confusion": [[40, 5], [3, 52]],
+                "roc": {"1": [[0.0, 0.0], [0.1, 0.9], [1.0, 1.0]]},
+            },
+            "timeline": {name: [seen(at) for at in range(4)] for name in alone},
             "site_figures": {
                 "a-clinic": {**site, "updates": 2, "sent_bytes": 15_000},
                 HOSTILE: {**site, "updates": 1, "sent_bytes": 8_250},
@@ -106,7 +120,7 @@ def test_its_plots_point_at_ids_that_are_there_once(tmp_path: Path) -> None:
     html = page(tmp_path)
     ids = [attrs["id"] for _, attrs in Reader(html).tags if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 8
     assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', html)) <= set(ids)
 
 
@@ -132,6 +146,48 @@ def test_a_run_in_the_clear_says_so(tmp_path: Path) -> None:
     assert "This run was not encrypted" in html
     assert "homomorphic" not in html
     assert "homomorphic" in page(tmp_path)
+
+
+def test_the_cases_that_it_gets_wrong_are_shown(tmp_path: Path) -> None:
+    rows = Reader(page(tmp_path)).rows
+    assert ["class 0", "40", "5", "89%"] in rows
+    assert ["class 1", "3", "52", "95%"] in rows
+    html = page(tmp_path, cases={})
+    assert "No confusion matrix and no ROC curve" in html
+    assert html.count("<svg") == 7
+
+
+def test_means_over_hospitals_are_not_called_pooled_nor_pooled_figures_means(tmp_path: Path) -> None:
+    history = [{**entry, "metrics": {"rmse": 3.0}, "means": ["rmse"]} for entry in a_summary().model_dump()["history"]]
+    html = page(tmp_path, history=history, target_metric="rmse", cases={})
+    assert "Mean over hospitals: each hospital's own figure, weighted by its test cases" in unescape(html)
+    assert "All test cases pooled" not in html
+    assert "Mean over hospitals" not in page(tmp_path)
+    assert "the hospitals send encrypted counts, and the figure" in page(tmp_path)
+    assert "the hospitals send counts, and the figure" in page(tmp_path, cipher="none")
+
+
+def test_a_task_is_called_by_its_name_not_by_its_file(tmp_path: Path) -> None:
+    html = page(tmp_path, task="/home/ward/own.py:Sepsis")
+    assert "<title>fednats: Sepsis, learned by 2 hospitals</title>" in html
+    assert html.count("/home/ward/own.py:Sepsis") == 1  # among the settings
+
+
+def test_a_plot_that_has_nothing_to_show_is_not_drawn_and_the_page_says_why(tmp_path: Path) -> None:
+    assert "No evaluation has a value of c_index" in page(tmp_path, target_metric="c_index")
+    assert "No version was evaluated" in page(tmp_path, history=[])
+    assert "was not recorded" in page(tmp_path, timeline={})
+
+
+def test_the_axis_of_the_comparison_fits_the_figures() -> None:
+    (axes,) = plots.compared_on(a_summary(), "auc").axes
+    assert axes.get_xlim()[0] > 0.7
+
+
+def test_metrics_of_other_scales_have_axes_of_their_own(tmp_path: Path) -> None:
+    both = [{**entry, "metrics": {**entry["metrics"], "ece": 0.1}} for entry in a_summary().model_dump()["history"]]
+    assert plots.shown_metrics(a_summary(history=both)) == ["auc", "ece"]
+    assert page(tmp_path, history=both).count("<svg") == page(tmp_path).count("<svg") + 1
 
 
 @pytest.mark.parametrize(

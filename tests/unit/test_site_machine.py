@@ -9,10 +9,12 @@ from fednats.protocol.site import (
     Failed,
     HoursBegun,
     ModelSeen,
+    NotStored,
     OutsideHours,
     Retry,
     Site,
     State,
+    Store,
     Train,
 )
 
@@ -60,6 +62,28 @@ def test_a_failed_pass_is_tried_again_after_a_pause_or_on_a_newer_version() -> N
     site.handle(Failed())
     assert site.handle(ModelSeen(1)) == Evaluate(1)
     assert site.handle(Done()) == Train(1)
+
+
+def test_a_pass_that_could_not_be_stored_is_stored_before_anything_else_and_not_made_again() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    assert site.handle(Done()) == Train(0)
+    assert site.handle(NotStored()) is None
+    assert site.handle(Retry()) == Store(0)
+    assert site.handle(NotStored()) is None
+    assert site.handle(ModelSeen(1)) == Store(0)
+    assert site.handle(Done()) == Evaluate(1)
+    assert site.handle(Done()) == Train(1)
+
+
+def test_a_kept_pass_that_is_lost_is_made_again() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    site.handle(Done())
+    site.handle(NotStored())
+    assert site.handle(Retry()) == Store(0)
+    assert site.handle(Failed()) is None
+    assert site.handle(Retry()) == Train(0)
 
 
 def test_an_evaluation_that_fails_keeps_nobody_from_training() -> None:
