@@ -242,6 +242,7 @@ class Decoders:
             n_steps=4,
             made_by="x",
             weights_digest=DIGEST,
+            frozen_digests=bytes(16),
             grids=(GRID,),
             frames=(KEYFRAME, DIFFERENCE),
         )

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fednats import __version__
-from fednats.cli import audit, bench, daemons, federation, link, provision, runs, task
+from fednats.cli import audit, bench, check, daemons, federation, link, provision, runs, task
 from fednats.cli.errors import report
 
 app = typer.Typer(
@@ -13,7 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for group in (federation, runs, task, daemons, provision, link, bench, audit):
+for group in (federation, runs, task, check, daemons, provision, link, bench, audit):
     app.add_typer(group.commands)
 
 

@@ -64,6 +64,11 @@ def make_pair(delta: DeltaSettings, held: Path, kept: Path, files: Files) -> Non
     files.public(kept, public_key)
 
 
+def throwaway_public_key(delta: DeltaSettings) -> bytes | None:
+    """Make a public key that nobody can decrypt for, to measure with; None where nothing is encrypted."""
+    return None if delta.cipher == "none" else secret.generate(scheme.bfv(delta).parameters)[1]
+
+
 def hand_out_public_key(epoch: int, kits: Kits, kit: Path, files: Files) -> Path:
     """Put the public key of ``epoch`` into a kit; return its name there."""
     name = public_file(epoch)

@@ -7,6 +7,17 @@ from fednats.messages import Frame, Grid, Opening, ParameterSpec
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a site's daemon may log of its task before the first pass."""
+
+    n_samples: int
+    outputs: str
+    """Which problem it is, and which figures there will be."""
+    without_gradient: tuple[str, ...]
+    """Trainable parameters that the loss does not depend on."""
+
+
+@dataclass(frozen=True)
 class Trained:
     """What a site's daemon may log of a local pass."""
 
@@ -71,6 +82,7 @@ class Version:
     made_by: str
     parameters: tuple[ParameterSpec, ...]
     weights_digest: bytes
+    frozen_digests: bytes
     frames: tuple[Frame, ...]
     grids: tuple[Grid, ...]
     key_id: str

@@ -63,7 +63,7 @@ async def all_settled(running: Running, node: str, copies: int = 1) -> None:
 
 def audited(output: Path) -> dict[str, list[Record]]:
     """Assert that ``fednats audit verify`` passes on every ledger of a run; return the records by participant's folder."""
-    ledgers = sorted(output.glob("**/*ledger*"))
+    ledgers = sorted(output.glob("**/*ledger.jsonl"))
     assert {file.parent.name for file in ledgers} == {
         *(folder.parent.name for folder in output.glob("*/daemon.log")),
     }
