@@ -21,6 +21,7 @@
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- HospitalError          work on a hospital's own data failed
     |   |-- TaskError          the code of a task failed, or does not fit
+    |   |   `-- DataError      a hospital's data is not what its task states
     |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
     |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
     `-- RefusedError           something that reached us from others and is refused, with its reason
@@ -107,6 +108,10 @@ class HospitalError(FednatsError):
 
 class TaskError(HospitalError):
     """The code of a task failed, or what it returned does not fit."""
+
+
+class DataError(TaskError):
+    """A hospital's data is not what its task states; the text names file and place and the remedy, never a value."""
 
 
 class LocalDataError(HospitalError):

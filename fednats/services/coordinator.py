@@ -156,6 +156,10 @@ class CoordinatorService:
         await self._tier.feed(Configured(sites=(), regions=self._settings.regions, settings=settings))
         if self._machine.opening is None:
             await self._runs.open_first(version)
+        elif self._machine.opening.opened_at > 0:
+            self._log.info(
+                "settings_not_used", newest_run=self._machine.opening.name, remedy="fednats run start or extend"
+            )
         if version is not None and version.opening == self._machine.opening:
             await self._tier.feed(await self._announce(version))
             if self._machine.state is RunState.OPEN:
