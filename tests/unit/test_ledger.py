@@ -382,6 +382,42 @@ def test_the_chain_of_a_region_is_looked_at_too(run: SmallRun) -> None:
     assert found(run).findings[0].startswith("egress: aggregator-north/ledger.jsonl: line 1: damaged or altered")
 
 
+def test_the_books_go_on_over_an_extension_and_another_run(run: SmallRun) -> None:
+    late = run.send("north", "a")
+    run.regions["north"].feed(run.now_s, ContributionArrived(head=late))
+    run.end()
+    for name in ("r", "second"):
+        run.begin(name)
+        assert found(run).findings == [], "killed before the first version was made"
+        run.checkpoint(run.version + 1, made_by="")
+        assert found(run).findings == [], "killed before that was written down"
+        run.announce(run.version + 1, made_by="")
+        run.rounds(1)
+        assert found(run).findings == []
+        run.end()
+    ledger = found(run)
+    assert ledger.findings == []
+    assert ledger.updates["left over"] == 1
+    assert [line.partition(",")[0] for line in ledger.runs] == [
+        "run r: versions 0 to 9",
+        "run second: versions 10 to 12",
+    ]
+
+
+def test_a_sum_that_comes_when_another_run_has_begun_is_refused_by_rule(run: SmallRun) -> None:
+    heads = [run.send("north", site) for site in ("a", "b")]
+    combination, aggregate = run.sum_up("north", *heads)
+    run.regions["north"].feed(run.now_s, Combined(combination_id=combination.combination_id))
+    run.end()
+    run.begin("second")
+    run.announce(run.version + 1, made_by="")
+    run.hub.feed(run.now_s, ContributionArrived(head=aggregate))
+    ledger = found(run)
+    assert ledger.findings == []
+    assert ledger.sums["refused: earlier_run"] == 1
+    assert ledger.accepted["refused above"] == 2
+
+
 def test_kits_as_they_stand_in_the_field_are_verified(run: SmallRun) -> None:
     n_applied = verify(run.directory).accepted[APPLIED]
     for name in (
