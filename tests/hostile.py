@@ -137,7 +137,7 @@ AGGREGATE = Aggregate(
     min_sites=1,
     payload=UPDATE.payload,
 )
-EVALUATION = evaluation("a", auc=0.5)
+EVALUATION = evaluation("a", auc=0.5).model_copy(update={"arrangement": 3, "figures": ("c_index",)})
 MESSAGES: tuple[Message, ...] = (
     Chunk(parts=(b"\x00\x05", b"\x01\x02")),
     MANIFEST,

@@ -34,6 +34,7 @@ from fednats.protocol.events import (
     contribution_id,
 )
 from fednats.services.answers import Version
+from fednats.services.certificates import watch_certificates
 from fednats.services.evaluation_reader import EvaluationReader
 from fednats.services.history import History
 from fednats.services.identity import Identity
@@ -41,6 +42,7 @@ from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
+from fednats.services.notices import What
 from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, run_begins
@@ -185,6 +187,8 @@ class CoordinatorService:
                     self._settings.regions,
                 ),
                 "follow the server's limit": follow_server_limit(self._daemon, self._bus),
+                "watch certificates": watch_certificates(self._daemon, [self._settings.bus]),
+                "tell who listens": self._daemon.notices.tell(self._bus),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._tier.drain,
@@ -199,6 +203,7 @@ class CoordinatorService:
             "reason": machine.reason,
             "failed": machine.failed,
             "version": machine.version,
+            "regions": self._daemon.sources.get("aggregator", {}),
             "n_parameters": self._n_parameters,
             "accepted": self._tier.accepted,
             "refused": self._tier.refused,
@@ -258,7 +263,9 @@ class CoordinatorService:
                 self._log.error("version_impossible", error=str(error))
                 return [RunFailed(reason=str(error)), CombineFailed(combination_id=identity, refused={})]
         done = Combined(combination_id=identity, norms=version.norms, quarantined=version.quarantined)
-        return [await self._announce(version), done]
+        announced = await self._announce(version)
+        self._daemon.notices.add(What.VERSION_MADE, {"version": version.version})
+        return [announced, done]
 
     async def _step(self, combination: Combination) -> Version:
         """Make the next version of what is sound and no outlier.
@@ -292,6 +299,7 @@ class CoordinatorService:
             self._log.warning(
                 "sum_quarantined", aggregate_id=identity, region=region, norm=norms[identity], detail=detail
             )
+            self._daemon.notices.add(What.QUARANTINED, {"contribution": identity, "source": region})
 
     async def _decrypt(self, parts: list[Part]) -> dict[str, float]:
         """Decrypt the sums into one mean; return the L2 norm of each sum. Raises as `_step`."""
@@ -367,6 +375,7 @@ class CoordinatorService:
         await self._tier.feed(await self._announce(version))
         await self._publisher.tell_open(opening)
         self._log.info("run_opened", opened=opening.name, version=version.version, n_parameters=self._n_parameters)
+        self._daemon.notices.add(What.RUN_OPENED, {"opened": opening.name, "version": version.version})
 
     async def _execute(self, command: Command) -> None:
         match command:
@@ -385,6 +394,8 @@ class CoordinatorService:
                 await self._publisher.tell_closed(opening, version, reason)
                 self._runs.told_closed = True
                 self._log.info("run_closed", opened=opening.name, version=version, reason=reason)
+                closed = {"opened": opening.name, "version": version, "reason": reason}
+                self._daemon.notices.add(What.RUN_CLOSED, closed)
                 await self._put_state()
             case _:
                 raise AssertionError(f"{type(command).__name__} is not a coordinator's command")

@@ -9,6 +9,7 @@ from fednats import subjects
 from fednats.messages import Presence
 from fednats.protocol.events import Event, PresenceChanged
 from fednats.services.lifecycle import Daemon
+from fednats.services.notices import What
 from fednats.transport.bus import Bus
 
 
@@ -43,6 +44,10 @@ async def watch_presence(
     async for entries in bus.watch(subjects.presence_bucket(daemon.run)):
         said = {name: _parsed(entries.get(subjects.presence_key(role, name))) for name in watched}
         there = frozenset(name for name, presence in said.items() if presence is not None and not presence.waits)
+        waiting = frozenset(name for name, presence in said.items() if presence is not None and presence.waits)
+        absent = watched - there - waiting
+        daemon.sources[role] = {"present": sorted(there), "waiting": sorted(waiting), "absent": sorted(absent)}
+        daemon.metrics.sources_present(role, {name: name not in absent for name in watched})
         _note_declined(daemon, role, [presence for presence in said.values() if presence is not None])
         if seen is None:
             daemon.log.info("sources_present", present=sorted(there), absent=sorted(watched - there))
@@ -76,5 +81,7 @@ def _note_declined(daemon: Daemon, role: str, said: Iterable[Presence]) -> None:
 def _log_changes(daemon: Daemon, before: frozenset[str], now: frozenset[str]) -> None:
     for name in sorted(now - before):
         daemon.log.info("source_joined", source=name)
+        daemon.notices.add(What.SOURCE_JOINED, {"source": name})
     for name in sorted(before - now):
         daemon.log.warning("source_left", source=name)
+        daemon.notices.add(What.SOURCE_LEFT, {"source": name})

@@ -27,9 +27,11 @@ from fednats.privacy.policy import read_policy
 from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
 from fednats.services.answers import Prepared, Scored
+from fednats.services.certificates import watch_certificates
 from fednats.services.evaluations import payload_of
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, in_full, until_stopped
+from fednats.services.notices import What
 from fednats.services.off_loop import chunk_file
 from fednats.services.persist import RETRY_S
 from fednats.services.recorder import Recorder
@@ -139,6 +141,8 @@ class SiteService:
                 "send evaluations": self._sender.send_evaluations(),
                 "sum up what leaves": self._sender.sum_up(),
                 "notice when the bus is away": self._notice_away(),
+                "watch certificates": watch_certificates(self._daemon, [self._settings.bus]),
+                "tell who listens": self._daemon.notices.tell(self._bus),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._drain,
@@ -341,6 +345,7 @@ class SiteService:
             return await self._do(job, manifest)
         except BudgetSpentError as error:
             self._log.warning("budget_spent", version=job.version, reason=str(error))
+            self._daemon.notices.add(What.BUDGET_SPENT, {"version": job.version})
             await self._show_spending(manifest, spent=True)
             return protocol.BudgetSpent()
         except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
