@@ -58,7 +58,7 @@ class ServerOptimizer:
         }[settings.optimizer]
         """Names of what the rule keeps for each weight."""
         has_memory = settings.optimizer != "sgd" or settings.momentum > 0
-        self._statistic_rate = np.float32(STATISTIC_RATE if has_memory else min(1.0, settings.learning_rate))
+        self._statistic_rate = np.float32(STATISTIC_RATE if has_memory else min(1.0, self._rate))
 
     def step(
         self,
