@@ -4,16 +4,24 @@
 
     FednatsError
     |-- ConfigError            a setting, file or task the operator has to mend
+<<<<<<< HEAD
+    |   `-- CopiedSiteError    another process sends as this site
+    |-- TaskError              the code of a task failed
+=======
+>>>>>>> main
     |-- BusError               the bus cannot be reached or does not answer
     |   |-- UnreachableError   a daemon that starts cannot connect
     |   |-- BusFullError       a stream is at its limit; what was offered is not stored
     |   `-- FencedError        a stream refuses a publisher whose lease another one has taken
     |-- RivalError             another daemon does this one's work: one of them ends
     |-- LocalStorageError      this machine's disk does not take what must be on it
+    |   `-- DatabaseLockedError  another process holds one of its files
     |-- InterruptedRunError    Ctrl-C; everything was stopped
+    |-- ImpossibleModelError   the next version would hold a value that no model can have
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- HospitalError          work on a hospital's own data failed
     |   |-- TaskError          the code of a task failed, or does not fit
+    |   |   `-- DataError      a hospital's data is not what its task states
     |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
     |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
     `-- RefusedError           something that reached us from others and is refused, with its reason
@@ -21,14 +29,27 @@
 """
 
 from enum import StrEnum
+from typing import ClassVar
+
+CONFIG_EXIT = 78
+"""EX_CONFIG of sysexits.h: a supervisor that starts the process again gains nothing."""
 
 
 class FednatsError(Exception):
     """Everything fednats raises on purpose."""
 
+    exit_code: ClassVar[int] = 1
+    """Of a daemon that it ends."""
+
 
 class ConfigError(FednatsError):
     """A setting, file or task that the operator has to mend; the text names it and the remedy."""
+
+    exit_code = CONFIG_EXIT
+
+
+class CopiedSiteError(ConfigError):
+    """Another process sends as this site, or its state_dir is an old copy: its updates are refused as replays."""
 
 
 class BusError(FednatsError):
@@ -55,8 +76,16 @@ class LocalStorageError(FednatsError):
     """This machine's disk does not take what must be on it before work goes on; the text names the file and the remedy."""
 
 
+class DatabaseLockedError(LocalStorageError):
+    """Another process holds the lock of a file; nothing was written, and it can be tried again."""
+
+
 class InterruptedRunError(FednatsError):
     """Ctrl-C; everything was stopped."""
+
+
+class ImpossibleModelError(FednatsError):
+    """The next version would hold a value that no model can have; it was not made, and would not be another time."""
 
 
 class OverflowRefusedError(FednatsError):
@@ -79,6 +108,10 @@ class HospitalError(FednatsError):
 
 class TaskError(HospitalError):
     """The code of a task failed, or what it returned does not fit."""
+
+
+class DataError(TaskError):
+    """A hospital's data is not what its task states; the text names file and place and the remedy, never a value."""
 
 
 class LocalDataError(HospitalError):

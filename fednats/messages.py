@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fednats import __version__
 from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings, check_robust
 
 DIGEST_BYTES = 16
@@ -18,6 +19,8 @@ MAX_CHUNKS = 2**16
 """Chunks of one payload: 16 GiB of the usual ones."""
 
 MAX_FRAMES = 256
+FROZEN_DIGEST_BYTES = 8
+MAX_FROZEN_BYTES = 2**14 * FROZEN_DIGEST_BYTES
 MAX_RUNS = 100
 """Runs in one answer: the newest."""
 
@@ -28,6 +31,15 @@ MAX_FIGURES = 64
 
 MAX_METRIC = 1e15
 """Largest magnitude of a metric; sums of them stay finite."""
+
+MAX_VERDICTS = 32
+"""Verdicts in one receipt: the newest ones."""
+
+MAX_DETAIL = 300
+"""Characters that a verdict says beyond its reason."""
+
+NO_RECORD = "0" * 64
+"""Head of a ledger that has no record yet."""
 
 Digest = Annotated[bytes, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Name = Annotated[str, Field(max_length=512)]
@@ -42,6 +54,9 @@ FigureNames = Annotated[tuple[Name, ...], Field(max_length=MAX_FIGURES)]
 Arrangement = Annotated[int, Field(ge=0, le=2**16)] | None
 
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Release = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,64}$")]
+LedgerHead = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""Hash of the newest record of a ledger (`fednats.privacy.egress`), hexadecimal SHA-256."""
 
 
 class Message(BaseModel):
@@ -52,13 +67,20 @@ class Message(BaseModel):
     kind: ClassVar[str]
 
 
+class SignedMessage(Message):
+    """Base of what is signed; it names the release of its sender, so that a refusal can say which two do not agree."""
+
+    release: Release = __version__
+
+
 class ParameterSpec(BaseModel):
-    """One floating-point tensor of the model's state dict, in the order of the flat vector."""
+    """One tensor that travels, in the order of the flat vector."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: Name
     shape: Annotated[tuple[Count, ...], Field(max_length=MAX_DIMENSIONS)]
+    statistic: bool = Field(default=False, description="a running mean or variance, which no gradient moves")
 
 
 class Grid(BaseModel):
@@ -129,7 +151,7 @@ class Opening(BaseModel):
         return self
 
 
-class ModelManifest(Message):
+class ModelManifest(SignedMessage):
     """One version of the global model, and the frames from which it can be made."""
 
     kind: ClassVar[str] = "model"
@@ -141,6 +163,9 @@ class ModelManifest(Message):
     seed: int
     parameters: tuple[ParameterSpec, ...]
     weights_digest: Digest = Field(description="BLAKE2b-128 of all weights, float32 little endian, in parameter order")
+    frozen_digests: bytes = Field(
+        b"", max_length=MAX_FROZEN_BYTES, description="BLAKE2b-64 of each tensor that stays as the task makes it"
+    )
     frames: tuple[Frame, ...] = Field(
         max_length=MAX_FRAMES, description="in the stream now, by version; at least one chain leads here"
     )
@@ -169,7 +194,7 @@ class ModelManifest(Message):
         return self
 
 
-class Control(Message):
+class Control(SignedMessage):
     """Whether the run is open, and why not if it is not."""
 
     kind: ClassVar[str] = "control"
@@ -181,7 +206,7 @@ class Control(Message):
     reason: Text
 
 
-class Lease(Message):
+class Lease(SignedMessage):
     """Which process acts for the coordinator or for a region: one at a time.
 
     The newest in the stream counts. Its sequence number there is the fencing token: whatever else the process
@@ -196,7 +221,7 @@ class Lease(Message):
     place: Token = Field(description="digest over this boot of the machine and the folder with the daemon's state")
 
 
-class Update(Message):
+class Update(SignedMessage):
     """One site's delta; payload: the weighted-summable encoding of the quantised delta."""
 
     kind: ClassVar[str] = "update"
@@ -212,10 +237,13 @@ class Update(Message):
     n_samples: Positive
     saturated: Count = Field(description="values that the grid clipped")
     min_sites: Positive = Field(description="distinct sites that the site asks every sum with it to be of")
+    ledger_head: LedgerHead = Field(
+        NO_RECORD, description="newest record of the site's egress ledger when the update was first offered to the bus"
+    )
     payload: Payload
 
 
-class Aggregate(Message):
+class Aggregate(SignedMessage):
     """A weighted sum of at least ``min_sites`` distinct sites' deltas."""
 
     kind: ClassVar[str] = "aggregate"
@@ -238,7 +266,7 @@ class Aggregate(Message):
     payload: Payload
 
 
-class Evaluation(Message):
+class Evaluation(SignedMessage):
     """One site's counts of one version on its own test data; payload: the summable encoding of the counts."""
 
     kind: ClassVar[str] = "evaluation"
@@ -257,7 +285,7 @@ class Evaluation(Message):
     payload: Payload
 
 
-class EvaluationSum(Message):
+class EvaluationSum(SignedMessage):
     """Sums of the counts of at least ``min_sites`` distinct sites; ``metrics`` are means weighted by ``n_samples``."""
 
     kind: ClassVar[str] = "evaluation_sum"
@@ -274,6 +302,37 @@ class EvaluationSum(Message):
     metrics: Metrics
     min_sites: Positive = Field(description="as of an aggregate")
     payload: Payload
+
+
+Outcome = Literal["accepted", "refused", "left_over"]
+"""Accepted: in a sum that its region has made. Left over: the run closed before it was in one."""
+
+
+class Verdict(BaseModel):
+    """What became of one update at its region."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Token = Field(description="id of the update; of one that could not be read, `wire.message_id` of its head")
+    sequence: Count = Field(description="number of the update; 0 if it could not be read")
+    outcome: Outcome
+    reason: Annotated[str, Field(max_length=64)] = Field(description="of a refusal, a `Reason`; else empty")
+    detail: Annotated[str, Field(max_length=MAX_DETAIL)]
+    ledger_head: LedgerHead = Field(description="as the update had it: the region countersigns the site's ledger")
+
+
+class Receipt(SignedMessage):
+    """What a region tells one of its sites: the newest verdicts on its updates, the newest last.
+
+    Each receipt repeats the verdicts of those before, so a site that misses one loses nothing.
+    """
+
+    kind: ClassVar[str] = "receipt"
+
+    run: Token
+    region: Token
+    site: Token
+    verdicts: Annotated[tuple[Verdict, ...], Field(max_length=MAX_VERDICTS)]
 
 
 class Reject(Message):
@@ -315,7 +374,7 @@ class Presence(BaseModel):
     )
 
 
-class RunOrder(Message):
+class RunOrder(SignedMessage):
     """What the holder of the coordinator's kit asks of the coordinator that runs."""
 
     kind: ClassVar[str] = "run_order"
@@ -345,7 +404,7 @@ class RunRow(BaseModel):
     reached_target_at: Count | None = Field(description="first version that reached the target")
 
 
-class RunAnswer(Message):
+class RunAnswer(SignedMessage):
     """What the coordinator says to an order."""
 
     kind: ClassVar[str] = "run_answer"
@@ -368,5 +427,6 @@ AnyMessage = (
     | Aggregate
     | Evaluation
     | EvaluationSum
+    | Receipt
     | Reject
 )

@@ -83,8 +83,8 @@ def deliver(region: str) -> str:
 
 
 def site(run: str, region: str, name: str) -> Permissions:
-    """A site: sends its own updates, evaluations and presence; reads models and control."""
-    models = subjects.models_stream(run, region)
+    """A site: sends its own updates, evaluations and presence; reads models, control and its own receipts."""
+    models, receipt = subjects.models_stream(run, region), subjects.receipt(run, region, name)
     return Permissions(
         publish=(
             f"{subjects.update(run, region, name)}.>",
@@ -93,10 +93,12 @@ def site(run: str, region: str, name: str) -> Permissions:
             subjects.event(run, "site", name),
             f"$JS.API.DIRECT.GET.{models}.{subjects.model(run)}.>",
             f"$JS.API.DIRECT.GET.{models}.{subjects.control(run)}",
+            f"$JS.API.DIRECT.GET.{subjects.receipts_stream(run, region)}.{receipt}",
         ),
         subscribe=(
             f"{inbox(user_name('site', name))}.>",
             *_wake(run),
+            receipt,
             *_SERVICE,
             subjects.status(run, "site", name),
         ),
@@ -104,7 +106,7 @@ def site(run: str, region: str, name: str) -> Permissions:
 
 
 def aggregator(run: str, region: str) -> Permissions:
-    """An aggregator in its region's private account: makes the streams, reads and purges updates, keeps rejects."""
+    """An aggregator in its region's private account: makes the streams, reads and purges updates, sends receipts."""
     updates, models = subjects.updates_stream(run, region), subjects.models_stream(run, region)
     return Permissions(
         publish=(
@@ -112,6 +114,8 @@ def aggregator(run: str, region: str) -> Permissions:
             *_make(models),
             *_read(models),
             *_consume(updates),
+            *_make(subjects.receipts_stream(run, region)),
+            subjects.receipt(run, region, "*"),
             *_reject(run, region),
             *_buckets(run),
             _presence(run, "aggregator", region),

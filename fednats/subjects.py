@@ -64,6 +64,16 @@ def inbox_stream(run: str, node: str) -> str:
     return f"fed_{run}_inbox_{node}"
 
 
+def receipt(run: str, region: str, site: str) -> str:
+    """What became of one site's updates at its region; the last message counts."""
+    return f"fed.{run}.receipt.{region}.{site}"
+
+
+def receipts_stream(run: str, region: str) -> str:
+    """Stream of a region's receipts, in its private account: the newest for each site."""
+    return f"fed_{run}_receipts_{region}"
+
+
 # --- parts of a payload -----------------------------------------------------------------------------------------------
 
 
@@ -116,13 +126,13 @@ def rejects_stream(run: str, node: str) -> str:
 def sender(subject: str) -> str:
     """Return whom the bus lets publish on ``subject``.
 
-    >>> sender("fed.r.update.north.a.head"), sender("fed.r.aggregate.north.head"), sender("fed.r.control")
+    >>> sender("fed.r.update.north.a.head"), sender("fed.r.receipt.north.a"), sender("fed.r.control")
     ('a', 'north', 'hub')
     """
     _, _, kind, *names = subject.split(".")
     if kind in {"update", "evaluation"}:
         return names[1]
-    return names[0] if kind == "aggregate" else HUB
+    return names[0] if kind in {"aggregate", "receipt"} else HUB
 
 
 # --- orders to the coordinator ----------------------------------------------------------------------------------------

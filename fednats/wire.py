@@ -6,15 +6,16 @@ body. The body is the msgpack array ``[kind, fields]``.
 
 import hashlib
 import struct
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any, TypeVar, get_args
 
 import msgpack
 import zstandard
 from pydantic import ValidationError
 
+from fednats import __version__
 from fednats.errors import Reason, RefusedError
-from fednats.messages import DIGEST_BYTES, AnyMessage, Message
+from fednats.messages import DIGEST_BYTES, AnyMessage, Message, SignedMessage
 
 SCHEMA_VERSION = 1
 MAX_MESSAGE_BYTES = 8 * 2**20
@@ -31,6 +32,8 @@ MAX_LIST, MAX_MAP = 2**16, 2**10
 
 MAX_FIELD_TEXT = 200
 """So much of a field's name is quoted when it is refused: names are others' words."""
+
+MAX_RELEASE_TEXT = 64
 
 _HEADER = struct.Struct(">2sBBI")
 _MAGIC = b"FN"
@@ -67,7 +70,17 @@ def unpack(data: bytes, expected: type[MessageT]) -> MessageT:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         field = ".".join(str(part)[:MAX_FIELD_TEXT] for part in first["loc"])
-        raise RefusedError(Reason.MALFORMED, f"{kind}.{field}: {first['msg']}") from None
+        detail = f"{kind}.{field}: {first['msg']}{_releases(fields, expected)}"
+        raise RefusedError(Reason.MALFORMED, detail) from None
+
+
+def _releases(fields: Mapping[str, object], expected: type[Message]) -> str:
+    """Return the releases of the sender and of this process, for a message that names its sender's."""
+    if not issubclass(expected, SignedMessage):
+        return ""
+    release = fields.get("release")
+    sent_by = release[:MAX_RELEASE_TEXT] if isinstance(release, str) and release.isprintable() else "unknown"
+    return f" (sent by release {sent_by}, this is release {__version__})"
 
 
 def digest(data: bytes) -> bytes:
@@ -132,7 +145,9 @@ def _body(data: bytes) -> bytes:
     if magic != _MAGIC:
         raise RefusedError(Reason.MALFORMED, "not a fednats message (no magic)")
     if version != SCHEMA_VERSION:
-        raise RefusedError(Reason.SCHEMA_VERSION, f"schema version {version}, this is {SCHEMA_VERSION}")
+        raise RefusedError(
+            Reason.SCHEMA_VERSION, f"schema version {version}, release {__version__} takes {SCHEMA_VERSION}"
+        )
     if n_bytes > MAX_MESSAGE_BYTES or len(data) > MAX_MESSAGE_BYTES + _HEADER.size:
         raise RefusedError(Reason.OVERSIZED, f"{max(n_bytes, len(data))} bytes, the limit is {MAX_MESSAGE_BYTES}")
     body = data[_HEADER.size :]

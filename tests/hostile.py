@@ -137,7 +137,7 @@ AGGREGATE = Aggregate(
     min_sites=1,
     payload=UPDATE.payload,
 )
-EVALUATION = evaluation("a", auc=0.5)
+EVALUATION = evaluation("a", auc=0.5).model_copy(update={"arrangement": 3, "figures": ("c_index",)})
 MESSAGES: tuple[Message, ...] = (
     Chunk(parts=(b"\x00\x05", b"\x01\x02")),
     MANIFEST,
@@ -242,6 +242,7 @@ class Decoders:
             n_steps=4,
             made_by="x",
             weights_digest=DIGEST,
+            frozen_digests=bytes(16),
             grids=(GRID,),
             frames=(KEYFRAME, DIFFERENCE),
         )

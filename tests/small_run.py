@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +12,7 @@ import nkeys
 
 from fednats.config import AggregationSettings, RunSettings, StalenessSettings
 from fednats.crypto.signing import Signer
-from fednats.messages import Aggregate, ParameterSpec, Update
+from fednats.messages import Aggregate, Opening, ParameterSpec, Update
 from fednats.privacy.egress import EGRESS_FILE, EgressLedger
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
@@ -24,14 +25,17 @@ from fednats.protocol.events import (
     Configured,
     ContributionArrived,
     Event,
+    FinalEvaluationOverdue,
+    WallTimeReached,
 )
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.recorder import entry_of
 from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder
-from fednats.storage.journal import Journal
+from fednats.storage.journal import EVENTS_TABLE, Journal
 from fednats.storage.outbox import Outbox
+from fednats.storage.row_chain import extend
 from fednats.storage.tensor_file import digest_of
-from tests.makers import FIRST, PAYLOAD, announcement, opened, update
+from tests.makers import FIRST, PAYLOAD, announcement, closed, opened, update
 
 CAPACITY = 500
 SETTINGS = AggregationSettings(goal=2, region_goal=1, staleness=StalenessSettings(max_staleness=5))
@@ -60,6 +64,7 @@ class SmallRun:
         self.directory = directory
         self.now_s = 1000.0
         self.version = 0
+        self.opening = FIRST
         self.hub = Node(directory / "coordinator" / "journal.sqlite", Coordinator("r"))
         self.regions = {
             region: Node(
@@ -84,9 +89,27 @@ class SmallRun:
         """Let the coordinator write a checkpoint and everybody hear of it."""
         self.checkpoint(version, made_by)
         self.version = version
-        self.hub.feed(self.now_s, announcement(version, settings=SETTINGS, capacity=None))
+        told = partial(announcement, version, settings=SETTINGS, opening=self.opening, grids=(self.grid,))
+        self.hub.feed(self.now_s, told(capacity=None))
         for region in self.regions.values():
-            region.feed(self.now_s, announcement(version, settings=SETTINGS, capacity=CAPACITY))
+            region.feed(self.now_s, told(capacity=CAPACITY))
+
+    def end(self) -> None:
+        """Let the coordinator close the run, and everybody hear of it."""
+        self.hub.feed(self.now_s, WallTimeReached(), FinalEvaluationOverdue())
+        for region in self.regions.values():
+            region.feed(self.now_s, closed(self.opening, self.version))
+
+    def begin(self, name: str) -> None:
+        """Let the coordinator open a run, or go on with the one that it closed last, and not get any further."""
+        first = self.opening.first_version if name == self.opening.name else self.version + 1
+        self.opening = Opening(name=name, first_version=first, opened_at=self.version + 1)
+        self.hub.feed(self.now_s, opened(self.opening))
+
+    @property
+    def grid(self) -> str:
+        """Id of the run's grid."""
+        return f"g{self.opening.first_version}"
 
     def checkpoint(self, version: int, made_by: str, quarantined: Mapping[str, str] = MappingProxyType({})) -> None:
         folder = checkpoints_folder(self.directory / "coordinator")
@@ -96,11 +119,12 @@ class SmallRun:
         checkpoints.commit(
             Checkpoint(
                 version=version,
-                opening=FIRST,
+                opening=self.opening,
                 settings=RunSettings(name="r"),
                 n_steps=version,
                 made_by=made_by,
                 weights_digest=digest,
+                frozen_digests=b"",
                 grids=(),
                 frames=(),
                 quarantined=dict(quarantined),
@@ -113,7 +137,7 @@ class SmallRun:
         """Let a site make an update and have it acknowledged by the bus."""
         outbox = self.outboxes[site]
         sequence = outbox.next_sequence()
-        head = update(site, sequence, version=self.version, n_samples=n_samples)
+        head = update(site, sequence, version=self.version, n_samples=n_samples, grid=self.grid)
         head = head.model_copy(update={"region": region})
         outbox.add_update(head, (1.0,), None)
         entry = entry_of("update", head, version=head.base_version, name=head.update_id, payload=head.payload)
@@ -165,5 +189,7 @@ class SmallRun:
         connection.execute("DELETE FROM event")
         connection.executemany(
             "INSERT INTO event (at_s, kind, body) VALUES (?, ?, ?)",
-            [(at_s, kind, msgpack.packb(fields)) for at_s, kind, fields in kept],
+            written := [(at_s, kind, msgpack.packb(fields)) for at_s, kind, fields in kept],
         )
+        connection.execute("DELETE FROM row_chain")  # whoever can write the file can make the count anew
+        extend(connection, EVENTS_TABLE, written)

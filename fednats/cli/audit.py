@@ -23,9 +23,16 @@ SignersFiles = Annotated[
 
 
 @audit.command("verify")
-def audit_verify(ledger: LedgerFile, signers: SignersFiles = None) -> None:
+def audit_verify(
+    ledger: LedgerFile,
+    signers: SignersFiles = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="LEDGER", help="ledger of the region (or the coordinator) that accepted what left"),
+    ] = None,
+) -> None:
     """Say whether a ledger is whole and who signed it, or exit code 1 with the place; docs/audit.md."""
-    found = _audit(ledger, signers)
+    found = _audit(ledger, signers, against)
     for text in (*found.notes, *found.findings, found.line):
         typer.echo(text)
     raise typer.Exit(1 if found.findings else 0)
@@ -53,8 +60,8 @@ def audit_show(
         typer.echo(text)
 
 
-def _audit(ledger: Path, signers: list[Path] | None) -> "Audit":
+def _audit(ledger: Path, signers: list[Path] | None, against: list[Path] | None = None) -> "Audit":
     from fednats.crypto.signers import read_roster  # noqa: PLC0415
     from fednats.privacy.audit import audit as read_and_verify  # noqa: PLC0415
 
-    return read_and_verify(ledger, [read_roster(file) for file in signers or ()])
+    return read_and_verify(ledger, [read_roster(file) for file in signers or ()], against or ())

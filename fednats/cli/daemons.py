@@ -1,15 +1,29 @@
 """``fednats site``, ``aggregator`` and ``coordinator``: the daemons."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fednats.cli.errors import report
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load
+from fednats.errors import ConfigError
 
 commands = typer.Typer()
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="settings file (TOML)")]
+
+
+@contextmanager
+def supervised() -> Iterator[None]:
+    """Tell the supervisor of a daemon by the exit code that starting it again does not mend its settings."""
+    try:
+        yield
+    except ConfigError as error:
+        report(error)
+        raise typer.Exit(error.exit_code) from None
 
 
 @commands.command()
@@ -18,8 +32,9 @@ def site(config: ConfigFile) -> None:
     from fednats.services import lifecycle  # noqa: PLC0415
     from fednats.services import site as service  # noqa: PLC0415
 
-    settings = load(config, SiteSettings)
-    raise typer.Exit(lifecycle.run("site", settings.site, settings, lambda daemon: service.site(daemon, settings)))
+    with supervised():
+        settings = load(config, SiteSettings)
+        raise typer.Exit(lifecycle.run("site", settings.site, settings, lambda daemon: service.site(daemon, settings)))
 
 
 @commands.command()
@@ -28,10 +43,11 @@ def aggregator(config: ConfigFile) -> None:
     from fednats.services import aggregator as service  # noqa: PLC0415
     from fednats.services import lifecycle  # noqa: PLC0415
 
-    settings = load(config, AggregatorSettings)
-    raise typer.Exit(
-        lifecycle.run("aggregator", settings.region, settings, lambda daemon: service.aggregator(daemon, settings))
-    )
+    with supervised():
+        settings = load(config, AggregatorSettings)
+        raise typer.Exit(
+            lifecycle.run("aggregator", settings.region, settings, lambda daemon: service.aggregator(daemon, settings))
+        )
 
 
 @commands.command()
@@ -41,5 +57,8 @@ def coordinator(config: ConfigFile) -> None:
     from fednats.services import lifecycle  # noqa: PLC0415
     from fednats.subjects import HUB  # noqa: PLC0415
 
-    settings = load(config, CoordinatorSettings)
-    raise typer.Exit(lifecycle.run("coordinator", HUB, settings, lambda daemon: service.coordinator(daemon, settings)))
+    with supervised():
+        settings = load(config, CoordinatorSettings)
+        raise typer.Exit(
+            lifecycle.run("coordinator", HUB, settings, lambda daemon: service.coordinator(daemon, settings))
+        )

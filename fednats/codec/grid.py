@@ -16,6 +16,9 @@ from fednats.messages import Grid
 MIN_RANGE = 0.02
 """Smallest range of a tensor at the start; tensors that begin as zeros (biases) still move."""
 
+STATISTIC_RANGE = 1.0
+"""Smallest range of a running statistic at the start: it goes from 0 to what the data have, whatever it is at first."""
+
 SATURATION_HIGH = 0.05
 """Share of clipped values above which steps grow."""
 
@@ -46,7 +49,8 @@ def initial(layout: Layout, weights: Vector, qmax: int, noise: float = 0.0, firs
         noise: standard deviation of the noise that sites add on purpose (`SitePrivacySettings`); a range holds it.
         first_version: of the run. It is in the ids of all the run's grids: no two runs have one in common.
     """
-    ranges = np.maximum(np.sqrt(layout.means(weights, np.square)), max(MIN_RANGE, NOISE_RANGE * noise))
+    smallest = np.maximum(np.where(layout.statistics, STATISTIC_RANGE, MIN_RANGE), NOISE_RANGE * noise)
+    ranges = np.maximum(np.sqrt(layout.means(weights, np.square)), smallest)
     return _grid(str(first_version), tuple(2.0 ** round(math.log2(value / qmax)) for value in ranges))
 
 

@@ -1,4 +1,4 @@
-"""All floating-point tensors of a model as one flat float32 vector."""
+"""All tensors of a model that travel as one flat float32 vector."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +71,8 @@ class Layout:
         self._sizes = np.array(sizes, dtype=np.int64)
         self._ends = ends
         self.n_parameters = sum(sizes)
+        self.statistics = tuple(parameter.statistic for parameter in self.parameters)
+        """For each tensor, whether it is a running statistic."""
         self.slices = tuple(slice(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True))
 
     def steps(self, of_tensors: Sequence[float], start: int, stop: int) -> NDArray[np.float32]:
@@ -81,12 +83,20 @@ class Layout:
         """
         if len(of_tensors) != len(self.parameters):
             raise RefusedError(Reason.WRONG_GRID, f"{len(of_tensors)} steps for {len(self.parameters)} tensors")
-        lengths = np.minimum(self._ends, stop) - np.maximum(self._ends - self._sizes, start)
         steps = np.asarray(of_tensors, dtype=np.float64)
         limits = np.finfo(np.float32)
         if not ((steps >= limits.tiny) & (steps <= limits.max)).all():
             raise RefusedError(Reason.WRONG_GRID, "a step is not a positive float32")
-        return np.repeat(steps.astype(np.float32), np.maximum(lengths, 0))
+        return np.repeat(steps.astype(np.float32), self._lengths(start, stop))
+
+    def of_statistics(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Whether each value of the flat vector from ``start`` to ``stop`` is of a running statistic, bool[stop - start]."""
+        return np.repeat(np.array(self.statistics, np.bool_), self._lengths(start, stop))
+
+    def _lengths(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Values of each tensor that lie between ``start`` and ``stop``."""
+        lengths: NDArray[np.int64] = np.minimum(self._ends, stop) - np.maximum(self._ends - self._sizes, start)
+        return np.maximum(lengths, 0, out=lengths)
 
     def means(
         self, vector: Vector, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]

@@ -91,13 +91,13 @@ class Signers:
 def signer_of(subject: str) -> str:
     """Return the participant that must have signed what comes on ``subject``.
 
-    >>> signer_of("fed.r.update.north.a.head"), signer_of("fed.r.aggregate.north.head"), signer_of("fed.r.control")
+    >>> signer_of("fed.r.update.north.a.head"), signer_of("fed.r.receipt.north.a"), signer_of("fed.r.control")
     ('site.a', 'aggregator.north', 'coordinator.hub')
     """
     name = subjects.sender(subject)
     if name == subjects.HUB:
         return user_name("coordinator", name)
-    return user_name("aggregator" if subject.split(".")[2] == "aggregate" else "site", name)
+    return user_name("aggregator" if subject.split(".")[2] in {"aggregate", "receipt"} else "site", name)
 
 
 def read_roster(path: Path) -> Roster:

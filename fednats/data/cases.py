@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fednats.errors import ConfigError
+from fednats.errors import DataError
 
 TEST_SHARE = 0.2
 
@@ -70,16 +70,14 @@ class Cases(Dataset[tuple[Tensor, ...]]):
         Where the data does not say whose a case is, its place in the file does.
 
         Raises:
-            ConfigError: one part is empty.
+            DataError: one part is empty.
         """
         who = self.patients or [str(index) for index in self._chosen]
         in_test = [_fraction(patient) < test_share for patient in who]
         train, test = ([index for index, chosen in enumerate(in_test) if chosen is part] for part in (False, True))
         if not train or not test:
             n_patients, part = len(set(who)), "test" if train else "train"
-            raise ConfigError(
-                f"{n_patients} patients leave nothing to {part} on; more are needed, or another test_share"
-            )
+            raise DataError(f"{n_patients} patients leave nothing to {part} on; more are needed, or another test_share")
         return self.take(train), self.take(test)
 
 

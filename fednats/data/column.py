@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fednats.errors import ConfigError
+from fednats.errors import DataError
 
 MISSING = ("", "?", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null")
 """What stands for a missing value in every file; one that a column has as a code is that code."""
@@ -38,7 +38,7 @@ class Column:
         """Read the cells as numbers float64[n], NaN where ``missing``.
 
         Raises:
-            ConfigError: a cell is no finite number, naming its line.
+            DataError: a cell is no finite number, naming its line.
         """
         d = re.escape(self.decimal)
         text = self.cells.mask(pd.Series(missing, self.cells.index), "0")
@@ -54,7 +54,7 @@ class Column:
         return values
 
     def whole_numbers(self) -> list[int | None]:
-        """Read the cells as whole numbers, None where one is missing; raises ConfigError."""
+        """Read the cells as whole numbers, None where one is missing; raises DataError."""
         missing = self.is_missing()
         values = self.numbers(missing)
         self.refuse(~missing & (values != np.round(values)), "no whole number")
@@ -66,7 +66,7 @@ class Column:
         Numbers are compared as numbers: 1, 1.0 and 01 are one code.
 
         Raises:
-            ConfigError: a cell is none of them, naming its line.
+            DataError: a cell is none of them, naming its line.
         """
         own: Sequence[float] | Sequence[str]
         if all(isinstance(value, int | float) for value in values):
@@ -81,12 +81,12 @@ class Column:
         return found
 
     def refuse(self, wrong: Mask, what: str) -> None:
-        """Raise ConfigError naming the first line where ``wrong``, bool[n], and how many more there are."""
+        """Raise DataError naming the first line where ``wrong``, bool[n], and how many more there are."""
         if not wrong.any():
             return
         more = int(wrong.sum()) - 1
         others = f" (and in {more} more line{'s' * (more > 1)})" if more else ""
-        raise ConfigError(
+        raise DataError(
             f"{self.file}, line {self.cells.index[int(wrong.argmax())]}, column {self.name}: {what}{others}"
         )
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from fednats.config import Settings, parse
 from fednats.data.column import Column
 from fednats.data.decimals import decimal_sign
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, DataError
 
 DELIMITERS = (",", ";", "\t", "|")
 _MARKS = (
@@ -81,7 +81,7 @@ def read_csv(
     ``numbers`` names the columns whose cells are numbers: they show which decimal sign the file has.
 
     Raises:
-        ConfigError: the file cannot be read so, naming line and column, and what to do.
+        DataError: the file cannot be read so, naming line and column, and what to do.
     """
     form = format_of(written)
     text, first_line = _text(file, form), 1
@@ -110,22 +110,22 @@ def first_rows(file: Path, written: Format) -> tuple[str, list[str]]:
     """Return the delimiter and the header of a file whose columns nobody has named yet.
 
     Raises:
-        ConfigError: not exactly one delimiter makes rows of one length of its first lines, and none is stated.
+        DataError: not exactly one delimiter makes rows of one length of its first lines, and none is stated.
     """
     text = _text(file, written)
     if text[:4].lower() == "sep=" and text[5:6] in "\r\n":
-        raise ConfigError(f"{file}: its first line states the delimiter for Excel; remove that line")
+        raise DataError(f"{file}: its first line states the delimiter for Excel; remove that line")
     fitting = {}
     for delimiter in [written.delimiter] if written.delimiter else DELIMITERS:
         try:
             rows = [row for _, row in islice(_rows(file, text, delimiter, 1), _LOOKED_AT)]
-        except ConfigError:  # quotes that do not fit this delimiter
+        except DataError:  # quotes that do not fit this delimiter
             continue
         if len(rows[0]) > 1 and len({len(row) for row in rows}) == 1:
             fitting[delimiter] = [name.strip() for name in rows[0]]
     if len(fitting) != 1:
         found = f"{len(fitting)} delimiters make" if fitting else "no delimiter makes"
-        raise ConfigError(f"{file}: {found} columns of its first lines; state the delimiter")
+        raise DataError(f"{file}: {found} columns of its first lines; state the delimiter")
     return next(iter(fitting.items()))
 
 
@@ -138,23 +138,23 @@ def _text(file: Path, form: Format) -> str:
     try:
         data = file.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file (looked in {Path.cwd()})") from None
+        raise DataError(f"{file}: no such file (looked in {Path.cwd()})") from None
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
     if data.startswith(_WORKBOOKS):
-        raise ConfigError(f"{file}: an Excel workbook or an archive; save the sheet as CSV")
+        raise DataError(f"{file}: an Excel workbook or an archive; save the sheet as CSV")
     try:
         text = data.decode(_codec(file, data, form.encoding))
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         said = f"encoding {form.encoding} is not what it is written in" if form.encoding else "not UTF-8"
-        raise ConfigError(f"{file}, line {line}: {said}; state the right encoding, such as {_ENCODINGS}") from None
+        raise DataError(f"{file}, line {line}: {said}; state the right encoding, such as {_ENCODINGS}") from None
     except LookupError:
-        raise ConfigError(f"{file}: there is no encoding {form.encoding!r}; state one such as {_ENCODINGS}") from None
+        raise DataError(f"{file}: there is no encoding {form.encoding!r}; state one such as {_ENCODINGS}") from None
     if "\0" in text:
-        raise ConfigError(f"{file}: holds zero bytes, as UTF-16 does; state encoding: utf-16-le or utf-16-be")
+        raise DataError(f"{file}: holds zero bytes, as UTF-16 does; state encoding: utf-16-le or utf-16-be")
     if not text.strip():
-        raise ConfigError(f"{file}: is empty")
+        raise DataError(f"{file}: is empty")
     return unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
 
 
@@ -165,7 +165,7 @@ def _codec(file: Path, data: bytes, stated: str | None) -> str:
         return known
     name, codec = marked
     if stated is not None and not known.startswith(name):
-        raise ConfigError(f"{file}: begins with the mark of {name}, but encoding {stated} is stated; leave it out")
+        raise DataError(f"{file}: begins with the mark of {name}, but encoding {stated} is stated; leave it out")
     return codec
 
 
@@ -179,7 +179,7 @@ def _delimiter(file: Path, text: str, required: Sequence[str], form: Format) -> 
         fitting = [delimiter for delimiter, row in first.items() if len(row) == len(form.columns)]
         if len(fitting) != 1:
             makes = f"{len(fitting)} delimiters make" if fitting else "no delimiter makes"
-            raise ConfigError(f"{file}: {makes} {len(form.columns)} cells of its first line; state the delimiter")
+            raise DataError(f"{file}: {makes} {len(form.columns)} cells of its first line; state the delimiter")
         return fitting[0]
     return max(DELIMITERS, key=lambda delimiter: len(set(required) & set(first[delimiter])))
 
@@ -206,7 +206,7 @@ def _rows(file: Path, text: str, delimiter: str, first_line: int) -> Iterator[tu
         except StopIteration:
             return
         except csv.Error as error:
-            raise ConfigError(f"{file}, line {line}: {error}; is a quotation mark missing or one too many?") from None
+            raise DataError(f"{file}, line {line}: {error}; is a quotation mark missing or one too many?") from None
         if any(cell.strip() for cell in row):
             yield line, row
 
@@ -225,10 +225,10 @@ def _places(
             hint = "; does the first line name the columns? If not, state columns, their names in the file's order"
         if not all(map(str.isascii, names)):
             hint += "; is the encoding right?"
-        raise ConfigError(f"{file}: no column {', '.join(absent)} in {where}{hint}")
+        raise DataError(f"{file}: no column {', '.join(absent)} in {where}{hint}")
     wanted = [*required, *(name for name in optional if name in names)]
     if double := [name for name in wanted if names.count(name) > 1]:
-        raise ConfigError(f"{file}: {where} has the column {', '.join(double)} more than once; which one is meant?")
+        raise DataError(f"{file}: {where} has the column {', '.join(double)} more than once; which one is meant?")
     return {name: names.index(name) for name in wanted}
 
 
@@ -245,15 +245,15 @@ def _cells(
     for line, row in rows:
         if len(row) != len(names):
             expected = "columns stated" if headless else "in the header"
-            raise ConfigError(
+            raise DataError(
                 f"{file}, line {line}: {len(row)} cells, {len(names)} {expected};"
                 " is it cut off, or a delimiter within a cell that is not quoted?"
             )
         if headless and not lines and [cell.strip() for cell in row] == list(names):
-            raise ConfigError(f"{file}, line {line}: it is a header; leave the stated columns out")
+            raise DataError(f"{file}, line {line}: it is a header; leave the stated columns out")
         lines.append(line)
         for name, place in places.items():
             cells[name].append(row[place].strip())
     if not lines:
-        raise ConfigError(f"{file}: holds no rows" + ("" if headless else " below its header"))
+        raise DataError(f"{file}: holds no rows" + ("" if headless else " below its header"))
     return lines, cells

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fednats.errors import ConfigError
+from fednats.errors import DataError
 
 SIGNS = {".": ",", ",": "."}
 """Each sign, and the other one."""
@@ -17,7 +17,7 @@ def decimal_sign(file: Path, columns: Mapping[str, "pd.Series[str]"], thousands:
     """Return ``.`` or ``,`` from cells of text in columns of numbers; ``thousands`` is the sign stated for those.
 
     Raises:
-        ConfigError: the cells show both, or could mean either.
+        DataError: the cells show both, or could mean either.
     """
     if thousands in SIGNS:
         return SIGNS[thousands]
@@ -25,14 +25,14 @@ def decimal_sign(file: Path, columns: Mapping[str, "pd.Series[str]"], thousands:
         columns = {name: cells.str.replace(r"[\s']", "", regex=True) for name, cells in columns.items()}
     shown = {sign: _first(columns, _pattern(sign)) for sign in SIGNS}
     if (point := shown["."]) is not None and (comma := shown[","]) is not None:
-        raise ConfigError(
+        raise DataError(
             f"{file}: a decimal point in {point}, a decimal comma in {comma}; use one of them in the whole file"
         )
     for sign, place in shown.items():
         if place is not None:
             return sign
     if delimiter != "," and (either := _first(columns, AMBIGUOUS)) is not None:
-        raise ConfigError(
+        raise DataError(
             f"{file}, {either}: the sign before three digits may be a decimal or a thousands sign; state decimal"
         )
     return "."

@@ -19,7 +19,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
 from pydicom.uid import UID
 
-from fednats.errors import ConfigError
+from fednats.errors import DataError
 
 _GROUPS = {
     "RescaleSlope": "PixelValueTransformationSequence",
@@ -51,15 +51,15 @@ class Slice:
         """Read the header of ``file``; ``frame`` counts from 1, ``named`` says where the file is named.
 
         Raises:
-            ConfigError: no DICOM image of one grey channel, several frames and none chosen, or no decoder for it.
+            DataError: no DICOM image of one grey channel, several frames and none chosen, or no decoder for it.
         """
         where = f"{named}: {file}" if named else str(file)
         try:
             header = pydicom.dcmread(file, stop_before_pixels=True)
         except InvalidDicomError as error:
-            raise ConfigError(f"{where}: no DICOM file (its preamble is missing)") from error
+            raise DataError(f"{where}: no DICOM file (its preamble is missing)") from error
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise ConfigError(f"{where}: cannot be read as DICOM ({type(error).__name__})") from error
+            raise DataError(f"{where}: cannot be read as DICOM ({type(error).__name__})") from error
         found = cls(where, file, None if frame is None else frame - 1, header)
         found._refuse_no_image()
         found._refuse_wrong_frame()
@@ -74,54 +74,54 @@ class Slice:
         """Return an attribute's numbers; None where it is absent.
 
         Raises:
-            ConfigError: it is there and has no value, or not ``length`` numbers.
+            DataError: it is there and has no value, or not ``length`` numbers.
         """
         if not self._has(name):
             return None
         value = self._attribute(name)
         if value is None or value == "":
-            raise ConfigError(f"{self.where}: {name} is empty; the scanner's original file has it")
+            raise DataError(f"{self.where}: {name} is empty; the scanner's original file has it")
         parts = [value] if isinstance(value, str | int | float) else list(value)
         try:
             found = tuple(float(part) for part in parts)
         except (TypeError, ValueError):
             found = ()
         if len(found) != length or not np.isfinite(found).all():
-            raise ConfigError(f"{self.where}: {name} is not {length} number{'s' * (length > 1)}")
+            raise DataError(f"{self.where}: {name} is not {length} number{'s' * (length > 1)}")
         return found
 
     def hounsfield(self) -> NDArray[np.float32]:
         """Return a CT slice in Hounsfield units, float32[rows, columns].
 
         Raises:
-            ConfigError: it is no CT slice, or what makes units of its stored values is absent or ambiguous.
+            DataError: it is no CT slice, or what makes units of its stored values is absent or ambiguous.
         """
         slope, intercept = self.rescale()
         return self._stored() * np.float32(slope) + np.float32(intercept)
 
     def rescale(self) -> tuple[float, float]:
-        """Slope and intercept to Hounsfield units; raises ConfigError as `hounsfield`, without reading pixels."""
+        """Slope and intercept to Hounsfield units; raises DataError as `hounsfield`, without reading pixels."""
         self.refuse_modality(("CT",))
         if self.text("PhotometricInterpretation") == "MONOCHROME1":
-            raise ConfigError(
+            raise DataError(
                 f"{self.where}: PhotometricInterpretation is MONOCHROME1: whether its Hounsfield units are inverted, or"
                 " only their display, depends on what wrote it; export it again as MONOCHROME2"
             )
         if (unit := self.text("RescaleType")) not in ("", "HU"):
-            raise ConfigError(f"{self.where}: RescaleType is {unit}; expected HU")
+            raise DataError(f"{self.where}: RescaleType is {unit}; expected HU")
         (slope,), (intercept,) = (
             self._expected(name, 1, "without it stored values are no Hounsfield units")
             for name in ("RescaleSlope", "RescaleIntercept")
         )
         if not slope:
-            raise ConfigError(f"{self.where}: RescaleSlope is 0; every value would be the same")
+            raise DataError(f"{self.where}: RescaleSlope is 0; every value would be the same")
         return slope, intercept
 
     def grey(self) -> NDArray[np.float32]:
         """Return a slice without units, such as an X-ray: float32[rows, columns], black is 0 and white 1.
 
         Raises:
-            ConfigError: its values have units, or its range is not known.
+            DataError: its values have units, or its range is not known.
         """
         self.refuse_units()
         bits, signed = int(self.header.BitsStored), bool(self.header.PixelRepresentation)
@@ -130,34 +130,34 @@ class Slice:
         return 1 - values if self.text("PhotometricInterpretation") == "MONOCHROME1" else values
 
     def refuse_units(self) -> None:
-        """Refuse an image whose stored values mean something; raises ConfigError."""
+        """Refuse an image whose stored values mean something; raises DataError."""
         if self._has("ModalityLUTSequence") or (self.numbers("RescaleSlope", 1) or (1.0,)) != (1.0,):
-            raise ConfigError(
+            raise DataError(
                 f"{self.where}: its values have units (RescaleSlope or a modality LUT); only CT is read in units"
             )
         if not {"BitsStored", "PixelRepresentation"} <= set(self.header.dir()):
-            raise ConfigError(f"{self.where}: BitsStored or PixelRepresentation is absent; its range is not known")
+            raise DataError(f"{self.where}: BitsStored or PixelRepresentation is absent; its range is not known")
 
     def refuse_modality(self, expected: Sequence[str]) -> None:
-        """Refuse another modality, and the scout of a CT; raises ConfigError."""
+        """Refuse another modality, and the scout of a CT; raises DataError."""
         modality = self.text("Modality") or "absent"
         if modality not in expected:
-            raise ConfigError(f"{self.where}: Modality is {modality}; expected {' or '.join(expected)}")
+            raise DataError(f"{self.where}: Modality is {modality}; expected {' or '.join(expected)}")
         if "LOCALIZER" in self.text("ImageType").upper() or "LOCALIZER" in self.text("FrameType").upper():
-            raise ConfigError(f"{self.where}: ImageType says LOCALIZER, a scout and no slice; leave it out")
+            raise DataError(f"{self.where}: ImageType says LOCALIZER, a scout and no slice; leave it out")
 
     def spacing_mm(self) -> tuple[float, float]:
-        """Distance of rows, and of columns; raises ConfigError if the file does not say."""
+        """Distance of rows, and of columns; raises DataError if the file does not say."""
         rows, columns = self._expected("PixelSpacing", 2, "without it the size of what is seen is not known")
         if min(rows, columns) <= 0:
-            raise ConfigError(f"{self.where}: PixelSpacing is not above 0")
+            raise DataError(f"{self.where}: PixelSpacing is not above 0")
         return rows, columns
 
     def refuse_not_axial(self) -> None:
-        """Refuse a slice that is not axial, seen from below, with the patient's left on the right; raises ConfigError."""
+        """Refuse a slice that is not axial, seen from below, with the patient's left on the right; raises DataError."""
         along = self._expected("ImageOrientationPatient", 6, "without it left and right are not known")
         if along[0] < AXIAL or along[4] < AXIAL:
-            raise ConfigError(
+            raise DataError(
                 f"{self.where}: ImageOrientationPatient says that it is not axial, or turned; keep the axial series,"
                 " rows to the patient's left and columns to the back"
             )
@@ -167,7 +167,7 @@ class Slice:
     def _expected(self, name: str, length: int, why: str) -> tuple[float, ...]:
         found = self.numbers(name, length)
         if found is None:
-            raise ConfigError(f"{self.where}: {name} is absent; {why}")
+            raise DataError(f"{self.where}: {name} is absent; {why}")
         return found
 
     def _holders(self, name: str) -> list[Any]:
@@ -187,15 +187,15 @@ class Slice:
         try:
             return next((holder[name].value for holder in self._holders(name) if name in holder), None)
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{self.where}: {name} cannot be read ({type(error).__name__})") from error
+            raise DataError(f"{self.where}: {name} cannot be read ({type(error).__name__})") from error
 
     def _refuse_no_image(self) -> None:
         if not self.text("Rows") or not self.text("Columns"):
-            raise ConfigError(f"{self.where}: Rows or Columns is absent; the file holds no image")
+            raise DataError(f"{self.where}: Rows or Columns is absent; the file holds no image")
         colours = int(self.text("SamplesPerPixel") or 1)
         kind = self.text("PhotometricInterpretation")
         if colours != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
-            raise ConfigError(
+            raise DataError(
                 f"{self.where}: PhotometricInterpretation is {kind or 'absent'} with {colours} samples per pixel; expected"
                 " MONOCHROME2 with 1; is it a screenshot or a report?"
             )
@@ -203,33 +203,33 @@ class Slice:
     def _refuse_wrong_frame(self) -> None:
         n_frames = int(self.text("NumberOfFrames") or 1)
         if self.frame is None and n_frames > 1:
-            raise ConfigError(
+            raise DataError(
                 f"{self.where}: NumberOfFrames is {n_frames}; say which is meant (1 to {n_frames}) in a column frame of labels.csv"
             )
         if self.frame is not None and not 0 <= self.frame < n_frames:
-            raise ConfigError(f"{self.where}: there is no frame {self.frame + 1}; NumberOfFrames is {n_frames}")
+            raise DataError(f"{self.where}: there is no frame {self.frame + 1}; NumberOfFrames is {n_frames}")
 
     def _refuse_undecodable(self) -> None:
         syntax = self.header.file_meta.get("TransferSyntaxUID")
         if syntax is None:
-            raise ConfigError(f"{self.where}: TransferSyntaxUID is absent; how its pixels are stored is not known")
+            raise DataError(f"{self.where}: TransferSyntaxUID is absent; how its pixels are stored is not known")
         if not UID(syntax).is_compressed:
             return
         try:
             decoder = get_decoder(syntax)
         except NotImplementedError:
-            raise ConfigError(
+            raise DataError(
                 f"{self.where}: TransferSyntaxUID is {UID(syntax).name}, which cannot be read; export it uncompressed"
             ) from None
         if not decoder.is_available:
-            raise ConfigError(f"{self.where}: compressed as {UID(syntax).name}; {_install(decoder)}")
+            raise DataError(f"{self.where}: compressed as {UID(syntax).name}; {_install(decoder)}")
 
     def _stored(self) -> NDArray[np.float32]:
         try:
             stored = pixel_array(self.file, index=self.frame)
         except (OSError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
             name = UID(self.header.file_meta.TransferSyntaxUID).name
-            raise ConfigError(
+            raise DataError(
                 f"{self.where}: its PixelData ({name}) cannot be read; is the file cut off? Else export it uncompressed"
             ) from error
         return np.asarray(stored, dtype=np.float32)
@@ -247,7 +247,7 @@ def refuse_mixed(slices: Sequence[Slice], *, spacing: bool) -> None:
     """Refuse slices of one study from several series and, with ``spacing``, slices of unlike spacing.
 
     Raises:
-        ConfigError: naming two files that differ.
+        DataError: naming two files that differ.
     """
     series: dict[str, Slice] = {}
     for slice_ in slices:
@@ -255,7 +255,7 @@ def refuse_mixed(slices: Sequence[Slice], *, spacing: bool) -> None:
             continue
         first = series.setdefault(study, slice_)
         if first.text("SeriesInstanceUID") != slice_.text("SeriesInstanceUID"):
-            raise ConfigError(
+            raise DataError(
                 f"{first.where} and {slice_.where}: SeriesInstanceUID differs within one study, as between two"
                 " reconstructions of a scan; keep one series of each study"
             )
@@ -265,9 +265,9 @@ def refuse_mixed(slices: Sequence[Slice], *, spacing: bool) -> None:
         spacing_mm = slice_.spacing_mm()
         remedy = "set spacing_mm to the one that all are resampled to"
         if not np.isclose(*spacing_mm, rtol=SPACING_TOLERANCE):
-            raise ConfigError(f"{slice_.where}: PixelSpacing differs between rows and columns; {remedy}")
+            raise DataError(f"{slice_.where}: PixelSpacing differs between rows and columns; {remedy}")
         if not np.allclose(spacing_mm, slices[0].spacing_mm(), rtol=SPACING_TOLERANCE):
-            raise ConfigError(f"{slices[0].where} and {slice_.where}: PixelSpacing differs; {remedy}")
+            raise DataError(f"{slices[0].where} and {slice_.where}: PixelSpacing differs; {remedy}")
 
 
 def resampled(pixels: NDArray[np.float32], have_mm: tuple[float, float], want_mm: float) -> NDArray[np.float32]:

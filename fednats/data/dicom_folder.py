@@ -20,7 +20,7 @@ from fednats.data.dicom import Slice, refuse_mixed, resampled
 from fednats.data.images import centred, fit
 from fednats.data.index import Index, read_index
 from fednats.data.table import Classes
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class DicomFolder:
         ``patient`` (instead of PatientID); `Format` says how it is written.
 
         Raises:
-            ConfigError: naming the first file that does not fit, the attribute, and what to do.
+            DataError: naming the first file that does not fit, the attribute, and what to do.
         """
         index = read_index(Path(folder), self.label, whole_numbers=["frame"], written=written)
         slices = open_slices(index)
@@ -65,7 +65,7 @@ class DicomFolder:
         return Cases(_Loaded(self, slices), index.targets, patients=patients_of(index, slices))
 
     def load(self, slice_: Slice) -> Tensor:
-        """Read one image, float32[1, rows, columns]; raises ConfigError if its pixels cannot be read."""
+        """Read one image, float32[1, rows, columns]; raises DataError if its pixels cannot be read."""
         values = slice_.hounsfield() if self._in_units else slice_.grey()
         if self.spacing_mm is not None:
             pixels = torch.from_numpy(resampled(values, slice_.spacing_mm(), self.spacing_mm))
@@ -99,13 +99,13 @@ def patients_of(index: Index, slices: Sequence[Slice]) -> list[str]:
     """Return who each case is of: what the index says, or else PatientID.
 
     Raises:
-        ConfigError: a file does not say.
+        DataError: a file does not say.
     """
     if index.patients is not None:
         return list(index.patients)
     found = [slice_.text("PatientID") for slice_ in slices]
     if "" in found:
-        raise ConfigError(
+        raise DataError(
             f"{slices[found.index('')].where}: PatientID is absent or empty; to keep a patient out of both training and test"
             " data, add a column patient to labels.csv"
         )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fednats.data.column import Column
 from fednats.data.csv_file import Format, first_rows, format_of, read_csv
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, DataError
 
 MOST_VALUES = 20
 """A column of text with more different values is no category."""
@@ -48,15 +48,15 @@ def guess_columns(file: Path, written: Format | Mapping[str, Any] | None = None)
     """Guess what each column of a file with a header is.
 
     Raises:
-        ConfigError: it has no header, or cannot be read; as `read_csv`.
+        DataError: it has no header, or cannot be read; as `read_csv`.
     """
     form = format_of(written)
     delimiter, header = first_rows(file, form)
     if form.columns is not None or any(re.fullmatch(_NUMBER, name) for name in header):
-        raise ConfigError(f"{file}: its first line does not name the columns; put one with their names before it")
+        raise DataError(f"{file}: its first line does not name the columns; put one with their names before it")
     names = [name for name in header if name]
     if len(set(names)) < len(names):
-        raise ConfigError(f"{file}: its header has a name more than once; rename one of the two")
+        raise DataError(f"{file}: its header has a name more than once; rename one of the two")
     read = read_csv(file, names, written=form.model_copy(update={"delimiter": delimiter}))
     return [_guess(read.columns[name]) for name in names]
 

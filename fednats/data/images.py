@@ -22,7 +22,7 @@ from fednats.data.cases import Cases
 from fednats.data.csv_file import Format
 from fednats.data.index import INDEX, read_index
 from fednats.data.table import Classes
-from fednats.errors import ConfigError
+from fednats.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _GREY = {"L": 255, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I": 65535}
@@ -54,7 +54,7 @@ class Images:
         written) that says what is what. Without, folders named as the label's values hold the images.
 
         Raises:
-            ConfigError: naming the first file that is no such image, and what to do.
+            DataError: naming the first file that is no such image, and what to do.
         """
         folder = Path(folder)
         if folder == Path() or (folder / INDEX).exists():
@@ -71,7 +71,7 @@ class Images:
         """Read one image, float32[channels, rows, columns].
 
         Raises:
-            ConfigError: it is no such image, or damaged.
+            DataError: it is no such image, or damaged.
         """
         self._check(file)
         try:
@@ -82,7 +82,7 @@ class Images:
                     image = image.convert("RGB")
                 values = np.asarray(image, dtype=np.float32) / white
         except (OSError, ValueError, SyntaxError) as error:
-            raise ConfigError(f"{file}: damaged, its pixels cannot be read; leave it out or copy it again") from error
+            raise DataError(f"{file}: damaged, its pixels cannot be read; leave it out or copy it again") from error
         pixels = torch.from_numpy(values)
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.movedim(2, 0)  # noqa: PLR2004 - grey: [rows, columns]
         fitted = fit(pixels, self.size, 0.0).expand(self.channels, *self.size)
@@ -90,17 +90,17 @@ class Images:
 
     def _by_folder(self, folder: Path) -> tuple[Sequence[Path], Tensor]:
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder (looked in {Path.cwd()})")
+            raise DataError(f"{folder}: no such folder (looked in {Path.cwd()})")
         known = {str(value): place for value, place in self.label.values.items()}
         found = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         if unknown := [entry.name for entry in found if entry.name not in known]:
-            raise ConfigError(
+            raise DataError(
                 f"{folder}: {', '.join(unknown)}: no class that the task states ({', '.join(known)});"
                 f" rename or move such folders, or give a {INDEX}"
             )
         classes = {file: known[entry.name] for entry in found for file in _images_in(entry)}
         if not classes:
-            raise ConfigError(
+            raise DataError(
                 f"{folder}: holds no images; put {', '.join(SUFFIXES)} files into folders named"
                 f" {', '.join(known)}, or give a {INDEX}"
             )
@@ -112,21 +112,21 @@ class Images:
             with Image.open(file) as image:
                 mode, size, n_frames = image.mode, _upright(image), getattr(image, "n_frames", 1)
         except Image.DecompressionBombError as error:
-            raise ConfigError(f"{file}: has far too many pixels; make it smaller first") from error
+            raise DataError(f"{file}: has far too many pixels; make it smaller first") from error
         except UnidentifiedImageError as error:
-            raise ConfigError(f"{file}: no image that can be read here; expected PNG or JPEG") from error
+            raise DataError(f"{file}: no image that can be read here; expected PNG or JPEG") from error
         except (OSError, ValueError, SyntaxError) as error:
-            raise ConfigError(f"{file}: cannot be read; leave it out or copy it again") from error
+            raise DataError(f"{file}: cannot be read; leave it out or copy it again") from error
         if n_frames != 1:
-            raise ConfigError(f"{file}: holds {n_frames} images; save the one that is meant as a file of its own")
+            raise DataError(f"{file}: holds {n_frames} images; save the one that is meant as a file of its own")
         if mode not in _GREY and mode not in _COLOUR:
-            raise ConfigError(f"{file}: its mode is {mode}; convert it to grey (L, 16 bits) or RGB")
+            raise DataError(f"{file}: its mode is {mode}; convert it to grey (L, 16 bits) or RGB")
         if self.channels == 1 and mode not in _GREY:
-            raise ConfigError(
+            raise DataError(
                 f"{file}: its mode is {mode}, a colour image, the task wants grey; convert it, or set channels = 3"
             )
         if size != self.size and not self.resize:
-            raise ConfigError(
+            raise DataError(
                 f"{file}: {size[0]} rows and {size[1]} columns; expected {self.size[0]} and {self.size[1]};"
                 " scale the images, or set resize = True in the task"
             )

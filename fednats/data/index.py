@@ -16,7 +16,7 @@ from torch import Tensor
 from fednats.data.column import Column
 from fednats.data.csv_file import Format, read_csv
 from fednats.data.table import Classes, patients_of
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, DataError
 
 INDEX = "labels.csv"
 PATIENT = "patient"
@@ -36,7 +36,7 @@ class Index:
     """All columns that were asked for and are there."""
 
     def whole_numbers(self, name: str) -> list[int | None]:
-        """Read an optional column: None where it is empty or absent; raises ConfigError."""
+        """Read an optional column: None where it is empty or absent; raises DataError."""
         column = self.columns.get(name)
         return [None] * len(self.files) if column is None else column.whole_numbers()
 
@@ -52,7 +52,7 @@ def read_index(
     """Read ``labels.csv``: the columns ``file``, ``label`` (as ``label`` names it) and ``required``; the others may lack.
 
     Raises:
-        ConfigError: naming line and column, or a file that is not there.
+        DataError: naming line and column, or a file that is not there.
     """
     if folder == Path():
         raise ConfigError("no folder is given; set the option of the task that names it")
@@ -70,7 +70,7 @@ def read_index(
     files = [folder / name for name in names.cells]
     for line, file in zip(lines, files, strict=True):
         if not file.is_file():
-            raise ConfigError(f"{line}: {file}: no such file; names are relative to the folder of {INDEX}")
+            raise DataError(f"{line}: {file}: no such file; names are relative to the folder of {INDEX}")
     return Index(
         files=files,
         targets=label.targets(read.columns[label.name]),

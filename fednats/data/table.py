@@ -72,7 +72,7 @@ class Number:
         return True
 
     def encode(self, column: Column) -> tuple[Features, NDArray[np.bool_]]:
-        """Return features float64[n, n_features], and which values are missing, bool[n]; raises ConfigError."""
+        """Return features float64[n, n_features], and which values are missing, bool[n]; raises DataError."""
         missing = column.is_missing()
         values = column.numbers(missing)
         missing |= np.isin(values, self.missing)
@@ -115,7 +115,7 @@ class Category:
         return not any(isinstance(value, str) for value in self.values)
 
     def encode(self, column: Column) -> tuple[Features, NDArray[np.bool_]]:
-        """Return features float64[n, n_features], and which values are missing, bool[n]; raises ConfigError."""
+        """Return features float64[n, n_features], and which values are missing, bool[n]; raises DataError."""
         missing = column.is_missing([value for value in self.values if isinstance(value, str)])
         if self.impute is None and not self.indicator:
             column.refuse(missing, "a missing value; the task says neither impute nor indicator for this column")
@@ -151,7 +151,7 @@ class Classes:
         return not any(isinstance(value, str) for value in self.values)
 
     def targets(self, column: Column) -> torch.Tensor:
-        """Return the classes int64[n]; raises ConfigError."""
+        """Return the classes int64[n]; raises DataError."""
         missing = column.is_missing([value for value in self.values if isinstance(value, str)])
         column.refuse(missing, "no value; leave out cases whose class is not known")
         classes = np.array(list(self.values.values()), dtype=np.int64)
@@ -191,7 +191,7 @@ class Table:
         """Read the cases of one hospital: inputs float32[n_features], targets int64 (a `Number`: float32).
 
         Raises:
-            ConfigError: naming file, line and column of the first cell that does not fit, never what is in it.
+            DataError: naming file, line and column of the first cell that does not fit, never what is in it.
         """
         columns = [*self.features, self.target]
         numbers = [column.name for column in columns if column.is_number]
@@ -218,7 +218,7 @@ def patients_of(column: Column) -> list[str]:
     """Return who each case is of.
 
     Raises:
-        ConfigError: a cell is empty: such cases would count as one patient.
+        DataError: a cell is empty: such cases would count as one patient.
     """
     column.refuse(column.is_missing(), "no patient; without one a case may be in training and test data")
     return list(column.cells)

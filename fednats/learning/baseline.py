@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from fednats.config import TrainingSettings
-from fednats.learning.flat import initial_vector
+from fednats.learning.flat import initial_vector, read_vector
 from fednats.learning.task import Examples, Task
-from fednats.learning.trainer import train
+from fednats.learning.trainer import trained
 
 
 class Pooled(Task):
     """Several hospitals' data in one place, learned as the first one's task.
 
-    ``evaluate(Pooled(tasks), weights)`` scores everybody's test cases together.
+    ``evaluate(Pooled(tasks), weights, seed)`` scores everybody's test cases together.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -55,6 +55,5 @@ def train_alone(task: Task, settings: TrainingSettings, n_steps: int, seed: int)
     Same model, optimiser and batch size as in the federation; give the number of steps that a site takes in it. There
     is no early stopping: the test data chooses nothing. There is no noise either: what stays in a hospital needs none.
     """
-    weights = initial_vector(task, seed)
     alone = settings.model_copy(update={"local_steps": n_steps, "dp": None})
-    return weights + train(task, weights, alone, seed)
+    return read_vector(trained(task, initial_vector(task, seed), alone, seed))

@@ -67,8 +67,12 @@ class Evaluator:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
-        self._model = model
         self.data = task.test_data()
+        self.lend(model)
+
+    def lend(self, model: nn.Module) -> None:
+        """Score with ``model`` from now on."""
+        self._model = model
 
     @cached_property
     def outputs(self) -> Outputs:
@@ -105,6 +109,7 @@ class Evaluator:
             ConfigError: as `outputs`.
             LocalDataError: the model's outputs are not finite, a target is no class of the model's, there is more than
                 ``metrics()`` can be given, or ``weights`` is not of the model's size.
+            RefusedError: ``weights`` has a value that the model cannot hold (`FlatModel.check`).
         """
         write_vector(self._model, weights)
         outputs = self.outputs
@@ -116,7 +121,7 @@ class Evaluator:
     def _scored(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._model.eval()
         for inputs, targets in self._loader(batch_size):
-            with torch.no_grad():
+            with torch.no_grad():  # no inference mode: what a model caches in it, training could not use
                 scores = self._model(inputs)
             if not isinstance(scores, Tensor):
                 raise ConfigError(f"the model gives a {shape_of(scores)}; its forward() must return one tensor")
@@ -193,9 +198,12 @@ def _counts(scores: Tensor, targets: Tensor, n_classes: int) -> Counts:
     return Counts.of(logits, classes)
 
 
-def evaluate(task: Task, weights: Vector, batch_size: int = BATCH_SIZE) -> Evaluated:
-    """Metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`."""
-    return Evaluator(task, initial_model(task, seed=0)).evaluate(weights, batch_size)
+def evaluate(task: Task, weights: Vector, batch_size: int = BATCH_SIZE, seed: int = 0) -> Evaluated:
+    """Metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`.
+
+    What is frozen is made from ``seed``.
+    """
+    return Evaluator(task, initial_model(task, seed)).evaluate(weights, batch_size)
 
 
 def _length(data: object) -> int:

@@ -1,22 +1,23 @@
-"""A model as one flat float32 vector, in the order of its state dict.
-
-The vector holds every floating-point entry: parameters and float buffers (running means). Integer entries (step
-counters) and non-persistent buffers stay local: they are neither sent nor received.
-"""
+"""A model as one flat float32 vector of what travels (`fednats.learning.entries`), in the order of its state dict."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fednats.codec.layout import Vector, blocks
-from fednats.errors import LocalDataError
+from fednats.errors import LocalDataError, Reason, RefusedError
+from fednats.learning.entries import Entry, entries_of
 from fednats.learning.task import Task
 from fednats.messages import ParameterSpec
+
+LARGEST_LOG = 80.0
+"""Magnitude of a variance's logarithm above which it is impossible; float32 ends at 88."""
 
 
 def parameters_of(model: nn.Module) -> tuple[ParameterSpec, ...]:
@@ -24,12 +25,18 @@ def parameters_of(model: nn.Module) -> tuple[ParameterSpec, ...]:
 
     >>> [(p.name, p.shape) for p in parameters_of(nn.Linear(3, 2))]
     [('weight', (2, 3)), ('bias', (2,))]
+
+    Raises:
+        ConfigError: as `entries_of`.
     """
-    return tuple(ParameterSpec(name=name, shape=tuple(tensor.shape)) for name, tensor in _entries(model))
+    return tuple(
+        ParameterSpec(name=entry.name, shape=tuple(entry.tensor.shape), statistic=entry.statistic)
+        for entry in entries_of(model)
+    )
 
 
 class FlatModel:
-    """The floating-point entries of a model as one float32 vector, read and written part by part.
+    """What of a model travels, as one float32 vector, read and written part by part.
 
     >>> flat = FlatModel(nn.Linear(1, 2))
     >>> flat.write(1, np.float32([2.0, 3.0]))
@@ -38,10 +45,8 @@ class FlatModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = [tensor for _, tensor in _entries(model)]
-        self._ends = list(accumulate(tensor.numel() for tensor in self._tensors))
-        if not self._ends or not self._ends[-1]:
-            raise LocalDataError("the model has no floating-point parameters; there is nothing to train")
+        self._entries = entries_of(model)
+        self._ends = list(accumulate(entry.tensor.numel() for entry in self._entries))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -49,33 +54,103 @@ class FlatModel:
     def __getitem__(self, part: slice) -> NDArray[np.float32]:
         """Copy values ``part.start`` to ``part.stop``."""
         values = np.empty(part.stop - part.start, np.float32)
-        for tensor, inside, outside in self._overlaps(part.start, part.stop):
-            values[outside] = tensor.detach().reshape(-1)[inside].to("cpu", torch.float32).numpy()
+        for entry, inside, outside in self._overlaps(part.start, part.stop):
+            values[outside] = entry.encoded(entry.tensor.detach().reshape(-1)[inside])
         return values
 
     def write(self, start: int, values: NDArray[np.float32]) -> None:
-        """Copy ``values`` float32[m] into the model from value ``start`` on."""
+        """Copy ``values`` float32[m] into the model from value ``start`` on.
+
+        Raises:
+            RefusedError: ``not_finite``, as `check`.
+        """
         with torch.no_grad():
-            for tensor, inside, outside in self._overlaps(start, start + len(values)):
+            for entry, inside, outside in self._overlaps(start, start + len(values)):
+                tensor, held = entry.tensor, _possible(entry, values[outside])
                 flat = tensor.reshape(-1)
-                flat[inside] = torch.tensor(values[outside], dtype=tensor.dtype, device=tensor.device)
+                flat[inside] = held.to(tensor.device)
                 if flat.data_ptr() != tensor.data_ptr():  # not contiguous: what was written is a copy
                     tensor.copy_(flat.view(tensor.shape))
 
-    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Tensor, slice, slice]]:
+    def check(self, start: int, values: NDArray[np.float32]) -> None:
+        """Refuse ``values`` float32[m], from value ``start`` on, that the model cannot hold; it is not changed.
+
+        Raises:
+            RefusedError: ``not_finite``, naming the tensor: a value is not finite, or so large that it is none in the
+                tensor's type; or a variance is impossible.
+        """
+        for entry, _, outside in self._overlaps(start, start + len(values)):
+            _possible(entry, values[outside])
+
+    def hollow(self) -> "FlatModel":
+        """Return a model without values, which takes no memory and can `check`."""
+        hollow = FlatModel.__new__(FlatModel)
+        hollow._ends = self._ends  # noqa: SLF001 - its own
+        hollow._entries = tuple(  # noqa: SLF001 - its own
+            replace(entry, tensor=torch.empty_like(entry.tensor, device="meta")) for entry in self._entries
+        )
+        return hollow
+
+    def delta(self, start: Vector) -> Vector:
+        """Return what training has changed since ``start`` float32[n] was written, float32[n], computed where it is read.
+
+        It is taken from what the model held of ``start``: in a model of bfloat16 the rest is no result of training.
+        """
+        return _Delta(self, start)
+
+    def moved(self, part: slice, start: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the delta of values ``part.start`` to ``part.stop`` since ``start``, float32[m], was written there."""
+        delta = np.empty(part.stop - part.start, np.float32)
+        for entry, inside, outside in self._overlaps(part.start, part.stop):
+            now = entry.encoded(entry.tensor.detach().reshape(-1)[inside])
+            delta[outside] = entry.moved(now, entry.encoded(entry.decoded(start[outside])))
+        return delta
+
+    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Entry, slice, slice]]:
         """Yield each tensor that has values of ``start`` to ``stop``, which of its own, and where they lie in the part."""
-        for index in range(bisect_right(self._ends, start), len(self._tensors)):
-            tensor = self._tensors[index]
-            first = self._ends[index] - tensor.numel()
+        for index in range(bisect_right(self._ends, start), len(self._entries)):
+            entry = self._entries[index]
+            first = self._ends[index] - entry.tensor.numel()
             low, high = max(start, first), min(stop, self._ends[index])
             if first >= stop:
                 return
             if low < high:
-                yield tensor, slice(low - first, high - first), slice(low - start, high - start)
+                yield entry, slice(low - first, high - first), slice(low - start, high - start)
+
+
+class _Delta:
+    def __init__(self, model: FlatModel, start: Vector) -> None:
+        self._model = model
+        self._start = start
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+    def __getitem__(self, part: slice) -> NDArray[np.float32]:
+        return self._model.moved(part, self._start[part])
+
+
+def _possible(entry: Entry, values: NDArray[np.float32]) -> torch.Tensor:
+    """Return what the tensor holds for ``values``. Raises as `FlatModel.check`."""
+    held = entry.decoded(values)
+    if not bool(torch.isfinite(held).all()):
+        raise RefusedError(
+            Reason.NOT_FINITE,
+            f"{entry.name} has a value that is not finite in {_type_of(entry)}; lower learning rates?",
+        )
+    if entry.eps is not None and (magnitude := float(np.abs(values).max(initial=0.0))) > LARGEST_LOG:
+        raise RefusedError(
+            Reason.NOT_FINITE, f"{entry.name} is {magnitude:.3g}, no logarithm of a variance; lower learning rates?"
+        )
+    return held
+
+
+def _type_of(entry: Entry) -> str:
+    return str(entry.tensor.dtype).removeprefix("torch.")
 
 
 def read_vector(model: nn.Module) -> NDArray[np.float32]:
-    """Copy the model's floating-point entries into one vector, float32[n]."""
+    """Copy what of the model travels into one vector, float32[n]."""
     flat = FlatModel(model)
     return flat[0 : len(flat)]
 
@@ -85,6 +160,7 @@ def write_vector(model: nn.Module, vector: Vector) -> None:
 
     Raises:
         LocalDataError: the vector's length is not the model's.
+        RefusedError: ``not_finite``, as `FlatModel.check`.
     """
     flat = FlatModel(model)
     if len(vector) != len(flat):
@@ -94,16 +170,12 @@ def write_vector(model: nn.Module, vector: Vector) -> None:
 
 
 def initial_model(task: Task, seed: int) -> nn.Module:
-    """Build the task's model; its weights are the same for the same seed, and torch's generator stays as it was."""
+    """Build the task's model; it is the same for the same seed, and torch's generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return task.model()
 
 
 def initial_vector(task: Task, seed: int) -> NDArray[np.float32]:
-    """Weights of `initial_model`, float32[n]."""
+    """Return what travels of `initial_model`, float32[n]."""
     return read_vector(initial_model(task, seed))
-
-
-def _entries(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point()]

@@ -7,36 +7,46 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fednats.errors import ConfigError
-from fednats.learning.flat import parameters_of
+from fednats.learning.entries import LOG_SUFFIX, Entry, entries_of, frozen_of
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Copy the tensors in ``file`` into ``model``: each that is federated, and none that the model does not have.
+    """Copy what travels from ``file`` into ``model``; what is frozen must be the same there.
 
-    ``file`` is an ``output/model.safetensors``, a checkpoint of a coordinator, or the state dict of such a model.
+    ``file`` is an ``output/model.safetensors`` or the state dict of such a model, or a checkpoint of a coordinator, which
+    holds logarithms of the variances and nothing frozen.
 
     Raises:
         ConfigError: it cannot be read, or does not fit; the first tensor that differs is named.
     """
-    state = model.state_dict()
+    frozen = frozen_of(model)
     try:
         with safe_open(file, framework="pt") as tensors, torch.no_grad():
             names = set(tensors.keys())
-            for spec in parameters_of(model):
-                if spec.name not in names:
-                    raise _misfit(file, f"it has no {spec.name}, which is {_shape(spec.shape)} in the task's model")
-                found = tensors.get_tensor(spec.name)
-                if tuple(found.shape) != spec.shape:
-                    raise _misfit(
-                        file, f"{spec.name} is {_shape(found.shape)} in it, {_shape(spec.shape)} in the task's model"
-                    )
-                if not found.isfinite().all():
-                    raise _misfit(file, f"{spec.name} has values that are not finite")
-                state[spec.name].copy_(found)
-            if unknown := sorted(names - state.keys()):
+            for entry in entries_of(model):
+                _load(entry, tensors, names, file)
+            for name in sorted(names & frozen.keys()):
+                if frozen[name].is_floating_point() and not torch.equal(tensors.get_tensor(name), frozen[name]):
+                    raise _misfit(file, f"{name} is frozen, and differs; let model() load it")
+            known = model.state_dict().keys() | {entry.name for entry in entries_of(model)}
+            if unknown := sorted(names - known):
                 raise _misfit(file, f"the task's model has no {unknown[0]}")
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"initial_model: {file} cannot be read ({error}); give a safetensors file") from error
+
+
+def _load(entry: Entry, tensors: safe_open, names: set[str], file: Path) -> None:
+    shape = tuple(entry.tensor.shape)
+    whole = entry.name.removesuffix(LOG_SUFFIX) if entry.eps is not None else entry.name
+    if not {entry.name, whole} & names:
+        raise _misfit(file, f"it has no {whole}, which is {_shape(shape)} in the task's model")
+    found = tensors.get_tensor(entry.name if entry.name in names else whole)  # type: ignore[no-untyped-call]
+    if tuple(found.shape) != shape:
+        raise _misfit(file, f"{whole} is {_shape(found.shape)} in it, {_shape(shape)} in the task's model")
+    held = entry.decoded(found.float().numpy()) if entry.name in names else found
+    if not held.isfinite().all() or (entry.eps is not None and (held < 0).any()):
+        raise _misfit(file, f"{whole} has values that are not finite, or negative variances")
+    entry.tensor.copy_(held)
 
 
 def _misfit(file: Path, why: str) -> ConfigError:

@@ -27,8 +27,15 @@ def _adam(weights: nn.Parameter, settings: ServerSettings) -> optim.Optimizer:
 OPTIMIZERS: Mapping[str, Callable[[nn.Parameter, ServerSettings], optim.Optimizer]] = {"sgd": _sgd, "adam": _adam}
 
 
+STATISTIC_RATE = 0.5
+"""Of the mean delta of running statistics, that is applied where the rule for weights has a memory."""
+
+
 class ServerOptimizer:
     """Steps global weights along mean deltas; SGD with rate 1 and no momentum gives exactly weights + delta.
+
+    Running statistics are no weights: their delta is no gradient but the way to where they belong, and a rule with a memory
+    (momentum, Adam) would go past it, or never get there. They are moved by a share of it.
 
     Every rule here works value by value, so a large model is stepped block by block; who calls keeps the state. All
     slots begin as zeros.
@@ -46,6 +53,8 @@ class ServerOptimizer:
             "adam": ("exp_avg", "exp_avg_sq"),
         }[settings.optimizer]
         """Names of what the rule keeps for each weight."""
+        has_memory = settings.optimizer != "sgd" or settings.momentum > 0
+        self._statistic_rate = np.float32(STATISTIC_RATE if has_memory else min(1.0, settings.learning_rate))
 
     def step(
         self,
@@ -53,8 +62,11 @@ class ServerOptimizer:
         slots: Mapping[str, NDArray[np.float32]],
         mean_delta: NDArray[np.float32],
         n_steps: int,
+        statistics: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
         """Return the weights and slots after one more step; all arrays are float32[m], ``n_steps`` were made before.
+
+        ``statistics`` bool[m] says which of the values are running statistics; none are if it is left out.
 
         Raises:
             ValueError: ``mean_delta`` is not of the weights' shape or not finite.
@@ -70,4 +82,7 @@ class ServerOptimizer:
         parameter.grad = -torch.tensor(mean_delta)
         optimizer.step()
         kept = {name: optimizer.state[parameter][name].numpy() for name in self.slots}
-        return parameter.detach().numpy(), kept
+        stepped = parameter.detach().numpy()
+        if statistics is not None:
+            stepped = np.where(statistics, weights + self._statistic_rate * mean_delta, stepped)
+        return stepped, kept

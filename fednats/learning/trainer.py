@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from fednats.codec.layout import Vector
 from fednats.config import TrainingSettings
-from fednats.errors import ConfigError, LocalDataError
-from fednats.learning.flat import initial_model, read_vector, write_vector
+from fednats.errors import ConfigError, LocalDataError, TaskError
+from fednats.learning.entries import frozen_digests, frozen_of, set_training, unlike
+from fednats.learning.flat import FlatModel, initial_model, read_vector, write_vector
 from fednats.learning.task import Examples, Task
 
 
@@ -28,18 +29,22 @@ class LocalPass:
     """Mean loss over the pass's batches."""
 
 
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def _sgd(model: nn.Module, settings: TrainingSettings) -> optim.Optimizer:
     return optim.SGD(
-        model.parameters(), settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        _trainable(model), settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
 
 
 def _adam(model: nn.Module, settings: TrainingSettings) -> optim.Optimizer:
-    return optim.Adam(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    return optim.Adam(_trainable(model), settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _adamw(model: nn.Module, settings: TrainingSettings) -> optim.Optimizer:
-    return optim.AdamW(model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    return optim.AdamW(_trainable(model), settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 OPTIMIZERS: Mapping[str, Callable[[nn.Module, TrainingSettings], optim.Optimizer]] = {
@@ -68,18 +73,26 @@ class Trainer:
         self.n_samples = _length(self.data)
         if not self.n_samples:
             raise ConfigError(f"{type(task).__name__}: train_data() is empty; a site needs at least one case")
+        self.lend(model)
+
+    def lend(self, model: nn.Module) -> None:
+        """Train ``model`` from now on; its frozen tensors are what they stay."""
         self._model = model
-        entries = model.state_dict().items()
-        self._fresh = {name: value.clone() for name, value in entries if not value.is_floating_point()}
+        frozen = frozen_of(model).items()
+        self._frozen = frozen_digests(model)
+        self._fresh = {name: value.clone() for name, value in frozen if not isinstance(value, nn.Parameter)}
 
     def train(self, start: Vector, settings: TrainingSettings, seed: int) -> LocalPass:
         """Take ``settings.local_steps`` steps from ``start`` float32[n], reshuffling the data every epoch.
 
         Every batch has ``batch_size`` cases, or all of them where the site has fewer; an epoch's rest is left out.
-        Random augmentation and dropout that draw from torch's generator are seeded too. The model holds the result.
+        Random augmentation and dropout that draw from torch's generator are seeded too. The model holds the result; its
+        step counters and other frozen buffers are as they were.
 
         Raises:
             LocalDataError: the loss is not finite, or ``start`` is not of the model's size.
+            RefusedError: ``start`` has a value that the model cannot hold (`FlatModel.check`).
+            TaskError: training changed a frozen tensor of real numbers.
         """
         with self._from(start, seed):
             train_loss = self._steps(settings, seed)
@@ -94,7 +107,7 @@ class Trainer:
         """
         before = read_vector(self._model)
         with self._from(before, seed=0):
-            self._model.train()
+            set_training(self._model)
             inputs, targets = next(self._batches(settings.batch_size, seed=0))
             loss = self._task.loss(self._model, inputs, targets)
             if not math.isfinite(loss.item()):
@@ -108,17 +121,35 @@ class Trainer:
 
     @contextmanager
     def _from(self, start: Vector, seed: int) -> Iterator[None]:
-        """Begin with the weights ``start``; dropout and augmentation follow from ``seed``."""
-        self._model.load_state_dict(self._fresh, strict=False)
+        """Begin with the weights ``start``; dropout and augmentation follow from ``seed``. Raises TaskError as `train`."""
+        self._restore()
         write_vector(self._model, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             yield
+        self._refuse_moved()
+
+    def _restore(self) -> None:
+        self._model.load_state_dict(self._fresh, strict=False)
+
+    def _refuse_moved(self) -> None:
+        """Refuse a pass that depends on what no other site would have; counters, which it may change, begin anew."""
+        for name, tensor in frozen_of(self._model).items():
+            if name in self._fresh and not tensor.is_floating_point():
+                tensor.copy_(self._fresh[name])
+        moved = unlike(list(frozen_of(self._model)), frozen_digests(self._model), self._frozen)
+        if moved:
+            self._restore()
+            text = (
+                f"training changed what does not travel, {moved} from the one that model() made: make it a parameter; derive"
+                " a layer that gathers statistics from torch's BatchNorm; give scratch space persistent=False"
+            )
+            raise TaskError(text, public=text)
 
     def _steps(self, settings: TrainingSettings, seed: int) -> float:
         if settings.dp is not None:
             raise ConfigError("training.dp: this trainer adds no noise; fednats.privacy.trainer.PrivateTrainer does")
-        self._model.train()
+        set_training(self._model)
         optimizer = OPTIMIZERS[settings.optimizer](self._model, settings)
         batches = self._batches(settings.batch_size, seed)
         total = 0.0
@@ -149,10 +180,16 @@ class Trainer:
 
 
 def train(task: Task, weights: NDArray[np.float32], settings: TrainingSettings, seed: int) -> NDArray[np.float32]:
-    """Return the delta float32[n] of one pass; see `Trainer.train`."""
-    model = initial_model(task, seed=0)
+    """Return the delta float32[n] of one pass; see `Trainer.train`. What is frozen is made from ``seed`` too."""
+    flat = FlatModel(trained(task, weights, settings, seed))
+    return flat.delta(weights)[0 : len(flat)]
+
+
+def trained(task: Task, weights: NDArray[np.float32], settings: TrainingSettings, seed: int) -> nn.Module:
+    """Return the model after one pass from ``weights`` float32[n], as `train`."""
+    model = initial_model(task, seed)
     Trainer(task, model).train(weights, settings, seed)
-    return read_vector(model) - weights
+    return model
 
 
 def _length(data: Examples) -> int:

@@ -12,15 +12,19 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
-from fednats.errors import BudgetSpentError, LocalStorageError
+from fednats.errors import BudgetSpentError, ConfigError
 from fednats.privacy import rdp
 from fednats.privacy.policy import Budget
-from fednats.storage.journal import open_database
+from fednats.storage.database import open_database, storage_error
+from fednats.storage.row_chain import CHAIN_SCHEMA, RowChain, difference, extend, read_chain
 
 Level = Literal["record", "site"]
 """Whose presence is hidden: one record of the hospital, or the whole hospital."""
 
-_SCHEMA = """
+CHARGES_TABLE = "charge"
+
+_SCHEMA = f"""
+{CHAIN_SCHEMA}
 CREATE TABLE IF NOT EXISTS charge (number INTEGER PRIMARY KEY, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
     run TEXT NOT NULL, version INTEGER NOT NULL, level TEXT NOT NULL, mechanism TEXT NOT NULL,
     noise_multiplier REAL NOT NULL, parameter REAL NOT NULL, n_steps INTEGER NOT NULL);
@@ -28,6 +32,9 @@ CREATE TABLE IF NOT EXISTS unfinished (run TEXT NOT NULL, site TEXT NOT NULL, n_
     n_passes INTEGER NOT NULL, PRIMARY KEY (run, site)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS charge_level ON charge (level, mechanism, noise_multiplier, parameter, n_steps);
 """
+
+
+_CHARGED = "run, version, level, mechanism, noise_multiplier, parameter, n_steps"
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,15 @@ class Account:
     """All charges on one hospital's data."""
 
     def __init__(self, path: Path) -> None:
+        """Open or begin the account at ``path``.
+
+        Raises:
+            ConfigError: it cannot be opened, or charges were deleted or altered: less would seem to be spent than is.
+            LocalStorageError: it cannot be read.
+        """
         self._path = path
         self._connection = open_database(path, _SCHEMA)
+        self._refuse_deleted()
 
     def charge(self, run: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
         """Book ``charges`` for a pass on ``version`` of ``run``; durable on return.
@@ -110,13 +124,23 @@ class Account:
         """Close the file."""
         self._connection.close()
 
+    def _refuse_deleted(self) -> None:
+        query = f"SELECT {_CHARGED} FROM charge ORDER BY number"  # noqa: S608 - a constant
+        with self._transaction() as connection:  # other runs may be charging
+            found = RowChain().extended(connection.execute(query).fetchall())
+            wrong = difference(read_chain(connection, CHARGES_TABLE), found)
+        if wrong:
+            raise ConfigError(
+                f"{self._path}: charges were deleted or altered: {wrong}. Restore the privacy account from a backup; with a"
+                " new one, what was spent before would not count"
+            )
+
     def _book(self, run: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
         self._check(charges, budget)
-        self._connection.executemany(
-            "INSERT INTO charge (run, version, level, mechanism, noise_multiplier, parameter, n_steps)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [(run, version, *astuple(one)) for one in charges],
-        )
+        rows = [(run, version, *astuple(one)) for one in charges]
+        insert = f"INSERT INTO charge ({_CHARGED}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - a constant
+        self._connection.executemany(insert, rows)
+        extend(self._connection, CHARGES_TABLE, rows)
 
     def _check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         if budget is None:
@@ -157,7 +181,7 @@ class Account:
         try:
             yield
         except sqlite3.Error as error:
-            raise LocalStorageError(
-                f"{self._path}: the privacy account cannot be used ({error}); make room on its disk or restore it."
-                " Without it nothing is trained"
-            ) from error
+            remedy = (
+                "the privacy account cannot be used: make room on its disk or restore it. Without it nothing is trained"
+            )
+            raise storage_error(self._path, error, remedy) from error

@@ -1,8 +1,8 @@
 """Is a ledger whole, and who signed it: what `fednats audit` finds.
 
-An altered byte, a missing record, one that was inserted or moved, and a cut in the middle are found. Records missing at
-the end are not: a chain does not say where it ends. What the neighbours recorded does: `fednats verify` compares the
-ledgers of a run's hospitals with what their outboxes sent and their regions took in.
+An altered byte, a missing record, one that was inserted or moved, and a cut in the middle are found in the chain. It does
+not say where it ends: records missing there are found by the region's receipt beside the ledger, and by the ledgers of
+those who accepted what left (`fednats.privacy.anchors`).
 """
 
 from collections import Counter
@@ -13,6 +13,8 @@ from pathlib import Path
 from fednats.crypto.signers import Roster
 from fednats.crypto.signing import is_signature, public_key
 from fednats.errors import ConfigError
+from fednats.privacy.anchor import read_anchor
+from fednats.privacy.anchors import against_ledger, against_receipt
 from fednats.privacy.egress import BEGIN, DOMAIN, MAX_LINE_BYTES, Record, hash_of, parse
 
 _FIRST = b'{"sequence":'
@@ -63,12 +65,31 @@ class Audit:
         return f"{len(self.records)} records by {by}: {parts or 'none'}{spent}; {result}"
 
 
-def audit(path: Path, rosters: Sequence[Roster] = ()) -> Audit:
+def audit(path: Path, rosters: Sequence[Roster] = (), against: Sequence[Path] = ()) -> Audit:
     """Read the ledger at ``path``; with ``rosters`` also compare who signed it with the run's signers.
 
+    ``against`` are ledgers of nodes that accepted what left by this one.
+
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: one of them cannot be read.
     """
+    anchor = read_anchor(path)  # before the ledger, which may be growing
+    others = [read_ledger(other, rosters) for other in against]
+    found = read_ledger(path, rosters)
+    missing: list[str] = []
+    if anchor is not None:
+        missing += against_receipt(found.records, anchor, rosters)
+    for held in others:
+        missing += [f"{held.path.name}, which it is held against: {text}" for text in held.findings]
+        missing += against_ledger(found.records, held.records)
+    found.findings += missing[:MAX_FINDINGS]
+    if len(missing) > MAX_FINDINGS:
+        found.findings.append(f"and {len(missing) - MAX_FINDINGS} more that is missing")
+    return found
+
+
+def read_ledger(path: Path, rosters: Sequence[Roster] = ()) -> Audit:
+    """Read a ledger and check its chain and its signatures, by itself. Raises as `audit`."""
     found = Audit(path)
     expected, previous = 1, BEGIN
     for number, line in _lines(path):

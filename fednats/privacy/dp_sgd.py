@@ -14,10 +14,12 @@ from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn, optim
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import default_collate
 
 from fednats.config import RecordPrivacySettings
 from fednats.errors import LocalDataError, TaskError
+from fednats.learning.entries import gathering
 from fednats.learning.task import Examples, Task
 from fednats.privacy.randomness import Randomness
 
@@ -25,7 +27,7 @@ CHECKED_CASES = 8
 """Cases on which the task's loss is compared with the mean of the cases' own losses."""
 
 REMEDIES: Mapping[str, str] = {
-    "BatchNorm": "nn.GroupNorm",
+    "BatchNorm": "nn.GroupNorm, or freeze it (requires_grad=False for its weight and bias)",
     "InstanceNorm": "nn.GroupNorm, or track_running_stats=False",
     "LSTM": "opacus.layers.DPLSTM",
     "GRU": "opacus.layers.DPGRU",
@@ -41,8 +43,11 @@ def refuse_unsuitable(model: nn.Module) -> None:
         TaskError: naming each such layer and the remedy.
     """
     kinds = tuple(ModuleValidator.VALIDATORS)
+    gathers = {id(layer) for layer in gathering(model)}
     wrong = []
     for name, layer in model.named_modules():
+        if isinstance(layer, _NormBase) and id(layer) not in gathers and not _trains(layer):
+            continue  # frozen: it does the same to every record
         kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
         if kind is not None and ModuleValidator.VALIDATORS[kind](layer):
             remedy = next((text for part, text in REMEDIES.items() if part in kind.__name__), "another layer")
@@ -52,6 +57,10 @@ def refuse_unsuitable(model: nn.Module) -> None:
             "the model cannot be trained with differential privacy, a record must not act on another's gradient: "
             + "; ".join(wrong)
         )
+
+
+def _trains(layer: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 def check_loss(task: Task, model: nn.Module, data: Examples, n_cases: int) -> None:
@@ -118,7 +127,7 @@ class PrivateSteps:
         self._in_place = [layer for layer in model.modules() if getattr(layer, "inplace", False) is True]
         for layer in self._in_place:  # opacus's hooks cannot see what such a layer overwrites
             layer.inplace = False  # type: ignore[assignment]  # torch types what it does not know as a module
-        self._module = GradSampleModule(model, strict=False)  # `refuse_unsuitable` and `fixed_entries` see to the rest
+        self._module = GradSampleModule(model, strict=False)  # `refuse_unsuitable` sees to the rest
         self._optimizer = PrivateOptimizer(optimizer, settings, expected_batch_size, randomness)
 
     def close(self) -> None:
@@ -181,28 +190,3 @@ class PrivateSteps:
 def _cases(data: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     inputs, targets = default_collate([data[index] for index in indices])
     return inputs, targets
-
-
-def fixed_entries(model: nn.Module) -> dict[str, Tensor]:
-    """Copy what travels with the model and is not trained: frozen parameters, float buffers."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {
-        name: value.clone()
-        for name, value in model.state_dict().items()
-        if value.is_floating_point() and name not in trained
-    }
-
-
-def refuse_moved(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Refuse to let a buffer leave that training has written to: it has no noise.
-
-    Raises:
-        TaskError: naming it.
-    """
-    now = model.state_dict()
-    moved = [name for name, value in before.items() if not torch.equal(now[name], value)]
-    if moved:
-        raise TaskError(
-            f"training changed {', '.join(moved)}, which has no noise and would leave with the model; with differential"
-            " privacy make it a parameter, or register it with persistent=False"
-        )

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fednats.config import Token
 from fednats.crypto.signing import Signer
 from fednats.errors import ConfigError, LocalStorageError
+from fednats.messages import NO_RECORD
 
 EGRESS_FILE = "egress-ledger.jsonl"
 """A hospital's."""
@@ -35,7 +36,7 @@ LEDGER_FILE = "ledger.jsonl"
 DOMAIN = b"fednats ledger record 1"
 """What a record's signature is bound to."""
 
-BEGIN = "0" * 64
+BEGIN = NO_RECORD
 """``previous`` of the first record."""
 
 MAX_LINE_BYTES = 64 * 1024
@@ -61,6 +62,8 @@ class Entry:
     """SHA-256 of the message without its signature; it names all its chunks by their digests."""
     epsilon: float | None = None
     """Privacy loss that this spends; null without differential privacy."""
+    anchors: str = ""
+    """Of an accepted update: the newest record of its site's ledger, as the update named it."""
     detail: str = ""
 
 
@@ -81,6 +84,7 @@ class Record(BaseModel):
     n_bytes: int = Field(ge=0, le=_MOST)
     digest: str = Field(pattern=r"^([0-9a-f]{64})?$")
     epsilon: float | None
+    anchors: str = Field(pattern=r"^([0-9a-f]{64})?$")
     detail: str = Field(pattern=r"^[ -~]{0,500}$")
     previous: str = Field(pattern=_HASH)
     hash: str = Field(pattern=_HASH)
@@ -113,6 +117,11 @@ class EgressLedger:
         self._previous = BEGIN if last is None else last.hash
         self.removed_bytes = removed
         """Of a line that was cut short when the daemon was killed."""
+
+    @property
+    def head(self) -> str:
+        """Hash of the newest record."""
+        return self._previous
 
     def append(self, *entries: Entry) -> None:
         """Write a record of each; all are on the disk on return. Called from any thread.

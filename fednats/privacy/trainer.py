@@ -7,6 +7,7 @@ from torch import nn
 from fednats.codec.layout import Vector
 from fednats.config import TrainingSettings
 from fednats.errors import ConfigError
+from fednats.learning.entries import set_training
 from fednats.learning.task import Task
 from fednats.learning.trainer import OPTIMIZERS, LocalPass, Trainer
 from fednats.privacy.randomness import Randomness
@@ -78,8 +79,7 @@ class PrivateTrainer(Trainer):
         if settings.dp is None:
             raise ConfigError("training.dp is not set: there is no noise to train with")
         self.refuse_unsuitable()
-        self._model.train()
-        before = dp_sgd.fixed_entries(self._model)
+        set_training(self._model)
         optimizer = OPTIMIZERS[settings.optimizer](self._model, settings)
         expected_size = self.sample_rate(settings) * self.n_samples
         steps = dp_sgd.PrivateSteps(
@@ -92,5 +92,4 @@ class PrivateTrainer(Trainer):
                 n_cases += len(batch)
         finally:
             steps.close()
-        dp_sgd.refuse_moved(self._model, before)
         return total / max(n_cases, 1)

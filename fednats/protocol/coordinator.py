@@ -21,6 +21,7 @@ from fednats.protocol.events import (
     KeepBest,
     OpenRun,
     RunClosed,
+    RunFailed,
     RunOpened,
     VersionAnnounced,
     WallTimeReached,
@@ -132,6 +133,9 @@ class Coordinator:
             self._note_norms(event)
         if isinstance(event, WallTimeReached):
             return self._finish("max_wall_s reached")
+        if isinstance(event, RunFailed):
+            self.failed = self.failed or self.state is RunState.OPEN
+            return self._finish(event.reason)
         if isinstance(event, FinalEvaluationOverdue):
             return self._close()
         commands = self.collector.handle(event)

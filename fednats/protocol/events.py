@@ -150,6 +150,14 @@ class RunClosed(Event):
     """The newest of the run, as far as is known."""
 
 
+class RunFailed(Event):
+    """No version can follow, and none could if it were tried again."""
+
+    kind: ClassVar[str] = "run_failed"
+
+    reason: str
+
+
 class FinalEvaluationOverdue(Event):
     """The evaluations of the last version did not all come in time."""
 
@@ -176,6 +184,7 @@ EVENTS: dict[str, type[Event]] = {
         CombineFailed,
         EvaluationsSummed,
         RunClosed,
+        RunFailed,
         FinalEvaluationOverdue,
         WallTimeReached,
     )

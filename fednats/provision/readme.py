@@ -21,6 +21,7 @@ _FILES = {
     "hub.conf": "the server's configuration",
     "leaf.conf": "the server's configuration",
     "coordinator.toml": "settings of the coordinator",
+    "initial.safetensors": "**secret**: the weights that the first run begins with",
     "aggregator.toml": "settings of the aggregator",
     "site.toml": "settings of the hospital's daemon",
 }
@@ -90,6 +91,12 @@ _COORDINATOR = """## Start
     fednats coordinator --config coordinator.toml
 
 from any folder; what it remembers goes to `state/` here. It needs the hub's server.
+
+The run in `coordinator.toml` begins with the first start. When it is closed, start the next one, or let it go on:
+
+    fednats run start RUN.toml --config coordinator.toml
+    fednats run extend --versions 20 --config coordinator.toml
+    fednats run list --config coordinator.toml
 
 ## Check
 

@@ -38,6 +38,7 @@ from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import ask, ensure
 from fednats.services.presence import watch_presence
+from fednats.services.receipts import Receipts
 from fednats.services.recorder import Recorder, accepted, entry_of, run_begins
 from fednats.services.rejects import Rejects
 from fednats.services.sent_sums import SentSums
@@ -106,6 +107,8 @@ class AggregatorService:
             Aggregate: self._aggregates,
             EvaluationSum: self._aggregates,
         }
+        self._receipts = Receipts(region, identity, run, here, daemon.log)
+        self._tier.note_unreadable = self._receipts.note_unreadable
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
         above = settings.parent or subjects.HUB
         self._sent = SentSums(uplink, run, here, above, daemon.stopping, daemon.log)
@@ -159,6 +162,7 @@ class AggregatorService:
                 self._daemon, self._machine, self._tier.feed, self._region, "site", s.sites
             )
             tasks["receive updates"] = self._tier.receive(self._updates, durable, filters)
+            tasks["send receipts"] = self._receipts.send()
         if s.regions:
             filters = [subjects.head(subjects.aggregate(s.run, "*")), subjects.evaluation_sum(s.run, "*")]
             durable = subjects.durable(s.region, self._aggregates.stream)
@@ -385,7 +389,8 @@ class AggregatorService:
             return None
 
     def _note(self, handled: Handled) -> None:
-        """Keep in mind which sums were sent, now or before a restart."""
+        """Keep in mind which sums were sent and what became of updates, now or before a restart."""
+        self._receipts.note(handled)
         if handled.combination is not None:
             parts = handled.combination.parts
             n_bytes = max((part.head.payload.n_bytes for part in parts), default=0)

@@ -82,6 +82,7 @@ class Version:
     made_by: str
     parameters: tuple[ParameterSpec, ...]
     weights_digest: bytes
+    frozen_digests: bytes
     frames: tuple[Frame, ...]
     grids: tuple[Grid, ...]
     key_id: str

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednats import subjects
 from fednats.config import CoordinatorSettings
-from fednats.errors import BusError, FednatsError, Reason, RefusedError
+from fednats.errors import BusError, FednatsError, ImpossibleModelError, Reason, RefusedError
 from fednats.messages import Aggregate, EvaluationSum
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
@@ -28,6 +28,7 @@ from fednats.protocol.events import (
     KeepBest,
     OpenRun,
     Part,
+    RunFailed,
     SumEvaluations,
     VersionAnnounced,
     contribution_id,
@@ -153,6 +154,10 @@ class CoordinatorService:
         await self._tier.feed(Configured(sites=(), regions=self._settings.regions, settings=settings))
         if self._machine.opening is None:
             await self._runs.open_first(version)
+        elif self._machine.opening.opened_at > 0:
+            self._log.info(
+                "settings_not_used", newest_run=self._machine.opening.name, remedy="fednats run start or extend"
+            )
         if version is not None and version.opening == self._machine.opening:
             await self._tier.feed(await self._announce(version))
             if self._machine.state is RunState.OPEN:
@@ -249,6 +254,9 @@ class CoordinatorService:
                 return [CombineFailed(combination_id=identity, refused={}, vanished=(error.contribution_id,))]
             except SumsRefusedError as error:
                 return [CombineFailed(combination_id=identity, refused=error.refused)]
+            except ImpossibleModelError as error:
+                self._log.error("version_impossible", error=str(error))
+                return [RunFailed(reason=str(error)), CombineFailed(combination_id=identity, refused={})]
         done = Combined(combination_id=identity, norms=version.norms, quarantined=version.quarantined)
         return [await self._announce(version), done]
 
@@ -258,6 +266,7 @@ class CoordinatorService:
         Raises:
             SumsRefusedError: a sum is bad.
             VanishedError: a sum is gone.
+            ImpossibleModelError: no model could hold the version.
         """
         identity = combination.combination_id
         parts = {part.head.aggregate_id: part for part in combination.parts if isinstance(part.head, Aggregate)}

@@ -6,6 +6,7 @@ One vector of the model's size, the mean delta, is in memory; weights and optimi
 import operator
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from fednats.crypto.sealing import ModelKeys
 from fednats.delta import scheme
 from fednats.delta.decode import decoder
 from fednats.delta.scheme import count_bits
-from fednats.errors import ConfigError, Reason, RefusedChunkError, RefusedError
+from fednats.errors import ConfigError, ImpossibleModelError, Reason, RefusedChunkError, RefusedError
+from fednats.learning.entries import frozen_digests, frozen_of, unlike
 from fednats.learning.figures import known_names, n_integers, read_figures
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.initial_weights import load_weights
@@ -28,6 +30,7 @@ from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
+from fednats.learning.whole_model import write_whole_model
 from fednats.messages import Aggregate, EvaluationSum, Grid, Opening
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
@@ -62,7 +65,7 @@ class CoordinatorWorker:
             # the first run may be given other settings with a restart; later ones have theirs from who started them
             run = settings.settings if stored.opening.opened_at == 0 else stored.settings
             stored = stored.model_copy(update={"settings": run.model_copy(update={"initial_model": None})})
-            self._use(stored.settings)
+            self._refuse_changed(self._use(stored.settings), stored)
             self._checkpoints.weights(stored.version).close()
             self._checkpoints.state(stored.version).close()
             self._current = stored
@@ -79,6 +82,7 @@ class CoordinatorWorker:
         """
         self._check_delta(run)
         model = self._make_model(run)
+        self._refuse_impossible(model)
         if run.training.dp is not None:
             from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where it is asked for
 
@@ -110,9 +114,10 @@ class CoordinatorWorker:
             extended = current is not None and current.opening.first_version == opening.first_version
             with local_disk(self._state_dir):
                 if current is not None and not extended:
-                    self._checkpoints.keep_run(current)
+                    self._write_whole(self._checkpoints.keep_run(current), current.version)
                 model = self._use(run)
                 if extended and current is not None:
+                    self._refuse_changed(model, current)
                     start = self._extension(current, opening, run)
                 else:
                     start = self._start(model, opening, run, initial_digest)
@@ -122,7 +127,34 @@ class CoordinatorWorker:
 
     def _make_model(self, run: RunSettings) -> nn.Module:
         with task_code("loading the task"):
-            return initial_model(make_task(self._settings.task.path, self._settings.task.options), run.seed)
+            self._task = make_task(self._settings.task.path, self._settings.task.options)
+            return initial_model(self._task, run.seed)
+
+    def _refuse_impossible(self, model: nn.Module) -> None:
+        """Refuse to begin with weights that are not finite. Raises ConfigError."""
+        flat = FlatModel(model)
+        try:
+            for block in blocks(len(flat)):
+                flat.check(block.start, flat[block])
+        except RefusedError as error:
+            raise ConfigError(f"the model as model() makes it cannot be trained: {error.detail}") from None
+
+    def _refuse_changed(self, model: nn.Module, stored: Checkpoint) -> None:
+        """Refuse to go on with a run whose frozen tensors are others than it began with.
+
+        Raises:
+            ConfigError: naming one of them.
+        """
+        if changed := unlike(list(frozen_of(model)), self._frozen_digests, stored.frozen_digests):
+            raise ConfigError(
+                f"{self._state_dir}: {changed} from what run {stored.opening.name} began with; restore the task's code, the"
+                " file of weights that it loads and the run's seed"
+            )
+
+    def _write_whole(self, path: Path, version: int) -> None:
+        """Write ``version`` as torch reads it."""
+        with self._checkpoints.weights(version) as weights:
+            write_whole_model(path, self._task, self._run.seed, weights, version)
 
     def _use(self, run: RunSettings) -> nn.Module:
         """Go on with the settings of a run; return the model as the task makes it."""
@@ -133,6 +165,8 @@ class CoordinatorWorker:
         self._optimizer = ServerOptimizer(run.server)
         model = self._make_model(run)
         self._layout = Layout(parameters_of(model))
+        self._frozen_digests = frozen_digests(model)
+        self._hollow = FlatModel(model).hollow()
         folder = checkpoints_folder(self._state_dir)
         self._checkpoints = Checkpoints(folder, self._layout.parameters, self._optimizer.slots)
         return model
@@ -145,11 +179,11 @@ class CoordinatorWorker:
                 raise ConfigError(f"{self._initial} is not what run {opening.name} was started with; restore it")
         noise = 0.0 if run.delta.dp is None else run.delta.dp.deviation
         grid = grids.initial(self._layout, weights, self._decoder.qmax, noise, opening.first_version)
-        return Start(opening, run, (grid,), weights)
+        return Start(opening, run, (grid,), weights, self._frozen_digests)
 
     def _extension(self, current: Checkpoint, opening: Opening, run: RunSettings) -> Start:
         weights, state = self._checkpoints.weights(current.version), self._checkpoints.state(current.version)
-        return Start(opening, run, current.grids, weights, state, current.n_steps)
+        return Start(opening, run, current.grids, weights, current.frozen_digests, state, current.n_steps)
 
     def _check_delta(self, run: RunSettings) -> None:
         """Refuse what the kits cannot serve. Raises as `prepare_run`."""
@@ -186,6 +220,7 @@ class CoordinatorWorker:
             made_by=current.made_by,
             parameters=self._layout.parameters,
             weights_digest=current.weights_digest,
+            frozen_digests=current.frozen_digests,
             frames=still_of_use(current.frames, self._max_message_bytes),
             grids=current.grids,
             key_id=self._decoder.key_id,
@@ -236,6 +271,7 @@ class CoordinatorWorker:
 
         Raises:
             RefusedError: ``not_finite``: nothing was changed.
+            ImpossibleModelError: the result is none that a model can hold; nothing was changed.
             LocalStorageError: the disk is full; the version is not made, and can be made again.
         """
         squares = sum(_squares(self._mean[block]) for block in blocks(self._mean.size))
@@ -250,10 +286,16 @@ class CoordinatorWorker:
             self._layout,
             self._run.delta.chunk_bytes,
             self._max_message_bytes,
+            self._hollow.check,
         )
         with local_disk(self._state_dir):
             made = Made(combination_id, dict(norms), dict(quarantined))
-            self._current = making.make(self._optimizer, self._mean, made, adapted)
+            try:
+                self._current = making.make(self._optimizer, self._mean, made, adapted)
+            except RefusedError as error:
+                raise ImpossibleModelError(
+                    f"version {self._newest.version + 1} would not be a model: {error.detail}"
+                ) from None
         self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
         return self._version()
@@ -298,7 +340,11 @@ class CoordinatorWorker:
 
     def keep_best(self, version: int) -> bool:
         """Keep a version as the best one; False if its checkpoint is gone already."""
-        return self._checkpoints.keep_best(version)
+        if not self._checkpoints.has(version):
+            return False
+        with local_disk(self._state_dir):
+            self._write_whole(self._checkpoints.best_file, version)
+        return True
 
     def _grid(self, grid_id: str) -> Grid:
         for grid in self._newest.grids:

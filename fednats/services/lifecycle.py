@@ -129,7 +129,8 @@ class Daemon:
 def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon], Awaitable[None]]) -> int:
     """Run ``body`` until it returns or a signal asks it to stop; return the exit code.
 
-    SIGTERM and SIGINT set `Daemon.stopping`; a body that has not returned ``drain_s`` later is cancelled.
+    An error that starting again cannot mend gives `fednats.errors.CONFIG_EXIT`, another one 1. SIGTERM and SIGINT set
+    `Daemon.stopping`; a body that has not returned ``drain_s`` later is cancelled.
     """
     configure_logging(settings.log_level)
     log = structlog.get_logger().bind(role=role, name=name, run=settings.run, release=fednats.__version__)
@@ -141,7 +142,7 @@ def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon],
             errors += _leaves(group)
     for error in errors:
         log.error("stopped_by_error", error=str(error), kind=type(error).__name__, **in_full(error))
-    return 1 if errors else 0
+    return max((error.exit_code if isinstance(error, FednatsError) else 1 for error in errors), default=0)
 
 
 def in_full(error: BaseException) -> dict[str, str]:

@@ -179,6 +179,7 @@ class ModelPublisher:
             seed=run.seed,
             parameters=version.parameters,
             weights_digest=version.weights_digest,
+            frozen_digests=version.frozen_digests,
             frames=version.frames,
             grid=version.grids[-1],
             grid_ids=tuple(grid.grid_id for grid in version.grids),

@@ -1,7 +1,8 @@
 """The next model version on disk: two passes over the files of the current one, block by block."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +45,20 @@ class Made:
     """Those of them that were left out, and why."""
 
 
+Check = Callable[[int, NDArray[np.float32]], None]
+"""Given values of the flat vector and where they begin; raises RefusedError if no model can hold them."""
+
+
+@contextmanager
+def _closing_on_error(*files: TensorFile) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
 class NextVersion:
     """Makes one version from ``current``."""
 
@@ -55,6 +70,7 @@ class NextVersion:
         layout: Layout,
         chunk_bytes: int,
         max_message_bytes: int,
+        check: Check,
     ) -> None:
         self._checkpoints = checkpoints
         self._keys = keys
@@ -62,14 +78,20 @@ class NextVersion:
         self._layout = layout
         self._chunk_bytes = chunk_bytes
         self._max_message_bytes = max_message_bytes
+        self._check = check
 
     def make(
         self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], made: Made, grids: tuple[Grid, ...]
     ) -> Checkpoint:
-        """Step along ``mean_delta`` float32[n], round the way to the result, commit; durable on return."""
+        """Step along ``mean_delta`` float32[n], round the way to the result, commit; durable on return.
+
+        Raises:
+            RefusedError: what ``check`` raises of the result; nothing was committed.
+        """
         version, made_by = self._current.version + 1, made.combination_id
         weights, state = self._checkpoints.create(version)
         with (
+            _closing_on_error(weights, state),
             self._checkpoints.weights(self._current.version) as published,
             self._checkpoints.state(self._current.version) as state_before,
         ):
@@ -91,6 +113,7 @@ class NextVersion:
             n_steps=self._current.n_steps + 1,
             made_by=made_by,
             weights_digest=digest,
+            frozen_digests=self._current.frozen_digests,
             grids=grids,
             frames=still_of_use(kept, self._max_message_bytes),
             norms=made.norms,
@@ -114,7 +137,11 @@ class NextVersion:
                 name: before[position * n + block.start : position * n + block.stop]
                 for position, name in enumerate(optimizer.slots, 1)
             }
-            stepped, slots = optimizer.step(before[block], slots, mean_delta[block], n_steps=self._current.n_steps)
+            statistics = self._layout.of_statistics(block.start, block.stop)
+            stepped, slots = optimizer.step(
+                before[block], slots, mean_delta[block], self._current.n_steps, statistics=statistics
+            )
+            self._check(block.start, stepped)
             after.write(block.start, stepped)
             for position, name in enumerate(optimizer.slots, 1):
                 after.write(position * n + block.start, slots[name])
@@ -129,6 +156,7 @@ class NextVersion:
                 of_values = self._layout.steps(steps, part.start, part.stop)
                 multiples = frames.difference(target[part], base, of_values)
                 reached = frames.follow(base, multiples, of_values)
+                self._check(part.start, reached)
                 weights.write(part.start, reached)
                 digest.update(reached.tobytes())
                 _append(file, self._keys, payload_id, position, multiples.tobytes())
@@ -145,6 +173,7 @@ class Start:
     grids: tuple[Grid, ...]
     weights: Vector
     """float32[n_parameters]"""
+    frozen_digests: bytes
     state: Vector | None = None
     """The optimiser's, to go on with: ``target``, then its slots; none: a fresh one."""
     n_steps: int = 0
@@ -171,6 +200,7 @@ def first_version(checkpoints: Checkpoints, keys: ModelKeys, start: Start, chunk
         n_steps=start.n_steps,
         made_by="",
         weights_digest=digest.digest(),
+        frozen_digests=start.frozen_digests,
         grids=start.grids,
         frames=(keyframe,),
     )

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,11 @@ class Recorder:
         self._ledger = EgressLedger(path, identity.signer, identity.name, daemon.run)
         self._covered = Sent(0, 0)
         self._summed = Sent(0, 0)
+
+    @property
+    def head(self) -> str:
+        """Hash of the newest record."""
+        return self._ledger.head
 
     def close(self) -> None:
         """Close the ledger."""
@@ -122,7 +128,7 @@ def run_begins(opening: Opening) -> Entry:
 def accepted(head: Update | Aggregate) -> Entry:
     """Return the entry of a contribution that goes into a sum or a version."""
     sender = user_name("site" if isinstance(head, Update) else "aggregator", admission.source(head))
-    return entry_of(
+    entry = entry_of(
         "accepted",
         head,
         version=admission.version(head),
@@ -130,3 +136,4 @@ def accepted(head: Update | Aggregate) -> Entry:
         payload=head.payload,
         detail=f"from {sender}",
     )
+    return replace(entry, anchors=head.ledger_head) if isinstance(head, Update) else entry

@@ -102,9 +102,9 @@ class Sender:
     async def _send_pending(self) -> None:
         async with self._sending:
             for update in await asyncio.to_thread(self._outbox.pending):
-                first = await asyncio.to_thread(self._outbox.offer, update.update_id)
-                if first is not None:
-                    await self._send(update, first)
+                offered = await asyncio.to_thread(self._outbox.offer, update.update_id, self._recorder.head)
+                if offered is not None:
+                    await self._send(offered.update, offered.n_chunks)
 
     async def _send(self, update: Update, first: int) -> None:
         """Send the chunks from number ``first`` on, then the head."""

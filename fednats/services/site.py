@@ -34,6 +34,7 @@ from fednats.services.off_loop import chunk_file
 from fednats.services.persist import RETRY_S
 from fednats.services.recorder import Recorder
 from fednats.services.sender import Sender
+from fednats.services.verdicts import Verdicts
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.chunk_file import keep_sound
 from fednats.storage.local_disk import local_disk
@@ -90,6 +91,7 @@ class SiteService:
         self._outbox = Outbox(outbox_file(settings.state_dir))
         recorder = Recorder(daemon, identity, settings.state_dir / EGRESS_FILE)
         self._sender = Sender(daemon, settings, identity, bus, self._outbox, recorder, self._policy.max_mbit)
+        self._verdicts = Verdicts(daemon, settings, identity, bus, self._outbox, self._await_hours)
         self._machine = protocol.Site(self._outbox.last_trained())
         self._models = subjects.models_stream(settings.run, settings.region)
         self._manifests: OrderedDict[int, ModelManifest] = OrderedDict()
@@ -111,12 +113,13 @@ class SiteService:
         daemon.waits = lambda: self._resting != "waiting"  # nobody waits for who takes no part
         if self._policy.budget is not None:
             daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
-        daemon.status = lambda: {**self._status, **self._sender.figures}
+        daemon.status = lambda: {**self._status, **self._sender.figures, "refused_by_region": self._verdicts.refused}
         daemon.private = lambda: {"metrics": self._metrics}
         daemon.buses.append(bus)
 
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
+        await self._verdicts.begin()
         await self._sender.begin()
         self._daemon.doing = "loading torch, the task and its data"
         prepared: Prepared = await self._worker.call("prepare")
@@ -131,6 +134,7 @@ class SiteService:
                 "follow models": self._follow(),
                 "follow signers": self._identity.follow_signers(self._log),
                 "work": self._work(),
+                "hear what became of updates": self._verdicts.follow(),
                 "send updates": self._sender.send_updates(),
                 "send evaluations": self._sender.send_evaluations(),
                 "sum up what leaves": self._sender.sum_up(),
@@ -174,8 +178,7 @@ class SiteService:
         await self._worker.persist(self._log, "check", manifest)
         if not self._manifests:
             await self._show_spending(manifest)  # of earlier runs and before a restart
-        if self._daemon.declined:
-            self._daemon.declined.clear()
+        if self._daemon.declined.pop("site", None):
             self._status["state"] = self._resting
         if manifest.opening.opened_at > self._opened_at:
             await self._begin(manifest.opening)
@@ -300,6 +303,8 @@ class SiteService:
     @property
     def _resting(self) -> str:
         """What it does between jobs: waiting for the next model, or why it does not contribute."""
+        if self._verdicts.pause_left_s:
+            return "refused"
         if self._daemon.declined:
             return "declined"
         if not self._machine.trains:
@@ -308,12 +313,14 @@ class SiteService:
 
     @property
     def _opens_in_s(self) -> float:
-        return self._policy.opens_in_s(datetime.now().astimezone())
+        """Until the site may train: the hospital lets it, and its region does not refuse its updates."""
+        return max(self._policy.opens_in_s(datetime.now().astimezone()), self._verdicts.pause_left_s)
 
     def _await_hours(self) -> None:
-        """Tell the machine when the hours begin in which the hospital lets it train."""
+        """Tell the machine when it may train again."""
         if (wait_s := self._opens_in_s) > 0:
-            self._log.info("outside_hours", hours=self._policy.hours, opens_in_s=round(wait_s))
+            if not self._verdicts.pause_left_s:
+                self._log.info("outside_hours", hours=self._policy.hours, opens_in_s=round(wait_s))
             asyncio.get_running_loop().call_later(min(wait_s, LONGEST_NAP_S), self._await_hours)
             return
         self._start(self._machine.handle(protocol.HoursBegun()))

@@ -4,27 +4,29 @@ import ctypes
 import hashlib
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from fednats import wire
-from fednats.codec.layout import Difference, Layout, Vector, blocks
+from fednats.codec.layout import Layout, Vector, blocks
 from fednats.config import SiteSettings, TrainingSettings
 from fednats.crypto.sealing import ModelKeys
 from fednats.delta import scheme
 from fednats.delta.encode import encoder
 from fednats.delta.scheme import count_bits
 from fednats.errors import LocalDataError, Reason, RefusedError
+from fednats.learning.entries import frozen_digests, frozen_of, unlike
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
 from fednats.learning.trainer import load_optimizers
-from fednats.messages import Frame, ModelManifest, Payload, Update
+from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload, Update
 from fednats.privacy.guard import Guard
 from fednats.privacy.policy import read_policy
 from fednats.privacy.skellam import SkellamRounding
@@ -68,12 +70,12 @@ class SiteWorker:
         self._policy = read_policy(settings.policy_file)
         check = self._policy.check_task if self._policy.task_sha256 else None
         with task_code("loading the task"):
-            task = make_task(settings.task.path, settings.task.options, check)
-            model = initial_model(task, seed=0)
-            self._trainer = PrivateTrainer(task, model)
-            self._evaluator = Evaluator(task, model)
-        self._model = FlatModel(model)
-        self._layout = Layout(parameters_of(model))
+            self._task = make_task(settings.task.path, settings.task.options, check)
+            model = initial_model(self._task, seed=0)
+            self._trainer = PrivateTrainer(self._task, model)
+            self._evaluator = Evaluator(self._task, model)
+        self._take(model)
+        self._seed = 0
         self._outbox = Outbox(outbox_file(settings.state_dir), first_number(time.time()))
         self._weights = LocalModel(model_folder(settings.state_dir))
         self._local = settings.state_dir / "local.safetensors"
@@ -99,11 +101,13 @@ class SiteWorker:
         """Refuse a manifest that is not of this site's task or key, or asks for more than the hospital allows.
 
         Raises:
-            RefusedError: the policy does not allow it; or the parameters, the cipher's key or the grid do not fit.
+            RefusedError: the policy does not allow it; or the parameters, what is frozen, the cipher's key or the grid do
+                not fit.
         """
         if manifest.parameters != self._layout.parameters:
-            detail = _difference(manifest, {spec.name: spec.shape for spec in self._layout.parameters})
+            detail = _difference(manifest.parameters, self._layout.parameters)
             raise RefusedError(Reason.WRONG_SHAPE, f"the announced model is not this site's: {detail}")
+        self._make_as(manifest)
         self._policy.check_run(manifest, self._trainer.n_samples)
         public_key = held(self._keys, manifest.key_id)
         if public_key is not None and manifest.delta.cipher == "none":
@@ -140,6 +144,7 @@ class SiteWorker:
 
     def evaluate(self, manifest: ModelManifest) -> Scored:
         """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted sums."""
+        self._make_as(manifest)
         with self._weights.weights(manifest.version) as weights, task_code("evaluating"):
             found = self._evaluator.evaluate(weights, manifest.training.cases_at_once)
         encode = encoder(manifest.delta, held(self._keys, manifest.key_id))
@@ -167,6 +172,7 @@ class SiteWorker:
                 was trained.
             LocalDataError: the loss or the result is not finite.
         """
+        self._make_as(manifest)
         self._pass = None
         n_made = self._outbox.n_made()
         seed = _seed(manifest.seed, self._settings.site, manifest.version, n_made)
@@ -177,7 +183,7 @@ class SiteWorker:
             self._rehearse(manifest, start, n_made)
             self._guard.charge_pass(manifest, sample_rate, n_made)
             trained = self._trainer.train(start, manifest.training, seed)
-            _refuse_not_finite(Difference(self._model, start))
+            _refuse_not_finite(self._model.delta(start))
         dp_sgd = manifest.training.dp is not None
         self._pass = Pass(manifest.version, seed, trained.n_samples, goes_on, dp_sgd)
         return Trained(trained.n_samples, trained.train_loss)
@@ -212,7 +218,7 @@ class SiteWorker:
             raise LocalDataError("nothing was trained since the worker started")
         with local_disk(self._settings.state_dir):
             with self._start(done.version, goes_on=done.goes_on) as start:
-                update = self._encode(done, Difference(self._model, start), newest)
+                update = self._encode(done, self._model.delta(start), newest)
             if done.goes_on:
                 self._note_local(done.version)
         self._pass = None
@@ -256,6 +262,32 @@ class SiteWorker:
         self._outbox.add_update(update, newest.grid.steps, dropped, None if spending is None else spending.epsilon)
         return update
 
+    def _take(self, model: nn.Module) -> None:
+        self._model = FlatModel(model)
+        self._layout = Layout(parameters_of(model))
+        self._frozen = list(frozen_of(model))
+        self._frozen_digests = frozen_digests(model)
+
+    def _make_as(self, manifest: ModelManifest) -> None:
+        """Have the model that the seed of the run makes, with the same frozen tensors as the coordinator's.
+
+        Raises:
+            RefusedError: ``wrong_shape``: they are not the same; the text names one.
+        """
+        if manifest.seed != self._seed:
+            with task_code("making the model"):
+                model = initial_model(self._task, manifest.seed)
+                self._trainer.lend(model)
+                self._evaluator.lend(model)
+            self._take(model)
+            self._seed, self._pass = manifest.seed, None
+        if differs := unlike(self._frozen, self._frozen_digests, manifest.frozen_digests):
+            raise RefusedError(
+                Reason.WRONG_SHAPE,
+                f"{differs} from the coordinator's: does model() load the same file of weights? What it computes, on"
+                " another processor, may differ in the last digit: register it with persistent=False",
+            )
+
     def _start(self, version: int, *, goes_on: bool) -> TensorFile:
         """Open what a pass on ``version`` starts from."""
         if goes_on and self._local.exists():
@@ -291,8 +323,17 @@ def _seed(seed: int, site: str, version: int, n_made: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _difference(manifest: ModelManifest, own: Mapping[str, tuple[int, ...]]) -> str:
-    for spec in manifest.parameters:
-        if own.get(spec.name) != spec.shape:
-            return f"{spec.name} is {spec.shape} in the manifest, {own.get(spec.name, 'absent')} in the task"
-    return f"{len(manifest.parameters)} tensors in the manifest, {len(own)} in the task"
+def _difference(announced: Sequence[ParameterSpec], own: Sequence[ParameterSpec]) -> str:
+    """Say how the tensors that a manifest announces are unlike this site's ``own``."""
+    known = {spec.name: spec for spec in own}
+    for spec in announced:
+        if spec.name not in known:
+            return f"{spec.name} {spec.shape} does not travel from this site; is it frozen here, or absent?"
+        if known[spec.name].shape != spec.shape:
+            return f"{spec.name} is {spec.shape} in the manifest, {known[spec.name].shape} in the task"
+    names = {spec.name for spec in announced}
+    for spec in own:
+        if spec.name not in names:
+            return f"{spec.name} {spec.shape} travels from this site only; is it frozen at the coordinator, or absent?"
+    first, second = next((one, other) for one, other in zip(announced, own, strict=True) if one != other)
+    return f"{first.name} is where {second.name} is here; model() must make its layers in the same order everywhere"

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
-from fednats.errors import BusError, RefusedError
+from fednats.errors import BusError, DatabaseLockedError, RefusedError
 from fednats.protocol.collector import REMEMBERED
 from fednats.protocol.events import (
     Combination,
@@ -32,6 +32,7 @@ from fednats.services.lifecycle import Daemon
 from fednats.services.persist import RETRY_S
 from fednats.services.rejects import Rejects
 from fednats.storage.journal import Journal
+from fednats.transport.bus import Delivery
 
 MAX_BATCH = 256
 """Events that are journalled in one transaction, and handled before anything else has its turn."""
@@ -83,6 +84,8 @@ class Tier:
         self.rejects = rejects
         self.inboxes: Mapping[type[Head], Inbox] = {}
         """Where contributions and evaluations of each kind come from."""
+        self.note_unreadable: Callable[[Delivery, Refuse], None] = lambda _delivery, _refuse: None
+        """Told of what was delivered, could not be read and is refused."""
         self.may_settle: Callable[[], Awaitable[None]] = _at_once
         """Returns when this process may settle or refuse what was delivered; raises if it no longer may."""
         self.accepted = 0
@@ -141,6 +144,7 @@ class Tier:
             except RefusedError as error:
                 refuse = Refuse(inbox.unreadable_id(delivery), error.reason, f"{delivery.subject}: {error.detail}")
                 self._count_refused(refuse)
+                self.note_unreadable(delivery, refuse)
                 self._commands.put_nowait(refuse)
             else:
                 self._put(event)  # not awaited: what is delivered together is journalled together
@@ -215,13 +219,24 @@ class Tier:
             while len(batch) < MAX_BATCH and not self._fed.empty():
                 batch.append(self._fed.get_nowait())
             at_s = self._now_s()
-            await asyncio.to_thread(self._journal.append, [event for event, _ in batch], at_s)
+            await self._append([event for event, _ in batch], at_s)
             for event, handled in batch:
                 for command in self._handle(event, at_s):
                     self._commands.put_nowait(command)
                 if not handled.done():  # who fed it may have been cancelled
                     handled.set_result(None)
             self.daemon.metrics.buffered.set(self._machine.n_buffered)
+
+    async def _append(self, events: list[Event], at_s: float) -> None:
+        """Have ``events`` written; while another process holds the journal, nothing goes on."""
+        while True:
+            try:
+                await asyncio.to_thread(self._journal.append, events, at_s)
+            except DatabaseLockedError as error:
+                self.log.warning("journal_locked", error=str(error), retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
 
     def _replay(self) -> int:
         n_events = 0

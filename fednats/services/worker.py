@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +25,9 @@ JobsT = TypeVar("JobsT")
 
 NICENESS = 10
 """How far a worker stands back: training must not keep the daemons, or the hospital's own work, from a processor."""
+
+OF_THE_DAEMON = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C and a supervisor's SIGTERM reach the whole process group; the daemon decides, and ends its worker."""
 
 _made: list[Any] = []
 _make: list[Callable[[], Any]] = []
@@ -53,7 +58,7 @@ class Worker(Generic[JobsT]):
         processes = list((self._pool._processes or {}).values())  # noqa: SLF001 - the pool offers no terminate before 3.14
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
-            process.terminate()
+            process.kill()  # it leaves SIGTERM to its daemon
         for process in processes:
             await asyncio.to_thread(process.join)
 
@@ -65,7 +70,9 @@ class Worker(Generic[JobsT]):
         """
         async with self._turn:
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._pool, _run, method, args)
+                with _signals_held():  # the first job starts the process
+                    job = asyncio.get_running_loop().run_in_executor(self._pool, _run, method, args)
+                return await job
             except BrokenProcessPool:
                 self._pool.shutdown(wait=False)
                 self._pool = self._start()
@@ -87,9 +94,21 @@ class Worker(Generic[JobsT]):
         return ProcessPoolExecutor(1, mp_context=context, initializer=_initialise, initargs=(self._make, self._args))
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Keep what the daemon decides on from a process that is started meanwhile, until that ignores it by itself."""
+    resource_tracker.ensure_running()  # else multiprocessing starts it in between, and lets the signals through again
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_DAEMON)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def _initialise(make: Callable[..., Any], args: tuple[object, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in OF_THE_DAEMON:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_DAEMON)
     os.nice(NICENESS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _make.append(lambda: make(*args))

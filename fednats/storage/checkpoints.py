@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +36,8 @@ class Checkpoint(BaseModel):
     made_by: str
     """Id of the combination that made this version; empty where a run was opened with it."""
     weights_digest: bytes
+    frozen_digests: bytes
+    """Of what does not travel, as the manifests announce it."""
     grids: tuple[Grid, ...]
     """Grids on which contributions may still be under way; the last is the current one."""
     frames: tuple[Frame, ...]
@@ -107,11 +108,10 @@ class Checkpoints:
     def weights(self, version: int) -> TensorFile:
         """Open the weights of ``version``. Raises ConfigError if they are missing, damaged or another model's."""
         file = TensorFile.read(weights_file(self._directory, version))
-        n_parameters = sum(math.prod(shape) for _, shape in self._parameters)
-        if len(file) != n_parameters:
+        if file.tensors != self._parameters:
             file.close()
             raise ConfigError(
-                f"{self._directory}: holds a model of {len(file)} parameters, the task's has {n_parameters};"
+                f"{self._directory}: holds another model than the task's: {_unlike(file.tensors, self._parameters)};"
                 " restore the task, or give another one kits and a state_dir of its own"
             )
         return file
@@ -131,22 +131,22 @@ class Checkpoints:
             )
         return file
 
-    def keep_best(self, version: int) -> bool:
-        """Keep ``version`` as ``best.safetensors``; False if it is no longer among the newest few."""
-        path = weights_file(self._directory, version)
-        if not path.exists():
-            return False
-        _copy(path, self._directory / BEST_FILE)
-        return True
+    def has(self, version: int) -> bool:
+        """Whether ``version`` is still among the newest few."""
+        return weights_file(self._directory, version).exists()
 
-    def keep_run(self, last: Checkpoint) -> None:
-        """Keep the last version of a run, and its best, in ``runs/NAME``: another one is about to begin."""
+    @property
+    def best_file(self) -> Path:
+        """Where the best version of the run is kept, whole."""
+        return self._directory / BEST_FILE
+
+    def keep_run(self, last: Checkpoint) -> Path:
+        """Keep the best version of a run in ``runs/NAME``: another one is about to begin. Return where its last goes."""
         folder = self._directory / "runs" / last.opening.name
         folder.mkdir(parents=True, exist_ok=True)
-        _copy(weights_file(self._directory, last.version), folder / "last.safetensors")
-        best = self._directory / BEST_FILE
-        if best.exists():
-            best.rename(folder / BEST_FILE)
+        if self.best_file.exists():
+            self.best_file.rename(folder / BEST_FILE)
+        return folder / "last.safetensors"
 
     def _tidy(self, newest: Checkpoint) -> None:
         old = sorted(_versions(self._directory))[:-KEPT_VERSIONS]
@@ -202,9 +202,12 @@ def _versions(directory: Path) -> list[int]:
     return [int(number) for number in numbers if number.isdecimal()]
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, _partial(target))
-    _partial(target).rename(target)
+def _unlike(stored: Sequence[tuple[str, tuple[int, ...]]], own: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+    """Say how the tensors ``stored`` differ from the task's ``own``."""
+    for (name, shape), (own_name, own_shape) in zip(stored, own, strict=False):
+        if (name, shape) != (own_name, own_shape):
+            return f"{name} {shape} where the task has {own_name} {own_shape}"
+    return f"{len(stored)} tensors, the task has {len(own)}"
 
 
 def _partial(path: Path) -> Path:

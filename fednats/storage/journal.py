@@ -8,47 +8,21 @@ from typing import NamedTuple
 
 import msgpack
 
-from fednats.errors import ConfigError, LocalStorageError, RefusedError
+from fednats import __version__
+from fednats.errors import ConfigError, RefusedError
 from fednats.protocol.events import EVENTS, Event
+from fednats.storage.database import open_database, open_read_only, storage_error
+from fednats.storage.row_chain import CHAIN_SCHEMA, RowChain, difference, extend, read_chain
 from fednats.wire import unpack_values
 
-BUSY_TIMEOUT_S = 10.0
+EVENTS_TABLE = "event"
 
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS event
-    (sequence INTEGER PRIMARY KEY, at_s REAL NOT NULL, kind TEXT NOT NULL, body BLOB NOT NULL)
+    (sequence INTEGER PRIMARY KEY, at_s REAL NOT NULL, kind TEXT NOT NULL, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS written_by (first_sequence INTEGER PRIMARY KEY, release TEXT NOT NULL);
+{CHAIN_SCHEMA}
 """
-
-
-def open_database(path: Path, schema: str) -> sqlite3.Connection:
-    """Open an SQLite file in WAL mode with full durability, creating ``schema`` if it is new.
-
-    Raises:
-        ConfigError: the file cannot be opened or is no database.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.executescript(schema)
-    except (sqlite3.Error, OSError) as error:
-        raise ConfigError(
-            f"{path}: cannot be used as a database ({error}); check its owner, disk and state_dir"
-        ) from error
-    return connection
-
-
-def open_read_only(path: Path) -> sqlite3.Connection:
-    """Open an SQLite file that a daemon may be writing to, or had open when it was killed.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    try:
-        return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", timeout=BUSY_TIMEOUT_S, uri=True)
-    except sqlite3.Error as error:
-        raise ConfigError(f"{path}: cannot be read as a database ({error}); is this the folder of a run?") from error
 
 
 class Entry(NamedTuple):
@@ -65,32 +39,35 @@ class Journal:
     """Append-only; an appended event survives the process."""
 
     def __init__(self, path: Path) -> None:
+        """Open or begin the journal at ``path``. Raises as `open_database`."""
         self._path = path
         self._connection = open_database(path, _SCHEMA)
         self._using = threading.Lock()
+        self._release_noted = False
 
     def append(self, events: Sequence[Event], at_s: float) -> None:
         """Write ``events`` in one transaction; all are durable on return. Called from any thread.
 
         Raises:
+            DatabaseLockedError: another process holds the journal; none of ``events`` is in it, they may be given again.
             LocalStorageError: the disk is full or broken; none of ``events`` is in the journal.
         """
         rows = [(at_s, event.kind, msgpack.packb(event.model_dump(), use_bin_type=True)) for event in events]
         try:
-            with self._using, self._connection:
-                self._connection.execute("BEGIN")
-                self._connection.executemany("INSERT INTO event (at_s, kind, body) VALUES (?, ?, ?)", rows)
+            with self._using:
+                self._write(rows)
         except sqlite3.Error as error:
-            raise LocalStorageError(
-                f"{self._path}: the journal cannot be written ({error}); make room on its disk or mend it, then start"
-                " again: nothing is lost, what was not written is delivered again"
-            ) from error
+            remedy = (
+                "the journal cannot be written: make room on its disk or mend it, then start again. Nothing is lost, what"
+                " was not written is delivered again"
+            )
+            raise storage_error(self._path, error, remedy) from error
 
     def replay(self) -> Iterator[Entry]:
         """Yield all entries in the order they were appended.
 
         Raises:
-            ConfigError: one of them cannot be read.
+            ConfigError: one of them cannot be read, or, after the last one, entries were deleted or altered.
         """
         yield from _entries(self._connection, self._path)
 
@@ -99,30 +76,93 @@ class Journal:
         with self._using:
             self._connection.close()
 
+    def _write(self, rows: Sequence[tuple[float, str, bytes]]) -> None:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            if not self._release_noted:
+                _note_release(connection)
+            connection.executemany("INSERT INTO event (at_s, kind, body) VALUES (?, ?, ?)", rows)
+            extend(connection, EVENTS_TABLE, rows)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        self._release_noted = True
+
 
 def read_journal(path: Path) -> list[Entry]:
     """Return all entries of the journal of a daemon that may be running.
 
     Raises:
-        ConfigError: there is no journal, or one of its entries cannot be read.
+        ConfigError: there is no journal, one of its entries cannot be read, or entries were deleted or altered.
+    """
+    entries, problem = read_readable(path)
+    if problem is not None:
+        raise problem
+    return entries
+
+
+def read_readable(path: Path) -> tuple[list[Entry], ConfigError | None]:
+    """Return the entries of a journal up to the first one that cannot be read, and what is wrong with it, if anything.
+
+    Raises:
+        ConfigError: there is no journal.
     """
     connection = open_read_only(path)
+    entries: list[Entry] = []
     try:
-        made = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'event'").fetchone()
-        return list(_entries(connection, path)) if made else []  # its daemon is just making it
+        names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if "event" in names and "row_chain" not in names:
+            old = f"{path}: an older release wrote it, which kept no count of events; use that release for this run"
+            return entries, ConfigError(old)
+        connection.execute("BEGIN")  # rows and their count as they were at one moment
+        try:
+            for entry in _entries(connection, path) if "event" in names else ():  # else its daemon is just making it
+                entries.append(entry)  # noqa: PERF402 - those before a bad one are kept
+        except ConfigError as problem:
+            return entries, problem
+    except sqlite3.Error as error:
+        raise ConfigError(f"{path}: cannot be read as a journal ({error})") from error
     finally:
         connection.close()
+    return entries, None
 
 
 def _entries(connection: sqlite3.Connection, path: Path) -> Iterator[Entry]:
-    sequence = 0
+    sequence, found = 0, RowChain()
     try:
         for sequence, at_s, kind, body in connection.execute(
             "SELECT sequence, at_s, kind, body FROM event ORDER BY sequence"
         ):
-            fields = unpack_values(body)
-            yield Entry(sequence, at_s, EVENTS[kind].model_validate(fields))
+            found = found.extended([(at_s, kind, body)])
+            yield Entry(sequence, at_s, EVENTS[kind].model_validate(unpack_values(body)))
+        wrong = difference(read_chain(connection, EVENTS_TABLE), found)
     except (sqlite3.Error, ValueError, TypeError, KeyError, RefusedError) as error:  # pydantic's are ValueErrors
         raise ConfigError(
-            f"{path}: event {sequence} cannot be read ({type(error).__name__}: {error}); restore the journal"
+            f"{path}: event {sequence} cannot be read ({type(error).__name__}: {error}). {_remedy(connection, sequence)}"
         ) from error
+    if wrong:
+        raise ConfigError(f"{path}: events were deleted or altered: {wrong}. Restore the journal from a backup of it")
+
+
+def _note_release(connection: sqlite3.Connection) -> None:
+    """Write down which release appends from here on."""
+    newest = connection.execute("SELECT release FROM written_by ORDER BY first_sequence DESC LIMIT 1").fetchone()
+    if newest != (__version__,):
+        connection.execute(
+            "INSERT OR REPLACE INTO written_by SELECT COALESCE(MAX(sequence), 0) + 1, ? FROM event", (__version__,)
+        )
+
+
+def _remedy(connection: sqlite3.Connection, sequence: int) -> str:
+    """Return what to do about an event that cannot be read: what wrote it decides."""
+    query = "SELECT release FROM written_by WHERE first_sequence <= ? ORDER BY first_sequence DESC LIMIT 1"
+    try:
+        row = connection.execute(query, (sequence,)).fetchone()
+    except sqlite3.Error:
+        row = None
+    if row is not None and row[0] != __version__:
+        return f"Release {row[0]} wrote it, this is release {__version__}: use release {row[0]} for this run"
+    return f"This release, {__version__}, wrote it: restore the journal from a backup of it"

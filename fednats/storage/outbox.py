@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -23,11 +24,15 @@ from numpy.typing import NDArray
 
 from fednats import wire
 from fednats.codec.layout import Layout
-from fednats.errors import LocalDataError, LocalStorageError
-from fednats.messages import Update
-from fednats.storage.journal import open_database
+from fednats.errors import ConfigError, LocalDataError, LocalStorageError, RefusedError
+from fednats.messages import NO_RECORD, Update
+from fednats.storage.database import open_database, storage_error
+from fednats.storage.row_chain import CHAIN_SCHEMA, RowChain, difference, extend, read_chain
 
-_SCHEMA = """
+UPDATES_TABLE = "outgoing"
+
+_SCHEMA = f"""
+{CHAIN_SCHEMA}
 CREATE TABLE IF NOT EXISTS outgoing (sequence INTEGER PRIMARY KEY, update_id TEXT UNIQUE NOT NULL,
     base_version INTEGER NOT NULL, head BLOB NOT NULL, steps BLOB NOT NULL, claimed INTEGER NOT NULL DEFAULT 0,
     epsilon REAL, sent_chunks INTEGER NOT NULL DEFAULT 0, offered_at TEXT, sent_at TEXT, dropped_at TEXT);
@@ -48,6 +53,15 @@ class Dropped:
     update_id: str
     steps: tuple[float, ...]
     """Of the grid it is on."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """An update whose sending begins, or goes on."""
+
+    update: Update
+    n_chunks: int
+    """Chunks that the bus has already."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +88,15 @@ class Outbox:
     """Updates on their way out, numbered from ``first`` on. One process writes (the worker), one sends (the daemon)."""
 
     def __init__(self, path: Path, first: int = 1) -> None:
+        """Open or begin the outbox at ``path``.
+
+        Raises:
+            ConfigError: it cannot be opened, or updates were deleted from it.
+        """
         self._path = path
         self._first = first
         self._connection = open_database(path, _SCHEMA)
+        self._refuse_deleted()
         self._connection.execute("PRAGMA secure_delete = OFF")  # else removing a chunk takes as much room as it frees
 
     # --- the worker's side --------------------------------------------------------------------------------------------
@@ -157,6 +177,7 @@ class Outbox:
                 "INSERT INTO outgoing (sequence, update_id, base_version, head, steps, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
                 (*named, wire.pack(update), msgpack.packb(steps), epsilon),
             )
+            extend(connection, UPDATES_TABLE, [(update.sequence, update.update_id)])
             if dropped is not None:
                 connection.execute(
                     "UPDATE outgoing SET dropped_at = CURRENT_TIMESTAMP WHERE update_id = ?", (dropped.update_id,)
@@ -196,7 +217,12 @@ class Outbox:
     def pending(self) -> list[Update]:
         """Return the updates that are not yet acknowledged by the bus, oldest first."""
         query = f"SELECT head FROM outgoing WHERE {_WAITING} ORDER BY sequence"  # noqa: S608 - a constant
-        return [wire.unpack(head, Update) for (head,) in self._connection.execute(query).fetchall()]
+        return [self._unpacked(head) for (head,) in self._rows(query)]
+
+    def newest(self, count: int) -> list[Update]:
+        """Return the newest ``count`` updates that were stored, the newest first."""
+        query = "SELECT head FROM outgoing ORDER BY sequence DESC LIMIT ?"
+        return [self._unpacked(head) for (head,) in self._rows(query, count)]
 
     def counts(self) -> dict[str, int]:
         """Return how many updates wait, were sent and were dropped."""
@@ -205,34 +231,47 @@ class Outbox:
         )
         return {"waiting": int(waiting), "sent": int(sent), "dropped": int(dropped)}
 
-    def offer(self, update_id: str) -> int | None:
-        """Note that sending begins; return how many chunks the bus has already, None if the update makes room instead."""
+    def offer(self, update_id: str, ledger_head: str = NO_RECORD) -> Offered | None:
+        """Note that sending begins; None if the update makes room instead.
+
+        ``ledger_head`` is the newest record of the egress ledger: it goes into the head when an update is offered for the
+        first time, and stays there, so that what is sent again is the same to the bit.
+        """
         with self._transaction() as connection:
             row = connection.execute(
-                "UPDATE outgoing SET offered_at = COALESCE(offered_at, CURRENT_TIMESTAMP)"
-                " WHERE update_id = ? AND claimed = 0 AND dropped_at IS NULL RETURNING sent_chunks",
+                "SELECT head, sent_chunks, offered_at FROM outgoing"
+                " WHERE update_id = ? AND claimed = 0 AND dropped_at IS NULL",
                 (update_id,),
             ).fetchone()
-        return None if row is None else int(row[0])
+            if row is None:
+                return None
+            update = self._unpacked(row[0])
+            if row[2] is None:
+                update = update.model_copy(update={"ledger_head": ledger_head})
+                connection.execute(
+                    "UPDATE outgoing SET offered_at = CURRENT_TIMESTAMP, head = ? WHERE update_id = ?",
+                    (wire.pack(update), update_id),
+                )
+        return Offered(update, int(row[1]))
 
     def chunks(self, update_id: str, first: int = 0) -> Iterator[bytes]:
         """Yield the chunks of an update in order, from number ``first`` on."""
         query = "SELECT data FROM chunk WHERE update_id = ? AND position = ?"
         position = first  # one query each: no statement stays open while the worker writes
-        while (row := self._connection.execute(query, (update_id, position)).fetchone()) is not None:
-            yield row[0]
+        while rows := self._rows(query, update_id, position):
+            yield rows[0][0]
             position += 1
 
     def epsilon(self, update_id: str) -> float | None:
         """Return what was spent when an update was made; None without differential privacy."""
         query = "SELECT epsilon FROM outgoing WHERE update_id = ?"
-        (epsilon,) = self._connection.execute(query, (update_id,)).fetchone()
+        ((epsilon,),) = self._rows(query, update_id)
         return None if epsilon is None else float(epsilon)
 
     def n_bytes(self, update_id: str, first: int = 0) -> int:
         """Return the size of the chunks of an update from number ``first`` on."""
         query = "SELECT COALESCE(SUM(LENGTH(data)), 0) FROM chunk WHERE update_id = ? AND position >= ?"
-        (n_bytes,) = self._connection.execute(query, (update_id, first)).fetchone()
+        ((n_bytes,),) = self._rows(query, update_id, first)
         return int(n_bytes)
 
     def note_sent_chunks(self, update_id: str, n_chunks: int) -> None:
@@ -299,13 +338,36 @@ class Outbox:
             )
         return values if found else None
 
+    def _refuse_deleted(self) -> None:
+        """With updates gone their numbers would be given again, and refused."""
+        with self._transaction() as connection:  # the other process may be storing one
+            rows = connection.execute("SELECT sequence, update_id FROM outgoing ORDER BY sequence").fetchall()
+            wrong = difference(read_chain(connection, UPDATES_TABLE), RowChain().extended(rows))
+        if wrong:
+            raise ConfigError(
+                f"{self._path}: updates were deleted or altered: {wrong}. Restore the outbox from a backup, or move it away:"
+                " the numbers of updates then begin anew, and what waits in it is lost"
+            )
+
+    def _unpacked(self, head: bytes) -> Update:
+        try:
+            return wire.unpack(head, Update)
+        except RefusedError as error:
+            raise ConfigError(
+                f"{self._path}: an update in it cannot be read ({error.detail}); start the release that made it until it is"
+                " sent, or move the file away: the numbers of updates then begin anew, and what waits in it is lost"
+            ) from error
+
     def _newest(self) -> int:
         (newest,) = self._read("SELECT COALESCE(MAX(sequence), 0) FROM outgoing")
         return int(newest)
 
     def _read(self, query: str) -> tuple[int, ...]:
-        row: tuple[int, ...] = self._connection.execute(query).fetchone()
-        return row
+        return self._rows(query)[0]
+
+    def _rows(self, query: str, *parameters: str | int) -> list[tuple[Any, ...]]:
+        with self._writing() as connection:
+            return connection.execute(query, parameters).fetchall()
 
     def _leave_room(self, n_bytes: int) -> None:
         """Refuse to fill the disk with half an update: what is in the log must fit into the file, or it stays for ever."""
@@ -340,7 +402,7 @@ class Outbox:
         try:
             yield self._connection
         except sqlite3.OperationalError as error:
-            raise LocalStorageError(f"{self._path}: {error}; nothing was written. Make room on its disk") from error
+            raise storage_error(self._path, error, "nothing was written. Make room on its disk") from error
 
 
 class Residual:

@@ -29,12 +29,21 @@ class TensorFile:
     or `create` it; it is a context manager.
     """
 
-    def __init__(self, path: Path, descriptor: int, start: int, n_values: int, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int,
+        start: int,
+        tensors: Sequence[tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
         self.path = path
         self.metadata = metadata
+        self.tensors = list(tensors)
+        """Name and shape of each."""
         self._descriptor = descriptor
         self._start = start
-        self._n_values = n_values
+        self._n_values = sum(math.prod(shape) for _, shape in tensors)
 
     @classmethod
     def create(cls, path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Self:
@@ -52,7 +61,7 @@ class TensorFile:
         os.pwrite(descriptor, _LENGTH.pack(len(text)) + text, 0)
         start = _LENGTH.size + len(text)
         os.truncate(descriptor, start + n_values * _VALUE_BYTES)
-        return cls(path, descriptor, start, n_values, metadata)
+        return cls(path, descriptor, start, tensors, metadata)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -66,11 +75,11 @@ class TensorFile:
         except OSError as error:
             raise _unusable(path, error.strerror or "no such file") from error
         try:
-            start, n_values, metadata = _parse(descriptor)
+            start, tensors, metadata = _parse(descriptor)
         except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
             os.close(descriptor)
             raise _unusable(path, str(error)) from error
-        return cls(path, descriptor, start, n_values, metadata)
+        return cls(path, descriptor, start, tensors, metadata)
 
     def __len__(self) -> int:
         return self._n_values
@@ -128,7 +137,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _parse(descriptor: int) -> tuple[int, int, Mapping[str, str]]:
+def _parse(descriptor: int) -> tuple[int, list[tuple[str, tuple[int, ...]]], Mapping[str, str]]:
     (length,) = _LENGTH.unpack(os.pread(descriptor, _LENGTH.size, 0))
     if length > _MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")
@@ -139,17 +148,19 @@ def _parse(descriptor: int) -> tuple[int, int, Mapping[str, str]]:
     if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
         raise ValueError("its metadata are not texts")
     n_values = 0
-    for entry in header.values():
+    tensors = []
+    for name, entry in header.items():
         if entry["dtype"] != "F32":
             raise ValueError("it holds other types than float32")
         stop = n_values + _size(entry["shape"])
         if entry["data_offsets"] != [n_values * _VALUE_BYTES, stop * _VALUE_BYTES]:
             raise ValueError("its tensors do not lie one after the other")
         n_values = stop
+        tensors.append((name, tuple(entry["shape"])))
     start = _LENGTH.size + length
     if os.fstat(descriptor).st_size != start + n_values * _VALUE_BYTES:
         raise ValueError(f"it should hold {n_values} values and is not of that size")
-    return start, n_values, metadata
+    return start, tensors, metadata
 
 
 def _size(shape: object) -> int:

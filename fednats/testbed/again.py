@@ -27,7 +27,7 @@ async def send_site_again(running: Running, site: str, mark: str) -> int:
     servers = running.servers
     region = next(name for name, plan in servers.plan.items() if site in plan.sites)
     outbox = await asyncio.to_thread(read_outbox, outbox_file(running.output / f"site-{site}"))
-    updates = [item.head for item in outbox or () if item.is_sent][-NEWEST:]
+    updates = [item.head for item in outbox or () if item.head and item.is_sent][-NEWEST:]
     subject = subjects.head(subjects.update(servers.run, region, site))
     identity = servers.identity("site", site)
     async with (

@@ -23,8 +23,9 @@ from fednats.protocol.events import (
     VersionAnnounced,
     contribution_id,
 )
-from fednats.storage.journal import Entry, read_journal
+from fednats.storage.journal import Entry, read_readable
 from fednats.subjects import HUB
+from fednats.testbed.run_folder import shown
 
 
 class Fate(Enum):
@@ -74,8 +75,12 @@ class Book:
         self.n_openings = 0
         """At the hub: runs that were opened, or extended; each begins with a version that no sum made."""
         self.end_s = 0.0
-        self._name = f"{file.parent.name}/{file.name}"
-        entries = read_journal(file)
+        self._name = shown(file)
+        entries, problem = read_readable(file)
+        self.is_whole = problem is None
+        """Whether all of the journal could be read; if not, what became of later contributions is not known."""
+        if problem is not None:
+            self.problems.append(f"unreadable: {problem}")
         heads = [entry.event.head for entry in entries if isinstance(entry.event, ContributionArrived)]
         self.run = heads[0].run if heads else ""
         nobody = Roster(self.run, node, frozenset(), frozenset())

@@ -49,6 +49,11 @@ class BusServers:
     links: dict[str, Wan] = field(default_factory=dict)
     """By name: ``region-NAME`` is its leaf link; the others are a participant's connection, see `link_names`."""
 
+    @property
+    def servers(self) -> tuple[NatsServer, ...]:
+        """All of them, the hub first."""
+        return (self.hub, *self.leaves.values())
+
     def identity(self, role: str, node: str) -> Identity:
         """Return who a participant is: for what signs in its name."""
         name = permissions.user_name(role, node)

@@ -71,4 +71,4 @@ def _train_pooled(federation: FederationSettings, n_steps: int) -> Metrics:
 
 def evaluate_pooled(federation: FederationSettings, weights: NDArray[np.float32]) -> Metrics:
     """Return the metrics of ``weights``, float32[n], on the test cases of all hospitals together."""
-    return evaluate(Pooled(_tasks(federation)), weights).metrics
+    return evaluate(Pooled(_tasks(federation)), weights, seed=federation.seed).metrics

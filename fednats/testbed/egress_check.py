@@ -7,38 +7,32 @@ from pathlib import Path
 from fednats import wire
 from fednats.privacy.audit import audit
 from fednats.privacy.egress import EGRESS_FILE, LEDGER_FILE
+from fednats.testbed.run_folder import RunFolder, shown
 from fednats.testbed.sent import Sent
 
 
-def check_site(directory: Path, site: str, outbox: Sequence[Sent], arrived: Container[str]) -> list[str]:
-    """Return what is wrong with the egress ledger of ``site``: its chain, and updates that left without a record.
+def check_site(state: Path, site: str, outbox: Sequence[Sent], arrived: Container[str]) -> list[str]:
+    """Return what is wrong with the egress ledger of ``site``, kept in ``state``: its chain, updates without a record.
 
     ``arrived`` are ids that the site's region took in. Call it when the outbox has been read: records are written first.
     """
-    left = [item.head for item in outbox if item.is_sent or item.head.update_id in arrived]
-    path = directory / f"site-{site}" / EGRESS_FILE
+    left = [item.head for item in outbox if item.head and (item.is_sent or item.update_id in arrived)]
+    path = state / EGRESS_FILE
     if not path.exists():
-        return [f"egress: {_name(path)} is missing: what left {site} cannot be verified"] if left else []
+        return [f"egress: {shown(path)} is missing: what left {site} cannot be verified"] if left else []
     found = audit(path)
     recorded = {(record.name, record.digest) for record in found.records if record.what == "update"}
     missing = [head.update_id for head in left if (head.update_id, _digest(wire.pack(head))) not in recorded]
-    return [f"egress: {_name(path)}: {text}" for text in found.findings] + [
+    return [f"egress: {shown(path)}: {text}" for text in found.findings] + [
         f"egress: update {update_id} left {site} and is not in its ledger" for update_id in missing
     ]
 
 
-def check_nodes(directory: Path) -> list[str]:
+def check_nodes(folder: RunFolder) -> list[str]:
     """Return what is wrong with the chains of the aggregators' and the coordinator's ledgers."""
-    return [
-        f"egress: {_name(path)}: {text}"
-        for path in sorted(directory.glob(f"*/{LEDGER_FILE}"))
-        for text in audit(path).findings
-    ]
+    ledgers = [state / LEDGER_FILE for state in folder.all]
+    return [f"egress: {shown(path)}: {text}" for path in ledgers if path.exists() for text in audit(path).findings]
 
 
 def _digest(packed: bytes) -> str:
     return hashlib.sha256(packed).hexdigest()
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"

@@ -1,20 +1,24 @@
 """Run a whole federation on this machine: servers, daemons, progress, comparison, report."""
 
 import asyncio
-import shutil
+import os
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fednats.config import DaemonSettings, TaskSettings
+from fednats.config import DaemonSettings
 from fednats.errors import FednatsError, InterruptedRunError
+from fednats.learning.entries import entries_of
+from fednats.learning.flat import initial_model
 from fednats.learning.task_code import make_task
+from fednats.learning.task_errors import task_code
+from fednats.learning.whole_model import write_whole_model
 from fednats.provision.plan import Plan
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
@@ -27,6 +31,7 @@ from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
+from fednats.testbed.supervisor import Supervisor
 from fednats.testbed.timeline import Timeline
 from fednats.testbed.wan import Wan, WanSettings
 
@@ -76,32 +81,49 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     """Run to the end, compare, write summary, report and model below ``output``; return the summary.
 
     Raises:
-        FednatsError: a daemon died, or the settings do not work.
+        FednatsError: something ended and starting it again is of no use, or the settings do not work.
     """
+    with private_files():
+        return await _run_federation(federation, output)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Let nobody else read what this process and those that it starts write: models are learned from patients' data."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+async def _run_federation(federation: FederationSettings, output: Path) -> Summary:
     started = time.monotonic()
     _refuse_used(output)
-    if federation.training.dp is not None:
-        await asyncio.to_thread(_refuse_unsuitable, federation.task_of(None))
+    await asyncio.to_thread(_refuse_unsuitable, federation)
     timeline = Timeline()
     async with running(federation, output) as federation_running:
-        statuses = await _watch(federation, federation_running, timeline, started)
+        supervisor = Supervisor([*federation_running.servers.servers, *federation_running.daemons])
+        statuses = await _watch(federation, federation_running, supervisor, timeline, started)
         if statuses[COORDINATOR]["failed"]:
             raise FednatsError(f"the run was closed: {statuses[COORDINATOR]['reason']}")
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
-    weights = await asyncio.to_thread(_keep_model, output)
+    weights = await asyncio.to_thread(_keep_model, federation, output)
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
     comparison = await compare(federation, weights, n_steps)
-    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline)
+    figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline, supervisor.restarts)
     summary = summarise(figures, comparison, time.monotonic() - started)
     summary.write(output / "summary.json")
     write_report(summary, output / "report.html")
     return summary
 
 
-async def _watch(federation: FederationSettings, running_now: Running, timeline: Timeline, started: float) -> Statuses:
-    """Show progress until the coordinator has closed the run; return the last statuses."""
+async def _watch(
+    federation: FederationSettings, running_now: Running, supervisor: Supervisor, timeline: Timeline, started: float
+) -> Statuses:
+    """Show progress until the coordinator has closed the run, and start again what ends; return the last statuses."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -111,9 +133,9 @@ async def _watch(federation: FederationSettings, running_now: Running, timeline:
         names = [daemon.name for daemon in running_now.daemons]
         with Progress(federation.name, federation.task, federation.stop, names) as progress:
             while statuses.get(COORDINATOR, {}).get("state") != "closed":
-                running_now.daemons.check()
+                await supervisor.mend()
                 statuses = with_newest(statuses, await running_now.daemons.statuses())
-                progress.update(statuses, time.monotonic() - started)
+                progress.update(statuses, time.monotonic() - started, supervisor.restarts)
                 timeline.note(statuses, time.monotonic() - started)
                 try:
                     async with asyncio.timeout(POLL_S):
@@ -158,19 +180,28 @@ def _refuse_used(output: Path) -> None:
         raise FednatsError(f"{output} holds a federation already; give another --output or remove it")
 
 
-def _refuse_unsuitable(task: TaskSettings) -> None:
-    """Say now, and not at every site, what in the model cannot be trained with differential privacy."""
-    from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where a run asks for it
+def _refuse_unsuitable(federation: FederationSettings) -> None:
+    """Say now, and not at every site, what of the model cannot travel, or be trained with differential privacy."""
+    task = federation.task_of(None)
+    with task_code("making the model"):
+        model = initial_model(make_task(task.path, task.options), federation.seed)
+    entries_of(model)
+    if federation.training.dp is not None:
+        from fednats.privacy.dp_sgd import refuse_unsuitable  # noqa: PLC0415 - opacus is loaded where a run asks for it
 
-    refuse_unsuitable(make_task(task.path, task.options).model())
+        refuse_unsuitable(model)
 
 
-def _keep_model(output: Path) -> NDArray[np.float32]:
-    """Copy the last version to ``model.safetensors``; return its weights, float32[n]."""
+def _keep_model(federation: FederationSettings, output: Path) -> NDArray[np.float32]:
+    """Write the last version to ``model.safetensors``, whole; return what travels of it, float32[n]."""
     folder = checkpoints_folder(output / COORDINATOR)
     newest = newest_checkpoint(folder)
     if newest is None:
         raise FednatsError(f"{output}: the coordinator left no model version")
-    shutil.copyfile(weights_file(folder, newest.version), output / "model.safetensors")
-    with TensorFile.read(output / "model.safetensors") as weights:
-        return weights[0 : len(weights)]
+    task = federation.task_of(None)
+    with TensorFile.read(weights_file(folder, newest.version)) as file:
+        weights = file[0 : len(file)]
+    write_whole_model(
+        output / "model.safetensors", make_task(task.path, task.options), federation.seed, weights, newest.version
+    )
+    return weights

@@ -29,15 +29,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fednats.errors import ConfigError, Reason
+from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.coordinator import RunRecord, RunState
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.checkpoints import Checkpoint, checkpoints_folder, newest_checkpoint, weights_file
+from fednats.storage.outbox import outbox_file
 from fednats.storage.tensor_file import TensorFile, digest_of
 from fednats.subjects import HUB
 from fednats.testbed.book import Book, Fate, Taken
 from fednats.testbed.egress_check import check_nodes, check_site
+from fednats.testbed.run_folder import JOURNAL, RunFolder
 from fednats.testbed.sent import Sent, read_outbox
 
 OVERTAKEN_S = 30.0
@@ -91,40 +93,42 @@ class Ledger:
 
 
 def verify(directory: Path) -> Ledger:
-    """Verify the run whose output folder is ``directory``, while it runs or afterwards.
+    """Verify the run in ``directory``, an output folder or that of the kits, while it runs or afterwards.
 
     Receivers are read before senders: what has been received has been written down by its sender.
 
     Raises:
-        ConfigError: it is not the output folder of a run.
+        ConfigError: it holds no run.
     """
-    if not (directory / "coordinator" / "journal.sqlite").exists():
-        raise ConfigError(f"{directory}: holds no coordinator/journal.sqlite; give the output folder of a run")
+    folder = RunFolder(directory)
     ledger = Ledger()
-    before = _newest_checkpoint(directory)
-    books = {HUB: Book(HUB, directory / "coordinator" / "journal.sqlite")}
-    after = _newest_checkpoint(directory)
+    before = newest_checkpoint(checkpoints_folder(folder.coordinator))
+    books = {HUB: Book(HUB, folder.coordinator / JOURNAL)}
+    after = newest_checkpoint(checkpoints_folder(folder.coordinator))
     parents: dict[str, str] = {}
     for node in (nodes := [HUB]):  # grows while it is walked: from the hub downwards
-        for region in sorted(books[node].roster.regions) if node in books else ():
+        below = books[node].roster.regions if node in books else frozenset()
+        if node == HUB and not books[HUB].is_whole:
+            below |= set(folder.regions)  # those that the hub's journal does not get to name
+        for region in sorted(below - parents.keys()):
             parents[region] = node
             nodes.append(region)
-            file = directory / f"aggregator-{region}" / "journal.sqlite"
+            file = folder.region(region) / JOURNAL
             if file.exists():
                 books[region] = Book(region, file)
             else:
                 ledger.findings.append(f"{file} is missing: what region {region} summed cannot be verified")
     outboxes = {
-        (region, site): read_outbox(directory / f"site-{site}" / "outbox.sqlite")
+        (region, site): read_outbox(outbox_file(folder.site(site)))
         for region, book in books.items()
         for site in sorted(book.sites)
     }
     ledger.runs = [_line(run) for run in books[HUB].runs]
     ledger.findings += [problem for book in books.values() for problem in book.problems]
-    ledger.findings += _wrong_weights(directory)
+    ledger.findings += _wrong_weights(folder.coordinator)
     for (region, site), outbox in outboxes.items():
-        ledger.findings += check_site(directory, site, outbox or (), books[region].taken)
-    ledger.findings += check_nodes(directory)
+        ledger.findings += check_site(folder.site(site), site, outbox or (), books[region].taken)
+    ledger.findings += check_nodes(folder)
     _Audit(ledger, books, parents, outboxes).run(before, after)
     return ledger
 
@@ -177,6 +181,8 @@ class _Audit:
     def _check_checkpoint(self, before: Checkpoint | None, after: Checkpoint | None) -> None:
         """Check the newest checkpoint, as it was before and after its journal was read."""
         hub = self._books[HUB]
+        if not hub.is_whole:
+            return
         made = [identity for identity, version in hub.made.items() if version.is_done]
         newest = hub.n_versions - 1  # by the journal
         pending = hub.is_opening  # killed between opening a run and writing down its first version
@@ -203,7 +209,7 @@ class _Audit:
                 if not book.made[identity].is_done:  # killed between publishing and writing that down
                     book.finish(identity)
                 self._compare(book, identity, taken.head)
-            elif taken.fate is not Fate.REFUSED:
+            elif taken.fate is not Fate.REFUSED and book.is_whole:
                 why = "gave up" if identity in book.failed else "did not make"
                 self._find(f"unknown: {above.node} took in sum {identity}, which {region} {why}")
             if taken.reason is Reason.OUTLIER:
@@ -228,7 +234,7 @@ class _Audit:
         self._ledger.n_weighed += 1
         different = [
             f"{name} is {getattr(received, name)}, the region's journal gives {getattr(expected, name)}"
-            for name in type(received).model_fields
+            for name in type(received).model_fields.keys() - {"release"}  # that of this process is another thing
             if getattr(received, name) != getattr(expected, name)
         ]
         if different:
@@ -250,12 +256,17 @@ class _Audit:
                 self._find(f"site-{site}/outbox.sqlite is missing: the updates of {site} cannot be verified")
             return
         self._check_outbox(site, outbox, arrived)
-        sent = [item.head.update_id for item in outbox if item.is_sent or item.head.update_id in arrived]
+        sent = [item.update_id for item in outbox if item.head and (item.is_sent or item.update_id in arrived)]
         self._note_sent(self._ledger.updates, sent, book, f"update {{}} of {site}")
 
     def _check_outbox(self, site: str, outbox: list[Sent], arrived: dict[str, Taken]) -> None:
-        own = {item.head.update_id: item for item in outbox}
-        sequences = [item.head.sequence for item in outbox]
+        own = {item.update_id: item for item in outbox}
+        sequences = [item.sequence for item in outbox]
+        if unread := [item for item in outbox if item.head is None]:
+            self._find(
+                f"unreadable: {len(unread)} updates in the outbox of {site}, such as {unread[0].update_id}:"
+                f" {unread[0].problem}; verify them with the release of their sender"
+            )
         if sequences and sequences != list(range(sequences[0], sequences[0] + len(sequences))):
             self._find(f"outbox: the updates of {site} are numbered {sequences}, with a gap")
         for identity, taken in arrived.items():
@@ -264,7 +275,7 @@ class _Audit:
                 self._ledger.notes.append(
                     f"update {identity} came in the name of {site}, whose outbox does not know it: {_became(taken)}"
                 )
-            elif item.head != taken.head:
+            elif item.head is not None and item.head != taken.head:
                 self._find(f"altered: update {identity} of {site} is not what its outbox has")
             elif item.is_dropped and taken.fate is Fate.SUMMED:
                 self._find(
@@ -278,10 +289,12 @@ class _Audit:
     def _note_sent(self, counts: Counter[str], sent: list[str], receiver: Book, what: str) -> None:
         """Count what was sent, and what of it did not come; ``what`` is a format for an id."""
         missing, lost = _missing(sent, receiver)
+        if not receiver.is_whole:
+            lost = set()  # it may have come later than the journal can be read
         self._lost |= lost
         for identity in lost:
             self._find(f"lost: {what.format(identity)} was overtaken and never came to {receiver.node}")
-        if receiver.is_closed:
+        if receiver.is_closed and receiver.is_whole:
             self._ledger.undelivered += [
                 f"undelivered: {what.format(identity)} has not come to {receiver.node}, which knows that the run is"
                 " closed; start again what is down on its way, or it was lost with a store"
@@ -345,13 +358,9 @@ def _missing(sent: list[str], receiver: Book) -> tuple[set[str], set[str]]:
     return missing, lost
 
 
-def _newest_checkpoint(directory: Path) -> Checkpoint | None:
-    return newest_checkpoint(checkpoints_folder(directory / "coordinator"))
-
-
-def _wrong_weights(directory: Path) -> list[str]:
+def _wrong_weights(coordinator: Path) -> list[str]:
     """Say so if the newest version's weights are not those that were announced, by their digest."""
-    folder = checkpoints_folder(directory / "coordinator")
+    folder = checkpoints_folder(coordinator)
     newest = newest_checkpoint(folder)
     if newest is None:
         return []

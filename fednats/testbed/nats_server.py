@@ -86,6 +86,16 @@ class NatsServer:
         return self._server.monitor_url
 
     @property
+    def label(self) -> str:
+        """What people call it."""
+        return f"nats-server {self.name}"
+
+    @property
+    def ended_with(self) -> int | None:
+        """Exit code of a server that has ended by itself; None if it runs, or was stopped."""
+        return None if self._process is None else self._process.returncode
+
+    @property
     def pid(self) -> int | None:
         """Process id, None while the server is down."""
         return None if self._process is None else self._process.pid
@@ -106,7 +116,7 @@ class NatsServer:
             ConfigError: no binary, or the kit has no configuration.
             BusError: it ended or is not healthy after 20 s; the text has the end of its log.
         """
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
             return
         program = binary()
         config = "hub.conf" if self.name == HUB else "leaf.conf"

@@ -21,7 +21,7 @@ td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: .3rem; font-weight: inherit; }
 th:first-child { min-width: 8.5rem; max-width: 20rem; overflow-wrap: anywhere; }
 thead th { font-weight: 600; vertical-align: bottom; }
-.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; } .text td, .text th { vertical-align: top; }
+.text td, .text th { text-align: left; } .text td { white-space: normal; overflow-wrap: anywhere; } .text td, .text th { vertical-align: top; }
 tr.federation { background: var(--mark); font-weight: 600; }
 .wide { overflow-x: auto; }
 .side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .5rem 1.5rem; align-items: start; }

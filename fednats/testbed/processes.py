@@ -85,9 +85,19 @@ class DaemonProcess:
             return None
 
     @property
+    def label(self) -> str:
+        """What people call it."""
+        return f"{self.role} {self.name.removeprefix(f'{self.role}-')}"
+
+    @property
+    def ended_with(self) -> int | None:
+        """Exit code of a process that has ended by itself; None if it runs, or was killed on purpose."""
+        return None if self._process is None else self._process.returncode
+
+    @property
     def ended(self) -> bool:
         """Whether it was started and has ended."""
-        return self._process is not None and self._process.returncode is not None
+        return self.ended_with is not None
 
     def check(self) -> None:
         """Raise DaemonDiedError if the process has ended."""

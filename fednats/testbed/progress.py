@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -54,6 +54,7 @@ class Progress:
         """As the coordinator has chosen it, once it has."""
         self._console = console or Console()
         self._evaluated: dict[int, Status] = {}
+        self._restarts: dict[str, int] = {}
         draws = self._console.is_interactive and self._console.file.isatty()  # FORCE_COLOR makes no terminal of a pipe
         self._live = Live(console=self._console, auto_refresh=False) if draws else None
 
@@ -70,8 +71,15 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, statuses: Mapping[str, Status], elapsed_s: float) -> None:
-        """Show ``statuses`` (by daemon; one that has not answered yet may be missing) after ``elapsed_s`` seconds."""
+    def update(
+        self, statuses: Mapping[str, Status], elapsed_s: float, restarts: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """Show ``statuses`` (by daemon; one that has not answered yet may be missing) after ``elapsed_s`` seconds.
+
+        ``restarts`` says how often what ended was started again.
+        """
+        restarted = {name: count for name, count in restarts.items() if count > self._restarts.get(name, 0)}
+        self._restarts = dict(restarts)
         coordinator = _of_role(statuses, "coordinator")
         history = coordinator[0].get("history", []) if coordinator else []
         new = [entry for entry in history if entry["version"] not in self._evaluated]
@@ -81,6 +89,8 @@ class Progress:
         if self._live is not None:
             self._live.update(self._screen(statuses, elapsed_s), refresh=True)
             return
+        for name, count in restarted.items():
+            self._console.print(f"{name} ended and was started again ({count})", markup=False, highlight=False)
         for entry in new:
             line = _line(entry, statuses, elapsed_s)
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -99,6 +109,9 @@ class Progress:
         facts.add_row(Text(self._target_metric), self._metric(coordinator))
         facts.add_row("updates", f"{coordinator.get('n_updates', 0)} in the model, {_refused(statuses)} refused")
         facts.add_row("bytes", _traffic(statuses))
+        if self._restarts:
+            ended = ", ".join(f"{name} ({count})" for name, count in self._restarts.items())
+            facts.add_row("restarted", Text(ended, style="yellow"))
         for doing, names in sorted(self._starting(statuses).items()):
             facts.add_row("starting", Text(f"{', '.join(sorted(names))}: {doing}", style="yellow"))
         return Group(title, facts, *self._regions(statuses, coordinator.get("version", -1)))

@@ -230,17 +230,17 @@ def _left(summary: Summary) -> str:
     for name, site in summary.site_figures.items():
         n_values = site.updates * summary.n_parameters
         per_update = decimal(round(site.sent_bytes / site.updates)) if site.updates else "-"
-        rows.append(("", [name, per_update, f"{site.sent_bytes / n_values:.2f}" if n_values else "-"]))
+        rows.append(("", [name, per_update, f"{site.sent_bytes / n_values:,.2f}" if n_values else "-"]))
     sizes = table(
         ["hospital", "sent per update", "bytes per parameter"],
         rows,
-        f"Evaluations included. Over all updates: {summary.uplink_bytes_per_parameter:.2f} bytes per parameter; 32-bit "
+        f"Evaluations included. Over all updates: {summary.uplink_bytes_per_parameter:,.2f} bytes per parameter; 32-bit "
         "numbers in the clear would be 4.",
     )
     return (
         "<p>No patient record: of each training pass only the change of the model's parameters was sent, rounded to "
         f"{summary.value_bits} bits per parameter. {how} Beside it, a hospital tells its region its numbers of cases, "
-        "how many values the rounding cut off, and encrypted counts of how its test cases were scored; the region passes "
+        "how many values the rounding cut off, and encrypted counts and sums of how its test cases were scored; the region passes "
         "on sums.</p>"
     ) + sizes
 

@@ -7,18 +7,23 @@ from pathlib import Path
 from fednats import wire
 from fednats.errors import ConfigError, RefusedError
 from fednats.messages import Update
-from fednats.storage.journal import open_read_only
+from fednats.storage.database import open_read_only
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
     """One update that a site made."""
 
-    head: Update
+    update_id: str
+    sequence: int
+    head: Update | None
+    """None if this release cannot read it."""
     is_sent: bool
     """The bus has acknowledged all of it."""
     is_dropped: bool
     """A full outbox gave it up unsent; its changes went back into the site's residual."""
+    problem: str = ""
+    """Why it cannot be read."""
 
 
 def read_outbox(file: Path) -> list[Sent] | None:
@@ -32,16 +37,24 @@ def read_outbox(file: Path) -> list[Sent] | None:
     connection = open_read_only(file)
     connection.row_factory = sqlite3.Row
     try:
-        rows = connection.execute("SELECT * FROM outgoing ORDER BY sequence").fetchall()
-        return [
-            Sent(
-                head=wire.unpack(row["head"], Update),
-                is_sent=row["sent_at"] is not None,
-                is_dropped="dropped_at" in row.keys() and row["dropped_at"] is not None,  # noqa: SIM118 - of a Row
-            )
-            for row in rows
-        ]
-    except (sqlite3.Error, RefusedError) as error:
+        return [_sent(row) for row in connection.execute("SELECT * FROM outgoing ORDER BY sequence").fetchall()]
+    except sqlite3.Error as error:
         raise ConfigError(f"{file}: cannot be read as an outbox ({error}); restore it") from error
     finally:
         connection.close()
+
+
+def _sent(row: sqlite3.Row) -> Sent:
+    head, problem = None, ""
+    try:
+        head = wire.unpack(row["head"], Update)
+    except RefusedError as error:
+        problem = error.detail
+    return Sent(
+        update_id=row["update_id"],
+        sequence=row["sequence"],
+        head=head,
+        is_sent=row["sent_at"] is not None,
+        is_dropped=row["dropped_at"] is not None,
+        problem=problem,
+    )

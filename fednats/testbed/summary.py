@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -113,6 +114,8 @@ class RunFigures(_Figures):
     timeline: dict[str, list[Seen]] = {}
     """What each site had done by when."""
     site_figures: dict[str, SiteFigures]
+    restarts: dict[str, int] = {}
+    """How often a daemon or a server ended and was started again, by what it is called."""
 
 
 class Summary(RunFigures):
@@ -159,8 +162,13 @@ class Summary(RunFigures):
 
 
 def with_newest(statuses: Statuses, newest: Statuses) -> Statuses:
-    """Return ``statuses`` with the ``newest``; of its history the coordinator shows only the newest part, so the rest stays."""
-    merged = {**statuses, **newest}
+    """Return ``statuses`` with the ``newest``.
+
+    Of its history the coordinator shows only the newest part, so the rest stays; what a daemon said before it was started
+    again stays until it says more than that it starts.
+    """
+    said = {name: status for name, status in newest.items() if "state" in status or name not in statuses}
+    merged = {**statuses, **said}
     known = {
         entry["version"]: entry
         for each in (statuses, newest)
@@ -172,9 +180,16 @@ def with_newest(statuses: Statuses, newest: Statuses) -> Statuses:
 
 
 def run_figures(
-    federation: FederationSettings, statuses: Statuses, wan_bytes: int, timeline: Timeline | None = None
+    federation: FederationSettings,
+    statuses: Statuses,
+    wan_bytes: int,
+    timeline: Timeline | None = None,
+    restarts: Mapping[str, int] = MappingProxyType({}),
 ) -> RunFigures:
-    """Put together what all daemons said last (``statuses``) and before (``timeline``), and what crossed the leaf links."""
+    """Put together what all daemons said last (``statuses``) and before (``timeline``), and what crossed the leaf links.
+
+    ``restarts`` says what was started again, and how often.
+    """
     coordinator = statuses["coordinator"]
     sites = {name: statuses[f"site-{name}"] for name in federation.sites}
     aggregators = [statuses[f"aggregator-{name}"] for name in federation.regions]
@@ -203,6 +218,7 @@ def run_figures(
         uplink_bytes=uplink,
         downlink_bytes=sum(site["received_bytes"] for site in sites.values()),
         wan_bytes=wan_bytes,
+        restarts=dict(restarts),
         uplink_bytes_per_parameter=uplink / max(1, n_sent * coordinator["n_parameters"]),
         staleness=Staleness(
             mean=coordinator["staleness_sum"] / max(1, coordinator["n_updates"]), max=coordinator["staleness_max"]

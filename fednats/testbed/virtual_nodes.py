@@ -239,7 +239,11 @@ class CoordinatorNode:
         for part in parts:
             mean += deltas[contribution_id(part.head)] * np.float32(part.mass / total)
         weights, self._slots = self._optimizer.step(
-            current.weights, self._slots, mean * np.float32(combination.scale), n_steps=current.number
+            current.weights,
+            self._slots,
+            mean * np.float32(combination.scale),
+            n_steps=current.number,
+            statistics=layout.of_statistics(0, layout.n_parameters),
         )
         self.combined.append(replace(combination, parts=parts))
         self.norms.update(norms)

@@ -1,7 +1,7 @@
 """Streams and buckets of a run: who makes which, with which limits.
 
 Each function returns what one service ensures at its start with `Bus.ensure_stream` and `Bus.ensure_bucket`.
-A stream of models or of rejects drops its oldest when full. All others refuse: the sender keeps what was not taken.
+A stream of models, receipts or rejects drops its oldest when full. All others refuse: the sender keeps what was not taken.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,11 +28,13 @@ class Limits:
     """For so long a message id is remembered; what is sent again within it is stored once."""
     max_messages: int = -1
     """-1 is no limit."""
+    max_messages_per_subject: int = -1
 
 
 MODELS = Limits(max_bytes=8 * GIB, max_age_s=365 * 86400)
 UPDATES = Limits(max_bytes=32 * GIB, max_age_s=7 * 86400)
 AGGREGATES = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400)
+RECEIPTS = Limits(max_bytes=GIB // 16, max_age_s=365 * 86400, max_messages_per_subject=1)
 REJECTS = Limits(max_bytes=GIB // 16, max_age_s=30 * 86400, max_messages=10_000)
 
 
@@ -85,6 +87,7 @@ class StreamSpec:
             "discard": self.discard,
             "max_bytes": self.limits.max_bytes,
             "max_msgs": self.limits.max_messages,
+            "max_msgs_per_subject": self.limits.max_messages_per_subject,
             "max_age": self.limits.max_age_s * NANOSECONDS,
             # What a copy refused for its size it would never ask for again, also after a server's limit was raised.
             "max_msg_size": -1 if self.sources else max_message_bytes,
@@ -173,7 +176,10 @@ def at_uplink(
 
 
 def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that an aggregator ensures in its private account: models for the sites, updates with evaluations, rejects."""
+    """Streams that an aggregator ensures in its private account.
+
+    Models for the sites, updates with evaluations, receipts, rejects.
+    """
     origin = Origin(
         subjects.models_stream(run, region if leaves else HUB),
         api=permissions.UPLINK_API,
@@ -192,7 +198,13 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
         limits=UPDATES,
         discard="new",
     )
-    return (models, updates, _rejects(run, region))
+    receipts = StreamSpec(
+        name=subjects.receipts_stream(run, region),
+        subjects=(subjects.receipt(run, region, "*"),),
+        limits=RECEIPTS,
+        discard="old",
+    )
+    return (models, updates, receipts, _rejects(run, region))
 
 
 def needed_bytes(specs: Iterable[StreamSpec | BucketSpec]) -> int:

@@ -20,6 +20,12 @@ class Metrics:
         self.refused = Counter(
             "fednats_refused", "What was received and refused, by reason.", ["reason"], registry=self.registry
         )
+        self.refused_by_region = Counter(
+            "fednats_refused_by_region",
+            "Updates of this site that its region refused, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
         self.present = Gauge("fednats_present", "Sites and regions below that are there.", registry=self.registry)
         self.declined = Gauge(
             "fednats_declined",

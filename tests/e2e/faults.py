@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fednats.protocol.events import Event
-from fednats.storage.journal import open_read_only, read_journal
+from fednats.storage.database import open_read_only
+from fednats.storage.journal import read_journal
 from fednats.testbed.launch import Running
 from tests.e2e.conftest import OWN_TASK
 from tests.e2e.until import LIMIT_S, Statuses

@@ -63,7 +63,7 @@ async def all_settled(running: Running, node: str, copies: int = 1) -> None:
 
 def audited(output: Path) -> dict[str, list[Record]]:
     """Assert that ``fednats audit verify`` passes on every ledger of a run; return the records by participant's folder."""
-    ledgers = sorted(output.glob("**/*ledger*"))
+    ledgers = sorted(output.glob("**/*ledger.jsonl"))
     assert {file.parent.name for file in ledgers} == {
         *(folder.parent.name for folder in output.glob("*/daemon.log")),
     }
@@ -108,7 +108,8 @@ def assert_sealed(output: Path, run: str) -> None:
 def assert_no_secret_is_logged(output: Path) -> None:
     """Assert that no log of daemon or server has key material in it, in any form that a log would show it in."""
     kits = output / "kits"
-    private = [file for file in kits.glob("*/*") if file.is_file() and file.stat().st_mode & 0o077 == 0]
+    files = [file for file in kits.glob("*/*") if file.is_file() and file.suffix != ".log"]
+    private = [file for file in files if file.stat().st_mode & 0o077 == 0]
     secrets = {file: file.read_bytes() for file in private}
     kinds = {file.suffix or file.name for file in secrets}
     assert {".nk", ".secret", ".key", ".conf"} <= kinds, f"the search knows of {kinds}"

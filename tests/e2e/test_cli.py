@@ -14,8 +14,10 @@ import pytest
 import tomli_w
 
 from tests.e2e.conftest import MakeFederation
+from tests.patients import write_german_csv
 
 HEART = Path(os.environ.get("HEART_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data" / "heart")
+SHIPPED_TASK = f"{Path(__file__).parents[2] / 'sites' / 'own_task.py'}:MyTask"
 LIMIT_S = 200
 
 
@@ -62,7 +64,9 @@ def passes_s(output: Path, site: str) -> list[float]:
 
 def test_a_federation_file_runs_to_the_table(make_federation: MakeFederation, tmp_path: Path) -> None:
     training = {"local_steps": 400, "batch_size": 16, "learning_rate": 0.01}
-    federation = make_federation({"north": ["a", "b"]}, training=training, stop={"max_versions": 2})
+    federation = make_federation({"north": ["a", "b"]}, training=training, stop={"max_versions": 2}, task=SHIPPED_TASK)
+    for seed, site in enumerate(federation.sites.values()):
+        write_german_csv(Path(site.options["csv"]), n=150, seed=seed)
     file = tmp_path / "federation.toml"
     file.write_text(tomli_w.dumps(federation.model_dump(mode="json", exclude_none=True)))
     output = tmp_path / "out"

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fednats import subjects
+from fednats.learning.evaluation import Evaluated, evaluate
+from fednats.learning.task_code import make_task
 from fednats.provision import servers
 from fednats.provision.servers import config_file
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.comparison import evaluate_pooled
+from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
 from fednats.transport.bus import Bus
@@ -98,8 +101,14 @@ async def test_aggregators_stand_under_aggregators(make_federation: MakeFederati
         ledger = await balanced(tmp_path / "out")
     assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] == 4 * 3
     assert statuses["coordinator"]["refusals"] == {}
-    metrics = [entry["metrics"]["auc"] for entry in statuses["coordinator"]["history"]]
-    assert metrics[-1] > metrics[0]
+    history = statuses["coordinator"]["history"]
+    assert history[-1]["metrics"]["auc"] > history[0]["metrics"]["auc"]
+    assert history[-1]["means"] == ["margin", "not_at_a"]
+    worth = {site: evaluated_at(federation, site, tmp_path / "out") for site in "abcd"}
+    for name, having in (("margin", "abcd"), ("not_at_a", "bcd")):
+        cases = [worth[site].n_samples for site in having]
+        mean = np.average([worth[site].metrics[name] for site in having], weights=cases)
+        assert history[-1]["metrics"][name] == pytest.approx(mean, rel=1e-5)
 
 
 async def test_a_federation_without_leaves_is_the_same_federation(
@@ -118,9 +127,16 @@ async def test_a_federation_without_leaves_is_the_same_federation(
     assert statuses["coordinator"]["n_updates"] == 6
     last = statuses["coordinator"]["history"][-1]  # read from encrypted counts: a fifth of 569 patients
     assert (last["version"], last["n_sites"], last["n_samples"]) == (3, 2, 114)
+    assert last["means"] == ["margin"]  # only one hospital has the other, fewer than min_sites
+    assert "not_at_a" not in last["metrics"]
     exact = evaluate_pooled(federation, last_weights(tmp_path / "out"))
     assert last["metrics"]["auc"] == pytest.approx(exact["auc"], abs=0.002)
     assert last["metrics"]["accuracy"] == pytest.approx(exact["accuracy"])
+
+
+def evaluated_at(federation: FederationSettings, site: str, output: Path) -> Evaluated:
+    task = federation.task_of(site)
+    return evaluate(make_task(task.path, task.options), last_weights(output))
 
 
 def last_weights(output: Path) -> NDArray[np.float32]:

@@ -86,7 +86,7 @@ async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeF
         )  # fmt: skip
         try:
             await sends(kit / "state" / "outbox.sqlite")
-            second = await asyncio.to_thread(fednats, "site", "--config", str(kit / "site.toml"), cwd=tmp_path, code=1)
+            second = await asyncio.to_thread(fednats, "site", "--config", str(kit / "site.toml"), cwd=tmp_path, code=78)
             assert f"a daemon runs on {kit / 'state'} already" in second
             written = [*(kit / "state").rglob("*"), *kit.glob("*.sqlite")]
             assert written

@@ -57,6 +57,7 @@ NEVER: dict[str, tuple[str, ...]] = {
         "fed.run.order",
         "fed.run.aggregate.>",
         "fed.run.reject.>",
+        "fed.run.receipt.>",
         "fed.run.pulse.>",
         "$KV.fed_run_state.>",
         "$JS.ACK.>",
@@ -74,8 +75,22 @@ NEVER: dict[str, tuple[str, ...]] = {
         "fed.run.control",
         "$JS.hub.>",
     ),
-    "uplink": ("fed.run.order", "fed.run.update.>", "fed.run.evaluation.*.*", "fed.run.model.>", "fed.run.control"),
-    "coordinator": ("fed.run.update.>", "fed.run.aggregate.>", "fed.run.evaluation.*.*", "$JS.north.>", "$JS.south.>"),
+    "uplink": (
+        "fed.run.order",
+        "fed.run.receipt.>",
+        "fed.run.update.>",
+        "fed.run.evaluation.*.*",
+        "fed.run.model.>",
+        "fed.run.control",
+    ),
+    "coordinator": (
+        "fed.run.receipt.>",
+        "fed.run.update.>",
+        "fed.run.aggregate.>",
+        "fed.run.evaluation.*.*",
+        "$JS.north.>",
+        "$JS.south.>",
+    ),
     "observer": (
         "fed.run.order",
         "fed.run.update.>",
@@ -103,7 +118,13 @@ NEVER_ANYBODY = (
 
 
 def streams() -> list[str]:
-    kinds = (subjects.models_stream, subjects.updates_stream, subjects.aggregates_stream, subjects.inbox_stream)
+    kinds = (
+        subjects.models_stream,
+        subjects.updates_stream,
+        subjects.receipts_stream,
+        subjects.aggregates_stream,
+        subjects.inbox_stream,
+    )
     buckets = (subjects.presence_bucket(RUN), subjects.state_bucket(RUN))
     made = [kind(RUN, node) for kind, node in product((*kinds, subjects.rejects_stream), NODES)]
     return [*made, *(f"KV_{bucket}" for bucket in buckets)]
@@ -117,6 +138,7 @@ def own_subjects() -> list[str]:
     found += [subjects.control(RUN), subjects.run_order(RUN)]
     found += [subjects.lease(p) for p in (subjects.model(RUN), *(subjects.aggregate(RUN, node) for node in NODES))]
     found += [subjects.evaluation(RUN, region, site) for site, region in SITES.items()]
+    found += [subjects.receipt(RUN, region, site) for site, region in SITES.items()]
     found += [subjects.evaluation_sum(RUN, node) for node in NODES]
     found += [subjects.pulse(RUN, node) for node in NODES]
     found += [subjects.reject(RUN, node, "a", "malformed") for node in NODES]
@@ -323,9 +345,14 @@ async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> 
                 p
                 for site in SITES
                 if site != node
-                for p in (f"fed.run.update.*.{site}.>", f"fed.run.evaluation.*.{site}")
+                for p in (
+                    f"fed.run.update.*.{site}.>",
+                    f"fed.run.evaluation.*.{site}",
+                    f"$JS.API.DIRECT.GET.*.fed.run.receipt.*.{site}",
+                )
             ]
             never += [f"$JS.API.DIRECT.GET.fed_run_{kind}_{region}.>" for kind in ("updates", "rejects", "aggregates")]
+            never += [f"$JS.API.DIRECT.GET.fed_run_receipts_{region}"]
         if role in {"aggregator", "uplink"}:
             never += [
                 f"$JS.API.*.*.fed_run_{kind}_{other}"
@@ -333,7 +360,9 @@ async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> 
                 for other in NODES
                 if other != node
             ]
-            never += [f"fed.run.aggregate.{other}.>" for other in NODES if other != node]
+            never += [
+                f"fed.run.{kind}.{other}.>" for kind in ("aggregate", "receipt") for other in NODES if other != node
+            ]
             never += [f"$JS.{other}.API.STREAM.>" for other in NODES]
         if role in {"coordinator", "uplink"}:
             never += [f"$JS.API.*.*.fed_run_updates_{other}" for other in NODES]

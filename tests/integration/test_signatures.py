@@ -259,7 +259,7 @@ async def test_nobody_speaks_for_a_region(bus: ConnectedBus, tmp_path: Path) -> 
 
 # --- a site -----------------------------------------------------------------------------------------------------------
 
-TASK = f"{Path(__file__).parents[2] / 'sites' / 'own_task.py'}:MyTask"
+TASK = f"{Path(__file__).parents[1] / 'e2e' / 'own_task.py'}:MyTask"
 
 
 def manifest(version: int) -> ModelManifest:

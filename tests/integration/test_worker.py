@@ -19,7 +19,7 @@ from fednats.messages import Aggregate, Update
 from fednats.protocol.events import Combination, Part
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
-from fednats.services.worker import Worker, WorkerDiedError
+from fednats.services.worker import OF_THE_DAEMON, Worker, WorkerDiedError
 from tests.makers import update
 
 KILLING = b"killing"
@@ -73,6 +73,26 @@ async def test_state_stays_between_calls_in_another_process() -> None:
 async def test_a_worker_stands_back_for_its_daemon() -> None:
     async with Worker(make_jobs, 5) as worker:
         assert await worker.call("niceness") == min(19, os.nice(0) + 10)
+
+
+async def test_a_worker_leaves_signals_to_its_daemon() -> None:
+    """A supervisor's SIGTERM and Ctrl-C reach the whole process group, the worker as it starts included."""
+    before = {number: signal.signal(number, lambda *_: None) for number in OF_THE_DAEMON}  # this process is the daemon
+    try:
+        async with Worker(make_jobs, 5) as worker:
+            first = asyncio.ensure_future(worker.call("pid"))
+            await asyncio.sleep(0)
+            (starting,) = worker._pool._processes
+            for number in OF_THE_DAEMON:
+                os.kill(starting, number)
+            assert await first == starting
+            for number in OF_THE_DAEMON:
+                os.kill(starting, number)
+            assert await worker.call("add", 1) == 6
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not _alive(starting)
 
 
 async def test_errors_keep_their_fields_on_the_way_back() -> None:

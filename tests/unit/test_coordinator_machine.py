@@ -5,6 +5,7 @@ from fednats.protocol.events import (
     CloseRun,
     Combine,
     Combined,
+    CombineFailed,
     Command,
     Configured,
     ContributionArrived,
@@ -12,6 +13,7 @@ from fednats.protocol.events import (
     EvaluationsSummed,
     FinalEvaluationOverdue,
     KeepBest,
+    RunFailed,
     Settle,
     SumEvaluations,
     VersionAnnounced,
@@ -180,3 +182,17 @@ def test_evaluations_that_could_not_be_read_are_no_figure() -> None:
     (settled,) = machine.handle(EvaluationsSummed(version=0, n_sites=0, n_samples=0))
     assert settled == Settle(("evaluation.delta.0", "evaluation.fjord.0"))
     assert machine.evaluated == {}
+
+
+def test_a_run_whose_next_version_is_impossible_ends_and_says_why() -> None:
+    machine = coordinator()
+    evaluate(machine, 0, 0.6)
+    (combine,) = machine.handle(ContributionArrived(head=aggregate("fjord", 1, version=0)))
+    assert isinstance(combine, Combine)
+    commands = machine.handle(RunFailed(reason="version 1 would not be a model: weight is not finite"))
+    assert commands == [CloseRun(FIRST, 0, "version 1 would not be a model: weight is not finite")]
+    assert machine.failed
+    failed = CombineFailed(combination_id=combine.combination.combination_id, refused={})
+    assert machine.handle(failed) == [Settle(("fjord-1",))]
+    assert machine.outstanding()[-1] == commands[0]
+    assert machine.in_flight is None

@@ -180,6 +180,7 @@ def version(number: int, made_by: str, frames: tuple[Frame, ...]) -> Version:
         made_by,
         (),
         bytes(16),
+        b"",
         frames,
         grids,
         "k",

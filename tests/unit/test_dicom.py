@@ -12,7 +12,7 @@ from pydicom.uid import JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_u
 from fednats.data.dicom import Slice
 from fednats.data.dicom_folder import DicomFolder
 from fednats.data.table import Classes
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, DataError
 from tests.dicoms import AXIAL, enhanced, write_dicom
 
 LABEL = Classes("label", {"benign": 0, "malignant": 1})
@@ -103,7 +103,7 @@ def test_what_is_compressed_reads_the_same(tmp_path: Path) -> None:
 def test_what_is_not_understood_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     write_dicom(tmp_path / "a.dcm", ramp(), **{"PatientName": NAME, **changes})
     (tmp_path / "labels.csv").write_text("file,label\na.dcm,benign\n")
-    with pytest.raises(ConfigError, match=rf"labels\.csv, line 2: .*a\.dcm: .*{said}") as raised:
+    with pytest.raises(DataError, match=rf"labels\.csv, line 2: .*a\.dcm: .*{said}") as raised:
         CT.read(tmp_path)
     assert NAME not in str(raised.value)
 
@@ -121,27 +121,27 @@ def test_what_is_not_understood_is_named(tmp_path: Path, changes: dict[str, Any]
 def test_an_x_ray_that_is_none_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     write_dicom(tmp_path / "a.dcm", ramp(np.uint16), **{**XRAY_FILE, **changes})
     (tmp_path / "labels.csv").write_text("file,label\na.dcm,benign\n")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(DataError, match=said):
         XRAY.read(tmp_path)
 
 
 def test_no_dicom_file_and_a_cut_one_are_named(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("file;label;frame\nlabels.csv;benign;\n")
-    with pytest.raises(ConfigError, match=r"line 2: .*labels\.csv: no DICOM file"):
+    with pytest.raises(DataError, match=r"line 2: .*labels\.csv: no DICOM file"):
         CT.read(tmp_path)
     (tmp_path / "labels.csv").write_text("file;label;frame\nb.dcm;benign;\n")
-    with pytest.raises(ConfigError, match=r"line 2: .*b\.dcm: no such file; names are relative to the folder"):
+    with pytest.raises(DataError, match=r"line 2: .*b\.dcm: no such file; names are relative to the folder"):
         CT.read(tmp_path)
     write_dicom(file := tmp_path / "b.dcm", ramp())
     (tmp_path / "labels.csv").write_text("file;label;frame\nb.dcm;benign;2\n")
-    with pytest.raises(ConfigError, match="there is no frame 2; NumberOfFrames is 1"):
+    with pytest.raises(DataError, match="there is no frame 2; NumberOfFrames is 1"):
         CT.read(tmp_path)
     (tmp_path / "labels.csv").write_text("file;label;frame\nb.dcm;benign;1,5\n")
-    with pytest.raises(ConfigError, match="line 2, column frame: no whole number"):
+    with pytest.raises(DataError, match="line 2, column frame: no whole number"):
         CT.read(tmp_path)
     file.write_bytes(file.read_bytes()[:-8])
     (tmp_path / "labels.csv").write_text("file;label;frame\nb.dcm;benign;\n")
-    with pytest.raises(ConfigError, match=r"b\.dcm: its PixelData .* cannot be read; is the file cut off"):
+    with pytest.raises(DataError, match=r"b\.dcm: its PixelData .* cannot be read; is the file cut off"):
         CT.read(tmp_path)[0]
 
 
@@ -156,7 +156,7 @@ def test_slices_that_do_not_go_together_are_named(tmp_path: Path, changes: dict[
     write_dicom(tmp_path / "a.dcm", ramp(), StudyInstanceUID="1.2.3")
     write_dicom(tmp_path / "b.dcm", ramp(), **changes)
     (tmp_path / "labels.csv").write_text("file,label\na.dcm,benign\nb.dcm,benign\n")
-    with pytest.raises(ConfigError, match=rf"a\.dcm and .*b\.dcm: {said}"):
+    with pytest.raises(DataError, match=rf"a\.dcm and .*b\.dcm: {said}"):
         CT.read(tmp_path)
 
 

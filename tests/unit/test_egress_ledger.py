@@ -1,6 +1,7 @@
 """The ledger of what left: what was written is whole, and whatever is done to it afterwards is found."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nkeys
@@ -15,11 +17,13 @@ import pytest
 import tomli_w
 from typer.testing import CliRunner
 
-from fednats import cli
+from fednats import cli, wire
 from fednats.crypto.signers import Roster
 from fednats.crypto.signing import Signer
 from fednats.errors import ConfigError, LocalStorageError
+from fednats.messages import Receipt, Verdict
 from fednats.privacy import egress
+from fednats.privacy.anchor import keep_anchor
 from fednats.privacy.audit import Audit, audit
 from fednats.privacy.egress import BEGIN, EgressLedger, Entry, hash_of, line_of, parse
 from fednats.privacy.ledger_page import page
@@ -274,6 +278,66 @@ def test_a_file_of_something_else_is_no_ledger(tmp_path: Path, data: bytes) -> N
     found = audit(tmp_path / "x.jsonl")
     assert found.findings
     assert found.records == []
+
+
+# --- its end ----------------------------------------------------------------------------------------------------------
+
+
+REGION = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
+
+
+def accepted_by_region(site_ledger: Path) -> Path:
+    """Write the ledger of the region that accepted all updates, each naming the record before its own."""
+    records = audit(site_ledger).records
+    path = site_ledger.with_name("ledger.jsonl")
+    ledger = EgressLedger(path, REGION, "aggregator.north", "r")
+    for before, record in itertools.pairwise(records):
+        if record.what == "update":
+            entry = Entry("accepted", record.version, record.name, digest=record.digest, detail="from site.a")
+            ledger.append(replace(entry, anchors=before.hash))
+    ledger.close()
+    return path
+
+
+def test_a_ledger_cut_by_whole_records_is_found_by_the_region_s(ledger: Path) -> None:
+    region = accepted_by_region(ledger)
+    assert audit(ledger, against=[region]).findings == []
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-5]))
+    assert audit(ledger).findings == []
+    found = audit(ledger, against=[region]).findings
+    assert len(found) == 2
+    assert "aggregator.north has accepted u5 (its record 6), which is not here" in found[1]
+    code, output = run("verify", ledger, "--against", region)
+    assert code == 1
+    assert "the end of this ledger is missing" in output
+
+
+def test_a_ledger_made_anew_with_the_hospital_s_own_key_is_found_by_the_region_s(ledger: Path) -> None:
+    region = accepted_by_region(ledger)
+    kept = [record for record in audit(ledger).records if record.what == "update"]
+    ledger.unlink()
+    anew = opened(ledger)
+    anew.append(*(Entry("update", r.version, r.name, r.n_messages, r.n_bytes, r.digest, r.epsilon) for r in kept))
+    anew.close()
+    assert audit(ledger).findings == []
+    found = audit(ledger, against=[region]).findings
+    assert len(found) == N_UPDATES
+    assert all("as the newest here, and that is not here" in text for text in found)
+
+
+def test_the_region_s_receipt_beside_a_ledger_finds_that_it_was_cut(ledger: Path) -> None:
+    head = audit(ledger).records[-1].hash
+    verdict = Verdict(name="u5", sequence=6, outcome="accepted", reason="", detail="", ledger_head=head)
+    receipt = Receipt(run="r", region="north", site="a", verdicts=(verdict,))
+    keep_anchor(ledger, REGION.sign("fed.r.receipt.north.a", wire.pack(receipt)))
+    keys = {"site.a": SIGNER.public_key, "aggregator.north": REGION.public_key}
+    roster = Roster(run="r", epoch=1, keys=keys)
+    assert audit(ledger, [roster]).findings == []
+    forged = roster.model_copy(update={"keys": {**keys, "aggregator.north": OTHER.public_key}})
+    assert audit(ledger, [forged]).findings == ["the receipt beside it is not signed by aggregator.north"]
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    (finding,) = audit(ledger, [roster]).findings
+    assert f"aggregator.north has countersigned record {head[:16]}" in finding
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

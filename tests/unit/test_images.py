@@ -10,7 +10,7 @@ from PIL import Image
 
 from fednats.data.images import Images
 from fednats.data.table import Classes
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, DataError
 
 LABEL = Classes("label", {"benign": 0, "malignant": 1})
 GREY = Images(LABEL, size=(4, 6), mean=0, scale=1)
@@ -71,7 +71,7 @@ def test_other_sizes_are_fitted_if_the_task_says_so(tmp_path: Path) -> None:
     write(tmp_path / "benign" / "a.png", np.full((8, 8), 255, np.uint8))
     pixels, _ = Images(LABEL, (4, 6), resize=True, mean=0, scale=1).read(tmp_path)[0]
     assert pixels[0].round().tolist() == [[0, 1, 1, 1, 1, 0]] * 4
-    with pytest.raises(ConfigError, match=r"a\.png: 8 rows and 8 columns; expected 4 and 6; .*resize = True"):
+    with pytest.raises(DataError, match=r"a\.png: 8 rows and 8 columns; expected 4 and 6; .*resize = True"):
         GREY.read(tmp_path)
 
 
@@ -89,31 +89,29 @@ def grey_with_alpha() -> Any:
 )
 def test_another_mode_is_named(tmp_path: Path, values: Any, said: str) -> None:
     write(tmp_path / "benign" / "a.png", values)
-    with pytest.raises(ConfigError, match=rf"a\.png: {said}"):
+    with pytest.raises(DataError, match=rf"a\.png: {said}"):
         GREY.read(tmp_path)
 
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "benign").mkdir()
-    with pytest.raises(
-        ConfigError, match=r"holds no images; put .png, .jpg, .jpeg files into folders named benign, mal"
-    ):
+    with pytest.raises(DataError, match=r"holds no images; put .png, .jpg, .jpeg files into folders named benign, mal"):
         GREY.read(tmp_path)
     (file := tmp_path / "benign" / "a.png").write_text("no image")
-    with pytest.raises(ConfigError, match=r"a\.png: no image that can be read here; expected PNG or JPEG"):
+    with pytest.raises(DataError, match=r"a\.png: no image that can be read here; expected PNG or JPEG"):
         GREY.read(tmp_path)
     write(file, np.random.default_rng(0).integers(0, 255, (4, 6), np.uint8))
     file.write_bytes(file.read_bytes()[:45])
-    with pytest.raises(ConfigError, match=r"a\.png: (damaged|cannot be read)"):
+    with pytest.raises(DataError, match=r"a\.png: (damaged|cannot be read)"):
         GREY.read(tmp_path)[0]
     frames = [Image.new("L", (6, 4), shade) for shade in (0, 255)]
     frames[0].save(file, save_all=True, append_images=frames[1:])
-    with pytest.raises(ConfigError, match=r"a\.png: holds 2 images; save the one"):
+    with pytest.raises(DataError, match=r"a\.png: holds 2 images; save the one"):
         GREY.read(tmp_path)
     (tmp_path / "Unclear").mkdir()
-    with pytest.raises(ConfigError, match=r"Unclear: no class that the task states \(benign, malignant\)"):
+    with pytest.raises(DataError, match=r"Unclear: no class that the task states \(benign, malignant\)"):
         GREY.read(tmp_path)
-    with pytest.raises(ConfigError, match="absent: no such folder"):
+    with pytest.raises(DataError, match="absent: no such folder"):
         GREY.read(tmp_path / "absent")
     with pytest.raises(ConfigError, match="no folder is given; set the option"):
         GREY.read("")

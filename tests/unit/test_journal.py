@@ -1,10 +1,14 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fednats.errors import ConfigError, LocalStorageError
+from fednats import __version__
+from fednats.errors import ConfigError, DatabaseLockedError, LocalStorageError
 from fednats.protocol.events import Combined, ContributionArrived, Event
-from fednats.storage.journal import Journal, read_journal
+from fednats.storage import database
+from fednats.storage.journal import Journal, read_journal, read_readable
 from tests.makers import aggregate, announcement, update
 
 
@@ -59,3 +63,63 @@ def test_a_journal_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "journal.sqlite").write_text("not a database, and long enough to be looked at as one\n" * 40)
     with pytest.raises(ConfigError, match=r"journal\.sqlite"):
         Journal(tmp_path / "journal.sqlite")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("DELETE FROM event WHERE sequence = 3", "3 rows were written, 2 are there"),
+        ("DELETE FROM event WHERE sequence = 1", "3 rows were written, 2 are there"),
+        ("UPDATE event SET at_s = 9 WHERE sequence = 2", "of its 3 rows at least one was altered"),
+        ("DELETE FROM row_chain", "it has 3 rows and no count of them"),
+    ],
+)
+def test_a_journal_with_events_deleted_or_altered_is_refused_by_name(tmp_path: Path, damage: str, said: str) -> None:
+    journal = Journal(tmp_path / "journal.sqlite")
+    journal.append([announcement(), Combined(combination_id="c")], at_s=0.0)
+    journal.append([Combined(combination_id="d")], at_s=1.0)
+    journal._connection.execute(damage)
+    with pytest.raises(ConfigError, match=rf"journal\.sqlite: events were deleted or altered: {said}"):
+        list(journal.replay())
+
+
+def test_what_can_be_read_of_another_releases_journal_is_read_and_the_release_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "journal.sqlite"
+    journal = Journal(file)
+    journal.append([announcement()], at_s=0.0)
+    journal.append([Combined(combination_id="c")], at_s=1.0)
+    journal._connection.execute("UPDATE event SET kind = 'novel' WHERE sequence = 2")
+    journal._connection.execute("INSERT INTO written_by VALUES (2, '9.9.9')")
+    entries, problem = read_readable(file)
+    assert [entry.event for entry in entries] == [announcement()]
+    assert "event 2 cannot be read" in str(problem)
+    assert f"Release 9.9.9 wrote it, this is release {__version__}: use release 9.9.9" in str(problem)
+
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_locked_journal_names_who_holds_it_and_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.1)
+    file = tmp_path / "journal.sqlite"
+    journal = Journal(file)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(DatabaseLockedError) as locked:
+            journal.append([announcement()], at_s=0.0)
+        holder.kill()
+    assert f"process {holder.pid} (python" in str(locked.value)
+    assert "make room" not in str(locked.value)
+    journal.append([announcement()], at_s=0.0)
+    assert len(list(journal.replay())) == 1

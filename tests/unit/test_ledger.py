@@ -1,6 +1,7 @@
 """`fednats verify`: what it lets pass, and what it finds."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fednats.protocol import collector, sequences
 from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached
 from fednats.services.recorder import entry_of
 from fednats.testbed import ledger as ledger_of_a_run
-from fednats.testbed.ledger import OVERTAKEN_S, Ledger, settled, verify
+from fednats.testbed.ledger import APPLIED, OVERTAKEN_S, Ledger, settled, verify
 from tests.makers import announcement, closed, update
 from tests.small_run import SETTINGS, SmallRun
 
@@ -379,3 +380,76 @@ def test_an_update_of_another_content_than_on_record_is_found(run: SmallRun) -> 
 def test_the_chain_of_a_region_is_looked_at_too(run: SmallRun) -> None:
     (run.directory / "aggregator-north" / LEDGER_FILE).write_text("{}\n")
     assert found(run).findings[0].startswith("egress: aggregator-north/ledger.jsonl: line 1: damaged or altered")
+
+
+def test_the_books_go_on_over_an_extension_and_another_run(run: SmallRun) -> None:
+    late = run.send("north", "a")
+    run.regions["north"].feed(run.now_s, ContributionArrived(head=late))
+    run.end()
+    for name in ("r", "second"):
+        run.begin(name)
+        assert found(run).findings == [], "killed before the first version was made"
+        run.checkpoint(run.version + 1, made_by="")
+        assert found(run).findings == [], "killed before that was written down"
+        run.announce(run.version + 1, made_by="")
+        run.rounds(1)
+        assert found(run).findings == []
+        run.end()
+    ledger = found(run)
+    assert ledger.findings == []
+    assert ledger.updates["left over"] == 1
+    assert [line.partition(",")[0] for line in ledger.runs] == [
+        "run r: versions 0 to 9",
+        "run second: versions 10 to 12",
+    ]
+
+
+def test_a_sum_that_comes_when_another_run_has_begun_is_refused_by_rule(run: SmallRun) -> None:
+    heads = [run.send("north", site) for site in ("a", "b")]
+    combination, aggregate = run.sum_up("north", *heads)
+    run.regions["north"].feed(run.now_s, Combined(combination_id=combination.combination_id))
+    run.end()
+    run.begin("second")
+    run.announce(run.version + 1, made_by="")
+    run.hub.feed(run.now_s, ContributionArrived(head=aggregate))
+    ledger = found(run)
+    assert ledger.findings == []
+    assert ledger.sums["refused: earlier_run"] == 1
+    assert ledger.accepted["refused above"] == 2
+
+
+def test_kits_as_they_stand_in_the_field_are_verified(run: SmallRun) -> None:
+    n_applied = verify(run.directory).accepted[APPLIED]
+    for name in (
+        "coordinator",
+        *(f"aggregator-{region}" for region in run.regions),
+        *(f"site-{s}" for s in run.outboxes),
+    ):
+        kit = run.directory / name.replace("aggregator", "region")
+        state = run.directory / name
+        state.rename(run.directory / "moved")
+        kit.mkdir()
+        (run.directory / "moved").rename(kit / "state")
+    found = verify(run.directory)
+    assert found.findings == []
+    assert found.accepted[APPLIED] == n_applied > 0
+
+
+def test_a_journal_of_another_release_is_named_and_the_others_are_verified(run: SmallRun) -> None:
+    n_applied = verify(run.directory).accepted[APPLIED]
+    connection = run.regions["south"].journal._connection
+    connection.execute("UPDATE event SET kind = 'novel' WHERE sequence = (SELECT MAX(sequence) FROM event)")
+    connection.execute("INSERT OR REPLACE INTO written_by SELECT MAX(sequence), '9.9.9' FROM event")
+    found = verify(run.directory)
+    assert len(found.findings) == 1
+    assert "Release 9.9.9 wrote it" in found.findings[0]
+    assert found.accepted[APPLIED] == n_applied > 0
+
+
+def test_updates_of_another_release_are_named_and_the_others_are_verified(run: SmallRun) -> None:
+    n_applied = verify(run.directory).accepted[APPLIED]
+    run.outboxes["a"]._connection.execute("UPDATE outgoing SET head = ?", (b"a message that this release cannot read",))
+    found = verify(run.directory)
+    assert len(found.findings) == 1
+    assert re.match(r"unreadable: \d updates in the outbox of a, such as a-1: ", found.findings[0])
+    assert found.accepted[APPLIED] == n_applied > 0

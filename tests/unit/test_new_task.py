@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fednats.cli import app
 from fednats.config import TrainingSettings
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, FednatsError
 from fednats.learning.baseline import train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.task import Task
@@ -133,7 +133,7 @@ def test_kinds_are_guessed_from_cells(tmp_path: Path) -> None:
 )
 def test_a_csv_without_a_schema_in_it_is_named(tmp_path: Path, text: str, label: str | None, said: str) -> None:
     (data := tmp_path / "x.csv").write_text(text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(FednatsError, match=said):
         new_task("ward", "csv", tmp_path / "out", data=data, label=label)
     assert not (tmp_path / "out").exists()
 

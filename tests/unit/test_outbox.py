@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fednats.codec.layout import Layout
-from fednats.errors import LocalDataError, LocalStorageError
+from fednats.errors import ConfigError, LocalDataError, LocalStorageError
 from fednats.messages import ParameterSpec
 from fednats.storage.outbox import ChunkKey, Dropped, Outbox
 from tests.makers import update
@@ -36,6 +36,12 @@ def residual(outbox: Outbox, dropped: Dropped | None = None) -> list[float]:
     return values
 
 
+def sent_chunks(outbox: Outbox, update_id: str) -> int:
+    offered = outbox.offer(update_id)
+    assert offered is not None
+    return offered.n_chunks
+
+
 @pytest.fixture
 def outbox(tmp_path: Path) -> Outbox:
     return Outbox(tmp_path / "outbox.sqlite")
@@ -56,10 +62,10 @@ def test_an_update_waits_until_it_is_sent(outbox: Outbox, tmp_path: Path) -> Non
 
 def test_sending_goes_on_where_it_was(outbox: Outbox, tmp_path: Path) -> None:
     store(outbox, [1, 2, 3, 4], 0.5)
-    assert outbox.offer("a-1") == 0
+    assert sent_chunks(outbox, "a-1") == 0
     outbox.note_sent_chunks("a-1", 1)
     again = Outbox(tmp_path / "outbox.sqlite")
-    assert again.offer("a-1") == 1
+    assert sent_chunks(again, "a-1") == 1
     assert list(again.chunks("a-1", first=1)) == [b"chunk1"]
 
 
@@ -93,7 +99,7 @@ def test_an_update_that_was_to_make_room_stays_if_the_newer_one_is_never_stored(
     _, dropped = begin(outbox, [0, 0, 0, 0], 0.25, max_waiting=1)
     assert dropped is not None
     assert outbox.begin(max_waiting=9) is None
-    assert outbox.offer("a-1") == 0
+    assert sent_chunks(outbox, "a-1") == 0
     assert list(outbox.chunks("a-1")) == [b"chunk0", b"chunk1"]
     assert residual(outbox) == [0.0] * 4
 
@@ -103,7 +109,7 @@ def test_an_update_that_was_to_make_room_is_sent_after_a_crash(outbox: Outbox, t
     begin(outbox, [0, 0, 0, 0], 0.25, max_waiting=1)
     restarted = Outbox(tmp_path / "outbox.sqlite")
     restarted.release()
-    assert restarted.offer("a-1") == 0
+    assert sent_chunks(restarted, "a-1") == 0
     assert list(restarted.chunks("a-1")) == [b"chunk0", b"chunk1"]
     assert residual(restarted) == [0.5] * 4
     store(restarted, [0, 0, 0, 0], 0.25, max_waiting=1)
@@ -113,7 +119,7 @@ def test_an_update_that_was_to_make_room_is_sent_after_a_crash(outbox: Outbox, t
 def test_an_update_that_may_be_at_the_bus_already_is_never_dropped(outbox: Outbox) -> None:
     store(outbox, [1, 2, 3, 4], 0.0)
     store(outbox, [1, 2, 3, 4], 0.0)
-    assert outbox.offer("a-1") == 0
+    assert sent_chunks(outbox, "a-1") == 0
     assert outbox.begin(max_waiting=2) == Dropped("a-2", STEPS)
     assert outbox.offer("a-2") is None
     store(outbox, [1, 2, 3, 4], 0.0, max_waiting=2)
@@ -145,10 +151,28 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_loses_nothing(outbox: Outbox)
     assert [head.update_id for head in outbox.pending()] == ["a-1", "a-2"]
 
 
+def test_an_update_names_the_ledger_s_newest_record_from_its_first_offer_on(outbox: Outbox) -> None:
+    store(outbox, [1, 2, 3, 4], 0.5)
+    offered = outbox.offer("a-1", "a" * 64)
+    again = outbox.offer("a-1", "b" * 64)
+    assert offered is not None
+    assert offered.update.ledger_head == "a" * 64
+    assert again == offered  # the same bytes under the same id: the bus knows it
+    assert [update.ledger_head for update in outbox.newest(1)] == ["a" * 64]
+
+
+def test_an_outbox_with_updates_deleted_is_refused_by_name(outbox: Outbox, tmp_path: Path) -> None:
+    store(outbox, [1, 2, 3, 4], 0.5)
+    store(outbox, [1, 2, 3, 4], 0.5)
+    outbox._connection.execute("DELETE FROM outgoing WHERE sequence = 2")
+    with pytest.raises(ConfigError, match=r"outbox\.sqlite: updates were deleted.* 2 rows were written, 1 are there"):
+        Outbox(tmp_path / "outbox.sqlite")
+
+
 def test_another_run_begins_without_what_waits_and_what_rounding_left_of_the_one_before(outbox: Outbox) -> None:
     store(outbox, [1, 2, 3, 4], 0.5)
     store(outbox, [1, 2, 3, 4], 0.5)
-    assert outbox.offer("a-1") == 0
+    assert sent_chunks(outbox, "a-1") == 0
     assert outbox.begin_run(first_version=3) == 1
     assert [head.update_id for head in outbox.pending()] == ["a-1"], "its sending has begun: it may have arrived"
     assert residual(outbox) == [0.0] * 4

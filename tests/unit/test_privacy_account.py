@@ -13,6 +13,7 @@ from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, SiteSettings, TrainingSettings, parse
 from fednats.crypto import sealing
 from fednats.errors import BudgetSpentError, ConfigError, LocalStorageError
+from fednats.learning.entries import frozen_digests
 from fednats.learning.flat import initial_model, initial_vector, parameters_of
 from fednats.learning.task_code import make_task
 from fednats.messages import Grid, ModelManifest
@@ -284,8 +285,10 @@ def test_what_cannot_be_trained_with_noise_is_not_charged(tmp_path: Path) -> Non
     folder.mkdir(parents=True)
     with TensorFile.create(folder / "version-0.safetensors", [(s.name, s.shape) for s in parameters], {}) as values:
         values.write(0, initial_vector(task, 0))
+    frozen = frozen_digests(initial_model(task, 0))
+    announced = manifest(training=DP_SGD).model_copy(update={"parameters": parameters, "frozen_digests": frozen})
     with pytest.raises(Exception, match=r"1 \(BatchNorm1d\): use nn.GroupNorm"):
-        SiteWorker(settings).train(manifest(training=DP_SGD), False)  # noqa: FBT003 - as the daemon calls it
+        SiteWorker(settings).train(announced, False)  # noqa: FBT003 - as the daemon calls it
     assert Account(account_file(settings, NO_POLICY)).n_charges("record") == 0
 
 
@@ -343,3 +346,13 @@ def test_the_update_of_a_private_delta_has_noise_and_leaves_no_noise_behind(tmp_
             "SELECT data FROM residual WHERE sequence = (SELECT MAX(sequence) FROM outgoing)"
         ).fetchone()
     assert np.abs(np.frombuffer(data, "<f4")).max() < 2.0**-8
+
+
+def test_an_account_with_charges_deleted_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "privacy.sqlite"
+    account = Account(file)
+    for version in range(3):
+        account.charge("r", version, [Charge("record", "gaussian", 4.0, 0.2, 20)], None)
+    account._connection.execute("DELETE FROM charge WHERE number = 3")
+    with pytest.raises(ConfigError, match=r"privacy\.sqlite: charges were deleted.* 3 rows were written, 2 are there"):
+        Account(file)

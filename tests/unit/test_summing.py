@@ -16,8 +16,8 @@ from fednats.errors import Reason, RefusedError
 from fednats.learning.scores import Counts, n_counts
 from fednats.messages import Evaluation
 from fednats.protocol.events import SumEvaluations
-from fednats.services.evaluations import Part, Summing, payload_of, sites_of
-from tests.makers import evaluation
+from fednats.services.evaluations import Part, Summing, payload_of, sites_of, sum_of
+from tests.makers import PAYLOAD, evaluation
 
 BFV = DeltaSettings()
 SECRET, PUBLIC = secret.generate(scheme.bfv(BFV).parameters)
@@ -87,6 +87,32 @@ async def test_other_keys_and_other_classes_than_most_are_left_out() -> None:
     assert (names, left_out) == ("ab", ["evaluation.c.0", "evaluation.d.0"])
     names, _, left_out = await summed([head("a"), head("b"), head("c", key_id="older")], key_ids=(KEY_ID, "older"))
     assert (names, left_out) == ("ab", ["evaluation.c.0"])
+
+
+async def test_other_figures_are_summed_together_and_another_arrangement_is_left_out() -> None:
+    parts = [
+        head(site).model_copy(update={"n_classes": 0, "arrangement": arrangement, "figures": figures})
+        for site, arrangement, figures in (
+            ("a", 0, ("c_index", "loss")),
+            ("b", 0, ("loss",)),
+            ("c", 0, ()),
+            ("d", 1, ("c_index",)),
+            ("e", None, ()),
+        )
+    ]
+    made, total = await Summing(nothing, count, (KEY_ID,), 2, structlog.get_logger()).run(
+        SumEvaluations(0, tuple(parts))
+    )
+    assert total == 3
+    assert sum_of("r", "north", made, PAYLOAD).figures == ("c_index", "loss")
+
+
+async def nothing(_part: Part) -> AsyncGenerator[bytes, None]:
+    yield b""
+
+
+async def count(inputs: Sequence[tuple[bytes, ...]], _parts: Sequence[Part]) -> int:
+    return len(inputs)
 
 
 def test_the_name_of_counts_cannot_be_made_without_them() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fednats.data.cases import Cases
 from fednats.data.csv_file import format_of
 from fednats.data.table import Category, Classes, Number, Table
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, DataError
 
 TABLE = Table(
     features=(
@@ -130,7 +130,7 @@ def test_labels_1_and_2_are_what_the_task_says_they_are(file: Path) -> None:
     ones_and_twos = Table((Number("x"),), Classes("o", {1: 0, 2: 1}))
     assert tensors(ones_and_twos.read(file))[1] == [1, 0]
     zeros_and_ones = Table((Number("x"),), Classes("o", {0: 0, 1: 1}))
-    with pytest.raises(ConfigError, match=r"line 2, column o: none of the values that the task states \(0, 1\)"):
+    with pytest.raises(DataError, match=r"line 2, column o: none of the values that the task states \(0, 1\)"):
         zeros_and_ones.read(file)
 
 
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_named_by_line_and_column_only(
     file: Path, text: str, written: dict[str, Any], said: str
 ) -> None:
     file.write_bytes(text.encode())
-    with pytest.raises(ConfigError, match=said) as raised:
+    with pytest.raises(DataError, match=said) as raised:
         TABLE.read(file, written)
     assert str(raised.value).startswith(str(file))
     assert NAME not in str(raised.value)
@@ -247,14 +247,14 @@ def test_what_does_not_fit_is_named_by_line_and_column_only(
 )
 def test_a_wrong_encoding_is_named_with_the_remedy(file: Path, data: bytes, stated: str | None, said: str) -> None:
     file.write_bytes(data)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(DataError, match=said):
         TABLE.read(file, {"encoding": stated})
 
 
 def test_a_file_that_is_not_there_or_not_given_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent\.csv: no such file \(looked in"):
+    with pytest.raises(DataError, match=r"absent\.csv: no such file \(looked in"):
         TABLE.read(tmp_path / "absent.csv")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         TABLE.read(tmp_path)
     with pytest.raises(ConfigError, match="no CSV file is given; set the option"):
         TABLE.read("")
@@ -327,10 +327,10 @@ def test_without_patients_the_place_in_the_file_decides(file: Path) -> None:
 
 def test_a_part_without_patients_is_refused(file: Path) -> None:
     write_visits(file, [1, 1, 1])
-    with pytest.raises(ConfigError, match=r"1 patients leave nothing to (test|train) on; more are needed"):
+    with pytest.raises(DataError, match=r"1 patients leave nothing to (test|train) on; more are needed"):
         VISITS.read(file).split()
     file.write_text("who,x,o\n,1,1\n")
-    with pytest.raises(ConfigError, match="line 2, column who: no patient"):
+    with pytest.raises(DataError, match="line 2, column who: no patient"):
         VISITS.read(file)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fednats.errors import ConfigError, TaskError
+from fednats.errors import ConfigError, DataError, TaskError
 from fednats.learning.baseline import Pooled, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector
@@ -205,7 +205,7 @@ def test_heart_missing_values_are_marked_and_never_estimated(tmp_path: Path) -> 
 def test_heart_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, said: str) -> None:
     file = tmp_path / "processed.va.data"
     file.write_text(f"{PATIENT}\n{line}\n")
-    with pytest.raises(ConfigError, match=f"processed.va.data, line 2{said}"):
+    with pytest.raises(DataError, match=f"processed.va.data, line 2{said}"):
         read_patients(file)
 
 
@@ -302,7 +302,7 @@ def test_ct_reads_a_medmnist_file_in_disjoint_shares(tmp_path: Path, size: int) 
 def test_ct_refuses_what_is_no_medmnist_file(tmp_path: Path) -> None:
     file = tmp_path / "other.npz"
     np.savez(file, images=np.zeros(3))
-    with pytest.raises(ConfigError, match=r"other.npz: not a MedMNIST file"):
+    with pytest.raises(DataError, match=r"other.npz: not a MedMNIST file"):
         CTNodule(npz=str(file)).train_data()
 
 
@@ -322,7 +322,7 @@ def test_ct_says_what_a_medmnist_file_has_instead(
 ) -> None:
     file = tmp_path / "other.npz"
     np.savez(file, train_images=np.zeros(shape, np.uint8), train_labels=np.array(labels))
-    with pytest.raises(ConfigError, match=rf"other\.npz: {said}"):
+    with pytest.raises(DataError, match=rf"other\.npz: {said}"):
         CTNodule(npz=str(file)).train_data()
 
 
@@ -371,7 +371,7 @@ def test_ct_reads_a_dicom_folder_in_hounsfield_units(dicom_folder: Path) -> None
 )
 def test_ct_bad_dicom_folder_is_named_with_its_line(dicom_folder: Path, table: str, said: str) -> None:
     (dicom_folder / "labels.csv").write_text(table)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(DataError, match=said):
         CTNodule(dicom=str(dicom_folder)).train_data()
 
 
@@ -380,7 +380,7 @@ def test_ct_slices_are_resampled_to_the_spacing_asked_for(dicom_folder: Path) ->
     stored[20:22, 30:32] = 375
     write_dicom(dicom_folder / "b.dcm", stored, PixelSpacing=[0.5, 0.5], RescaleSlope=2, RescaleIntercept=-400)
     (dicom_folder / "labels.csv").write_text("file,label,split,row,column\na.dcm,1,train,,\nb.dcm,1,train,20,30\n")
-    with pytest.raises(ConfigError, match=r"a\.dcm and .*b\.dcm: PixelSpacing differs; set spacing_mm"):
+    with pytest.raises(DataError, match=r"a\.dcm and .*b\.dcm: PixelSpacing differs; set spacing_mm"):
         CTNodule(dicom=str(dicom_folder)).train_data()
     inputs, _ = tensors(CTNodule(dicom=str(dicom_folder), spacing_mm=1.0).train_data())
     assert inputs[1, 0].argmax() == 16 * SIZE + 16

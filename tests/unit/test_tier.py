@@ -20,9 +20,11 @@ from fednats.protocol.events import (
     Event,
     contribution_id,
 )
+from fednats.services import tier as tier_module
 from fednats.services.lifecycle import Daemon
 from fednats.services.rejects import Rejects
 from fednats.services.tier import MAX_BATCH, Handled, Tier
+from fednats.storage import database
 from fednats.storage.journal import Journal, read_journal
 from fednats.transport.bus import Bus
 from fednats.transport.connection import Connection
@@ -157,3 +159,25 @@ async def test_who_gives_up_waiting_does_not_take_his_event_back(made: Fixture) 
         feeding.cancel()
         await made.tier.feed(closed())
     assert [event.kind for event in made.machine.handled] == ["version_announced", "run_closed"]
+
+
+async def test_a_locked_journal_is_waited_for_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(tier_module, "RETRY_S", 0.05)
+    made = Fixture(tmp_path / "journal.sqlite")
+    other = sqlite3.connect(made.file, isolation_level=None)
+    async with made.tier.journalling():
+        await made.tier.restore()
+        with structlog.testing.capture_logs() as lines:
+            made.daemon.log = made.tier.log = structlog.get_logger()
+            other.execute("BEGIN IMMEDIATE")
+            fed = asyncio.create_task(made.tier.feed(announcement()))
+            async with asyncio.timeout(10):
+                while not lines:  # noqa: ASYNC110 - a log tells no one
+                    await asyncio.sleep(0.01)
+            assert not fed.done()
+            other.execute("ROLLBACK")
+            await fed
+    other.close()
+    assert {line["event"] for line in lines} == {"journal_locked"}
+    assert made.machine.handled == [announcement()]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from torch import nn
 
 from fednats import wire
 from fednats.codec import frames, grid
@@ -15,10 +16,11 @@ from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, RunSettings, ServerSettings, TrainingSettings
 from fednats.crypto.sealing import ModelKeys, generate
 from fednats.errors import ConfigError, LocalStorageError, Reason, RefusedError
+from fednats.learning.flat import FlatModel
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
-from fednats.services.next_version import LONGEST_CHAIN, Made, NextVersion, Start, first_version
-from fednats.storage.checkpoints import KEPT_VERSIONS, Checkpoint, Checkpoints, frame_file
+from fednats.services.next_version import LONGEST_CHAIN, Check, Made, NextVersion, Start, first_version
+from fednats.storage.checkpoints import KEPT_VERSIONS, Checkpoint, Checkpoints, frame_file, weights_file
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
 from fednats.storage.tensor_file import TensorFile
@@ -38,13 +40,14 @@ class Origin:
     def __init__(self, directory: Path, settings: ServerSettings | None = None, max_message_bytes: int = 2**20) -> None:
         self.directory = directory
         self.max_message_bytes = max_message_bytes
+        self.check: Check = FlatModel(nn.Linear(100, 70)).hollow().check
         self.keys = KEYS
         self.optimizer = ServerOptimizer(settings or ServerSettings())
         self.checkpoints = Checkpoints(directory, PARAMETERS, self.optimizer.slots)
         self.rng = np.random.default_rng(0)
         weights = self.rng.normal(size=N).astype(np.float32)
         self.exact = weights.copy()
-        start = Start(FIRST, RunSettings(name="r"), (grid.initial(LAYOUT, weights, 127),), weights)
+        start = Start(FIRST, RunSettings(name="r"), (grid.initial(LAYOUT, weights, 127),), weights, b"")
         first = first_version(self.checkpoints, self.keys, start, CHUNK_BYTES)
         self.made = [first]
 
@@ -52,7 +55,9 @@ class Origin:
         delta = (scale * self.rng.normal(size=N)).astype(np.float32)
         self.exact += delta
         current = self.made[-1]
-        making = NextVersion(self.checkpoints, self.keys, current, LAYOUT, CHUNK_BYTES, self.max_message_bytes)
+        making = NextVersion(
+            self.checkpoints, self.keys, current, LAYOUT, CHUNK_BYTES, self.max_message_bytes, self.check
+        )
         made = Made(f"combination{current.version}")
         self.made.append(making.make(self.optimizer, delta, made, current.grids))
         return self.made[-1]
@@ -204,11 +209,11 @@ def test_the_optimisers_state_is_in_the_files(settings: ServerSettings, tmp_path
 
 def test_a_version_is_a_model_that_safetensors_reads(origin: Origin) -> None:
     origin.step()
-    assert origin.checkpoints.keep_best(1)
-    model = load_file(origin.directory / "best.safetensors")
+    model = load_file(weights_file(origin.directory, 1))
     assert {name: array.shape for name, array in model.items()} == {"weight": (100, 70), "bias": (70,)}
     np.testing.assert_array_equal(np.concatenate([model["weight"].ravel(), model["bias"]]), origin.weights(1))
-    assert not origin.checkpoints.keep_best(7)
+    assert origin.checkpoints.has(1)
+    assert not origin.checkpoints.has(7)
 
 
 def test_a_frame_that_was_tampered_with_is_refused_and_forgotten(origin: Origin, tmp_path: Path) -> None:
@@ -347,10 +352,21 @@ def test_a_transfer_that_broke_goes_on_after_its_last_sound_chunk(tmp_path: Path
     assert keep_sound(tmp_path / "absent", payload.digests) == 0
 
 
+def test_a_version_that_no_model_can_hold_is_not_made(origin: Origin) -> None:
+    origin.check = FlatModel(nn.Linear(100, 70).half()).hollow().check
+    with pytest.raises(RefusedError, match=r"weight has a value that is not finite in float16"):
+        origin.step(scale=1e6)
+    assert origin.checkpoints.newest() == origin.made[0]
+    assert origin.step(scale=0.01).version == 1
+
+
 def test_a_model_of_another_size_or_a_damaged_one_is_named(origin: Origin) -> None:
     other = Checkpoints(origin.directory, PARAMETERS[:1], ())
-    with pytest.raises(ConfigError, match="holds a model of 7070 parameters, the task's has 7000"):
+    with pytest.raises(ConfigError, match="another model than the task's: 2 tensors, the task has 1"):
         other.weights(0)
+    renamed = (PARAMETERS[0].model_copy(update={"name": "kernel"}), PARAMETERS[1])
+    with pytest.raises(ConfigError, match=r"weight \(100, 70\) where the task has kernel \(100, 70\)"):
+        Checkpoints(origin.directory, renamed, ()).weights(0)
     with pytest.raises(ConfigError, match="another server optimiser"):
         Checkpoints(origin.directory, PARAMETERS, ("momentum_buffer",)).state(0)
     file = origin.directory / "version-0.safetensors"

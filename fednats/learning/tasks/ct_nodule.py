@@ -16,7 +16,7 @@ from fednats.data.dicom import Slice, refuse_mixed, resampled
 from fednats.data.dicom_folder import open_slices, patients_of
 from fednats.data.index import INDEX, read_index
 from fednats.data.table import Classes
-from fednats.errors import ConfigError
+from fednats.errors import ConfigError, DataError
 from fednats.learning.task import Examples, Recommended, Task
 from fednats.learning.tasks.ct_patches import HOSPITALS, SIZE, synthetic_patches
 
@@ -151,7 +151,7 @@ def _read_npz(file: Path, part: Part, share: tuple[int, ...], seed: int) -> tupl
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
-        raise ConfigError(f"{file}: not a MedMNIST file: {error}") from error
+        raise DataError(f"{file}: not a MedMNIST file: {error}") from error
     _refuse_images(f"{file}: {part}_images", images)
     _refuse_labels(f"{file}: {part}_labels", labels, len(images))
     chosen = _share(len(images), share, np.random.default_rng(seed))
@@ -165,21 +165,21 @@ def _refuse_images(name: str, images: NDArray[Any]) -> None:
     got = f"{name} is {images.dtype}{list(images.shape)}"
     expected = "expected grey images, uint8[n, rows, columns]"
     if images.ndim == 4 and images.shape[3] == 3:  # noqa: PLR2004 - [n, rows, columns, colours]
-        raise ConfigError(f"{got}: colour images (RGB); {expected}")
+        raise DataError(f"{got}: colour images (RGB); {expected}")
     if images.ndim >= 4:  # noqa: PLR2004 - [n, depth, rows, columns]
-        raise ConfigError(f"{got}: volumes (3-D); {expected}, so give slices of them")
+        raise DataError(f"{got}: volumes (3-D); {expected}, so give slices of them")
     if images.ndim != 3 or images.dtype != np.uint8:  # noqa: PLR2004 - [n, rows, columns]
-        raise ConfigError(f"{got}; {expected}")
+        raise DataError(f"{got}; {expected}")
 
 
 def _refuse_labels(name: str, labels: NDArray[Any], n_images: int) -> None:
     if labels.ndim == 2 and labels.shape[1] > 1:  # noqa: PLR2004 - [n, labels]
-        raise ConfigError(f"{name} has {labels.shape[1]} labels for each image (multi-label); expected one, 0 or 1")
+        raise DataError(f"{name} has {labels.shape[1]} labels for each image (multi-label); expected one, 0 or 1")
     if labels.size != n_images:
-        raise ConfigError(f"{name} has {labels.size} labels for {n_images} images; the file is not whole")
+        raise DataError(f"{name} has {labels.size} labels for {n_images} images; the file is not whole")
     values = np.unique(labels)
     if not set(values.tolist()) <= {0, 1}:
-        raise ConfigError(f"{name} has {len(values)} classes, {values.min()} to {values.max()}; expected 0 and 1")
+        raise DataError(f"{name} has {len(values)} classes, {values.min()} to {values.max()}; expected 0 and 1")
 
 
 def _share(n_images: int, share: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -206,7 +206,7 @@ def _read_dicom(folder: Path, part: Part, spacing_mm: float | None) -> tuple[NDA
     rows, columns = index.whole_numbers("row"), index.whole_numbers("column")
     chosen = np.flatnonzero(parts == PARTS.index(part)).tolist()
     if not chosen:
-        raise ConfigError(f"{folder / INDEX}: no line with split {part}")
+        raise DataError(f"{folder / INDEX}: no line with split {part}")
     patches = np.stack([_patch(slices[i], rows[i], columns[i], spacing_mm) for i in chosen])
     return patches, index.targets[chosen].numpy()
 
@@ -216,7 +216,7 @@ def _refuse_overlap(patients: list[str], parts: list[int], lines: Sequence[str])
     first = {patient: place for place, patient in reversed(list(enumerate(patients)))}
     for place, patient in enumerate(patients):
         if parts[place] != parts[first[patient]]:
-            raise ConfigError(
+            raise DataError(
                 f"{lines[first[patient]]} and {lines[place]}: one patient (PatientID, or the column patient) in train"
                 " and test; put all slices of a patient into one split"
             )
@@ -227,7 +227,7 @@ def _patch(slice_: Slice, row: int | None, column: int | None, spacing_mm: float
     hu = slice_.hounsfield()
     at = [n // 2 if place is None else place for n, place in zip(hu.shape, (row, column), strict=True)]
     if not all(0 <= place < n for n, place in zip(hu.shape, at, strict=True)):
-        raise ConfigError(f"{slice_.where}: row {at[0]}, column {at[1]} is outside the slice {hu.shape}")
+        raise DataError(f"{slice_.where}: row {at[0]}, column {at[1]} is outside the slice {hu.shape}")
     if spacing_mm is not None:
         have_mm = slice_.spacing_mm()
         hu = resampled(hu, have_mm, spacing_mm)

@@ -122,7 +122,7 @@ def read_patients(file: Path) -> tuple[Tensor, Tensor]:
     """Features float32[n, 31] and labels int64[n] of all patients in a file.
 
     Raises:
-        ConfigError: naming file, line and column where a cell is not what `PATIENTS` states, or ``?``.
+        DataError: naming file, line and column where a cell is not what `PATIENTS` states, or ``?``.
     """
     cases = PATIENTS.read(file, {"columns": COLUMNS, "delimiter": ",", "decimal": "."})
     features, labels = default_collate([cases[index] for index in range(len(cases))])
