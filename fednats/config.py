@@ -244,6 +244,11 @@ class StopSettings(Settings):
 
     max_versions: int = Field(40, ge=1)
     max_wall_s: float | None = Field(None, gt=0)
+    all_failing_s: float = Field(
+        60.0,
+        gt=0,
+        description="end the run, as failed, when the training of every site has failed in the same way for so long",
+    )
     target_metric: str | None = Field(
         None, description="chooses the best version; none: auc, or the first figure of a task that has none"
     )

@@ -372,6 +372,10 @@ class Presence(BaseModel):
     declined: dict[str, Annotated[str, Field(max_length=1000)]] = Field(
         {}, max_length=1000, description="by service, this one and those below: why it takes no part in the run"
     )
+    failing: dict[str, Annotated[str, Field(max_length=1000)]] = Field(
+        {}, max_length=1000, description="by service, this one and those below: how its training fails, without data"
+    )
+    n_sites: Count = Field(0, description="sites of this region and of those below, there or not; 0: not all are known")
 
 
 class RunOrder(SignedMessage):

@@ -46,7 +46,9 @@ def aggregator(config: ConfigFile) -> None:
     with supervised():
         settings = load(config, AggregatorSettings)
         raise typer.Exit(
-            lifecycle.run("aggregator", settings.region, settings, lambda daemon: service.aggregator(daemon, settings))
+            lifecycle.run(
+                "aggregator", settings.region, settings, lambda daemon: service.aggregator(daemon, settings, config)
+            )
         )
 
 

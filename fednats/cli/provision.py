@@ -1,6 +1,7 @@
 """``fednats provision`` and ``fednats keys``: kits, and keys that stay with their owner."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,7 @@ def provision(
         he_public=_he_public(he_public),
     )
     _print_changed(changed, out)
+    _print_certificates(out)
 
 
 @keys.command()
@@ -100,6 +102,14 @@ def _he_public(file: Path | None) -> bytes | None:
     from fednats.services.keys import read_key  # noqa: PLC0415
 
     return read_key(file, "--he-public")
+
+
+def _print_certificates(out: Path) -> None:
+    """Print when the certificates end; a server's is renewed here in its last 90 days, if its kit is still there."""
+    from fednats.provision.authority import certificates  # noqa: PLC0415
+
+    for path, ends in certificates(out):
+        typer.echo(f"{path.relative_to(out)} ends on {ends:%Y-%m-%d}, in {(ends - datetime.now(UTC)).days} days")
 
 
 def _print_changed(changed: Sequence[Path], out: Path) -> None:

@@ -17,6 +17,7 @@ from fednats.protocol.events import (
     Configured,
     EvaluationsSummed,
     Event,
+    EverySiteFails,
     FinalEvaluationOverdue,
     KeepBest,
     OpenRun,
@@ -106,7 +107,8 @@ class Coordinator:
         self.failed = False
         """Whether the run was closed because it cannot do what it was asked to."""
         self.norms = NormHistory(DefenceSettings())
-        self._stop = StopSettings()
+        self.stop = StopSettings()
+        """Of the newest run."""
 
     @property
     def version(self) -> int:
@@ -138,10 +140,12 @@ class Coordinator:
             return self._finish(event.reason)
         if isinstance(event, FinalEvaluationOverdue):
             return self._close()
+        if isinstance(event, EverySiteFails):
+            return self._give_up(f"every site fails: {event.why}")
         commands = self.collector.handle(event)
         if isinstance(event, EvaluationsSummed) and event.n_sites:
             commands += self._record(event)
-        if isinstance(event, VersionAnnounced) and self.n_versions >= self._stop.max_versions:
+        if isinstance(event, VersionAnnounced) and self.n_versions >= self.stop.max_versions:
             commands += self._finish("max_versions reached")
         return commands
 
@@ -213,16 +217,16 @@ class Coordinator:
             self.norms = NormHistory(event.settings.defence)
         elif event.settings.stop.target_metric not in {None, self.target_metric}:
             self.best, self.reached_target_at, self.target_metric = None, None, None  # another figure says what is best
-        elif event.settings.stop.target != self._stop.target:
+        elif event.settings.stop.target != self.stop.target:
             self.reached_target_at = None  # the first version that reaches the new one is not known yet
         self.state, self.reason, self.failed = RunState.OPEN, "", False
-        self.opening, self.settings, self._stop = event.opening, event.settings, event.settings.stop
+        self.opening, self.settings, self.stop = event.opening, event.settings, event.settings.stop
         self._initial_digest = event.initial_digest
         return [OpenRun(event.opening, event.settings, event.initial_digest)]
 
     def _configure(self, settings: RunSettings) -> None:
         if self.opening is not None and self.opening.opened_at == 0:
-            self.settings, self._stop = settings, settings.stop
+            self.settings, self.stop = settings, settings.stop
             self.norms.configure(settings.defence)
 
     def _tell_closed(self) -> list[Command]:
@@ -251,7 +255,7 @@ class Coordinator:
 
     def _choose_target(self, figures: tuple[str, ...]) -> str:
         """Take the metric that the run is set to, or else the usual one; return why that cannot be."""
-        asked = self._stop.target_metric
+        asked = self.stop.target_metric
         if not figures:
             return ""
         if asked is not None and asked not in figures:
@@ -266,12 +270,12 @@ class Coordinator:
         if metric is None or value is None or evaluated.n_sites < max(other.n_sites for other in recent):
             return []
         commands: list[Command] = []
-        if self.best is None or self._stop.better(metric, value, self.best.metrics[metric]):
+        if self.best is None or self.stop.better(metric, value, self.best.metrics[metric]):
             self.best = evaluated
             commands.append(KeepBest(evaluated.version))
-        if self._stop.reached(metric, value) and self.reached_target_at is None:
+        if self.stop.reached(metric, value) and self.reached_target_at is None:
             self.reached_target_at = evaluated.version
-            if self._stop.stop_at_target:
+            if self.stop.stop_at_target:
                 commands += self._finish("target reached")
         return commands
 
@@ -285,6 +289,14 @@ class Coordinator:
         if self.version in self.evaluated:
             return commands + self._close()
         return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
+
+    def _give_up(self, reason: str) -> list[Command]:
+        """End the run as failed, at once: nobody waits for evaluations of a model that came to nothing."""
+        if self.state is not RunState.OPEN:
+            return []
+        self.failed = True
+        commands = self._finish(reason)
+        return [command for command in commands if not isinstance(command, AwaitFinalEvaluation)] + self._close()
 
     def _close(self) -> list[Command]:
         if self.state is not RunState.FINISHING:

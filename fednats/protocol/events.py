@@ -170,6 +170,15 @@ class WallTimeReached(Event):
     kind: ClassVar[str] = "wall_time_reached"
 
 
+class EverySiteFails(Event):
+    """The training of every site of the run has failed in the same way for a while, and nothing was accepted meanwhile."""
+
+    kind: ClassVar[str] = "every_site_fails"
+
+    why: str
+    """What all of them say, without data."""
+
+
 EVENTS: dict[str, type[Event]] = {
     cls.kind: cls
     for cls in (
@@ -187,6 +196,7 @@ EVENTS: dict[str, type[Event]] = {
         RunFailed,
         FinalEvaluationOverdue,
         WallTimeReached,
+        EverySiteFails,
     )
 }
 

@@ -5,7 +5,7 @@ Keys are on the curve P-256. Certificates are valid from a week before they are 
 
 import datetime as dt
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -92,6 +92,13 @@ class Authority:
             and list(names) == list(map(_host, hosts))
             and left > dt.timedelta(days=RENEWED_BEFORE_DAYS)
         )
+
+
+def certificates(kits: Path) -> Iterator[tuple[Path, dt.datetime]]:
+    """Yield the certificates below the folder of kits, the authority's and the servers', each with when it ends."""
+    for file in (kits / "authority" / CA_FILE, *sorted(kits.glob(f"*/{CERTIFICATE_FILE}"))):
+        if file.exists():
+            yield file, x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc
 
 
 def _builder(

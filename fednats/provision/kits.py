@@ -11,7 +11,7 @@ from fednats.provision import epochs, nkey, readme, servers, services
 from fednats.provision.authority import CA_FILE, Authority
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits, Plan
-from fednats.provision.registry import Registry
+from fednats.provision.registry import SIGNING_ROLES, Registry
 from fednats.provision.services import SIGNERS_FILE
 from fednats.subjects import HUB
 
@@ -54,6 +54,7 @@ def provision(
         epochs.take_public(he_public, registry.epoch, kits, files)
         registry = registry.model_copy(update={"own_pairs": True})
     registry = _with_keys(plan, registry, admitted, public_keys or {}, kits, files)
+    registry = registry.with_web_ports(_services(plan))
     registry.write(kits.authority / "registry.toml", files)
     _write(plan, registry, kits, files)
     return files.changed
@@ -79,6 +80,7 @@ def rotate(out: Path, *, he_public: bytes | None = None) -> list[Path]:
     elif registry.own_pairs:
         raise _missing_public(epoch)
     registry = registry.model_copy(update={"epoch": epoch, "own_pairs": he_public is not None})
+    registry = registry.with_web_ports(_services(plan))
     registry.write(kits.authority / "registry.toml", files)
     _write(plan, registry, kits, files)
     return files.changed
@@ -187,7 +189,7 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
 
     common(kits.coordinator)
     of_epochs = {**_secret_keys(plan, registry), **_model_keys(registry, kits, kits.coordinator, files)}
-    services.write_coordinator(plan, kits, keys, of_epochs, files)
+    services.write_coordinator(plan, kits, registry, of_epochs, files)
     files.public(kits.server(HUB) / CA_FILE, authority.pem)
     servers.write_hub(plan, kits, keys, authority, files)
     for region in plan.regions:
@@ -196,12 +198,12 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
         if plan.leaves:
             servers.write_leaf(plan, region.name, kits, keys, authority, files)
         if user_name("aggregator", region.name) in keys:
-            services.write_aggregator(plan, region, kits, keys, public, files)
+            services.write_aggregator(plan, region, kits, registry, public, files)
         for site in region.sites:
             if user_name("site", site) in keys:
                 kit = kits.site(site)
                 of_epochs = {**common(kit), **_model_keys(registry, kits, kit, files)}
-                services.write_site(plan, region, site, kits, of_epochs, files)
+                services.write_site(plan, region, site, kits, registry, of_epochs, files)
     readme.write(plan, registry, kits, files)
 
 
@@ -211,6 +213,10 @@ def _make_pair(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None
     if registry.own_pairs and not kept.exists():
         raise _missing_public(registry.epoch)
     epochs.make_pair(plan.run.delta, kits.coordinator / epochs.secret_file(registry.epoch), kept, files)
+
+
+def _services(plan: Plan) -> Iterator[str]:
+    return (name for name in plan.users() if name.partition(".")[0] in SIGNING_ROLES)
 
 
 def _public_keys(plan: Plan, registry: Registry, kits: Kits, kit: Path, files: Files) -> Mapping[str, Path]:

@@ -9,6 +9,7 @@ from fednats.provision.plan import Kits, Plan
 from fednats.provision.registry import Registry
 from fednats.subjects import HUB
 
+_PORT = "{web_port}"
 _FILES = {
     "ca.pem": "the federation's authority: what the servers' certificates are verified with",
     "signers.toml": "whose signatures count in this federation, and whose no longer do",
@@ -35,11 +36,13 @@ def write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
     held = epochs.secret_file(registry.epoch)
     if registry.own_pairs and not (kits.coordinator / held).exists():
         coordinator = _MISSING.format(name=held, how="as `fednats keys new-he` wrote it") + coordinator
-    _write(kits.coordinator, f"The coordinator of {run}", [user_name("coordinator", HUB)], kits, files, coordinator)
+    name = user_name("coordinator", HUB)
+    coordinator = coordinator.replace(_PORT, str(registry.web_ports[name]))
+    _write(kits.coordinator, f"The coordinator of {run}", [name], kits, files, coordinator)
     hub = _SERVER.format(config="hub.conf", monitor=plan.server(HUB).monitor_url)
     _write(kits.server(HUB), f"The hub of {run}", [user_name("observer", HUB)], kits, files, hub)
     for region in plan.regions:
-        text = _AGGREGATOR
+        text = _AGGREGATOR.replace(_PORT, str(registry.web_ports[user_name("aggregator", region.name)]))
         if plan.leaves:
             text += "\n" + _SERVER.format(config="leaf.conf", monitor=plan.server(region.name).monitor_url)
         users = plan.users_of_region(region.name)
@@ -47,7 +50,14 @@ def write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
         for site in region.sites:
             name = user_name("site", site)
             if name in registry.keys:
-                _write(kits.site(site), f"The hospital {site} in {run}", [name], kits, files, _SITE)
+                _write(
+                    kits.site(site),
+                    f"The hospital {site} in {run}",
+                    [name],
+                    kits,
+                    files,
+                    _SITE.replace(_PORT, str(registry.web_ports[name])),
+                )
 
 
 def _write(kit: Path, title: str, users: list[str] | tuple[str, ...], kits: Kits, files: Files, text: str) -> None:
@@ -100,8 +110,11 @@ The run in `coordinator.toml` begins with the first start. When it is closed, st
 
 ## Check
 
-The log says `started`, then `bus_connected`; `curl http://127.0.0.1:PORT/readyz`, with the number in `state/web.port`, says
-200. `epoch-*.secret` and the regions' ciphertexts together would open single hospitals' updates: never give it to a region.
+The log says `started`, then `bus_connected`, and
+
+    curl -s http://127.0.0.1:{web_port}/readyz
+
+says `ready`. `/status` there says more, and `/metrics` is for Prometheus. `epoch-*.secret` and the regions' ciphertexts together would open single hospitals' updates: never give it to a region.
 """
 
 _AGGREGATOR = """## Start the aggregator
@@ -109,6 +122,12 @@ _AGGREGATOR = """## Start the aggregator
     fednats aggregator --config aggregator.toml
 
 from any folder; what it remembers goes to `state/` here. It cannot decrypt what it adds, nor read the models.
+
+## Check the aggregator
+
+    curl -s http://127.0.0.1:{web_port}/readyz
+
+says `ready`. `/status` there names the hospitals that are missing (`sources`), and `/metrics` is for Prometheus.
 """
 
 _SERVER = """## Start the server
@@ -117,7 +136,9 @@ In this folder:
 
     nats-server -c {config}
 
-What it stores goes to `store/` here. When `accounts.conf` changes, copy it here and `nats-server --signal reload`.
+What it stores goes to `store/` here. When `accounts.conf` changes, copy it here and, in this folder,
+
+    nats-server --signal reload=server.pid
 
 ## Check
 
@@ -144,7 +165,11 @@ Without that line a daemon with a budget does not start. `policy.toml` is yours:
 
 ## Check
 
-The log says `started`, then `bus_connected`. What it sends is encrypted for the coordinator; nothing here can decrypt it.
+The log says `started`, then `bus_connected`, and
+
+    curl -s http://127.0.0.1:{web_port}/readyz
+
+says `ready`. `/status` there says more, and `/metrics` is for Prometheus. What it sends is encrypted for the coordinator; nothing here can decrypt it.
 """
 
 _AUTHORITY = """# Who provisioned {run}

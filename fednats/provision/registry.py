@@ -1,7 +1,7 @@
 """Who has which public key, and whose was revoked: what a second run of provisioning knows of the first."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tomli_w
@@ -12,6 +12,7 @@ from fednats.names import ChosenName
 from fednats.provision.files import Files
 
 SIGNING_ROLES = ("coordinator", "aggregator", "site")
+FIRST_WEB_PORT = 9470
 
 
 class Registry(Settings):
@@ -26,6 +27,8 @@ class Registry(Settings):
     """By name of the bus user."""
     revoked: Mapping[str, tuple[str, ...]] = {}
     """By name of the bus user; the newest last."""
+    web_ports: Mapping[str, int] = {}
+    """By name of the bus user: where each service serves /metrics, on loopback. One that was given stays."""
 
     @classmethod
     def read(cls, path: Path, run: str) -> "Registry | None":
@@ -70,6 +73,13 @@ class Registry(Settings):
         kept = {other: key for other, key in self.keys.items() if other != name}
         revoked = {**self.revoked, name: (*self.revoked.get(name, ()), self.keys[name])}
         return self.model_copy(update={"keys": kept, "revoked": revoked})
+
+    def with_web_ports(self, services: Iterable[str]) -> "Registry":
+        """Return a copy in which each of ``services`` has a port that no other has: they may all be on one machine."""
+        ports = dict(self.web_ports)
+        for name in services:
+            ports.setdefault(name, max(ports.values(), default=FIRST_WEB_PORT - 1) + 1)
+        return self.model_copy(update={"web_ports": ports})
 
     def signers(self) -> bytes:
         """Return ``signers.toml``: whose signatures count, and which no longer do."""

@@ -13,11 +13,13 @@ from fednats.config import (
     RunSettings,
     SiteSettings,
     TaskSettings,
+    WebSettings,
 )
 from fednats.permissions import user_name
 from fednats.provision.authority import CA_FILE
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits, Plan, RegionPlan
+from fednats.provision.registry import Registry
 from fednats.subjects import HUB
 
 STATE = Path("state")
@@ -31,17 +33,16 @@ POLICY = """\
 """
 
 
-def write_coordinator(
-    plan: Plan, kits: Kits, keys: Mapping[str, str], of_epochs: Mapping[str, Path], files: Files
-) -> None:
+def write_coordinator(plan: Plan, kits: Kits, registry: Registry, of_epochs: Mapping[str, Path], files: Files) -> None:
     """Write ``coordinator.toml``, and the task's code beside it."""
     settings = CoordinatorSettings(
         run=plan.name,
         state_dir=STATE,
         signers_file=Path(SIGNERS_FILE),
-        regions=_with_key("aggregator", plan.children_of(None), keys),
+        regions=_with_key("aggregator", plan.children_of(None), registry.keys),
         leaves=plan.leaves,
         bus=_bus(plan, HUB, "coordinator", HUB),
+        web=_web(registry, "coordinator", HUB),
         task=_task(plan.task, kits.coordinator, files),
         settings=_with_initial_model(plan.run, kits.coordinator, files),
         **of_epochs,
@@ -50,7 +51,7 @@ def write_coordinator(
 
 
 def write_aggregator(
-    plan: Plan, region: RegionPlan, kits: Kits, keys: Mapping[str, str], of_epochs: Mapping[str, Path], files: Files
+    plan: Plan, region: RegionPlan, kits: Kits, registry: Registry, of_epochs: Mapping[str, Path], files: Files
 ) -> None:
     """Write ``aggregator.toml``."""
     settings = AggregatorSettings(
@@ -60,19 +61,26 @@ def write_aggregator(
         region=region.name,
         parent=region.parent,
         depth=plan.depth(region.name),
-        sites=_with_key("site", region.sites, keys),
-        regions=_with_key("aggregator", plan.children_of(region.name), keys),
+        sites=_with_key("site", region.sites, registry.keys),
+        regions=_with_key("aggregator", plan.children_of(region.name), registry.keys),
         min_sites=plan.run.aggregation.min_sites,
         leaves=plan.leaves,
         bus=_bus(plan, region.name, "aggregator", region.name),
         uplink=_bus(plan, region.name, "uplink", region.name),
+        web=_web(registry, "aggregator", region.name),
         **of_epochs,
     )
     _write(kits.region(region.name) / "aggregator.toml", settings, files)
 
 
 def write_site(
-    plan: Plan, region: RegionPlan, site: str, kits: Kits, of_epochs: Mapping[str, Path], files: Files
+    plan: Plan,
+    region: RegionPlan,
+    site: str,
+    kits: Kits,
+    registry: Registry,
+    of_epochs: Mapping[str, Path],
+    files: Files,
 ) -> None:
     """Write ``site.toml``, and the task's code beside it."""
     settings = SiteSettings(
@@ -82,6 +90,7 @@ def write_site(
         site=site,
         region=region.name,
         bus=_bus(plan, region.name, "site", site),
+        web=_web(registry, "site", site),
         policy_file=Path(POLICY_FILE),
         task=_task(plan.site_tasks.get(site, plan.task), kits.site(site), files),
         **of_epochs,
@@ -98,6 +107,10 @@ def write_site(
 def _bus(plan: Plan, node: str, role: str, name: str) -> BusSettings:
     seed = Path(f"{user_name(role, name)}.nk")
     return BusSettings(url=plan.server(node).url, nkey_seed_file=seed, ca_file=Path(CA_FILE))
+
+
+def _web(registry: Registry, role: str, name: str) -> WebSettings:
+    return WebSettings(port=registry.web_ports[user_name(role, name)])
 
 
 def _with_key(role: str, names: tuple[str, ...], keys: Mapping[str, str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fednats import subjects, wire
@@ -30,6 +31,7 @@ from fednats.protocol.events import (
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
+from fednats.services.certificates import watch_certificates
 from fednats.services.evaluations import Part, Summing, cases_of, payload_of, sites_of, sum_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
@@ -41,6 +43,7 @@ from fednats.services.presence import watch_presence
 from fednats.services.receipts import Receipts
 from fednats.services.recorder import Recorder, accepted, entry_of, run_begins
 from fednats.services.rejects import Rejects
+from fednats.services.roster import changed_settings, renewed
 from fednats.services.sent_sums import SentSums
 from fednats.services.server_limit import follow_server_limit
 from fednats.services.tier import Handled, Tier
@@ -63,8 +66,8 @@ def make_worker(settings: AggregatorSettings) -> "AggregatorWorker":
     return AggregatorWorker(settings)
 
 
-async def aggregator(daemon: Daemon, settings: AggregatorSettings) -> None:
-    """Run an aggregator until it is told to stop."""
+async def aggregator(daemon: Daemon, settings: AggregatorSettings, config: Path | None = None) -> None:
+    """Run an aggregator until it is told to stop; it follows the sites that its settings file ``config`` names."""
     name = user_name("aggregator", settings.region)
     identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
     async with (
@@ -72,7 +75,7 @@ async def aggregator(daemon: Daemon, settings: AggregatorSettings) -> None:
         Bus.connect(settings.uplink, user_name("uplink", settings.region)) as uplink,
         Worker(make_worker, settings) as worker,
     ):
-        await AggregatorService(daemon, settings, identity, region, uplink, worker).live()
+        await AggregatorService(daemon, settings, identity, region, uplink, worker, config).live()
 
 
 class AggregatorService:
@@ -86,6 +89,7 @@ class AggregatorService:
         region: Bus,
         uplink: Bus,
         worker: "Worker[AggregatorWorker]",
+        config: Path | None,
     ) -> None:
         self._daemon = daemon
         self._log = daemon.log
@@ -94,6 +98,7 @@ class AggregatorService:
         self._region = region
         self._uplink = uplink
         self._worker = worker
+        self._config = config
         run, here = settings.run, settings.region
         nobody = Roster(run, here, sites=frozenset(), regions=frozenset())
         self._machine = Collector(nobody, lambda event: event.settings.goal)
@@ -120,7 +125,12 @@ class AggregatorService:
         """First version of the run that ``_fit`` is for."""
         self._fitted = asyncio.Event()
         self._sent_bytes = 0
+        daemon.n_sites = {
+            role: 0 for role, names in (("site", settings.sites), ("aggregator", settings.regions)) if names
+        }
+        self._sites_changed = asyncio.Event()
         daemon.status = self._status
+        daemon.private = lambda: {"sources": daemon.sources}  # the node above need not know who the sites are
         daemon.buses += [region, uplink]
 
     async def live(self) -> None:
@@ -152,15 +162,17 @@ class AggregatorService:
             "execute": self._tier.execute(self._execute),
             "combine": self._tier.combine(self._combine),
             "follow the server's limit": follow_server_limit(self._daemon, self._uplink),
+            "watch certificates": watch_certificates(self._daemon, [s.bus, s.uplink]),
+            "tell who listens": self._daemon.notices.tell(self._region, above=self._uplink),
             "be seen by the region": self._daemon.be_seen(self._region),
             "be seen from above": self._daemon.be_seen(self._uplink, subjects.HUB, *([s.parent] if s.parent else [])),
         }
-        if s.sites:
+        if self._config is not None:
+            tasks["follow the settings"] = self._follow_settings(self._config)
+        if s.sites or not s.regions:
             filters = [subjects.head(subjects.update(s.run, s.region, "*")), subjects.evaluation(s.run, s.region, "*")]
             durable = subjects.durable(s.region, self._updates.stream)
-            tasks["watch sites"] = watch_presence(
-                self._daemon, self._machine, self._tier.feed, self._region, "site", s.sites
-            )
+            tasks["watch sites"] = renewed(self._sites_changed, self._watch_sites)
             tasks["receive updates"] = self._tier.receive(self._updates, durable, filters)
             tasks["send receipts"] = self._receipts.send()
         if s.regions:
@@ -171,6 +183,19 @@ class AggregatorService:
             )
             tasks["receive aggregates"] = self._tier.receive(self._aggregates, durable, filters)
         await until_stopped(self._daemon, tasks, self._tier.drain)
+
+    async def _watch_sites(self) -> None:
+        await watch_presence(
+            self._daemon, self._machine, self._tier.feed, self._region, "site", tuple(self._machine.roster.sites)
+        )
+
+    async def _follow_settings(self, config: Path) -> None:
+        """Take the sites that the settings file names from now on; journalled, so that a replay decides alike."""
+        async for sites in changed_settings(self._log, config, self._settings):
+            before = self._machine.roster.sites
+            await self._tier.feed(Configured(sites=sites, regions=tuple(self._settings.regions)))
+            self._sites_changed.set()
+            self._log.info("sites_changed", added=sorted(set(sites) - before), removed=sorted(before - set(sites)))
 
     def _status(self) -> dict[str, Any]:
         current = self._machine.current

@@ -34,13 +34,16 @@ from fednats.protocol.events import (
     contribution_id,
 )
 from fednats.services.answers import Version
+from fednats.services.certificates import watch_certificates
 from fednats.services.evaluation_reader import EvaluationReader
+from fednats.services.failing import give_up_when_all_fail
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
+from fednats.services.notices import What
 from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, run_begins
@@ -128,6 +131,7 @@ class CoordinatorService:
         """Held while the mean is in the worker process: other jobs may end the process."""
         self._evaluations = EvaluationReader(self._tier.chunks, worker, self._stepping, daemon.log)
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
+        daemon.n_sites = {"aggregator": 0}
         daemon.status = self._status
         daemon.buses.append(bus)
 
@@ -176,6 +180,12 @@ class CoordinatorService:
                 "publish again": self._publisher.publish_again(lambda: self._worker.persist(self._log, "current")),
                 "watch the clock": self._runs.watch_clock(),
                 "take orders": self._runs.take_orders(self._bus),
+                "give up when all fail": give_up_when_all_fail(
+                    self._daemon,
+                    self._progress,
+                    lambda: self._machine.stop.all_failing_s,
+                    self._tier.feed,
+                ),
                 "watch regions": watch_presence(
                     self._daemon,
                     self._machine.collector,
@@ -185,10 +195,17 @@ class CoordinatorService:
                     self._settings.regions,
                 ),
                 "follow the server's limit": follow_server_limit(self._daemon, self._bus),
+                "watch certificates": watch_certificates(self._daemon, [self._settings.bus]),
+                "tell who listens": self._daemon.notices.tell(self._bus),
                 "be seen": self._daemon.be_seen(self._bus),
             },
             self._tier.drain,
         )
+
+    def _progress(self) -> tuple[int, int] | None:
+        """Return what changes while sites contribute; None while no run is open."""
+        is_open = self._machine.state is RunState.OPEN
+        return (self._machine.version, self._tier.accepted) if is_open else None
 
     def _status(self) -> dict[str, Any]:
         machine = self._machine
@@ -199,6 +216,7 @@ class CoordinatorService:
             "reason": machine.reason,
             "failed": machine.failed,
             "version": machine.version,
+            "regions": self._daemon.sources.get("aggregator", {}),
             "n_parameters": self._n_parameters,
             "accepted": self._tier.accepted,
             "refused": self._tier.refused,
@@ -258,7 +276,9 @@ class CoordinatorService:
                 self._log.error("version_impossible", error=str(error))
                 return [RunFailed(reason=str(error)), CombineFailed(combination_id=identity, refused={})]
         done = Combined(combination_id=identity, norms=version.norms, quarantined=version.quarantined)
-        return [await self._announce(version), done]
+        announced = await self._announce(version)
+        self._daemon.notices.add(What.VERSION_MADE, {"version": version.version})
+        return [announced, done]
 
     async def _step(self, combination: Combination) -> Version:
         """Make the next version of what is sound and no outlier.
@@ -292,6 +312,7 @@ class CoordinatorService:
             self._log.warning(
                 "sum_quarantined", aggregate_id=identity, region=region, norm=norms[identity], detail=detail
             )
+            self._daemon.notices.add(What.QUARANTINED, {"contribution": identity, "source": region})
 
     async def _decrypt(self, parts: list[Part]) -> dict[str, float]:
         """Decrypt the sums into one mean; return the L2 norm of each sum. Raises as `_step`."""
@@ -367,6 +388,7 @@ class CoordinatorService:
         await self._tier.feed(await self._announce(version))
         await self._publisher.tell_open(opening)
         self._log.info("run_opened", opened=opening.name, version=version.version, n_parameters=self._n_parameters)
+        self._daemon.notices.add(What.RUN_OPENED, {"opened": opening.name, "version": version.version})
 
     async def _execute(self, command: Command) -> None:
         match command:
@@ -385,6 +407,8 @@ class CoordinatorService:
                 await self._publisher.tell_closed(opening, version, reason)
                 self._runs.told_closed = True
                 self._log.info("run_closed", opened=opening.name, version=version, reason=reason)
+                closed = {"opened": opening.name, "version": version, "reason": reason}
+                self._daemon.notices.add(What.RUN_CLOSED, closed)
                 await self._put_state()
             case _:
                 raise AssertionError(f"{type(command).__name__} is not a coordinator's command")

@@ -20,6 +20,7 @@ from fednats.messages import Presence
 from fednats.permissions import user_name
 from fednats.services import state_dir
 from fednats.services.loop_lag import LoopLag
+from fednats.services.notices import Notices, What
 from fednats.transport.bus import Bus
 from fednats.web.metrics import Metrics
 from fednats.web.server import serving
@@ -52,8 +53,19 @@ class Daemon:
     """Whether it cannot contribute: until others are there, or any more."""
     obstacles: dict[str, str] = field(default_factory=dict)
     """What keeps it from working, by what it is: it is not ready meanwhile. Said by `hinder`."""
+    sources: dict[str, Mapping[str, list[str]]] = field(default_factory=dict)
+    """By role: who of those that report here is there (present), is there and waits for others (waiting), is not (absent)."""
+    notices: Notices = field(init=False)
+    """What it tells whoever listens on the bus."""
     declined: dict[str, Mapping[str, str]] = field(default_factory=dict)
     """By role: which services, this one and those below, take no part in the run, and why."""
+    failing: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    """By role: which of them fail to train, and how, in words without data."""
+    n_sites: dict[str, int] = field(default_factory=dict)
+    """By role of the services directly below: the sites below them; 0 while one of them has not said how many."""
+
+    def __post_init__(self) -> None:
+        self.notices = Notices(self.role, self.name, self.run)
 
     @property
     def is_ready(self) -> bool:
@@ -64,6 +76,8 @@ class Daemon:
         """Return why it is not ready; None if it is."""
         if self.obstacles:
             return "; ".join(self.obstacles.values())
+        if refusals := [bus.refusal for bus in self.buses if bus.refusal]:
+            return "; ".join(refusals)
         if not self.ready:
             return self.doing or "it is stopping"
         return None if all(bus.connected for bus in self.buses) else "the bus is away"
@@ -71,21 +85,29 @@ class Daemon:
     @property
     def presence(self) -> Presence:
         """What it says of itself on the bus."""
-        declined = {name: why for below in self.declined.values() for name, why in below.items()}
+        declined = _together(self.declined)
         if self.obstacles:
             declined[user_name(self.role, self.name)] = "; ".join(self.obstacles.values())
-        return Presence(release=fednats.__version__, waits=self.waits() or bool(self.obstacles), declined=declined)
+        return Presence(
+            release=fednats.__version__,
+            waits=self.waits() or bool(self.obstacles),
+            declined=declined,
+            failing=_together(self.failing),
+            n_sites=sum(self.n_sites.values()) if all(self.n_sites.values()) else 0,
+        )
 
     def hinder(self, what: str, why: str, event: str, **fields: object) -> None:
         """Note that ``what`` keeps it from working, and log ``event`` with the reason unless that was said before."""
         if self.obstacles.get(what) != why:
             self.log.error(event, remedy=why, **fields)
+            self.notices.add(What.HINDERED, {"obstacle": what, "why": why})
         self.obstacles[what] = why
 
     def unhinder(self, what: str) -> None:
         """Note that ``what`` no longer keeps it from working."""
         if self.obstacles.pop(what, None) is not None:
             self.log.info("obstacle_gone", obstacle=what)
+            self.notices.add(What.UNHINDERED, {"obstacle": what})
 
     def describe(self) -> dict[str, Any]:
         """Return what the micro service's ``status`` endpoint shows, to whoever may ask on the bus."""
@@ -95,9 +117,10 @@ class Daemon:
             "run": self.run,
             "ready": self.is_ready,
             "doing": self.doing,
-            "obstacles": self.obstacles,
+            "not_ready": self.not_ready(),
             "loop_lag_ms": self.loop_lag.describe(),
             "declined": self.presence.declined,
+            "failing": self.presence.failing,
             **self.status(),
         }
 
@@ -228,6 +251,10 @@ class _LogStream:
     def flush(self) -> None:
         with suppress(OSError):
             sys.stderr.flush()
+
+
+def _together(by_role: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {name: why for below in by_role.values() for name, why in below.items()}
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -22,7 +22,7 @@ from fednats.transport.bus import Bus
 INTERVAL_S = 60.0
 """How often what is summed up is put on record."""
 
-SUMMED_UP = f"presence, status answers, requests to the bus and acknowledgements are summed up as 'other' every {INTERVAL_S:.0f} s"
+SUMMED_UP = f"presence, status answers, notices, requests to the bus and acknowledgements are summed up as 'other' every {INTERVAL_S:.0f} s"
 
 
 class Sent(NamedTuple):

@@ -6,12 +6,13 @@ when the machine settles it, so whatever a killed daemon had not finished is del
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from fednats.errors import BusError, DatabaseLockedError, RefusedError
+from fednats.protocol import admission
 from fednats.protocol.collector import REMEMBERED
 from fednats.protocol.events import (
     Combination,
@@ -29,6 +30,7 @@ from fednats.protocol.events import (
 )
 from fednats.services.inbox import Head, Inbox
 from fednats.services.lifecycle import Daemon
+from fednats.services.notices import What
 from fednats.services.persist import RETRY_S
 from fednats.services.rejects import Rejects
 from fednats.storage.journal import Journal
@@ -168,6 +170,7 @@ class Tier:
                             await self._until_done(inbox.settle, identity)
                 case Refuse(identity, reason, detail):
                     self.log.warning("refused", contribution=identity, reason=reason.value, detail=detail)
+                    self.daemon.notices.add(What.REFUSED, {"contribution": identity, "reason": reason.value})
                     await self.may_settle()
                     for inbox in set(self.inboxes.values()):
                         await self._until_done(inbox.refuse, identity, self.rejects, reason, detail)
@@ -190,6 +193,7 @@ class Tier:
             combination = await self._combinations.get()
             if events := await make(combination):
                 await self.feed(*events)
+                self._tell_accepted(combination, events)
             self._idle.set()
 
     async def drain(self) -> None:
@@ -299,6 +303,13 @@ class Tier:
             self.log.warning("waiting_for_sites", **asdict(command))
         else:
             self.log.info("version_not_evaluated", **asdict(command))
+
+    def _tell_accepted(self, combination: Combination, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, Combined):
+                kept = (part.head for part in combination.parts if contribution_id(part.head) not in event.quarantined)
+                sources = sorted({admission.source(head) for head in kept})
+                self.daemon.notices.add(What.ACCEPTED, {"sources": sources, "version": combination.version})
 
     def _start_timer(self, delay_s: float) -> None:
         if self._timer is not None:

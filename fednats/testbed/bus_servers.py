@@ -16,6 +16,7 @@ from fednats.config import (
     RunSettings,
     SiteSettings,
     TaskSettings,
+    WebSettings,
     load,
     parse,
 )
@@ -31,6 +32,8 @@ from fednats.testbed.wan import Wan, WanSettings
 
 LINK_TIMEOUT_S = 60.0
 _POLL_S = 0.02
+ANY_WEB_PORT: Mapping[str, WebSettings] = {"web": WebSettings()}
+"""Instead of that of the kit: several federations may run on this machine."""
 
 
 @dataclass
@@ -66,19 +69,19 @@ class BusServers:
     def coordinator_settings(self) -> CoordinatorSettings:
         """Return the settings in the coordinator's kit."""
         settings = load(self.kits.coordinator / "coordinator.toml", CoordinatorSettings, {})
-        return settings.model_copy(update={"bus": self._linked(settings.bus, "coordinator")})
+        return settings.model_copy(update={"bus": self._linked(settings.bus, "coordinator"), **ANY_WEB_PORT})
 
     def aggregator_settings(self, region: str) -> AggregatorSettings:
         """Return the settings in a region's kit."""
         settings = load(self.kits.region(region) / "aggregator.toml", AggregatorSettings, {})
         bus, uplink = settings.bus, settings.uplink
         linked = {"bus": self._linked(bus, f"aggregator-{region}"), "uplink": self._linked(uplink, f"uplink-{region}")}
-        return settings.model_copy(update=linked)
+        return settings.model_copy(update={**linked, **ANY_WEB_PORT})
 
     def site_settings(self, site: str) -> SiteSettings:
         """Return the settings in a hospital's kit."""
         settings = load(self.kits.site(site) / "site.toml", SiteSettings, {})
-        return settings.model_copy(update={"bus": self._linked(settings.bus, f"site-{site}")})
+        return settings.model_copy(update={"bus": self._linked(settings.bus, f"site-{site}"), **ANY_WEB_PORT})
 
     def coordinator(self) -> BusSettings:
         """Return what the coordinator connects with."""

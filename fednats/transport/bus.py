@@ -78,6 +78,11 @@ class Bus:
         """Whether the connection stands right now."""
         return self._connection.connected
 
+    @property
+    def refusal(self) -> str | None:
+        """Why the server does not let this user in any more, None as long as it does."""
+        return self._connection.refusal
+
     async def wait_connected(self) -> None:
         """Wait until the connection stands. Raises BusError if it was closed for good."""
         await self._connection.wait_connected()

@@ -28,6 +28,8 @@ ATTEMPT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 10.0
 """Wait for the answer to something small, on top of what chunks took of late."""
 RECONNECT_WAIT_S = 0.25
+LONGEST_REFUSED_WAIT_S = 60.0
+"""A server that refuses the key is asked again ever more seldom, up to so long after the last time."""
 PING_INTERVAL_S = 5.0
 DEAD_AFTER_S = 20.0
 """A ping that is not answered for so long says that the connection is dead although nobody closed it."""
@@ -62,6 +64,8 @@ class Connection:
         self._opening = True
         self._ended: str | None = None
         self._last_error = "no answer"
+        self.refusal: str | None = None
+        """Why the server does not let it in, as long as it does not."""
         self._waiting: dict[asyncio.Future[None], str] = {}
 
     @property
@@ -239,6 +243,8 @@ class Connection:
         words = str(error) or type(error).__name__
         repeated, self._last_error = words == self._last_error, words
         text = self._last_error.casefold()
+        if not self._opening and "authorization" in text:
+            self._refused()
         if self._opening and ("authorization" in text or isinstance(error, ssl.SSLError)):
             raise error  # out of the first connect: nats-py would go on trying with the same key, at the same server
         if "permissions violation for publish" in text:
@@ -247,6 +253,17 @@ class Connection:
                     future.set_exception(BusError(f"{self._name} may not publish to {subject}"))
         if not repeated:  # every attempt to reconnect ends here
             self.log.warning("bus_error", error=self._last_error)
+
+    def _refused(self) -> None:
+        """Say once that the server refuses the key, and ask it less and less often."""
+        wait_s = min(2 * self.client.options["reconnect_time_wait"], LONGEST_REFUSED_WAIT_S)
+        self.client.options["reconnect_time_wait"] = wait_s
+        if self.refusal is None:
+            self.refusal = f"refused by the server: the key of {self._name} is not among its users (revoked?)"
+            remedy = (
+                "ask who provisions whether it was revoked, and for a new kit; it is tried again, more and more seldom"
+            )
+            self.log.error("bus_refused", remedy=remedy, longest_wait_s=LONGEST_REFUSED_WAIT_S)
 
     async def _on_disconnected(self) -> None:
         self._up.clear()
@@ -258,6 +275,8 @@ class Connection:
             self.log.warning("bus_disconnected", error=self._last_error)
 
     async def _on_reconnected(self) -> None:
+        self.refusal = None
+        self.client.options["reconnect_time_wait"] = RECONNECT_WAIT_S
         self.up.start_anew()
         self.down.start_anew()
         self._broken.clear()

@@ -1,12 +1,18 @@
 """The socket under a connection: TLS before the first word, and an end that is noticed."""
 
+import asyncio
+import contextlib
 import ssl
-from urllib.parse import ParseResult
+from urllib.parse import ParseResult, urlsplit
 
 from nats.aio.transport import TcpTransport
 
 from fednats.config import BusSettings
-from fednats.errors import ConfigError
+from fednats.errors import BusError, ConfigError
+
+HANDSHAKE_TIMEOUT_S = 20.0
+_EXPIRED = 10
+"""OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED."""
 
 
 def context(settings: BusSettings) -> ssl.SSLContext:
@@ -22,6 +28,35 @@ def context(settings: BusSettings) -> ssl.SSLContext:
         raise ConfigError(text) from None
     made.minimum_version = ssl.TLSVersion.TLSv1_3
     return made
+
+
+async def certificates_end_at(settings: BusSettings) -> float:
+    """Return when the server's certificate ends, or its authority's in ``ca_file`` if that is sooner, seconds since 1970.
+
+    The server is asked anew: a connection that stands does not notice that it has another certificate by now. One that
+    has ended already ends now.
+
+    Raises:
+        BusError: it cannot be reached.
+        ConfigError: as `context`.
+    """
+    verifying, url = context(settings), urlsplit(settings.url)
+    try:
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(url.hostname, url.port, ssl=verifying)
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code == _EXPIRED:
+            return 0.0
+        raise BusError(f"{settings.url}: {error.verify_message}") from error
+    except (OSError, TimeoutError) as error:
+        raise BusError(f"{settings.url}: {error or 'no answer'}") from error
+    try:
+        found = [writer.get_extra_info("peercert"), *(verifying.get_ca_certs() if settings.ca_file else ())]
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError, ssl.SSLError):
+            await writer.wait_closed()
+    return min(ssl.cert_time_to_seconds(certificate["notAfter"]) for certificate in found)
 
 
 class TlsTransport(TcpTransport):

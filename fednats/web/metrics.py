@@ -1,6 +1,8 @@
 """The figures every daemon counts, in the Prometheus text format."""
 
 import math
+import time
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -10,6 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._sources: dict[str, frozenset[str]] = {}
         self.version = Gauge("fednats_model_version", "Newest model version known.", registry=self.registry)
         self.buffered = Gauge(
             "fednats_buffered", "Contributions taken in and not yet combined.", registry=self.registry
@@ -27,10 +30,25 @@ class Metrics:
             registry=self.registry,
         )
         self.present = Gauge("fednats_present", "Sites and regions below that are there.", registry=self.registry)
+        self.source_present = Gauge(
+            "fednats_source_present",
+            "Whether a site or region that reports here is there: 1, or 0.",
+            ["source"],
+            registry=self.registry,
+        )
+        self._certificate = Gauge(
+            "fednats_certificate_ends_in_seconds",
+            "Time until the first of the servers' certificates ends; +Inf: none was seen yet.",
+            registry=self.registry,
+        )
+        self._certificate.set(math.inf)
         self.declined = Gauge(
             "fednats_declined",
             "Services, here and below, that take no part by their own policy.",
             registry=self.registry,
+        )
+        self.failing = Gauge(
+            "fednats_failing", "Sites, this one or those below, whose training fails.", registry=self.registry
         )
         self.waiting = Counter(
             "fednats_waiting_for_sites",
@@ -77,6 +95,18 @@ class Metrics:
         self.failures = Counter(
             "fednats_failures", "Jobs that failed and were given up, by kind.", ["kind"], registry=self.registry
         )
+
+    def sources_present(self, role: str, present: Mapping[str, bool]) -> None:
+        """Say who of those that report here, services of ``role``, is there."""
+        for source in self._sources.get(role, frozenset()) - set(present):
+            self.source_present.remove(source)
+        self._sources[role] = frozenset(present)
+        for source, there in present.items():
+            self.source_present.labels(source=source).set(int(there))
+
+    def certificate_ends_at(self, at_s: float) -> None:
+        """Say when the first certificate ends, seconds since 1970."""
+        self._certificate.set_function(lambda: at_s - time.time())
 
     def text(self) -> bytes:
         """Return the exposition text."""

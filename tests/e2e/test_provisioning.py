@@ -82,7 +82,7 @@ async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeF
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "fednats", "site", "--config", str(kit / "site.toml"),
             cwd="/",
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "FEDNATS_WEB__PORT": "0"},
         )  # fmt: skip
         try:
             await sends(kit / "state" / "outbox.sqlite")

@@ -1,6 +1,7 @@
 """Kits: each with what its holder may have, and kept over reruns."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -426,3 +427,28 @@ def test_a_store_that_its_streams_do_not_fit_into_is_refused_with_what_they_need
     with pytest.raises(ConfigError, match=r'\[regions.north.bus\] max_store = "20GB": .* take 64.2 GiB .* give 65GB'):
         provision(parse({**raw, "task": {"path": "heart"}}, Plan, source="test"), tmp_path / "kits")
     assert not (tmp_path / "kits").exists()
+
+
+def test_every_service_keeps_its_web_port_and_no_two_of_a_federation_have_one(tmp_path: Path) -> None:
+    def ports() -> dict[str, int]:
+        files: dict[str, type[CoordinatorSettings | AggregatorSettings | SiteSettings]]
+        files = {"coordinator": CoordinatorSettings, "aggregator": AggregatorSettings, "site": SiteSettings}
+        return {
+            path.parent.name: load(path, cls, {}).web.port
+            for role, cls in files.items()
+            for path in tmp_path.glob(f"*/{role}.toml")
+        }
+
+    provision(plan(), tmp_path)
+    before = ports()
+    assert len(set(before.values())) == len(before) == 7
+    more = replace(NORTH, sites=("0", *NORTH.sites))
+    provision(plan(more, SOUTH), tmp_path, add_sites=("0",))
+    rotate(tmp_path)
+    after = ports()
+    assert {name: after[name] for name in before} == before
+    assert len(set(after.values())) == 8
+    for name, port in after.items():
+        readme = (tmp_path / name / "README.md").read_text()
+        assert f"http://127.0.0.1:{port}/readyz" in readme
+        assert "{" not in readme

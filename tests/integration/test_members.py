@@ -1,0 +1,150 @@
+"""Who joins and who is revoked while everything runs: kits made anew, a server that reloads, nothing started again."""
+
+import asyncio
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import structlog
+
+from fednats.config import AggregatorSettings, load
+from fednats.protocol.events import Configured
+from fednats.provision import authority
+from fednats.provision.authority import CERTIFICATE_FILE
+from fednats.provision.kits import provision, provisioned
+from fednats.provision.plan import RegionPlan
+from fednats.services import aggregator as service
+from fednats.services import certificates
+from fednats.services.lifecycle import Daemon
+from fednats.services.notices import What
+from fednats.storage.journal import Journal
+from fednats.subjects import HUB, presence_bucket
+from fednats.testbed import nats_server
+from fednats.testbed.bus_servers import BusServers, bus_servers
+from fednats.testbed.connected_bus import until
+from fednats.transport import connection
+from fednats.transport.bus import Bus
+from fednats.transport.tls import certificates_end_at
+
+RUN, REGION = "run", "north"
+DAY_S = 86400
+
+
+async def provision_again(servers: BusServers, sites: tuple[str, ...], **changes: tuple[str, ...]) -> None:
+    """Do as an operator does: provision, hand out, reload the region's server."""
+    plan = provisioned(servers.kits)
+    regions = tuple(replace(region, sites=sites) for region in plan.regions)
+    await asyncio.to_thread(
+        provision,
+        plan.model_copy(update={"regions": regions}),
+        servers.kits.root,
+        **changes,  # type: ignore[arg-type]
+    )
+    command = [nats_server.binary(), "--signal", "reload=server.pid"]
+    await asyncio.to_thread(subprocess.run, command, cwd=servers.kits.server(REGION), check=True)
+
+
+@asynccontextmanager
+async def aggregating(servers: BusServers, state_dir: Path) -> AsyncIterator[Daemon]:
+    """Run the aggregator's daemon on the settings file of its kit, as the command line does."""
+    config = servers.kits.region(REGION) / "aggregator.toml"
+    settings = load(config, AggregatorSettings, {"FEDNATS_STATE_DIR": str(state_dir), "FEDNATS_WEB__PORT": "0"})
+    await asyncio.to_thread(state_dir.mkdir)
+    daemon = Daemon("aggregator", REGION, RUN, structlog.get_logger())
+    living = asyncio.create_task(service.aggregator(daemon, settings, config))
+    try:
+        yield daemon
+    finally:
+        daemon.stopping.set()
+        await living
+
+
+async def test_a_hospital_joins_without_a_restart_and_one_that_is_revoked_is_told_and_asks_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LONGEST_REFUSED_WAIT_S", 1.0)
+    async with (
+        bus_servers(tmp_path, RUN, (RegionPlan(REGION, ("a", "b")),)) as servers,
+        Bus.connect(servers.coordinator(), f"coordinator.{HUB}"),
+        aggregating(servers, tmp_path / "state") as daemon,
+    ):
+
+        async def of_sites(*names: str) -> bool:
+            found = daemon.sources.get("site", {})
+            return sorted(name for some in found.values() for name in some) == list(names)
+
+        await until(lambda: of_sites("a", "b"))
+        await provision_again(servers, ("a", "b", "c"), add_sites=("c",))
+        await until(lambda: of_sites("a", "b", "c"))
+        async with Bus.connect(servers.site(REGION, "c"), "site.c") as site:
+            await site.put(presence_bucket(RUN), "site.c", b'{"release": "0"}')
+
+            async def is_there() -> bool:
+                return daemon.sources["site"]["present"] == ["c"]
+
+            await until(is_there)
+            await provision_again(servers, ("a", "b"), revoke=("site.c",))
+
+            async def refused() -> bool:
+                return site.refusal is not None
+
+            await until(refused)
+            assert site.refusal is not None
+            assert "site.c is not among its users (revoked?)" in site.refusal
+            assert not site.connected
+            before, log = time.monotonic(), servers.leaves[REGION].log_file
+            n_before = log.read_text().count("authentication error")
+            await asyncio.sleep(2.5)
+            asked = log.read_text().count("authentication error") - n_before
+            assert asked <= (time.monotonic() - before) / 0.9, "it still asks several times a second"
+            await provision_again(servers, ("a", "b", "c"), add_sites=("c",))  # under a new key: of the old one
+            assert site.refusal is not None
+        await until(lambda: of_sites("a", "b", "c"))
+    journal = Journal(tmp_path / "state" / "journal.sqlite")
+    told = [entry.event.sites for entry in journal.replay() if isinstance(entry.event, Configured)]
+    assert [set(sites) for sites in told] == [set("ab"), set("abc"), set("ab"), set("abc")]
+    journal.close()
+
+
+@pytest.mark.parametrize(("days", "said"), [(20, [19]), (-1, [0]), (100, [])])
+async def test_a_certificate_that_ends_is_seen_at_the_server_and_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int, said: list[int]
+) -> None:
+    monkeypatch.setattr(authority, "RENEWED_BEFORE_DAYS", -10)
+    async with bus_servers(tmp_path, RUN, (RegionPlan(REGION, ("a", "b")),), leaves=False) as servers:
+        monkeypatch.setattr(authority, "SERVER_DAYS", days)
+        certificate = servers.kits.server(HUB) / CERTIFICATE_FILE
+        await asyncio.to_thread(certificate.unlink)
+        await asyncio.to_thread(provision, provisioned(servers.kits), servers.kits.root)
+        settings = servers.coordinator()
+        daemon = Daemon("coordinator", HUB, RUN, structlog.get_logger())
+        noticed: list[tuple[What, object]] = []
+        monkeypatch.setattr(daemon.notices, "add", lambda what, details: noticed.append((what, details)))
+        watching = asyncio.create_task(certificates.watch_certificates(daemon, [settings, settings]))
+        try:
+            assert (await certificates_end_at(settings)) > time.time() + 700 * DAY_S
+            await servers.hub.reload()
+
+            async def has_the_new_one() -> bool:
+                return await certificates_end_at(settings) < time.time() + 101 * DAY_S
+
+            await until(has_the_new_one)
+        finally:
+            watching.cancel()
+        watching = asyncio.create_task(certificates.watch_certificates(daemon, [settings, settings]))
+
+        async def looked() -> bool:
+            return "fednats_certificate_ends_in_seconds" in daemon.metrics.text().decode() and len(noticed) >= len(said)
+
+        await until(looked)
+        await asyncio.sleep(0.2)
+        watching.cancel()
+        if days > 0:
+            ends = dict(authority.certificates(servers.kits.root))[certificate]
+            assert await certificates_end_at(settings) == ends.timestamp()
+    fields = [{"server": settings.url, "ends_in_days": left} for left in said]
+    assert noticed == [(What.CERTIFICATE_ENDING, each) for each in fields]
