@@ -9,6 +9,7 @@
     |   |-- UnreachableError   a daemon that starts cannot connect
     |   |-- BusFullError       a stream is at its limit; what was offered is not stored
     |   `-- FencedError        a stream refuses a publisher whose lease another one has taken
+    |-- RestoreError           a daemon's state is from a backup and cannot be brought up to date
     |-- RivalError             another daemon does this one's work: one of them ends
     |-- LocalStorageError      this machine's disk does not take what must be on it
     |   `-- DatabaseLockedError  another process holds one of its files
@@ -63,6 +64,10 @@ class BusFullError(BusError):
 
 class FencedError(BusError):
     """A stream has refused what was published under a lease that is not the newest there; nothing is stored."""
+
+
+class RestoreError(FednatsError):
+    """A daemon's state is older than what the bus has, and cannot be brought up to date; the text says why, and the remedy."""
 
 
 class RivalError(FednatsError):

@@ -1,11 +1,11 @@
 """The coordinator's machine: a `Collector` over regions, and the life of the run around it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from fednats.config import DefenceSettings, RunSettings, StopSettings
-from fednats.messages import Opening
+from fednats.messages import Composition, Opening, OpeningNote
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import (
@@ -21,6 +21,7 @@ from fednats.protocol.events import (
     FinalEvaluationOverdue,
     KeepBest,
     OpenRun,
+    Restored,
     RunClosed,
     RunFailed,
     RunOpened,
@@ -127,27 +128,35 @@ class Coordinator:
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
-        if isinstance(event, RunOpened):
-            return self._open(event)
+        match event:
+            case RunOpened():
+                return self._open(event)
+            case Restored():
+                return self._restore(event)
+            case WallTimeReached() | RunFailed() | EverySiteFails() | FinalEvaluationOverdue():
+                return self._end(event)
         if isinstance(event, Configured) and event.settings is not None:
             self._configure(event.settings)
         if isinstance(event, Combined):
             self._note_norms(event)
-        if isinstance(event, WallTimeReached):
-            return self._finish("max_wall_s reached")
-        if isinstance(event, RunFailed):
-            self.failed = self.failed or self.state is RunState.OPEN
-            return self._finish(event.reason)
-        if isinstance(event, FinalEvaluationOverdue):
-            return self._close()
-        if isinstance(event, EverySiteFails):
-            return self._give_up(f"every site fails: {event.why}")
         commands = self.collector.handle(event)
         if isinstance(event, EvaluationsSummed) and event.n_sites:
             commands += self._record(event)
         if isinstance(event, VersionAnnounced) and self.n_versions >= self.stop.max_versions:
             commands += self._finish("max_versions reached")
         return commands
+
+    def _end(self, event: WallTimeReached | RunFailed | EverySiteFails | FinalEvaluationOverdue) -> list[Command]:
+        match event:
+            case WallTimeReached():
+                return self._finish("max_wall_s reached")
+            case RunFailed(reason=reason):
+                self.failed = self.failed or self.state is RunState.OPEN
+                return self._finish(reason)
+            case EverySiteFails(why=why):
+                return self._give_up(f"every site fails: {why}")
+            case FinalEvaluationOverdue():
+                return self._close()
 
     @property
     def n_versions(self) -> int:
@@ -206,6 +215,37 @@ class Coordinator:
         if self.state is RunState.CLOSED:
             commands += self._tell_closed()
         return commands
+
+    def _restore(self, event: Restored) -> list[Command]:
+        """Go on from what was made since the backup; what follows from it comes with the version's announcement."""
+        commands = self.collector.handle(event)
+        made = list(event.made)
+        for note in event.openings:
+            self._count_norms([each for each in made if each.version < note.opening.opened_at])
+            made = [each for each in made if each.version >= note.opening.opened_at]
+            self._open_since(note)
+        self._count_norms(made)
+        if event.closed is not None and self.opening is not None:
+            self.state, self.reason = RunState.CLOSED, event.closed
+            closed = RunClosed(reason=event.closed, opened_at=self.opening.opened_at, version=event.version)
+            commands += self.collector.handle(closed)
+        return commands
+
+    def _open_since(self, note: OpeningNote) -> None:
+        """Know of a run that was opened, or extended, since the backup."""
+        if note.opening == self.opening:
+            return
+        n_past, self.state = len(self.past), RunState.CLOSED
+        self._open(RunOpened(opening=note.opening, settings=note.settings))
+        if len(self.past) > n_past:
+            self.past[-1] = replace(self.past[-1], last_version=note.opening.first_version - 1)
+
+    def _count_norms(self, made: Iterable[Composition]) -> None:
+        for composition in made:
+            for part in composition.parts:
+                identity = contribution_id(part.head)
+                if identity in composition.norms and identity not in composition.quarantined:
+                    self.norms.add(part.head.region, composition.norms[identity])
 
     def _open(self, event: RunOpened) -> list[Command]:
         """Begin a run, or go on with the newest: with all that is known of it, and other stop rules."""

@@ -33,6 +33,9 @@ local_steps = 50            # batches
 batch_size = 32
 learning_rate = 0.02
 
+[server]                    # at the coordinator
+learning_rate = 0.3         # of the mean change; with 1, changes from several old versions overshoot
+
 [stop]
 max_versions = 20
 target_metric = "auc"       # chooses the best version
