@@ -55,10 +55,12 @@ from fednats.messages import (
     ParameterSpec,
     Payload,
     Presence,
+    Receipt,
     Reject,
     RunAnswer,
     RunOrder,
     Update,
+    Verdict,
 )
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
@@ -142,6 +144,8 @@ AGGREGATE = Aggregate(
     payload=UPDATE.payload,
 )
 EVALUATION = evaluation("a", auc=0.5).model_copy(update={"arrangement": 3, "figures": ("c_index",)})
+SUM_OF_EVALUATIONS = evaluated_by("north")
+VERDICT = Verdict(name="u", sequence=1, outcome="refused", reason="replayed", detail="", ledger_head="0" * 64)
 MESSAGES: tuple[Message, ...] = (
     Chunk(parts=(b"\x00\x05", b"\x01\x02")),
     MANIFEST,
@@ -173,7 +177,8 @@ MESSAGES: tuple[Message, ...] = (
     ),
     EvaluationBlocks(run="r", node="north", blocks=(("a", "b"),), asked=(("a", 2), ("b", 2))),
     EVALUATION,
-    evaluated_by("north"),
+    SUM_OF_EVALUATIONS,
+    Receipt(run="r", region="north", site="a", verdicts=(VERDICT,)),
     Reject(run="r", node="hub", subject="s", sender="a", reason="x", detail="", n_bytes=1, data=b"x"),
 )
 ANNOUNCED = VersionAnnounced(
@@ -192,7 +197,7 @@ SUBJECTS = (
     subjects.head(subjects.aggregate("r", "north")),
     subjects.evaluation_sum("r", "north"),
 )
-SENT = (UPDATE, EVALUATION, AGGREGATE, MESSAGES[6])
+SENT = (UPDATE, EVALUATION, AGGREGATE, SUM_OF_EVALUATIONS)
 
 
 @dataclass

@@ -164,7 +164,7 @@ class CoordinatorWorker:
         self._run = run
         self._decoder, *older = (decoder(run.delta, key) for key in self._keys or (None,))
         self._decoders = {held.key_id: held for held in (self._decoder, *older)}
-        self._optimizer = ServerOptimizer(run.server)
+        self._optimizer = ServerOptimizer(run.server, synchronous=run.aggregation.synchronous)
         model = self._make_model(run)
         self._layout = Layout(parameters_of(model))
         self._frozen_digests = frozen_digests(model)
