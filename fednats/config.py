@@ -109,16 +109,30 @@ class TrainingSettings(Settings):
         return self.batch_size if self.dp is None else min(self.batch_size, self.dp.physical_batch_size)
 
 
+ASYNCHRONOUS_RATE = 0.3
+"""Where every sum makes a version, its delta is a few versions old: a whole step swings about the optimum, and may diverge."""
+
+
 class ServerSettings(Settings):
     """The optimiser that the coordinator applies to the pseudo-gradient (Reddi et al. 2021, arXiv:2003.00295)."""
 
     optimizer: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = Field(
-        1.0,
+    learning_rate: float | None = Field(
+        None,
         gt=0,
-        description="1 with synchronous rounds is FedAvg; deltas that are a few versions old want less: 0.3 to 0.5",
+        description="none: 1 in synchronous rounds, which is FedAvg; 0.3 where deltas are a few versions old",
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
+
+    def rate(self, *, synchronous: bool) -> float:
+        """Return the learning rate, or what the mode makes of none.
+
+        >>> ServerSettings().rate(synchronous=True), ServerSettings().rate(synchronous=False)
+        (1.0, 0.3)
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1.0 if synchronous else ASYNCHRONOUS_RATE
 
 
 class StalenessSettings(Settings):
@@ -244,6 +258,11 @@ class StopSettings(Settings):
 
     max_versions: int = Field(40, ge=1)
     max_wall_s: float | None = Field(None, gt=0)
+    all_failing_s: float = Field(
+        60.0,
+        gt=0,
+        description="end the run, as failed, when the training of every site has failed in the same way for so long",
+    )
     target_metric: str | None = Field(
         None, description="chooses the best version; none: auc, or the first figure of a task that has none"
     )

@@ -4,18 +4,16 @@
 
     FednatsError
     |-- ConfigError            a setting, file or task the operator has to mend
-<<<<<<< HEAD
     |   `-- CopiedSiteError    another process sends as this site
-    |-- TaskError              the code of a task failed
-=======
->>>>>>> main
     |-- BusError               the bus cannot be reached or does not answer
     |   |-- UnreachableError   a daemon that starts cannot connect
     |   |-- BusFullError       a stream is at its limit; what was offered is not stored
     |   `-- FencedError        a stream refuses a publisher whose lease another one has taken
+    |-- RestoreError           a daemon's state is from a backup and cannot be brought up to date
     |-- RivalError             another daemon does this one's work: one of them ends
     |-- LocalStorageError      this machine's disk does not take what must be on it
     |   `-- DatabaseLockedError  another process holds one of its files
+    |-- RunFailedError         a run ended because it could not go on
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- ImpossibleModelError   the next version would hold a value that no model can have
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
@@ -68,6 +66,10 @@ class FencedError(BusError):
     """A stream has refused what was published under a lease that is not the newest there; nothing is stored."""
 
 
+class RestoreError(FednatsError):
+    """A daemon's state is older than what the bus has, and cannot be brought up to date; the text says why, and the remedy."""
+
+
 class RivalError(FednatsError):
     """Another daemon with the same role and name is running, or has taken over; the text names its host."""
 
@@ -78,6 +80,10 @@ class LocalStorageError(FednatsError):
 
 class DatabaseLockedError(LocalStorageError):
     """Another process holds the lock of a file; nothing was written, and it can be tried again."""
+
+
+class RunFailedError(FednatsError):
+    """A run was ended by its coordinator because it could not go on; the text says why."""
 
 
 class InterruptedRunError(FednatsError):

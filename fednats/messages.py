@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fednats import __version__
-from fednats.config import AggregationSettings, DeltaSettings, Token, TrainingSettings, check_robust
+from fednats.config import AggregationSettings, DeltaSettings, RunSettings, Token, TrainingSettings, check_robust
 
 DIGEST_BYTES = 16
 MAX_COUNT = 2**40
@@ -266,6 +266,61 @@ class Aggregate(SignedMessage):
     payload: Payload
 
 
+class ComposedPart(BaseModel):
+    """One contribution in a sum or a version; the payload of its head is named without the digests of its chunks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    head: Update | Aggregate
+    mass: Annotated[float, Field(ge=0, le=MAX_MASS)]
+    staleness: Count
+
+
+class Composition(Message):
+    """What a node has made a sum, or a model version, of: its note to itself, for when its state is from a backup."""
+
+    kind: ClassVar[str] = "composition"
+
+    run: Token
+    node: Token
+    made_by: Token = Field(
+        description="id of the combination: the id of the sum; of a version, what its checkpoint names"
+    )
+    previous: Token | Literal[""] = Field(description="id of the combination before; none before the first")
+    version: Count = Field(description="model version at which it was weighed")
+    parts: tuple[ComposedPart, ...] = Field(description="all, those that were left out too")
+    scale: float
+    n_sites: Count
+    capacity: Count | None
+    quarantined: dict[Token, Text] = Field({}, description="parts that were left out, by id, and why")
+    norms: dict[Token, Annotated[float, Field(ge=0)]] = Field({}, description="L2 norm of each part, by id, at the hub")
+    grid: Grid | None = Field(None, description="the one that the version is announced with, at the hub")
+    weights_digest: Digest | Literal[b""] = Field(b"", description="of the version, at the hub")
+
+
+class OpeningNote(Message):
+    """With which settings a run was opened, or extended: the coordinator's note to itself, as a `Composition` is."""
+
+    kind: ClassVar[str] = "opening_note"
+
+    run: Token
+    opening: Opening
+    settings: RunSettings
+    grid: Grid
+    weights_digest: Digest = Field(description="of the version that it begins with")
+
+
+class EvaluationBlocks(Message):
+    """Which sites have been in the same sums of evaluations so far: a region's note to itself, as a `Composition` is."""
+
+    kind: ClassVar[str] = "evaluation_blocks"
+
+    run: Token
+    node: Token
+    blocks: tuple[tuple[Token, ...], ...]
+    asked: tuple[tuple[Token, Positive], ...] = Field(description="how many sites each site asks a sum to be of")
+
+
 class Evaluation(SignedMessage):
     """One site's counts of one version on its own test data; payload: the summable encoding of the counts."""
 
@@ -372,6 +427,10 @@ class Presence(BaseModel):
     declined: dict[str, Annotated[str, Field(max_length=1000)]] = Field(
         {}, max_length=1000, description="by service, this one and those below: why it takes no part in the run"
     )
+    failing: dict[str, Annotated[str, Field(max_length=1000)]] = Field(
+        {}, max_length=1000, description="by service, this one and those below: how its training fails, without data"
+    )
+    n_sites: Count = Field(0, description="sites of this region and of those below, there or not; 0: not all are known")
 
 
 class RunOrder(SignedMessage):
@@ -425,6 +484,9 @@ AnyMessage = (
     | Lease
     | Update
     | Aggregate
+    | Composition
+    | OpeningNote
+    | EvaluationBlocks
     | Evaluation
     | EvaluationSum
     | Receipt

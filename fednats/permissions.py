@@ -114,6 +114,7 @@ def aggregator(run: str, region: str) -> Permissions:
             *_make(models),
             *_read(models),
             *_consume(updates),
+            *_compose(run, region),
             *_make(subjects.receipts_stream(run, region)),
             subjects.receipt(run, region, "*"),
             *_reject(run, region),
@@ -181,6 +182,7 @@ def coordinator(run: str) -> Permissions:
             subjects.run_order(run),
             *_make(below),
             *_consume(below),
+            *_compose(run, HUB),
             *_reject(run, HUB),
             *_buckets(run),
             _presence(run, "coordinator", HUB),
@@ -286,6 +288,11 @@ def _buckets(run: str) -> tuple[str, ...]:
 
 def _reject(run: str, node: str) -> tuple[str, ...]:
     return (*_make(subjects.rejects_stream(run, node)), subjects.rejects(run, node))
+
+
+def _compose(run: str, node: str) -> tuple[str, ...]:
+    stream = subjects.compositions_stream(run, node)
+    return (*_make(stream), *_read(stream), subjects.composition(run, node, "*"))
 
 
 def _make(stream: str) -> tuple[str, ...]:

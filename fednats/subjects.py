@@ -92,6 +92,19 @@ def chunk(prefix: str, payload_id: str, index: int) -> str:
     return f"{prefix}.chunk.{payload_id}.{index}"
 
 
+# --- notes of a node to itself ----------------------------------------------------------------------------------------
+
+
+def composition(run: str, node: str, name: str) -> str:
+    """What ``node`` made something of: a version by its number, a sum by its id; for nobody but itself."""
+    return f"fed.{run}.composition.{node}.{name}"
+
+
+def compositions_stream(run: str, node: str) -> str:
+    """Stream of what ``node`` notes for itself: a region's is in its private account."""
+    return f"fed_{run}_compositions_{node}"
+
+
 # --- one at a time ----------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +145,7 @@ def sender(subject: str) -> str:
     _, _, kind, *names = subject.split(".")
     if kind in {"update", "evaluation"}:
         return names[1]
-    return names[0] if kind in {"aggregate", "receipt"} else HUB
+    return names[0] if kind in {"aggregate", "composition", "receipt"} else HUB
 
 
 # --- orders to the coordinator ----------------------------------------------------------------------------------------

@@ -40,21 +40,27 @@ from fednats.messages import (
     Aggregate,
     AnyMessage,
     Chunk,
+    ComposedPart,
+    Composition,
     Control,
     Evaluation,
+    EvaluationBlocks,
     EvaluationSum,
     Frame,
     Grid,
     Lease,
     Message,
     ModelManifest,
+    OpeningNote,
     ParameterSpec,
     Payload,
     Presence,
+    Receipt,
     Reject,
     RunAnswer,
     RunOrder,
     Update,
+    Verdict,
 )
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
@@ -138,6 +144,8 @@ AGGREGATE = Aggregate(
     payload=UPDATE.payload,
 )
 EVALUATION = evaluation("a", auc=0.5).model_copy(update={"arrangement": 3, "figures": ("c_index",)})
+SUM_OF_EVALUATIONS = evaluated_by("north")
+VERDICT = Verdict(name="u", sequence=1, outcome="refused", reason="replayed", detail="", ledger_head="0" * 64)
 MESSAGES: tuple[Message, ...] = (
     Chunk(parts=(b"\x00\x05", b"\x01\x02")),
     MANIFEST,
@@ -147,8 +155,30 @@ MESSAGES: tuple[Message, ...] = (
     RunAnswer(run="r", order_id="o", error="", version=1, runs=()),
     UPDATE,
     AGGREGATE,
+    Composition(
+        run="r",
+        node="north",
+        made_by="s",
+        previous="",
+        version=1,
+        parts=(ComposedPart(head=UPDATE, mass=1.0, staleness=0), ComposedPart(head=AGGREGATE, mass=1.0, staleness=0)),
+        scale=1.0,
+        n_sites=2,
+        capacity=500,
+        norms={"s": 1.0},
+        quarantined={"s": "why"},
+    ),
+    OpeningNote(
+        run="r",
+        opening=MANIFEST.opening,
+        settings=RunSettings(name="r"),
+        grid=MANIFEST.grid,
+        weights_digest=MANIFEST.weights_digest,
+    ),
+    EvaluationBlocks(run="r", node="north", blocks=(("a", "b"),), asked=(("a", 2), ("b", 2))),
     EVALUATION,
-    evaluated_by("north"),
+    SUM_OF_EVALUATIONS,
+    Receipt(run="r", region="north", site="a", verdicts=(VERDICT,)),
     Reject(run="r", node="hub", subject="s", sender="a", reason="x", detail="", n_bytes=1, data=b"x"),
 )
 ANNOUNCED = VersionAnnounced(
@@ -167,7 +197,7 @@ SUBJECTS = (
     subjects.head(subjects.aggregate("r", "north")),
     subjects.evaluation_sum("r", "north"),
 )
-SENT = (UPDATE, EVALUATION, AGGREGATE, MESSAGES[6])
+SENT = (UPDATE, EVALUATION, AGGREGATE, SUM_OF_EVALUATIONS)
 
 
 @dataclass

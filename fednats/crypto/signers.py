@@ -97,7 +97,8 @@ def signer_of(subject: str) -> str:
     name = subjects.sender(subject)
     if name == subjects.HUB:
         return user_name("coordinator", name)
-    return user_name("aggregator" if subject.split(".")[2] in {"aggregate", "receipt"} else "site", name)
+    of_region = subject.split(".")[2] in {"aggregate", "composition", "receipt"}
+    return user_name("aggregator" if of_region else "site", name)
 
 
 def read_roster(path: Path) -> Roster:

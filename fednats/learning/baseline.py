@@ -1,6 +1,7 @@
 """What a federation is compared with: a hospital alone, and the data of all hospitals in one place."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class Pooled(Task):
         """All test data, one hospital after the other."""
         return ConcatDataset([task.test_data() for task in self._tasks])
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
         """The first task's loss."""
         return self._first.loss(model, inputs, targets)
 

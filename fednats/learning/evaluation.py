@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from fednats.codec.layout import Vector
 from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, LocalDataError
+from fednats.learning.batches import Batches
 from fednats.learning.default_metrics import scoring_of
 from fednats.learning.figures import arrangement_of, flat_figures
 from fednats.learning.flat import initial_model, write_vector
+from fednats.learning.inputs import Inputs, described, predict
 from fednats.learning.outputs import Kind, Outputs, gives_probabilities, outputs_of, shape_of
 from fednats.learning.scores import Counts
 from fednats.learning.task import Task
@@ -68,6 +69,7 @@ class Evaluator:
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
         self.data = task.test_data()
+        self._data = Batches(task, "test_data", self.data, model)
         self.lend(model)
 
     def lend(self, model: nn.Module) -> None:
@@ -81,9 +83,7 @@ class Evaluator:
         Raises:
             ConfigError: there is no test case, or the default metrics do not know such outputs and targets.
         """
-        scores, targets = next(self._scored(BATCH_SIZE), (None, None))
-        if scores is None:
-            raise ConfigError(f"{type(self._task).__name__}: test_data() is empty; a site needs at least one test case")
+        scores, targets = next(self._scored(BATCH_SIZE))
         own = self._task.has_own_metrics
         if gives_probabilities(self._model, scores):
             if own:
@@ -93,7 +93,7 @@ class Evaluator:
                 " logits; leave that layer out, or write loss() and metrics()"
             )
         try:
-            found = outputs_of(scores, targets, (batch[1] for batch in self._loader(BATCH_SIZE)))
+            found = outputs_of(scores, targets, (batch[1] for batch in self._data.loader(BATCH_SIZE)))
         except ConfigError as error:
             if own:
                 return self._other(scores, targets)
@@ -113,22 +113,28 @@ class Evaluator:
         """
         write_vector(self._model, weights)
         outputs = self.outputs
-        tally = _Tally(outputs, own=self._task.has_own_metrics, n_cases=_length(self.data))
+        tally = _Tally(outputs, own=self._task.has_own_metrics, n_cases=len(self._data))
         for scores, targets in self._scored(batch_size):
             tally.add(scores, targets)
         return tally.evaluated(self._task)
 
     def _scored(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._model.eval()
-        for inputs, targets in self._loader(batch_size):
+        for inputs, targets in self._data.loader(batch_size):
             with torch.no_grad():  # no inference mode: what a model caches in it, training could not use
-                scores = self._model(inputs)
-            if not isinstance(scores, Tensor):
-                raise ConfigError(f"the model gives a {shape_of(scores)}; its forward() must return one tensor")
-            yield scores, targets
+                yield self._scores(inputs, len(targets)), targets
 
-    def _loader(self, batch_size: int) -> "DataLoader[tuple[Tensor, ...]]":
-        return DataLoader(self.data, batch_size=batch_size)
+    def _scores(self, inputs: Inputs, n_cases: int) -> Tensor:
+        try:
+            scores = predict(self._model, inputs)
+        except Exception as error:
+            error.add_note(f"The batch's inputs are {described(inputs)}.")
+            raise
+        if not isinstance(scores, Tensor):
+            raise ConfigError(f"the model gives a {shape_of(scores)}; its forward() must return one tensor")
+        if n_cases == 1 and scores.shape[:1] != (1,):
+            return scores[None]  # a model that squeezes its outputs also squeezes away a batch of one
+        return scores
 
     def _other(self, scores: object, targets: object) -> Outputs:
         return Outputs(Kind.OTHER, shape_of(scores), shape_of(targets), 0, (), ())
@@ -204,7 +210,3 @@ def evaluate(task: Task, weights: Vector, batch_size: int = BATCH_SIZE, seed: in
     What is frozen is made from ``seed``.
     """
     return Evaluator(task, initial_model(task, seed)).evaluate(weights, batch_size)
-
-
-def _length(data: object) -> int:
-    return len(data)  # type: ignore[arg-type]  # torch's Dataset declares no __len__

@@ -16,15 +16,18 @@ ADAM_BETAS = (0.9, 0.99)
 ADAM_EPS = 1e-3
 
 
-def _sgd(weights: nn.Parameter, settings: ServerSettings) -> optim.Optimizer:
-    return optim.SGD([weights], settings.learning_rate, momentum=settings.momentum)
+def _sgd(weights: nn.Parameter, settings: ServerSettings, rate: float) -> optim.Optimizer:
+    return optim.SGD([weights], rate, momentum=settings.momentum)
 
 
-def _adam(weights: nn.Parameter, settings: ServerSettings) -> optim.Optimizer:
-    return optim.Adam([weights], settings.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS)
+def _adam(weights: nn.Parameter, _settings: ServerSettings, rate: float) -> optim.Optimizer:
+    return optim.Adam([weights], rate, betas=ADAM_BETAS, eps=ADAM_EPS)
 
 
-OPTIMIZERS: Mapping[str, Callable[[nn.Parameter, ServerSettings], optim.Optimizer]] = {"sgd": _sgd, "adam": _adam}
+OPTIMIZERS: Mapping[str, Callable[[nn.Parameter, ServerSettings, float], optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+}
 
 
 STATISTIC_RATE = 0.5
@@ -46,15 +49,16 @@ class ServerOptimizer:
     ([0.5, -1.0], {})
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, *, synchronous: bool = True) -> None:
         self._settings = settings
+        self._rate = settings.rate(synchronous=synchronous)
         self.slots: tuple[str, ...] = {
             "sgd": ("momentum_buffer",) if settings.momentum else (),
             "adam": ("exp_avg", "exp_avg_sq"),
         }[settings.optimizer]
         """Names of what the rule keeps for each weight."""
         has_memory = settings.optimizer != "sgd" or settings.momentum > 0
-        self._statistic_rate = np.float32(STATISTIC_RATE if has_memory else min(1.0, settings.learning_rate))
+        self._statistic_rate = np.float32(STATISTIC_RATE if has_memory else min(1.0, self._rate))
 
     def step(
         self,
@@ -74,7 +78,7 @@ class ServerOptimizer:
         if mean_delta.shape != weights.shape or not np.isfinite(mean_delta).all():
             raise ValueError(f"mean delta of shape {mean_delta.shape}: expected finite values, {weights.shape}")
         parameter = nn.Parameter(torch.tensor(weights))
-        optimizer = OPTIMIZERS[self._settings.optimizer](parameter, self._settings)
+        optimizer = OPTIMIZERS[self._settings.optimizer](parameter, self._settings, self._rate)
         state: dict[str, object] = {name: torch.tensor(slots[name]) for name in self.slots}
         if self._settings.optimizer == "adam":
             state["step"] = torch.tensor(float(n_steps))

@@ -23,9 +23,13 @@ from fednats.config import ServerSettings, TrainingSettings
 from fednats.errors import ConfigError
 from fednats.learning.default_loss import default_loss
 from fednats.learning.default_metrics import default_metrics
+from fednats.learning.inputs import predict
 
-Examples = Dataset[tuple[Tensor, ...]]
+Examples = Dataset[tuple[Any, ...]]
 """A map-style data set: ``len(data)`` examples, ``data[i]`` one ``(input, target)``.
+
+The input is a tensor, a tuple of tensors for a model with several inputs, or a dict of tensors by name of the model's
+argument. PyTorch's `default_collate` makes batches of them, and floating-point values get the dtype of the model's parameters.
 
 It may say whose its examples are with ``patients``, one text for each, and how many values are missing with ``n_missing``, a
 count for each column; `fednats.data.cases.Cases` does.
@@ -62,19 +66,19 @@ class Task(ABC):
 
     @abstractmethod
     def train_data(self) -> Examples:
-        """Load what this hospital trains on: ``(input, target)`` tensors."""
+        """Load what this hospital trains on: cases ``(input, target)``."""
 
     @abstractmethod
     def test_data(self) -> Examples:
         """Load what this hospital tests on; no case of it may be in `train_data`."""
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar.
+    def loss(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+        """Mean loss of a batch, a scalar; ``inputs`` are a batch of what `train_data` gives, see `Examples`.
 
         Here cross entropy, by shapes: of logits [batch, classes, ...] and int64 targets [batch, ...], or of logits and
         targets 0 or 1 of the same size. Raises ConfigError for anything else.
         """
-        return default_loss(model(inputs), targets)
+        return default_loss(predict(model, inputs), targets)
 
     def metrics(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
         """Figures for the model's outputs on all test cases, by name; nan, or left out, where the cases do not allow one.

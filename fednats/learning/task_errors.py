@@ -31,7 +31,7 @@ def task_code(doing: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - whatever foreign code raises, reported as one error
         name = type(error).__name__
         place = _place(error)
-        text = str(error)
+        text = " ".join([str(error), *getattr(error, "__notes__", ())])
         told = TaskError(
             f"{doing} failed: {name}{text and ': '}{text} ({place})", public=f"{doing} failed: {name} ({place})"
         )

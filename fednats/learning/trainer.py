@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader
+from torch import nn, optim
 
 from fednats.codec.layout import Vector
 from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, LocalDataError, TaskError
+from fednats.learning.batches import Batch, Batches, loss_of
 from fednats.learning.entries import frozen_digests, frozen_of, set_training, unlike
 from fednats.learning.flat import FlatModel, initial_model, read_vector, write_vector
-from fednats.learning.task import Examples, Task
+from fednats.learning.task import Task
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ class Trainer:
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
         self.data = task.train_data()
-        self.n_samples = _length(self.data)
-        if not self.n_samples:
-            raise ConfigError(f"{type(task).__name__}: train_data() is empty; a site needs at least one case")
+        self._data = Batches(task, "train_data", self.data, model)
+        self.n_samples = len(self._data)
         self.lend(model)
 
     def lend(self, model: nn.Module) -> None:
@@ -156,27 +155,35 @@ class Trainer:
         for step in range(1, settings.local_steps + 1):
             inputs, targets = next(batches)
             optimizer.zero_grad()
-            loss = self._task.loss(self._model, inputs, targets)
+            loss = loss_of(self._task, self._model, inputs, targets)
             value = loss.item()
             if not math.isfinite(value):
                 raise LocalDataError(
-                    f"loss is {value} at step {step} of {settings.local_steps}; lower the learning rate?"
+                    f"loss is {value} at step {step} of {settings.local_steps}; lower the learning rate?",
+                    public="the loss is not finite",
                 )
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()
             total += value
         return total / settings.local_steps
 
-    def _batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(
-            self.data,
-            batch_size=min(batch_size, self.n_samples),
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(seed),
-        )
+    def _batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        size = min(batch_size, self.n_samples)
+        if size == 1 and (name := needs_two(self._model)):
+            raise TaskError(
+                f"{name} is a BatchNorm over cases, and cannot train on batches of one: batch_size is {batch_size}, the site has"
+                f" {self.n_samples} cases; use nn.GroupNorm or nn.LayerNorm, or larger batches",
+                public="BatchNorm on batches of one case",
+            )
+        generator = torch.Generator().manual_seed(seed)
         while True:
-            yield from loader
+            yield from self._data.loader(size, shuffle=True, drop_last=True, generator=generator)
+
+
+def needs_two(model: nn.Module) -> str:
+    """Return the name of a layer that a batch of one case gives one value per channel to train on; empty if there is none."""
+    kinds = (nn.BatchNorm1d, nn.LazyBatchNorm1d)
+    return next((name or "the model" for name, layer in model.named_modules() if isinstance(layer, kinds)), "")
 
 
 def train(task: Task, weights: NDArray[np.float32], settings: TrainingSettings, seed: int) -> NDArray[np.float32]:
@@ -190,7 +197,3 @@ def trained(task: Task, weights: NDArray[np.float32], settings: TrainingSettings
     model = initial_model(task, seed)
     Trainer(task, model).train(weights, settings, seed)
     return model
-
-
-def _length(data: Examples) -> int:
-    return len(data)  # type: ignore[arg-type]  # torch's Dataset declares no __len__

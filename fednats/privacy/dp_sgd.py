@@ -7,6 +7,7 @@ only when a run asks for it: opacus is large.
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -15,12 +16,13 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.data import default_collate
 
 from fednats.config import RecordPrivacySettings
 from fednats.errors import LocalDataError, TaskError
+from fednats.learning.batches import Batches, loss_of
 from fednats.learning.entries import gathering
-from fednats.learning.task import Examples, Task
+from fednats.learning.inputs import each
+from fednats.learning.task import Task
 from fednats.privacy.randomness import Randomness
 
 CHECKED_CASES = 8
@@ -63,7 +65,7 @@ def _trains(layer: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
-def check_loss(task: Task, model: nn.Module, data: Examples, n_cases: int) -> None:
+def check_loss(task: Task, model: nn.Module, data: Batches) -> None:
     """Refuse a loss that is not the mean over the batch of what each case alone gives.
 
     Only then is a record's gradient its own. A sum, or class weights that are divided by their sum over the batch, are not.
@@ -72,10 +74,11 @@ def check_loss(task: Task, model: nn.Module, data: Examples, n_cases: int) -> No
         TaskError: with what was got and what was expected.
     """
     model.eval()
-    inputs, targets = _cases(data, range(min(n_cases, CHECKED_CASES)))
+    inputs, targets = data.of(range(min(len(data), CHECKED_CASES)))
     with torch.no_grad():
-        together = float(task.loss(model, inputs, targets))
-        alone = [float(task.loss(model, inputs[i : i + 1], targets[i : i + 1])) for i in range(len(targets))]
+        together = float(loss_of(task, model, inputs, targets))
+        cases = [slice(index, index + 1) for index in range(len(targets))]
+        alone = [float(loss_of(task, model, each(inputs, itemgetter(case)), targets[case])) for case in cases]
     mean = sum(alone) / len(alone)
     if not math.isclose(together, mean, rel_tol=1e-3, abs_tol=1e-5):
         raise TaskError(
@@ -115,7 +118,7 @@ class PrivateSteps:
         self,
         task: Task,
         model: nn.Module,
-        data: Examples,
+        data: Batches,
         optimizer: optim.Optimizer,
         settings: RecordPrivacySettings,
         expected_batch_size: float,
@@ -168,11 +171,11 @@ class PrivateSteps:
             for parameter in self._optimizer.params:
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
             return 0.0
-        inputs, targets = _cases(self._data, part)
-        loss = self._task.loss(self._module, inputs, targets)
+        inputs, targets = self._data.of(part)
+        loss = loss_of(self._task, self._module, inputs, targets)
         value = loss.item()
         if not math.isfinite(value):
-            raise LocalDataError(f"loss is {value}; lower the learning rate?")
+            raise LocalDataError(f"loss is {value}; lower the learning rate?", public="the loss is not finite")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")  # inputs need no gradient
             warnings.filterwarnings("ignore", message="grad and param do not obey")  # of channels last: only speed
@@ -185,8 +188,3 @@ class PrivateSteps:
                     " the cases as the first dimension, each once in a pass, and none folded into several"
                 )
         return value * len(part)
-
-
-def _cases(data: Examples, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    inputs, targets = default_collate([data[index] for index in indices])
-    return inputs, targets

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fednats.config import AggregationSettings
+from fednats.messages import Aggregate, Update
 from fednats.protocol import staleness
 from fednats.protocol.participation import Offer, Participation, Weighed
 
@@ -36,6 +37,32 @@ class Contribution:
     """Key that it is encrypted for."""
     min_sites: int = 1
     """Distinct sites that it asks a sum with it to be of."""
+
+
+def contribution_of(head: Update | Aggregate) -> Contribution:
+    """Return what the buffer knows of ``head``."""
+    if isinstance(head, Update):
+        return Contribution(
+            head.update_id,
+            head.site,
+            1,
+            head.base_version,
+            head.grid_id,
+            float(head.n_samples),
+            key_id=head.key_id,
+            min_sites=head.min_sites,
+        )
+    return Contribution(
+        head.aggregate_id,
+        head.region,
+        head.n_sites,
+        head.model_version,
+        head.grid_id,
+        head.mass,
+        head.total_weight,
+        head.key_id,
+        head.min_sites,
+    )
 
 
 @dataclass(frozen=True, slots=True)

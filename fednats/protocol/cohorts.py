@@ -18,14 +18,19 @@ class Cohorts:
     blocks, and none of those is of fewer sites than its sites ask for.
     """
 
-    def __init__(self) -> None:
-        self._blocks: list[Block] = []
-        self._asked: dict[str, int] = {}
+    def __init__(self, blocks: Iterable[Block] = (), asked: Mapping[str, int] | None = None) -> None:
+        self._blocks: list[Block] = list(blocks)
+        self._asked: dict[str, int] = dict(asked or {})
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks as they are now."""
         return tuple(self._blocks)
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """How many sites each site in a block asked a sum to be of."""
+        return dict(self._asked)
 
     def largest(self, asked: Mapping[str, int]) -> tuple[Block, ...]:
         """Return the parts of the largest sum that may be made of sites, given how many sites each asks a sum to be of."""

@@ -13,10 +13,10 @@ from enum import Enum, auto
 from typing import Any, ClassVar
 
 from fednats.errors import Reason, RefusedError
-from fednats.messages import Aggregate, Update
+from fednats.messages import Aggregate, Composition, Update
 from fednats.protocol import admission
 from fednats.protocol.admission import Roster
-from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal, Terms
+from fednats.protocol.buffer import Buffer, Contribution, Flush, Goal, Terms, contribution_of
 from fednats.protocol.early import MAX_AHEAD, MAX_EARLY, Early
 from fednats.protocol.evaluations import Evaluations
 from fednats.protocol.events import (
@@ -35,17 +35,14 @@ from fednats.protocol.events import (
     PresenceChanged,
     Refuse,
     ReportWaiting,
+    Restored,
     RunClosed,
     Settle,
     StartTimer,
     VersionAnnounced,
     contribution_id,
 )
-from fednats.protocol.sequences import Sequences
-
-REMEMBERED = 100_000
-"""Settled ids kept to recognise a late duplicate."""
-
+from fednats.protocol.settled import Settled
 
 _NONE_CLOSED = RunClosed(reason="", opened_at=-1, version=-1)
 
@@ -75,11 +72,10 @@ class Collector:
         self._short = False
         self._goal_of = goal_of
         self._buffer: Buffer | None = None
-        self._evaluations = Evaluations(roster)
+        self.evaluations = Evaluations(roster)
         self._heads: dict[str, Update | Aggregate] = {}
         self._early: Early[Update | Aggregate] = Early()
-        self._settled: dict[str, Refuse | None] = {}
-        self._sequences: dict[str, Sequences] = {}
+        self._settled = Settled()
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
@@ -105,7 +101,7 @@ class Collector:
         commands: list[Command] = []
         if self.in_flight is not None:
             commands.append(Combine(self.in_flight))
-        commands += self._evaluations.outstanding
+        commands += self.evaluations.outstanding
         if self.state is not State.CLOSED and self._buffer:
             commands += self._start_timer()
         if self._short and self.state is not State.CLOSED:
@@ -136,7 +132,7 @@ class Collector:
         for head in self._early.take().values():
             ahead = admission.version(head) - event.version
             commands += self._admit(head, may_be_early=0 < ahead <= MAX_AHEAD)
-        commands += self._evaluations.announced(event)
+        commands += self.evaluations.announced(event)
         return commands + self._combine()
 
     def _configure(self, event: Configured) -> list[Command]:
@@ -172,11 +168,11 @@ class Collector:
         return [] if self._is_in_flight(identity) else [Settle((identity,))]
 
     def _evaluate(self, event: EvaluationArrived) -> list[Command]:
-        return self._evaluations.arrive(event.evaluation, self.current)
+        return self.evaluations.arrive(event.evaluation, self.current)
 
     def _summed(self, event: EvaluationsSummed) -> list[Command]:
         assert self.current is not None  # noqa: S101 - else nothing was to be summed
-        return self._evaluations.summed(event, self.current.settings.min_sites)
+        return self.evaluations.summed(event, self.current.settings.min_sites)
 
     def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:
         if not self._buffer or self.current is None:
@@ -198,12 +194,11 @@ class Collector:
 
     def _settle_parts(self, combination: Combination, event: Combined) -> list[Command]:
         for part in combination.parts:
-            if isinstance(part.head, Update):
-                self._sequences[part.head.site].settle(part.head.sequence)
+            self._settled.settle_number(part.head)
         ids = tuple(contribution_id(part.head) for part in combination.parts)
         summed = tuple(identity for identity in ids if identity not in event.quarantined)
         for identity in summed:
-            self._remember(identity)
+            self._settled.remember(identity)
         refused = [
             self._refuse(identity, Reason.OUTLIER, event.quarantined[identity])
             for identity in ids
@@ -222,6 +217,27 @@ class Collector:
             elif identity not in event.vanished:
                 commands += self._admit(part.head)
         return commands + self._combine()
+
+    def _restore(self, event: Restored) -> list[Command]:
+        """Know what was made since the backup, and give up what is here: what is not in it is delivered again."""
+        self.in_flight = self._flush = None
+        self._heads.clear()
+        self._early.take()
+        if self._buffer is not None:
+            self._buffer.clear()
+        if self.state is State.COMBINING:
+            self.state = State.COLLECTING
+        for composition in event.made:
+            self._count_made(composition)
+        self.evaluations.restore(event)
+        return []
+
+    def _count_made(self, composition: Composition) -> None:
+        self._settled.note(composition)
+        if self._buffer is not None:
+            contributions = tuple(contribution_of(part.head) for part in composition.parts)
+            masses = tuple(part.mass for part in composition.parts)
+            self._buffer.made(Flush(contributions, composition.version, masses, composition.scale, composition.n_sites))
 
     def _close(self, event: RunClosed) -> list[Command]:
         """Give up what is buffered; a combination under way is finished. Another run, or an extension, may follow."""
@@ -263,7 +279,7 @@ class Collector:
         commands: list[Command] = [] if before is None else self._give_up(event.opening.opened_at - 1)
         if self._buffer is None or before is None or event.opening.first_version != before.opening.first_version:
             self._buffer, self._flush = Buffer(self._terms(event)), None
-            commands += self._evaluations.begin(event.opening.first_version)
+            commands += self.evaluations.begin(event.opening.first_version)
         self._short = False
         self.state = State.COLLECTING if self.in_flight is None else State.COMBINING
         return commands
@@ -280,7 +296,7 @@ class Collector:
             else:
                 ids = (*ids, identity)
         for identity in ids:
-            self._remember(identity)
+            self._settled.remember(identity)
         return [Settle(ids)] if ids else []
 
     @property
@@ -290,7 +306,7 @@ class Collector:
 
     def _expect(self) -> list[Command]:
         """Go on with those who are there; say so if they are too few, once."""
-        commands = self._evaluations.expect(self._roster, self.present, self.current)
+        commands = self.evaluations.expect(self._roster, self.present, self.current)
         if self.current is None:
             return commands
         if self._buffer is not None:
@@ -313,7 +329,7 @@ class Collector:
         assert self._buffer is not None and self.current is not None  # noqa: PT018, S101 - states with a version only
         identity = contribution_id(head)
         if identity in self._settled:
-            return [self._settled[identity] or Settle((identity,))]
+            return [self._settled.again(identity)]
         if identity in self._heads or self._is_in_flight(identity):
             return []
         is_of_this_run = admission.version(head) >= self.current.opening.first_version
@@ -321,20 +337,13 @@ class Collector:
             return self._hold(head)
         try:
             admission.check(head, self._roster, self.current)
-            self._check_sequence(head)
+            self._settled.take_number(head)
         except RefusedError as error:
             return [self._refuse(identity, error.reason, error.detail)]
         was_empty = not self._buffer
         self._heads[identity] = head
-        self._buffer.add(_contribution(head))
+        self._buffer.add(contribution_of(head))
         return self._start_timer() if was_empty else []
-
-    def _check_sequence(self, head: Update | Aggregate) -> None:
-        """Refuse an update whose number was another's; the id of a sum follows from what is in it, and needs none."""
-        if isinstance(head, Update):
-            sequences = self._sequences.setdefault(head.site, Sequences())
-            sequences.check(head.sequence, head.update_id)
-            sequences.take(head.sequence, head.update_id)
 
     def _combine(self, *, deadline: bool = False) -> list[Command]:
         if self.state is not State.COLLECTING or self._buffer is None or self.current is None:
@@ -379,13 +388,8 @@ class Collector:
 
     def _refuse(self, identity: str, reason: Reason, detail: str) -> Refuse:
         refusal = Refuse(identity, reason, detail)
-        self._remember(identity, refusal)
+        self._settled.remember(identity, refusal)
         return refusal
-
-    def _remember(self, identity: str, refusal: Refuse | None = None) -> None:
-        self._settled[identity] = refusal
-        while len(self._settled) > REMEMBERED:
-            del self._settled[next(iter(self._settled))]
 
     def _start_timer(self) -> list[Command]:
         if self.current is None or self.current.settings.deadline_s is None:
@@ -400,6 +404,7 @@ class Collector:
         (State.WAITING, EvaluationArrived): _evaluate,
         (State.WAITING, EvaluationsSummed): _summed,
         (State.WAITING, DeadlineReached): _ignore,
+        (State.WAITING, Restored): _restore,
         (State.WAITING, RunClosed): _close,
         (State.COLLECTING, Configured): _configure,
         (State.COLLECTING, PresenceChanged): _see,
@@ -408,6 +413,7 @@ class Collector:
         (State.COLLECTING, EvaluationArrived): _evaluate,
         (State.COLLECTING, EvaluationsSummed): _summed,
         (State.COLLECTING, DeadlineReached): _reach_deadline,
+        (State.COLLECTING, Restored): _restore,
         (State.COLLECTING, RunClosed): _close,
         (State.COMBINING, Configured): _configure,
         (State.COMBINING, PresenceChanged): _see,
@@ -418,6 +424,7 @@ class Collector:
         (State.COMBINING, DeadlineReached): _reach_deadline,
         (State.COMBINING, Combined): _combined,
         (State.COMBINING, CombineFailed): _combine_failed,
+        (State.COMBINING, Restored): _restore,
         (State.COMBINING, RunClosed): _close,
         (State.CLOSED, Configured): _configure,
         (State.CLOSED, PresenceChanged): _see,
@@ -428,30 +435,6 @@ class Collector:
         (State.CLOSED, DeadlineReached): _ignore,
         (State.CLOSED, Combined): _combined_closed,
         (State.CLOSED, CombineFailed): _combine_failed_closed,
+        (State.CLOSED, Restored): _restore,
         (State.CLOSED, RunClosed): _close_again,
     }
-
-
-def _contribution(head: Update | Aggregate) -> Contribution:
-    if isinstance(head, Update):
-        return Contribution(
-            head.update_id,
-            head.site,
-            1,
-            head.base_version,
-            head.grid_id,
-            float(head.n_samples),
-            key_id=head.key_id,
-            min_sites=head.min_sites,
-        )
-    return Contribution(
-        head.aggregate_id,
-        head.region,
-        head.n_sites,
-        head.model_version,
-        head.grid_id,
-        head.mass,
-        head.total_weight,
-        head.key_id,
-        head.min_sites,
-    )

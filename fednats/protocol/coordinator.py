@@ -1,11 +1,11 @@
 """The coordinator's machine: a `Collector` over regions, and the life of the run around it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from fednats.config import DefenceSettings, RunSettings, StopSettings
-from fednats.messages import Opening
+from fednats.messages import Composition, Opening, OpeningNote
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import (
@@ -17,9 +17,11 @@ from fednats.protocol.events import (
     Configured,
     EvaluationsSummed,
     Event,
+    EverySiteFails,
     FinalEvaluationOverdue,
     KeepBest,
     OpenRun,
+    Restored,
     RunClosed,
     RunFailed,
     RunOpened,
@@ -106,7 +108,8 @@ class Coordinator:
         self.failed = False
         """Whether the run was closed because it cannot do what it was asked to."""
         self.norms = NormHistory(DefenceSettings())
-        self._stop = StopSettings()
+        self.stop = StopSettings()
+        """Of the newest run."""
 
     @property
     def version(self) -> int:
@@ -125,25 +128,35 @@ class Coordinator:
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
-        if isinstance(event, RunOpened):
-            return self._open(event)
+        match event:
+            case RunOpened():
+                return self._open(event)
+            case Restored():
+                return self._restore(event)
+            case WallTimeReached() | RunFailed() | EverySiteFails() | FinalEvaluationOverdue():
+                return self._end(event)
         if isinstance(event, Configured) and event.settings is not None:
             self._configure(event.settings)
         if isinstance(event, Combined):
             self._note_norms(event)
-        if isinstance(event, WallTimeReached):
-            return self._finish("max_wall_s reached")
-        if isinstance(event, RunFailed):
-            self.failed = self.failed or self.state is RunState.OPEN
-            return self._finish(event.reason)
-        if isinstance(event, FinalEvaluationOverdue):
-            return self._close()
         commands = self.collector.handle(event)
         if isinstance(event, EvaluationsSummed) and event.n_sites:
             commands += self._record(event)
-        if isinstance(event, VersionAnnounced) and self.n_versions >= self._stop.max_versions:
+        if isinstance(event, VersionAnnounced) and self.n_versions >= self.stop.max_versions:
             commands += self._finish("max_versions reached")
         return commands
+
+    def _end(self, event: WallTimeReached | RunFailed | EverySiteFails | FinalEvaluationOverdue) -> list[Command]:
+        match event:
+            case WallTimeReached():
+                return self._finish("max_wall_s reached")
+            case RunFailed(reason=reason):
+                self.failed = self.failed or self.state is RunState.OPEN
+                return self._finish(reason)
+            case EverySiteFails(why=why):
+                return self._give_up(f"every site fails: {why}")
+            case FinalEvaluationOverdue():
+                return self._close()
 
     @property
     def n_versions(self) -> int:
@@ -203,6 +216,37 @@ class Coordinator:
             commands += self._tell_closed()
         return commands
 
+    def _restore(self, event: Restored) -> list[Command]:
+        """Go on from what was made since the backup; what follows from it comes with the version's announcement."""
+        commands = self.collector.handle(event)
+        made = list(event.made)
+        for note in event.openings:
+            self._count_norms([each for each in made if each.version < note.opening.opened_at])
+            made = [each for each in made if each.version >= note.opening.opened_at]
+            self._open_since(note)
+        self._count_norms(made)
+        if event.closed is not None and self.opening is not None:
+            self.state, self.reason = RunState.CLOSED, event.closed
+            closed = RunClosed(reason=event.closed, opened_at=self.opening.opened_at, version=event.version)
+            commands += self.collector.handle(closed)
+        return commands
+
+    def _open_since(self, note: OpeningNote) -> None:
+        """Know of a run that was opened, or extended, since the backup."""
+        if note.opening == self.opening:
+            return
+        n_past, self.state = len(self.past), RunState.CLOSED
+        self._open(RunOpened(opening=note.opening, settings=note.settings))
+        if len(self.past) > n_past:
+            self.past[-1] = replace(self.past[-1], last_version=note.opening.first_version - 1)
+
+    def _count_norms(self, made: Iterable[Composition]) -> None:
+        for composition in made:
+            for part in composition.parts:
+                identity = contribution_id(part.head)
+                if identity in composition.norms and identity not in composition.quarantined:
+                    self.norms.add(part.head.region, composition.norms[identity])
+
     def _open(self, event: RunOpened) -> list[Command]:
         """Begin a run, or go on with the newest: with all that is known of it, and other stop rules."""
         if self.state is not RunState.CLOSED or self.in_flight is not None:
@@ -213,16 +257,16 @@ class Coordinator:
             self.norms = NormHistory(event.settings.defence)
         elif event.settings.stop.target_metric not in {None, self.target_metric}:
             self.best, self.reached_target_at, self.target_metric = None, None, None  # another figure says what is best
-        elif event.settings.stop.target != self._stop.target:
+        elif event.settings.stop.target != self.stop.target:
             self.reached_target_at = None  # the first version that reaches the new one is not known yet
         self.state, self.reason, self.failed = RunState.OPEN, "", False
-        self.opening, self.settings, self._stop = event.opening, event.settings, event.settings.stop
+        self.opening, self.settings, self.stop = event.opening, event.settings, event.settings.stop
         self._initial_digest = event.initial_digest
         return [OpenRun(event.opening, event.settings, event.initial_digest)]
 
     def _configure(self, settings: RunSettings) -> None:
         if self.opening is not None and self.opening.opened_at == 0:
-            self.settings, self._stop = settings, settings.stop
+            self.settings, self.stop = settings, settings.stop
             self.norms.configure(settings.defence)
 
     def _tell_closed(self) -> list[Command]:
@@ -251,7 +295,7 @@ class Coordinator:
 
     def _choose_target(self, figures: tuple[str, ...]) -> str:
         """Take the metric that the run is set to, or else the usual one; return why that cannot be."""
-        asked = self._stop.target_metric
+        asked = self.stop.target_metric
         if not figures:
             return ""
         if asked is not None and asked not in figures:
@@ -266,12 +310,12 @@ class Coordinator:
         if metric is None or value is None or evaluated.n_sites < max(other.n_sites for other in recent):
             return []
         commands: list[Command] = []
-        if self.best is None or self._stop.better(metric, value, self.best.metrics[metric]):
+        if self.best is None or self.stop.better(metric, value, self.best.metrics[metric]):
             self.best = evaluated
             commands.append(KeepBest(evaluated.version))
-        if self._stop.reached(metric, value) and self.reached_target_at is None:
+        if self.stop.reached(metric, value) and self.reached_target_at is None:
             self.reached_target_at = evaluated.version
-            if self._stop.stop_at_target:
+            if self.stop.stop_at_target:
                 commands += self._finish("target reached")
         return commands
 
@@ -285,6 +329,14 @@ class Coordinator:
         if self.version in self.evaluated:
             return commands + self._close()
         return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
+
+    def _give_up(self, reason: str) -> list[Command]:
+        """End the run as failed, at once: nobody waits for evaluations of a model that came to nothing."""
+        if self.state is not RunState.OPEN:
+            return []
+        self.failed = True
+        commands = self._finish(reason)
+        return [command for command in commands if not isinstance(command, AwaitFinalEvaluation)] + self._close()
 
     def _close(self) -> list[Command]:
         if self.state is not RunState.FINISHING:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from fednats.messages import Evaluation, EvaluationSum
+from fednats.messages import Evaluation, EvaluationBlocks, EvaluationSum
 from fednats.protocol.cohorts import Cohorts
 from fednats.protocol.events import SumEvaluations, evaluated_by, evaluation_id
 
@@ -72,6 +72,23 @@ class EvaluationTally:
         """Return what is complete."""
         closed = (self._close(version, min_sites) for version in sorted(self._open))
         return [each for each in closed if each is not None]
+
+    @property
+    def blocks(self) -> tuple[tuple[frozenset[str], ...], dict[str, int]]:
+        """The blocks of `Cohorts`, and how many sites each site asks a sum to be of."""
+        return self._cohorts.blocks, self._cohorts.asked
+
+    def forget(self, closed_up_to: int | None) -> None:
+        """Drop what is here; versions up to ``closed_up_to`` are given up for good."""
+        self._open.clear()
+        if closed_up_to is not None:
+            self._newest = max(self._newest, closed_up_to)
+            self._done_below = max(self._done_below, closed_up_to + 1)
+            self._done = {version for version in self._done if version >= self._done_below}
+
+    def restore_blocks(self, noted: EvaluationBlocks) -> None:
+        """Go on from blocks as they were noted."""
+        self._cohorts = Cohorts(map(frozenset, noted.blocks), dict(noted.asked))
 
     def _close(self, version: int, min_sites: int) -> Closed | None:
         """Give ``version`` out, or up; None if it is worth waiting for others."""

@@ -3,7 +3,7 @@
 A part of the `fednats.protocol.collector.Collector`, which says who is there and which version is current.
 """
 
-from fednats.messages import Evaluation, EvaluationSum
+from fednats.messages import Evaluation, EvaluationBlocks, EvaluationSum
 from fednats.protocol.admission import Roster
 from fednats.protocol.early import MAX_AHEAD, Early
 from fednats.protocol.evaluation_tally import Closed, EvaluationTally
@@ -11,12 +11,14 @@ from fednats.protocol.events import (
     Command,
     EvaluationsSummed,
     ReportNotEvaluated,
+    Restored,
     Settle,
     SumEvaluations,
     VersionAnnounced,
     evaluated_by,
     evaluation_id,
 )
+from fednats.subjects import HUB
 
 
 class Evaluations:
@@ -77,6 +79,33 @@ class Evaluations:
             return [Settle(tuple(parts))]
         others = [part for identity, part in parts.items() if identity not in event.spoilt_by]
         return [Settle(event.spoilt_by), *self._give_out(self._tally.again(event.version, others, min_sites))]
+
+    def has_closed(self, version: int) -> bool:
+        """Whether evaluations of ``version`` were given out, or up."""
+        return self._tally.is_closed(version)
+
+    @property
+    def blocks(self) -> EvaluationBlocks:
+        """Which sites have been in the same sums so far, and how many sites each of them asks a sum to be of."""
+        blocks, asked = self._tally.blocks
+        return EvaluationBlocks(
+            run=self._roster.run,
+            node=self._roster.region or HUB,
+            blocks=tuple(tuple(sorted(block)) for block in blocks),
+            asked=tuple(sorted(asked.items())),
+        )
+
+    def restore(self, event: Restored) -> None:
+        """Give up what is here, after a backup was restored.
+
+        A region sums no evaluations of versions up to the newest any more: it may have done that since the backup, and a
+        second sum over others of its sites would tell the node above the difference.
+        """
+        self._early.take()
+        self._summing.clear()
+        self._tally.forget(event.version if self._roster.region is not None else None)
+        if event.blocks is not None:
+            self._tally.restore_blocks(event.blocks)
 
     def _give_out(self, closed: list[Closed]) -> list[Command]:
         """Have evaluations summed; they are settled once that is done."""

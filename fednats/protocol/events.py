@@ -7,7 +7,16 @@ from pydantic import BaseModel, ConfigDict
 
 from fednats.config import AggregationSettings, RunSettings
 from fednats.errors import Reason
-from fednats.messages import Aggregate, Evaluation, EvaluationSum, Opening, Update
+from fednats.messages import (
+    Aggregate,
+    Composition,
+    Evaluation,
+    EvaluationBlocks,
+    EvaluationSum,
+    Opening,
+    OpeningNote,
+    Update,
+)
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -138,6 +147,28 @@ class EvaluationsSummed(Event):
     """Evaluations of sites, by id, that could not be summed: so nothing was sent, for without them it is another sum."""
 
 
+class Restored(Event):
+    """The state was from a backup: since then the node had gone on, and this is what the bus has of that.
+
+    Whatever was taken in and not combined is given up; what of it the bus has not settled is delivered again.
+    """
+
+    kind: ClassVar[str] = "restored"
+
+    version: int
+    """Newest model version on the bus."""
+    made: tuple[Composition, ...]
+    """What was made since the backup, in order."""
+    openings: tuple[OpeningNote, ...] = ()
+    """At the root: runs that were opened, or extended, since the backup, in order."""
+    unknown: tuple[int, ...] = ()
+    """At the root: versions made since the backup of which the bus has no note."""
+    blocks: EvaluationBlocks | None = None
+    """In a region: which sites have been in the same sums of evaluations."""
+    closed: str | None = None
+    """At the root: why the run was closed meanwhile, if it was."""
+
+
 class RunClosed(Event):
     """The run is over; nothing is combined any more."""
 
@@ -170,6 +201,15 @@ class WallTimeReached(Event):
     kind: ClassVar[str] = "wall_time_reached"
 
 
+class EverySiteFails(Event):
+    """The training of every site of the run has failed in the same way for a while, and nothing was accepted meanwhile."""
+
+    kind: ClassVar[str] = "every_site_fails"
+
+    why: str
+    """What all of them say, without data."""
+
+
 EVENTS: dict[str, type[Event]] = {
     cls.kind: cls
     for cls in (
@@ -183,10 +223,12 @@ EVENTS: dict[str, type[Event]] = {
         Combined,
         CombineFailed,
         EvaluationsSummed,
+        Restored,
         RunClosed,
         RunFailed,
         FinalEvaluationOverdue,
         WallTimeReached,
+        EverySiteFails,
     )
 }
 

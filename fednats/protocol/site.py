@@ -32,6 +32,9 @@ class Done:
 class Failed:
     """The job asked for failed; say `Retry` after a pause."""
 
+    repeats: bool = False
+    """Whether training failed as it did before: nothing is trained until then, whatever versions come."""
+
 
 @dataclass(frozen=True, slots=True)
 class NotStored:
@@ -140,6 +143,8 @@ class Site:
         self.within_hours = True
         """Whether it trains now, as far as it has asked."""
         self._declined = False
+        self._pauses = False
+        """Whether training has failed repeatedly and waits for `Retry`."""
         self._kept: int | None = None
         """Version of a pass that was made and is to be stored before anything else is done with the model."""
 
@@ -158,11 +163,14 @@ class Site:
         self._kept = None
         return self._next()
 
-    def _fail(self, _event: Failed) -> Job | None:
+    def _fail(self, event: Failed) -> Job | None:
         """Go on after an evaluation, which is not repeated; after training wait until it is tried again."""
         evaluated = isinstance(self.job, Evaluate)
         self._give_up()
-        return self._next() if evaluated else None
+        if evaluated:
+            return self._next()
+        self._pauses = event.repeats
+        return None
 
     def _keep(self, _event: NotStored) -> Job | None:
         self._kept = None if self.job is None else self.job.version
@@ -189,7 +197,8 @@ class Site:
         return self._next()
 
     def _retry(self, _event: Retry) -> Job | None:
-        return self._next()
+        self._pauses = False
+        return self._next() if self.state is State.IDLE else None
 
     def _leave(self, _event: BusAway) -> Job | None:
         self._away = True
@@ -211,7 +220,7 @@ class Site:
     def _reopen(self, _event: Opened) -> Job | None:
         """Wait for the first version; a job that is still under way is finished first."""
         self.state = State.IDLE if self.job is None else State.BUSY
-        self.trains, self._declined = True, False
+        self.trains, self._declined, self._pauses = True, False, False
         self._newest, self._to_evaluate, self._kept = -1, [], None
         return None
 
@@ -234,7 +243,7 @@ class Site:
         self.job = None
 
     def _next(self) -> Job | None:
-        may_train = self.trains and self.within_hours and not self._declined
+        may_train = self.trains and self.within_hours and not self._declined and not self._pauses
         if self._kept is not None:
             self.job = Store(self._kept)
         elif self._to_evaluate:
@@ -268,7 +277,7 @@ class Site:
         (State.BUSY, OutsideHours): _postpone,
         (State.BUSY, HoursBegun): _open,
         (State.BUSY, Declined): _decline,
-        (State.BUSY, Retry): _ignore,
+        (State.BUSY, Retry): _retry,
         (State.BUSY, BusAway): _leave,
         (State.BUSY, BusBack): _come_back,
         (State.BUSY, Closed): _close,

@@ -14,6 +14,7 @@ from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
+from fednats.protocol.compositions import composition_of
 from fednats.protocol.events import (
     Combination,
     Combined,
@@ -22,6 +23,7 @@ from fednats.protocol.events import (
     Configured,
     EvaluationsSummed,
     Event,
+    Restored,
     RunClosed,
     SumEvaluations,
     VersionAnnounced,
@@ -32,6 +34,7 @@ from fednats.protocol.sums import head_of, weigh
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
 from fednats.services.certificates import watch_certificates
+from fednats.services.compositions import Compositions
 from fednats.services.evaluations import Part, Summing, cases_of, payload_of, sites_of, sum_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
@@ -43,6 +46,7 @@ from fednats.services.presence import watch_presence
 from fednats.services.receipts import Receipts
 from fednats.services.recorder import Recorder, accepted, entry_of, run_begins
 from fednats.services.rejects import Rejects
+from fednats.services.restore_region import missed
 from fednats.services.roster import changed_settings, renewed
 from fednats.services.sent_sums import SentSums
 from fednats.services.server_limit import follow_server_limit
@@ -120,11 +124,18 @@ class AggregatorService:
         sums = subjects.aggregates_stream(run, here)
         self._lease = HeldLease(daemon, identity, uplink, sums, subjects.aggregate(run, here), settings.state_dir)
         self._tier.may_settle = self._lease.confirmed
+        self._compositions = Compositions(region, run, here, identity, daemon.log, self._lease.confirmed)
+        self._made: dict[str, None] = {}
+        """Ids of the sums that were made, in order."""
+        self._restored: dict[str, Any] | None = None
         self._fit: Fit | None = None
         self._fits_from = 0
         """First version of the run that ``_fit`` is for."""
         self._fitted = asyncio.Event()
         self._sent_bytes = 0
+        daemon.n_sites = {
+            role: 0 for role, names in (("site", settings.sites), ("aggregator", settings.regions)) if names
+        }
         self._sites_changed = asyncio.Event()
         daemon.status = self._status
         daemon.private = lambda: {"sources": daemon.sources}  # the node above need not know who the sites are
@@ -147,8 +158,10 @@ class AggregatorService:
         await ensure(self._log, self._region, here, streams.buckets(s.run))
         await self._recorder.begin()
         self._daemon.doing = "taking up the region from its journal"
-        n_events = await self._tier.restore()
+        n_events = await self._tier.replay()
         self._log.info("restored", n_events=n_events)
+        await self._catch_up()
+        self._tier.take_up()
         if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
             await self._tier.feed(Configured(sites=s.sites, regions=s.regions))
         self._daemon.ready, self._daemon.doing = True, ""
@@ -181,6 +194,35 @@ class AggregatorService:
             tasks["receive aggregates"] = self._tier.receive(self._aggregates, durable, filters)
         await until_stopped(self._daemon, tasks, self._tier.drain)
 
+    async def _catch_up(self) -> None:
+        """Journal what was published since the backup, if the state is from one."""
+        run, here = self._settings.run, self._settings.region
+        published = await self._newest(subjects.head(subjects.aggregate(run, here)), Aggregate)
+        evaluation = await self._newest(subjects.evaluation_sum(run, here), EvaluationSum)
+        in_flight = "" if self._machine.in_flight is None else self._machine.in_flight.combination_id
+        known = {*self._made, in_flight}
+        restored = await missed(
+            known,
+            None if published is None or published.aggregate_id in known else published,
+            None if evaluation is None or self._machine.evaluations.has_closed(evaluation.version) else evaluation,
+            self._newest_version,
+            self._compositions,
+            self._log,
+        )
+        if restored is not None:
+            await self._tier.feed(restored)
+
+    async def _newest_version(self) -> int:
+        """Return the newest model version that sites here may have seen."""
+        run = self._settings.run
+        stream, subject = subjects.models_stream(run, self._settings.region), subjects.head(subjects.model(run))
+        record = await ask(self._log, lambda: self._region.last(stream, subject))
+        current = -1 if self._machine.current is None else self._machine.current.version
+        try:
+            return current if record is None else self._identity.open(subject, record.data, ModelManifest).version
+        except RefusedError:
+            return current
+
     async def _watch_sites(self) -> None:
         await watch_presence(
             self._daemon, self._machine, self._tier.feed, self._region, "site", tuple(self._machine.roster.sites)
@@ -206,6 +248,7 @@ class AggregatorService:
             "refusals": self._tier.refusals,
             "sent_bytes": self._sent_bytes,
             "lease": self._lease.status,
+            "restored": self._restored,
         }
 
     # --- models -------------------------------------------------------------------------------------------------------
@@ -326,6 +369,7 @@ class AggregatorService:
             signed = self._identity.sign(subject, head)
             entry = entry_of("evaluation_sum", head, version=command.version, payload=head.payload)
             await self._recorder.record(entry)
+            await self._compositions.write_blocks(self._machine.evaluations.blocks)
             await self._lease.publish(
                 lambda fence: self._uplink.publish_payload(prefix, payload.payload_id, chunks, fence=fence)
             )
@@ -375,6 +419,9 @@ class AggregatorService:
         head = head_of(self._settings.run, self._settings.region, combination, weights, made.payload(identity))
         sum_of = entry_of("aggregate", head, version=head.model_version, name=head.aggregate_id, payload=head.payload)
         await self._recorder.record(*(accepted(part.head) for part in combination.parts), sum_of)
+        previous = next(reversed(self._made), "")
+        note = composition_of(self._settings.run, self._settings.region, combination, previous, fit.capacity)
+        await self._compositions.write(identity, note)
         await self._lease.publish(
             lambda fence: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file)), fence=fence)
         )
@@ -413,7 +460,14 @@ class AggregatorService:
     def _note(self, handled: Handled) -> None:
         """Keep in mind which sums were sent and what became of updates, now or before a restart."""
         self._receipts.note(handled)
+        if isinstance(handled.event, Restored):
+            made = handled.event.made
+            self._restored = {"version": handled.event.version, "sums_since": len(made)}
+            for note in made:
+                self._made[note.made_by] = None
+                self._sent.add(note.made_by, max(part.head.payload.n_bytes for part in note.parts))
         if handled.combination is not None:
             parts = handled.combination.parts
             n_bytes = max((part.head.payload.n_bytes for part in parts), default=0)
+            self._made[handled.combination.combination_id] = None
             self._sent.add(handled.combination.combination_id, n_bytes)

@@ -28,6 +28,7 @@ from fednats.protocol.events import (
     KeepBest,
     OpenRun,
     Part,
+    Restored,
     RunFailed,
     SumEvaluations,
     VersionAnnounced,
@@ -35,7 +36,9 @@ from fednats.protocol.events import (
 )
 from fednats.services.answers import Version
 from fednats.services.certificates import watch_certificates
+from fednats.services.compositions import Compositions
 from fednats.services.evaluation_reader import EvaluationReader
+from fednats.services.failing import give_up_when_all_fail
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
@@ -47,9 +50,11 @@ from fednats.services.persist import ensure
 from fednats.services.presence import watch_presence
 from fednats.services.recorder import Recorder, accepted, run_begins
 from fednats.services.rejects import Rejects
+from fednats.services.restore import Restoration
 from fednats.services.runs import Runs
 from fednats.services.server_limit import follow_server_limit
 from fednats.services.tier import Handled, Tier
+from fednats.services.version_notes import VersionNotes
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
 from fednats.transport import streams
@@ -122,7 +127,12 @@ class CoordinatorService:
         models = subjects.models_stream(settings.run, subjects.HUB)
         self._lease = HeldLease(daemon, identity, bus, models, subjects.model(settings.run), settings.state_dir)
         self._tier.may_settle = self._lease.confirmed
-        self._publisher = ModelPublisher(daemon, settings, identity, self._recorder, bus, self._lease)
+        self._publisher = ModelPublisher(
+            daemon, settings, identity, self._recorder, bus, self._lease, self._note_version
+        )
+        self._compositions = Compositions(bus, settings.run, subjects.HUB, identity, daemon.log, self._lease.confirmed)
+        self._notes = VersionNotes(self._compositions, settings.run)
+        self._restored: dict[str, Any] | None = None
         self._runs = Runs(settings, identity, self._machine, self._tier, worker, daemon.log)
         self._ending: asyncio.TimerHandle | None = None
         """Ends the run when the last evaluations do not come."""
@@ -130,6 +140,7 @@ class CoordinatorService:
         """Held while the mean is in the worker process: other jobs may end the process."""
         self._evaluations = EvaluationReader(self._tier.chunks, worker, self._stepping, daemon.log)
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
+        daemon.n_sites = {"aggregator": 0}
         daemon.status = self._status
         daemon.buses.append(bus)
 
@@ -147,10 +158,17 @@ class CoordinatorService:
         await self._lease.take(lambda: ensure(self._log, self._bus, at_hub))
         await ensure(self._log, self._bus, at_hub, streams.buckets(run))
         await self._recorder.begin()
-        self._daemon.doing = "taking up the run from its journal"
-        n_events = await self._tier.restore()
+        restoration = Restoration(
+            self._settings, self._identity, self._bus, self._worker, self._compositions, self._log
+        )
         self._daemon.doing = "loading torch and the model"
-        version: Version | None = await self._worker.call("current")
+        version = await restoration.brought_up(await self._worker.call("current"))
+        self._daemon.doing = "taking up the run from its journal"
+        n_events = await self._tier.replay()
+        missed = await restoration.missed(self._machine, version)
+        if missed is not None:
+            await self._tier.feed(missed)
+        self._tier.take_up()
         self._log.info("restored", n_events=n_events, version=-1 if version is None else version.version)
         settings = self._settings.settings.model_copy(update={"initial_model": None})
         await self._tier.feed(Configured(sites=(), regions=self._settings.regions, settings=settings))
@@ -178,6 +196,12 @@ class CoordinatorService:
                 "publish again": self._publisher.publish_again(lambda: self._worker.persist(self._log, "current")),
                 "watch the clock": self._runs.watch_clock(),
                 "take orders": self._runs.take_orders(self._bus),
+                "give up when all fail": give_up_when_all_fail(
+                    self._daemon,
+                    self._progress,
+                    lambda: self._machine.stop.all_failing_s,
+                    self._tier.feed,
+                ),
                 "watch regions": watch_presence(
                     self._daemon,
                     self._machine.collector,
@@ -193,6 +217,11 @@ class CoordinatorService:
             },
             self._tier.drain,
         )
+
+    def _progress(self) -> tuple[int, int] | None:
+        """Return what changes while sites contribute; None while no run is open."""
+        is_open = self._machine.state is RunState.OPEN
+        return (self._machine.version, self._tier.accepted) if is_open else None
 
     def _status(self) -> dict[str, Any]:
         machine = self._machine
@@ -220,6 +249,7 @@ class CoordinatorService:
             "cases": self._evaluations.cases,
             "sent_bytes": self._publisher.sent_bytes,
             "lease": self._lease.status,
+            "restored": self._restored,
             **self._figures,
         }
 
@@ -241,6 +271,9 @@ class CoordinatorService:
             max_total_weight=version.max_total_weight,
             settings=version.settings.aggregation,
         )
+
+    async def _note_version(self, version: Version) -> None:
+        await self._notes.write(version, self._machine.in_flight)
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Decrypt the sums, leave out those whose norm is an outlier, step the model, publish the next version.
@@ -336,7 +369,10 @@ class CoordinatorService:
         self._runs.note(handled)
         if isinstance(handled.event, Combined):
             self._note_norms(handled.event)
+        if isinstance(handled.event, Restored):
+            self._restored = {"version": handled.event.version, "unknown_versions": list(handled.event.unknown)}
         if handled.combination is not None:
+            self._notes.combined(handled.combination)
             for part in handled.combination.parts:
                 self._count(part)
 

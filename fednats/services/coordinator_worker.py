@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fednats import wire
+from fednats.codec import frames
 from fednats.codec import grid as grids
 from fednats.codec.layout import Layout, Vector, blocks
 from fednats.config import CoordinatorSettings, RunSettings
@@ -31,12 +32,13 @@ from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
 from fednats.learning.whole_model import write_whole_model
-from fednats.messages import Aggregate, EvaluationSum, Grid, Opening
+from fednats.messages import Aggregate, Composition, EvaluationSum, Frame, Grid, ModelManifest, Opening
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
 from fednats.services.next_version import Made, NextVersion, Start, first_version, still_of_use
-from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder, newest_checkpoint
+from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder, frame_file, newest_checkpoint
 from fednats.storage.local_disk import local_disk
+from fednats.storage.local_model import follow_frame
 from fednats.storage.tensor_file import TensorFile, digest_of
 
 MAX_CONFUSION_CLASSES = 30
@@ -162,7 +164,7 @@ class CoordinatorWorker:
         self._run = run
         self._decoder, *older = (decoder(run.delta, key) for key in self._keys or (None,))
         self._decoders = {held.key_id: held for held in (self._decoder, *older)}
-        self._optimizer = ServerOptimizer(run.server)
+        self._optimizer = ServerOptimizer(run.server, synchronous=run.aggregation.synchronous)
         model = self._make_model(run)
         self._layout = Layout(parameters_of(model))
         self._frozen_digests = frozen_digests(model)
@@ -298,6 +300,54 @@ class CoordinatorWorker:
                 ) from None
         self._delta_norm = scale * float(np.sqrt(squares))
         self._mean = np.zeros(0, np.float32)
+        return self._version()
+
+    def adopt(
+        self,
+        manifest: ModelManifest,
+        run: RunSettings,
+        fetched: Sequence[Frame],
+        note: Composition | None,
+        noted_grids: Sequence[Grid],
+    ) -> Version:
+        """Take up the version of ``manifest``, whose ``fetched`` frames are on the disk, in place of an older one.
+
+        The optimiser begins anew: its state was nowhere but here. Durable on return.
+
+        Raises:
+            RefusedError: it is of another model than the task's, no chain of frames leads there, one is malformed or not
+                sealed with a key that is held, or the weights have another digest than was announced.
+        """
+        before = () if self._current is None else self._current.grids
+        self._use(run)
+        same_frozen = manifest.frozen_digests == self._frozen_digests
+        if manifest.parameters != self._layout.parameters or not same_frozen:
+            raise RefusedError(Reason.WRONG_SHAPE, "it is of another model than the task's")
+        weights, state = self._checkpoints.create(manifest.version)
+        for frame in frames.cheapest(fetched, -1, manifest.version):
+            path = frame_file(checkpoints_folder(self._state_dir), frame.payload.payload_id)
+            follow_frame(path, frame, self._layout, weights, self._model_keys)
+        if digest_of(weights) != manifest.weights_digest:
+            raise RefusedError(Reason.CHECKSUM, f"version {manifest.version} differs from its digest")
+        for block in blocks(self._layout.n_parameters):
+            state.write(block.start, weights[block])
+        known = {grid.grid_id: grid for grid in (*before, *noted_grids, manifest.grid)}
+        self._current = Checkpoint(
+            version=manifest.version,
+            opening=manifest.opening,
+            settings=run.model_copy(update={"initial_model": None}),
+            frozen_digests=manifest.frozen_digests,
+            n_steps=0,
+            made_by="" if note is None else note.made_by,
+            weights_digest=manifest.weights_digest,
+            grids=tuple(known[grid_id] for grid_id in manifest.grid_ids if grid_id in known),
+            frames=tuple(fetched),
+            norms={} if note is None else note.norms,
+            quarantined={} if note is None else note.quarantined,
+        )
+        with local_disk(self._state_dir):
+            self._checkpoints.commit(self._current, weights, state)
+        self._delta_norm = 0.0
         return self._version()
 
     def pool(self, inputs: Sequence[Sequence[bytes]], heads: Sequence[EvaluationSum], min_sites: int) -> Pooled:

@@ -59,6 +59,10 @@ class Daemon:
     """What it tells whoever listens on the bus."""
     declined: dict[str, Mapping[str, str]] = field(default_factory=dict)
     """By role: which services, this one and those below, take no part in the run, and why."""
+    failing: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    """By role: which of them fail to train, and how, in words without data."""
+    n_sites: dict[str, int] = field(default_factory=dict)
+    """By role of the services directly below: the sites below them; 0 while one of them has not said how many."""
 
     def __post_init__(self) -> None:
         self.notices = Notices(self.role, self.name, self.run)
@@ -81,10 +85,16 @@ class Daemon:
     @property
     def presence(self) -> Presence:
         """What it says of itself on the bus."""
-        declined = {name: why for below in self.declined.values() for name, why in below.items()}
+        declined = _together(self.declined)
         if self.obstacles:
             declined[user_name(self.role, self.name)] = "; ".join(self.obstacles.values())
-        return Presence(release=fednats.__version__, waits=self.waits() or bool(self.obstacles), declined=declined)
+        return Presence(
+            release=fednats.__version__,
+            waits=self.waits() or bool(self.obstacles),
+            declined=declined,
+            failing=_together(self.failing),
+            n_sites=sum(self.n_sites.values()) if all(self.n_sites.values()) else 0,
+        )
 
     def hinder(self, what: str, why: str, event: str, **fields: object) -> None:
         """Note that ``what`` keeps it from working, and log ``event`` with the reason unless that was said before."""
@@ -110,6 +120,7 @@ class Daemon:
             "not_ready": self.not_ready(),
             "loop_lag_ms": self.loop_lag.describe(),
             "declined": self.presence.declined,
+            "failing": self.presence.failing,
             **self.status(),
         }
 
@@ -240,6 +251,10 @@ class _LogStream:
     def flush(self) -> None:
         with suppress(OSError):
             sys.stderr.flush()
+
+
+def _together(by_role: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {name: why for below in by_role.values() for name, why in below.items()}
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

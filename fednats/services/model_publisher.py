@@ -37,7 +37,9 @@ class ModelPublisher:
         recorder: Recorder,
         bus: Bus,
         lease: HeldLease,
+        note: Callable[[Version], Awaitable[None]],
     ) -> None:
+        """Publish under ``lease``; ``note`` stores what a version is made of, before it is announced."""
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
@@ -45,6 +47,7 @@ class ModelPublisher:
         self._recorder = recorder
         self._bus = bus
         self._lease = lease
+        self._note = note
         self._stream = subjects.models_stream(settings.run, subjects.HUB)
         self._prefix = subjects.model(settings.run)
         self.publishing = asyncio.Lock()
@@ -94,6 +97,7 @@ class ModelPublisher:
         n_bytes = 0
         for frame in version.frames:
             n_bytes += await self._publish_frame(frame)
+        await self._note(version)
         await self._recorder.record(entry_of("model", manifest, version=version.version))
         await self._lease.publish(
             lambda fence: self._bus.publish(subjects.head(self._prefix), signed, wire.message_id(signed), fence=fence)

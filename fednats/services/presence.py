@@ -1,6 +1,6 @@
 """Who of those that report here is there, from the presence keys that they renew on the bus."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Protocol
 
 from pydantic import ValidationError
@@ -48,7 +48,7 @@ async def watch_presence(
         absent = watched - there - waiting
         daemon.sources[role] = {"present": sorted(there), "waiting": sorted(waiting), "absent": sorted(absent)}
         daemon.metrics.sources_present(role, {name: name not in absent for name in watched})
-        _note_declined(daemon, role, [presence for presence in said.values() if presence is not None])
+        note_said(daemon, role, list(said.values()))
         if seen is None:
             daemon.log.info("sources_present", present=sorted(there), absent=sorted(watched - there))
         else:
@@ -68,14 +68,24 @@ def _parsed(value: bytes | None) -> Presence | None:
         return None
 
 
-def _note_declined(daemon: Daemon, role: str, said: Iterable[Presence]) -> None:
-    declined = {name: why for presence in said for name, why in presence.declined.items()}
-    before = daemon.declined.get(role, {})
-    for name, why in declined.items():
-        if before.get(name) != why:
-            daemon.log.warning("takes_no_part", service=name, why=why)
-    daemon.declined[role] = declined
+def note_said(daemon: Daemon, role: str, said: Collection[Presence | None]) -> None:
+    """Note who takes no part, who fails, and how many sites there are, from what all services of ``role`` said."""
+    there = [presence for presence in said if presence is not None]
+    declined = {name: why for presence in there for name, why in presence.declined.items()}
+    failing = {name: why for presence in there for name, why in presence.failing.items()}
+    _log_new(daemon, "takes_no_part", daemon.declined.get(role, {}), declined)
+    _log_new(daemon, "fails_to_train", daemon.failing.get(role, {}), failing)
+    daemon.declined[role], daemon.failing[role] = declined, failing
     daemon.metrics.declined.set(sum(map(len, daemon.declined.values())))
+    daemon.metrics.failing.set(sum(map(len, daemon.failing.values())))
+    counts = [presence.n_sites for presence in there]
+    daemon.n_sites[role] = sum(counts) if all(counts) and len(there) == len(said) else 0
+
+
+def _log_new(daemon: Daemon, event: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    for name, why in now.items():
+        if before.get(name) != why:
+            daemon.log.warning(event, service=name, why=why)
 
 
 def _log_changes(daemon: Daemon, before: frozenset[str], now: frozenset[str]) -> None:

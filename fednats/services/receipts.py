@@ -12,8 +12,8 @@ from typing import Any
 from fednats import subjects, wire
 from fednats.errors import BusError, Reason
 from fednats.messages import MAX_DETAIL, MAX_VERDICTS, NO_RECORD, Outcome, Receipt, Update, Verdict
-from fednats.protocol.collector import REMEMBERED
 from fednats.protocol.events import ContributionArrived, Refuse, Settle
+from fednats.protocol.settled import REMEMBERED
 from fednats.services.identity import Identity
 from fednats.services.persist import RETRY_S
 from fednats.services.tier import Handled

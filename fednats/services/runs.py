@@ -13,7 +13,7 @@ from fednats.config import CoordinatorSettings, Extension, RunSettings, StopSett
 from fednats.errors import ConfigError, FednatsError
 from fednats.messages import MAX_RUNS, Opening, RunAnswer, RunOrder, RunRow
 from fednats.protocol.coordinator import Coordinator, RunRecord, RunState
-from fednats.protocol.events import CloseRun, OpenRun, RunOpened, WallTimeReached
+from fednats.protocol.events import CloseRun, OpenRun, Restored, RunOpened, WallTimeReached
 from fednats.services.answers import Version
 from fednats.services.identity import Identity
 from fednats.services.tier import Handled, Tier
@@ -52,6 +52,10 @@ class Runs:
 
     def note(self, handled: Handled) -> None:
         """Take in what happened, now or before a restart."""
+        if isinstance(handled.event, Restored):
+            for note in handled.event.openings:  # when they were opened is not known
+                self._times.setdefault(note.opening.first_version, [handled.at_s])
+                self._opened_s = handled.elapsed_s
         for command in handled.commands:
             if isinstance(command, OpenRun):
                 self._times.setdefault(command.opening.first_version, [handled.at_s])

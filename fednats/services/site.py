@@ -29,6 +29,7 @@ from fednats.protocol import site as protocol
 from fednats.services.answers import Prepared, Scored
 from fednats.services.certificates import watch_certificates
 from fednats.services.evaluations import payload_of
+from fednats.services.failing import Failures
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon, in_full, until_stopped
 from fednats.services.notices import What
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
     from fednats.services.site_worker import SiteWorker
 
 KEPT_MANIFESTS = 32
-RETRY_JOB_S = 30.0
-"""Pause after a job failed, unless a newer version comes first."""
-
 AWAY_S = 5.0
 """So long without the bus, and the site trains on by itself; a shorter break changes nothing."""
 
@@ -101,6 +99,7 @@ class SiteService:
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
         self._closed_at = -1
         """Which opening was closed last, by the version that it began with."""
+        self._failures = Failures()
         self._working = asyncio.Lock()
         self._status: dict[str, Any] = {
             "region": settings.region,
@@ -112,6 +111,7 @@ class SiteService:
             "privacy": None,
         }
         self._metrics: dict[str, float] = {}
+        daemon.n_sites["site"] = 1
         daemon.waits = lambda: self._resting != "waiting"  # nobody waits for who takes no part
         if self._policy.budget is not None:
             daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
@@ -218,6 +218,8 @@ class SiteService:
                 await asyncio.sleep(RETRY_S)
         if self._closed_at < opening.opened_at and not self._daemon.stopping.is_set():
             self._log.info("run_opened", opened=opening.name, version=opening.opened_at, updates_dropped=n_dropped)
+            self._failures.clear()
+            self._show_failing()
             self._machine.handle(protocol.Opened())
             self._status["state"] = self._resting
 
@@ -297,10 +299,13 @@ class SiteService:
                 if job.version < self._opened_at and not isinstance(came_to, protocol.OutsideHours):
                     came_to = protocol.Done()  # of a run that is over
                 self._start(self._machine.handle(came_to))
+                if isinstance(came_to, protocol.Done) and not isinstance(job, protocol.Evaluate):
+                    self._failures.clear()
+                    self._show_failing()
                 if self._machine.state is not protocol.State.CLOSED:
                     self._status["state"] = self._resting
             if isinstance(came_to, protocol.Failed | protocol.NotStored) and not isinstance(job, protocol.Evaluate):
-                asyncio.get_running_loop().call_later(RETRY_JOB_S, self._retry)
+                asyncio.get_running_loop().call_later(self._failures.pause_s, self._retry)
             if isinstance(came_to, protocol.OutsideHours):
                 self._await_hours()
 
@@ -313,6 +318,8 @@ class SiteService:
             return "declined"
         if not self._machine.trains:
             return "spent"
+        if self._failures.why:
+            return "failing"
         return "waiting" if self._machine.within_hours else "outside hours"
 
     @property
@@ -349,10 +356,12 @@ class SiteService:
             await self._show_spending(manifest, spent=True)
             return protocol.BudgetSpent()
         except (BusError, RefusedError, LocalDataError, LocalStorageError, TaskError, WorkerDiedError) as error:
+            repeats = not isinstance(job, protocol.Evaluate) and self._failures.note(error)
             self._count_failed(type(job).__name__.lower(), job.version, error)
+            self._show_failing()
             if isinstance(error, RefusedError):
                 self._count_refused("model_refused", error, version=job.version)
-            return protocol.Failed()
+            return protocol.Failed(repeats=repeats)
 
     async def _do(self, job: protocol.Job, manifest: ModelManifest) -> protocol.Outcome:
         if isinstance(job, protocol.Store):
@@ -367,8 +376,13 @@ class SiteService:
 
     def _count_failed(self, kind: str, version: int, error: FednatsError) -> None:
         self._daemon.metrics.failures.labels(kind=kind).inc()
-        retry_s = None if kind == "evaluate" else RETRY_JOB_S
+        retry_s = None if kind == "evaluate" else self._failures.pause_s
         self._log.error("job_failed", job=kind, version=version, error=str(error), retry_s=retry_s, **in_full(error))
+
+    def _show_failing(self) -> None:
+        why = self._failures.why
+        self._daemon.failing["site"] = {f"site.{self._settings.site}": why} if why else {}
+        self._daemon.metrics.failing.set(len(self._daemon.failing["site"]))
 
     async def _evaluate(self, manifest: ModelManifest) -> None:
         self._status["state"] = "evaluating"

@@ -13,7 +13,6 @@ from typing import Protocol
 
 from fednats.errors import BusError, DatabaseLockedError, RefusedError
 from fednats.protocol import admission
-from fednats.protocol.collector import REMEMBERED
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -28,6 +27,7 @@ from fednats.protocol.events import (
     StartTimer,
     contribution_id,
 )
+from fednats.protocol.settled import REMEMBERED
 from fednats.services.inbox import Head, Inbox
 from fednats.services.lifecycle import Daemon
 from fednats.services.notices import What
@@ -121,12 +121,14 @@ class Tier:
         finally:
             self._journal.close()
 
-    async def restore(self) -> int:
-        """Replay the journal into the machine and take up what was under way; return the number of events."""
-        n_events = await asyncio.to_thread(self._replay)
+    async def replay(self) -> int:
+        """Replay the journal into the machine; return the number of events. Then `take_up`."""
+        return await asyncio.to_thread(self._replay)
+
+    def take_up(self) -> None:
+        """Go on with what was under way when the journal ended."""
         for command in self._machine.outstanding():
             self._commands.put_nowait(command)
-        return n_events
 
     async def feed(self, *events: Event) -> None:
         """Return when ``events`` are durable and handled, in order; their commands are executed in turn."""

@@ -77,7 +77,7 @@ class LocalModel:
                 if not chain[0].is_keyframe:
                     _copy(self.weights(held), made)
                 for frame in chain:
-                    self._apply(frame, layout, made, keys)
+                    follow_frame(self.frame_file(frame), frame, layout, made, keys)
                 made.sync()
                 digest = digest_of(made)
         except RefusedError:
@@ -88,24 +88,6 @@ class LocalModel:
             raise RefusedError(Reason.CHECKSUM, f"version {manifest.version} differs from its digest")
         partial.rename(self._file(manifest.version))
         self._forget(but=self._file(manifest.version))
-
-    def _apply(self, frame: Frame, layout: Layout, made: TensorFile, keys: ModelKeys) -> None:
-        start = 0
-        for position, sealed in enumerate(read_chunks(self.frame_file(frame))):
-            part = _only_part(keys.opened(frame.payload.payload_id, position, sealed))
-            stop = start + len(part) // (frames.VALUE_BYTES if frame.is_keyframe else 1)
-            if stop > layout.n_parameters or (frame.is_keyframe and len(part) % frames.VALUE_BYTES):
-                raise RefusedError(Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: too many values")
-            if frame.is_keyframe:
-                made.write(start, np.frombuffer(part, "<f4"))
-            else:
-                steps = layout.steps(frame.steps, start, stop)
-                made.write(start, frames.follow(made[start:stop], np.frombuffer(part, np.int8), steps))
-            start = stop
-        if start != layout.n_parameters:
-            raise RefusedError(
-                Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: {start} of {layout.n_parameters} values"
-            )
 
     def _forget(self, but: Path | None = None) -> None:
         for path in [*self._directory.glob("frame-*.chunks"), *self._directory.glob("version-*.safetensors")]:
@@ -134,6 +116,30 @@ def read_or_drop(path: Path) -> TensorFile:
         raise LocalStorageError(
             f"{path}: cannot be read as a model ({error.__cause__}); it was removed, and the next attempt makes it anew"
         ) from error
+
+
+def follow_frame(path: Path, frame: Frame, layout: Layout, made: TensorFile, keys: ModelKeys) -> None:
+    """Bring ``made`` to the version of ``frame``, whose chunks are at ``path``; a difference needs the version before in it.
+
+    Raises:
+        RefusedError: it is malformed, or not sealed with one of ``keys``.
+    """
+    start = 0
+    for position, sealed in enumerate(read_chunks(path)):
+        part = _only_part(keys.opened(frame.payload.payload_id, position, sealed))
+        stop = start + len(part) // (frames.VALUE_BYTES if frame.is_keyframe else 1)
+        if stop > layout.n_parameters or (frame.is_keyframe and len(part) % frames.VALUE_BYTES):
+            raise RefusedError(Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: too many values")
+        if frame.is_keyframe:
+            made.write(start, np.frombuffer(part, "<f4"))
+        else:
+            steps = layout.steps(frame.steps, start, stop)
+            made.write(start, frames.follow(made[start:stop], np.frombuffer(part, np.int8), steps))
+        start = stop
+    if start != layout.n_parameters:
+        raise RefusedError(
+            Reason.WRONG_SHAPE, f"frame {frame.payload.payload_id}: {start} of {layout.n_parameters} values"
+        )
 
 
 def _only_part(data: bytes) -> bytes:

@@ -9,6 +9,7 @@ from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
+from fednats.protocol.compositions import combination_of
 from fednats.protocol.coordinator import Coordinator, RunRecord
 from fednats.protocol.events import (
     Combination,
@@ -18,6 +19,7 @@ from fednats.protocol.events import (
     Command,
     ContributionArrived,
     Refuse,
+    Restored,
     RunOpened,
     Settle,
     VersionAnnounced,
@@ -50,15 +52,20 @@ class Taken:
     reason: Reason | None = None
     sums: list[str] = field(default_factory=list)
     """The sums it is in: one, if all is well."""
+    is_noted: bool = False
+    """As of `Made`."""
 
 
 @dataclass
 class Made:
     """One sum that a node set out to make; at the hub, one version."""
 
-    combination: Combination
+    combination: Combination | None
+    """None for a version of which nothing is known."""
     capacity: int | None
     is_done: bool = False
+    is_noted: bool = False
+    """It was made before a backup was restored: what is known of it is the node's note, not its journal."""
 
 
 class Book:
@@ -72,6 +79,11 @@ class Book:
         """By id, in the order of making; without those that failed."""
         self.failed: set[str] = set()
         self.problems: list[str] = []
+        self.unknown: list[int] = []
+        """At the hub: versions that were made before a backup was restored, and of which nothing is known."""
+        self.restored_s = 0.0
+        """When a backup was last restored; 0 if none was."""
+        self._restored_to = -1
         self.n_openings = 0
         """At the hub: runs that were opened, or extended; each begins with a version that no sum made."""
         self.end_s = 0.0
@@ -133,7 +145,7 @@ class Book:
         """Count a sum as made: it was seen elsewhere, and the node was stopped before it could write that down."""
         made = self.made[identity]
         made.is_done = True
-        for part in made.combination.parts:
+        for part in made.combination.parts if made.combination else ():
             if contribution_id(part.head) in quarantined:
                 self.taken[contribution_id(part.head)].fate = Fate.REFUSED
                 self.taken[contribution_id(part.head)].reason = Reason.OUTLIER
@@ -163,6 +175,8 @@ class Book:
             self.taken.setdefault(contribution_id(event.head), Taken(event.head, entry.at_s))
         if isinstance(event, Combined) and in_flight is not None:
             self._check_quarantine(entry.sequence, event, in_flight)
+        if isinstance(event, Restored):
+            self._restore(entry, event)
         self.n_openings += isinstance(event, RunOpened)
         commands = self._machine.handle(event)
         if isinstance(event, Combined) and in_flight is not None:
@@ -176,6 +190,29 @@ class Book:
             self._take(command)
         if self.node == HUB:
             self._check_versions(entry, before)
+
+    def _restore(self, entry: Entry, event: Restored) -> None:
+        """Take in what was made since the backup; the rest of what waited was given up, and comes again if it is not settled."""
+        self.restored_s = entry.at_s
+        self._restored_to = event.version
+        self.unknown += event.unknown
+        noted = {contribution_id(part.head) for note in event.made for part in note.parts}
+        for identity in [
+            name for name, taken in self.taken.items() if taken.fate is Fate.WAITING and name not in noted
+        ]:
+            del self.taken[identity]
+        for identity in [name for name, made in self.made.items() if not made.is_done]:
+            del self.made[identity]
+        opened = self._machine.opening if isinstance(self._machine, Coordinator) else None
+        self.n_openings += sum(note.opening != opened for note in event.openings)
+        for version in event.unknown:
+            self.made[f"unknown-{version}"] = Made(None, None, is_done=True, is_noted=True)
+        for note in event.made:
+            self.made[note.made_by] = Made(combination_of(note), note.capacity, is_noted=True)
+            for part in note.parts:
+                taken = Taken(part.head, entry.at_s, is_noted=True)
+                self.taken.setdefault(contribution_id(part.head), taken)
+            self.finish(note.made_by, note.quarantined)
 
     def _take(self, command: Command) -> None:
         match command:
@@ -215,7 +252,11 @@ class Book:
     def _check_versions(self, entry: Entry, before: int) -> None:
         """At the hub, a version follows the one before, and each sum of sums makes one."""
         event = entry.event
-        if isinstance(event, VersionAnnounced) and event.version - before not in {0, 1}:
+        if (
+            isinstance(event, VersionAnnounced)
+            and event.version - before not in {0, 1}
+            and event.version != self._restored_to
+        ):
             self.problems.append(
                 f"{self._name}: event {entry.sequence} announces version {event.version} after {before}"
             )

@@ -1,74 +1,146 @@
-"""What the federation is worth: each hospital alone, and all data pooled, with as many steps as a site took."""
+"""What the federation is worth: each hospital alone, and all data pooled, with as many steps as a site took.
+
+Only the federation's own figures are needed; what it is compared with may fail.
+"""
 
 import asyncio
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fednats.errors import FednatsError, HospitalError
 from fednats.learning.baseline import Pooled, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.task import Task
 from fednats.learning.task_code import make_task
+from fednats.learning.task_errors import task_code
 from fednats.testbed.federation import FederationSettings
 
 Metrics = dict[str, float]
+Job = Callable[[], Metrics]
+
+LOG_FILE = "comparison.log"
+"""What failed, in full, below the output folder."""
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Metrics on everybody's test cases, or why there are none."""
+
+    metrics: Metrics
+    failed: str = ""
+    """In words without data."""
+    details: str = ""
+    """Text and traceback of what failed; they may quote a record."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics on everybody's test cases."""
+    """The federation and what it is compared with, as far as it has been measured."""
 
-    federated: Metrics
-    alone: Mapping[str, Metrics]
-    pooled: Metrics
+    federated: Worth
+    alone: Mapping[str, Worth] = field(default_factory=dict)
+    pooled: Worth = Worth({})
 
     @property
     def mean_alone(self) -> Metrics:
-        """Mean over the hospitals of each metric that all of them have."""
-        names = set.intersection(*(set(metrics) for metrics in self.alone.values()))
-        return {name: float(np.mean([metrics[name] for metrics in self.alone.values()])) for name in sorted(names)}
+        """Mean over the hospitals that did not fail of each metric that all of them have."""
+        measured = [worth.metrics for worth in self.alone.values() if not worth.failed]
+        names = set.intersection(*map(set, measured)) if measured else set()
+        return {name: float(np.mean([metrics[name] for metrics in measured])) for name in sorted(names)}
 
 
-async def compare(federation: FederationSettings, weights: NDArray[np.float32], n_steps: int) -> Comparison:
-    """Train alone and pooled for ``n_steps`` local steps each; evaluate them and ``weights`` float32[n] alike."""
-    loop = asyncio.get_running_loop()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_one_thread) as pool:
-        pooled = loop.run_in_executor(pool, _train_pooled, federation, n_steps)
-        alone = [loop.run_in_executor(pool, _train_one, federation, site, n_steps) for site in federation.sites]
-        federated = loop.run_in_executor(pool, evaluate_pooled, federation, weights)
-        results = await asyncio.gather(*alone)
-        return Comparison(
-            federated=await federated, alone=dict(zip(federation.sites, results, strict=True)), pooled=await pooled
-        )
+@dataclass(frozen=True)
+class Measure:
+    """Measures in processes of their own; what fails is written below ``output``."""
+
+    federation: FederationSettings
+    output: Path
+
+    async def federated(self, weights: NDArray[np.float32]) -> Comparison:
+        """Evaluate ``weights`` float32[n]."""
+        (worth,) = await self._worths([_Federated(self.federation, weights)])
+        return Comparison(worth)
+
+    async def baselines(self, measured: Comparison, n_steps: int) -> Comparison:
+        """Add to what was ``measured`` each hospital alone and all data pooled, trained for ``n_steps`` local steps."""
+        sites = tuple(self.federation.sites)
+        alone = [_Alone(self.federation, (site,), n_steps) for site in sites]
+        pooled, *worths = await self._worths([_Alone(self.federation, sites, n_steps), *alone])
+        return Comparison(measured.federated, dict(zip(sites, worths, strict=True)), pooled)
+
+    async def _worths(self, jobs: Sequence[Job]) -> list[Worth]:
+        loop = asyncio.get_running_loop()
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_one_thread) as pool:
+            done = [loop.run_in_executor(pool, _worth, job) for job in jobs]
+            worths = await asyncio.gather(*map(_of_living_process, done))
+        details = [worth.details for worth in worths if worth.failed]
+        if details:
+            with (self.output / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write("\n".join(details))
+        return worths
+
+
+@dataclass(frozen=True)
+class _Federated:
+    federation: FederationSettings
+    weights: NDArray[np.float32]
+
+    def __call__(self) -> Metrics:
+        return evaluate_pooled(self.federation, self.weights)
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """Trains without a federation on the data of ``sites``."""
+
+    federation: FederationSettings
+    sites: tuple[str, ...]
+    n_steps: int
+
+    def __call__(self) -> Metrics:
+        task = Pooled(_tasks(self.federation, self.sites))
+        weights = train_alone(task, self.federation.training, self.n_steps, self.federation.seed)
+        return evaluate_pooled(self.federation, weights)
+
+
+def _worth(job: Job) -> Worth:
+    try:
+        with task_code("training"):
+            return Worth(job())
+    except HospitalError as error:
+        return Worth({}, error.public, f"{error}\n{error.traceback}")
+    except FednatsError as error:
+        return Worth({}, str(error), str(error))
+
+
+async def _of_living_process(done: "asyncio.Future[Worth]") -> Worth:
+    try:
+        return await done
+    except BrokenProcessPool as error:
+        return Worth({}, "its process ended; see the system's log for a signal or memory", str(error))
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _tasks(federation: FederationSettings) -> list[Task]:
-    settings = [federation.task_of(site) for site in federation.sites]
+def _tasks(federation: FederationSettings, sites: Sequence[str]) -> list[Task]:
+    settings = [federation.task_of(site) for site in sites]
     return [make_task(task.path, task.options) for task in settings]
-
-
-def _train_one(federation: FederationSettings, site: str, n_steps: int) -> Metrics:
-    settings = federation.task_of(site)
-    task = make_task(settings.path, settings.options)
-    return evaluate_pooled(federation, train_alone(task, federation.training, n_steps, federation.seed))
-
-
-def _train_pooled(federation: FederationSettings, n_steps: int) -> Metrics:
-    pooled = Pooled(_tasks(federation))
-    return evaluate_pooled(federation, train_alone(pooled, federation.training, n_steps, federation.seed))
 
 
 def evaluate_pooled(federation: FederationSettings, weights: NDArray[np.float32]) -> Metrics:
     """Return the metrics of ``weights``, float32[n], on the test cases of all hospitals together."""
-    return evaluate(Pooled(_tasks(federation)), weights, seed=federation.seed).metrics
+    with task_code("evaluating"):
+        tasks = _tasks(federation, tuple(federation.sites))
+        return evaluate(Pooled(tasks), weights, seed=federation.seed).metrics

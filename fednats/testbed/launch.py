@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fednats.config import DaemonSettings
-from fednats.errors import FednatsError, InterruptedRunError
+from fednats.errors import FednatsError, InterruptedRunError, RunFailedError
 from fednats.learning.entries import entries_of
 from fednats.learning.flat import initial_model
 from fednats.learning.task_code import make_task
@@ -23,11 +23,11 @@ from fednats.provision.plan import Plan
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, region_link, serving
-from fednats.testbed.comparison import compare
+from fednats.testbed.comparison import Comparison, Measure
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.ledger import settled
 from fednats.testbed.links import serving_links
-from fednats.testbed.processes import DaemonProcess, Daemons
+from fednats.testbed.processes import LOG_FILE, DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
 from fednats.testbed.report import write_report
 from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, with_newest
@@ -81,6 +81,7 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
     """Run to the end, compare, write summary, report and model below ``output``; return the summary.
 
     Raises:
+        RunFailedError: no site could train, or the run could not do what it was asked to.
         FednatsError: something ended and starting it again is of no use, or the settings do not work.
     """
     with private_files():
@@ -105,19 +106,33 @@ async def _run_federation(federation: FederationSettings, output: Path) -> Summa
     async with running(federation, output) as federation_running:
         supervisor = Supervisor([*federation_running.servers.servers, *federation_running.daemons])
         statuses = await _watch(federation, federation_running, supervisor, timeline, started)
-        if statuses[COORDINATOR]["failed"]:
-            raise FednatsError(f"the run was closed: {statuses[COORDINATOR]['reason']}")
         await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
         await settled(output)
     weights = await asyncio.to_thread(_keep_model, federation, output)
+    refuse_failed(statuses, output)
     mean_updates = sum(int(statuses[f"site-{name}"]["updates"]) for name in federation.sites) / len(federation.sites)
     n_steps = max(1, round(mean_updates * federation.training.local_steps))
-    comparison = await compare(federation, weights, n_steps)
     figures = run_figures(federation, statuses, federation_running.wan_bytes, timeline, supervisor.restarts)
-    summary = summarise(figures, comparison, time.monotonic() - started)
-    summary.write(output / "summary.json")
-    write_report(summary, output / "report.html")
-    return summary
+
+    def write(comparison: Comparison) -> Summary:
+        summary = summarise(figures, comparison, time.monotonic() - started)
+        summary.write(output / "summary.json")
+        write_report(summary, output / "report.html")
+        return summary
+
+    measure = Measure(federation, output)
+    federated = await measure.federated(weights)
+    write(federated)  # whatever becomes of the rest
+    return write(await measure.baselines(federated, n_steps))
+
+
+def refuse_failed(statuses: Statuses, output: Path) -> None:
+    """Raise RunFailedError if the coordinator has ended the run because it could not go on."""
+    coordinator = statuses[COORDINATOR]
+    if coordinator["failed"]:
+        failing = [name for name, status in statuses.items() if status["role"] == "site" and status.get("failing")]
+        log = output / min(failing, default=COORDINATOR) / LOG_FILE
+        raise RunFailedError(f"the run ended at version {coordinator['version']}: {coordinator['reason']}; see {log}")
 
 
 async def _watch(

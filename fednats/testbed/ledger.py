@@ -31,6 +31,7 @@ from pathlib import Path
 
 from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
+from fednats.protocol.compositions import without_digests
 from fednats.protocol.coordinator import RunRecord, RunState
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.checkpoints import Checkpoint, checkpoints_folder, newest_checkpoint, weights_file
@@ -125,6 +126,10 @@ def verify(directory: Path) -> Ledger:
     }
     ledger.runs = [_line(run) for run in books[HUB].runs]
     ledger.findings += [problem for book in books.values() for problem in book.problems]
+    for book in books.values():
+        findings, notes = _restorations(book)
+        ledger.findings += findings
+        ledger.notes += notes
     ledger.findings += _wrong_weights(folder.coordinator)
     for (region, site), outbox in outboxes.items():
         ledger.findings += check_site(folder.site(site), site, outbox or (), books[region].taken)
@@ -226,7 +231,7 @@ class _Audit:
     def _compare(self, book: Book, identity: str, received: Update | Aggregate) -> None:
         """Work out again what the head of a sum must say."""
         made = book.made[identity]
-        if made.capacity is None or not isinstance(received, Aggregate):
+        if made.capacity is None or made.combination is None or not isinstance(received, Aggregate):
             self._find(f"weights: {identity} of {book.node} is no sum of a region")
             return
         weights = weigh(made.combination, made.capacity)
@@ -275,7 +280,11 @@ class _Audit:
                 self._ledger.notes.append(
                     f"update {identity} came in the name of {site}, whose outbox does not know it: {_became(taken)}"
                 )
-            elif item.head is not None and item.head != taken.head:
+            elif (
+                item.head is not None
+                and item.head != taken.head
+                and not (taken.is_noted and _as_noted(item.head) == taken.head)
+            ):
                 self._find(f"altered: update {identity} of {site} is not what its outbox has")
             elif item.is_dropped and taken.fate is Fate.SUMMED:
                 self._find(
@@ -293,7 +302,8 @@ class _Audit:
             lost = set()  # it may have come later than the journal can be read
         self._lost |= lost
         for identity in lost:
-            self._find(f"lost: {what.format(identity)} was overtaken and never came to {receiver.node}")
+            why = ", or was settled there before a backup was restored" if receiver.restored_s else ""
+            self._find(f"lost: {what.format(identity)} was overtaken and never came to {receiver.node}{why}")
         if receiver.is_closed and receiver.is_whole:
             self._ledger.undelivered += [
                 f"undelivered: {what.format(identity)} has not come to {receiver.node}, which knows that the run is"
@@ -329,6 +339,22 @@ class _Audit:
                 return f"{LOST if taken.sums[0] in self._lost else UNDER_WAY} above"
             taken = above
         return f"{taken.fate.value} above"
+
+
+def _restorations(book: Book) -> tuple[list[str], list[str]]:
+    """Return findings and notes: what is known of what a node made before a backup was restored."""
+    if not book.restored_s:
+        return [], []
+    n_noted = sum(made.is_noted for made in book.made.values()) - len(book.unknown)
+    note = (
+        f"restored: {book.node} from a backup; {n_noted} combinations that its journal lacks are known from its notes"
+    )
+    findings = [f"restored: what versions {book.unknown} were made of is not known"] if book.unknown else []
+    return findings, [note]
+
+
+def _as_noted(head: Update) -> Update:
+    return head.model_copy(update={"payload": without_digests(head.payload)})
 
 
 def _line(run: RunRecord) -> str:

@@ -8,7 +8,7 @@ from rich.filesize import decimal
 
 from fednats.testbed import plots
 from fednats.testbed.page import count, figures, html, note, table
-from fednats.testbed.summary import Summary, bound, compared, figure, gain, is_mean, less_is_better, task_name
+from fednats.testbed.summary import Summary, bound, cells_of, compared, figure, is_mean, less_is_better, task_name
 
 
 def write_report(summary: Summary, path: Path) -> None:
@@ -84,10 +84,7 @@ def _comparison(summary: Summary) -> str:
     names = summary.metric_names
     if not names:
         return note("No model could be scored on everybody's test cases, so there is nothing to compare.")
-    rows = [
-        (row.kind, [row.label, *(cell for n in names for cell in (figure(row.metrics, n), gain(summary, row, n)))])
-        for row in compared(summary)
-    ]
+    rows = [(row.kind, cells_of(summary, row)) for row in compared(summary)]
     return table(
         ["trained by", *(heading for name in names for heading in (name, "vs mean alone"))],
         rows,

@@ -130,6 +130,8 @@ class Summary(RunFigures):
     local: dict[str, float | dict[str, Metrics]]
     """Mean of each metric over the hospitals alone, and under ``per_site`` each hospital's."""
     pooled: Metrics
+    failed: dict[str, str] = {}
+    """Why a row of the comparison has no figures, by its label."""
 
     @field_validator("local")
     @classmethod
@@ -261,10 +263,28 @@ def summarise(figures: RunFigures, measured: Comparison, wall_s: float) -> Summa
     return Summary(
         **dict(figures),
         wall_s=round(wall_s, 2),
-        federated=measured.federated,
-        local={**measured.mean_alone, "per_site": dict(measured.alone)},
-        pooled=measured.pooled,
+        federated=measured.federated.metrics,
+        local={**measured.mean_alone, "per_site": {site: worth.metrics for site, worth in measured.alone.items()}},
+        pooled=measured.pooled.metrics,
+        failed={
+            label: worth.failed
+            for label, worth in (
+                (FEDERATION, measured.federated),
+                (POOLED, measured.pooled),
+                *((alone(site), worth) for site, worth in measured.alone.items()),
+            )
+            if worth.failed
+        },
     )
+
+
+FEDERATION = "the federation"
+POOLED = "all data pooled"
+
+
+def alone(site: str) -> str:
+    """Return the label of the row of a hospital alone."""
+    return f"{site} alone"
 
 
 class Row(NamedTuple):
@@ -273,16 +293,26 @@ class Row(NamedTuple):
     kind: Literal["alone", "mean", "federation", "pooled"]
     label: str
     metrics: Mapping[str, float]
+    failed: str = ""
+    """Why there are none."""
 
 
 def compared(summary: Summary) -> list[Row]:
     """Return each hospital alone, their mean, the federation, and all data pooled."""
-    return [
-        *(Row("alone", f"{site} alone", metrics) for site, metrics in summary.alone.items()),
+    rows = [
+        *(Row("alone", alone(site), metrics) for site, metrics in summary.alone.items()),
         Row("mean", "mean hospital alone", summary.mean_alone),
-        Row("federation", "the federation", summary.federated),
-        Row("pooled", "all data pooled", summary.pooled),
+        Row("federation", FEDERATION, summary.federated),
+        Row("pooled", POOLED, summary.pooled),
     ]
+    return [row._replace(failed=summary.failed.get(row.label, "")) for row in rows]
+
+
+def cells_of(summary: Summary, row: Row) -> list[str]:
+    """Write a row of the comparison: its label, then for each metric its figure and the federation's gain."""
+    label = f"{row.label}, failed: {row.failed}" if row.failed else row.label
+    names = summary.metric_names
+    return [label, *(cell for name in names for cell in (figure(row.metrics, name), gain(summary, row, name)))]
 
 
 def gain(summary: Summary, row: Row, metric: str) -> str:
@@ -355,10 +385,6 @@ def comparison(summary: Summary) -> Table:
     for row in compared(summary):
         if row.kind in {"mean", "federation"}:
             table.add_section()
-        cells = [
-            Text(cell)
-            for name in summary.metric_names
-            for cell in (figure(row.metrics, name), gain(summary, row, name))
-        ]
-        table.add_row(Text(row.label), *cells, style="bold" if row.kind == "federation" else "")
+        style = "bold" if row.kind == "federation" else ""
+        table.add_row(*map(Text, cells_of(summary, row)), style=style)
     return table

@@ -195,7 +195,7 @@ class CoordinatorNode:
         self._spread = spread
         self._machine = Coordinator(world.settings.name)
         self._decoder = decoder(world.settings.delta, None)
-        self._optimizer = ServerOptimizer(world.settings.server)
+        self._optimizer = ServerOptimizer(world.settings.server, synchronous=world.settings.aggregation.synchronous)
         self._slots = {name: np.zeros_like(weights) for name in self._optimizer.slots}
         first = grids.initial(world.layout, weights, self._decoder.qmax)
         self.versions = [Version(0, 0.0, weights, (first,))]

@@ -193,7 +193,7 @@ class Wan:
         task.add_done_callback(self._tasks.discard)
 
     def _socket(self) -> socket.socket:
-        sock = socket.socket()
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # so that asyncio sets TCP_NODELAY
         if self.settings.mbit is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         return sock

@@ -1,7 +1,8 @@
 """Streams and buckets of a run: who makes which, with which limits.
 
 Each function returns what one service ensures at its start with `Bus.ensure_stream` and `Bus.ensure_bucket`.
-A stream of models, receipts or rejects drops its oldest when full. All others refuse: the sender keeps what was not taken.
+A stream of models, compositions, receipts or rejects drops its oldest when full. All others refuse: the sender keeps what was not
+taken.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ class Limits:
 MODELS = Limits(max_bytes=8 * GIB, max_age_s=365 * 86400)
 UPDATES = Limits(max_bytes=32 * GIB, max_age_s=7 * 86400)
 AGGREGATES = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400)
+COMPOSITIONS = Limits(max_bytes=GIB // 2, max_age_s=365 * 86400, max_messages=200_000)
 RECEIPTS = Limits(max_bytes=GIB // 16, max_age_s=365 * 86400, max_messages_per_subject=1)
 REJECTS = Limits(max_bytes=GIB // 16, max_age_s=30 * 86400, max_messages=10_000)
 
@@ -133,7 +135,7 @@ class BucketSpec:
 
 
 def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that the coordinator ensures: models with control, the inbox of ``regions`` directly below, rejects."""
+    """Streams that the coordinator ensures: models with control, the inbox of ``regions`` directly below, compositions, rejects."""
     models = StreamSpec(
         name=subjects.models_stream(run, HUB),
         subjects=(f"{subjects.model(run)}.>", subjects.control(run)),
@@ -141,7 +143,7 @@ def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[St
         discard="old",
         pulse=subjects.pulse(run, HUB),
     )
-    return (models, _inbox(run, HUB, regions, leaves=leaves), _rejects(run, HUB))
+    return (models, _inbox(run, HUB, regions, leaves=leaves), _compositions(run, HUB), _rejects(run, HUB))
 
 
 def at_uplink(
@@ -178,7 +180,7 @@ def at_uplink(
 def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec, ...]:
     """Streams that an aggregator ensures in its private account.
 
-    Models for the sites, updates with evaluations, receipts, rejects.
+    Models for the sites, updates with evaluations, receipts, compositions, rejects.
     """
     origin = Origin(
         subjects.models_stream(run, region if leaves else HUB),
@@ -204,7 +206,7 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
         limits=RECEIPTS,
         discard="old",
     )
-    return (models, updates, receipts, _rejects(run, region))
+    return (models, updates, receipts, _compositions(run, region), _rejects(run, region))
 
 
 def needed_bytes(specs: Iterable[StreamSpec | BucketSpec]) -> int:
@@ -229,6 +231,15 @@ def _inbox(run: str, node: str, regions: Sequence[str], *, leaves: bool = True) 
 
     return StreamSpec(
         name=subjects.inbox_stream(run, node), sources=tuple(map(origin, regions)), limits=AGGREGATES, discard="new"
+    )
+
+
+def _compositions(run: str, node: str) -> StreamSpec:
+    return StreamSpec(
+        name=subjects.compositions_stream(run, node),
+        subjects=(subjects.composition(run, node, "*"),),
+        limits=COMPOSITIONS,
+        discard="old",
     )
 
 

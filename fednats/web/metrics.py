@@ -47,6 +47,9 @@ class Metrics:
             "Services, here and below, that take no part by their own policy.",
             registry=self.registry,
         )
+        self.failing = Gauge(
+            "fednats_failing", "Sites, this one or those below, whose training fails.", registry=self.registry
+        )
         self.waiting = Counter(
             "fednats_waiting_for_sites",
             "Times that fewer distinct sites than a sum must have were there, at once or at a deadline.",

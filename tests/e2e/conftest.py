@@ -67,6 +67,7 @@ def make_federation(tmp_path: Path) -> MakeFederation:
             "name": "small",
             "task": f"{OWN_TASK}:MyTask",
             "training": {"local_steps": 20, "batch_size": 16, "learning_rate": 0.05},
+            "server": {"learning_rate": 1.0},
             "regions": {region: {} for region in sites_by_region},
             "sites": {},
         }

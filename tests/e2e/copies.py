@@ -1,5 +1,6 @@
 """Copies of daemons, as a copied machine has them: the same name, keys and state, in another place."""
 
+import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
@@ -16,9 +17,14 @@ LEFT_OUT = shutil.ignore_patterns(LOCK_FILE, PORT_FILE, LOG_FILE)
 
 
 def frozen_copy(daemon: DaemonProcess, folder: Path) -> None:
-    """Stop a running daemon for good and copy its state to ``folder``, all of one moment."""
-    daemon.send(signal.SIGSTOP)
+    """Let a daemon and its worker stand still until `goes_on`, and copy their state to ``folder``, all of one moment."""
+    os.killpg(daemon.pid, signal.SIGSTOP)  # it leads a session of its own
     shutil.copytree(daemon.state_dir, folder, ignore=LEFT_OUT)
+
+
+def goes_on(daemon: DaemonProcess) -> None:
+    """Let a daemon go on that stood still."""
+    os.killpg(daemon.pid, signal.SIGCONT)
 
 
 @asynccontextmanager

@@ -55,7 +55,7 @@ async def all_settled(running: Running, node: str, copies: int = 1) -> None:
     async def settled() -> bool:
         info = await figures(running, node)
         book = await asyncio.to_thread(Book, node, running.output / folder / "journal.sqlite")
-        waiting = sum(len(reported) for reported in book._collector._evaluations._tally._open.values())
+        waiting = sum(len(reported) for reported in book._collector.evaluations._tally._open.values())
         return bool(info["num_pending"] == 0 and waiting <= info["num_ack_pending"] <= copies * waiting)
 
     await happens(settled)

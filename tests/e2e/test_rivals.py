@@ -1,6 +1,5 @@
 """A copied machine: of two coordinators, or two aggregators of one region, the live one goes on and the other ends."""
 
-import signal
 from pathlib import Path
 
 from fednats.subjects import HUB
@@ -8,7 +7,7 @@ from fednats.testbed.launch import Running, running
 from fednats.testbed.processes import DaemonProcess
 from fednats.testbed.wan import WanSettings
 from tests.e2e.conftest import MakeFederation
-from tests.e2e.copies import copied, frozen_copy, puts_in_place_of
+from tests.e2e.copies import copied, frozen_copy, goes_on, puts_in_place_of
 from tests.e2e.faults import found, logged
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import ENDLESS, end_after, reached, takes_part, until, version_now
@@ -37,7 +36,7 @@ async def test_of_two_copies_the_live_one_goes_on_and_the_other_ends(
 async def a_copy_beside_a_live_one_ends(now: Running, name: str, folder: Path) -> None:
     true = now.daemons[name]
     frozen_copy(true, folder)
-    true.send(signal.SIGCONT)
+    goes_on(true)
     async with copied(now, name, folder) as copy:
         assert await copy.wait() == 1
         assert f"another {true.role} is running: host " in copy.log_tail()
@@ -50,7 +49,7 @@ async def a_coordinator_that_was_cut_off_ends_when_it_is_back(now: Running, fold
     true, link = now.daemons["coordinator"], now.links["coordinator"]
     link.cut()
     frozen_copy(true, folder)
-    true.send(signal.SIGCONT)
+    goes_on(true)
     async with copied(now, "coordinator", folder, bus=now.servers.user("coordinator", HUB)) as copy:
         await taken_over(now, copy)
         link.restore()
@@ -66,7 +65,7 @@ async def an_aggregator_that_stood_still_ends_when_it_goes_on(now: Running, fold
     frozen_copy(true, folder)
     async with copied(now, REGION, folder) as copy:
         await taken_over(now, copy)
-        true.send(signal.SIGCONT)
+        goes_on(true)
         assert await true.wait() == 1
         assert "another aggregator has taken over: host " in true.log_tail()
         await copy.stop()

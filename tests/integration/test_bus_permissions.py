@@ -66,6 +66,7 @@ NEVER: dict[str, tuple[str, ...]] = {
         "$JS.north.>",
         "$JS.hub.>",
         "fed.run.holder.>",
+        "fed.run.composition.>",
     ),
     "aggregator": (
         "fed.run.order",
@@ -126,7 +127,8 @@ def streams() -> list[str]:
         subjects.inbox_stream,
     )
     buckets = (subjects.presence_bucket(RUN), subjects.state_bucket(RUN))
-    made = [kind(RUN, node) for kind, node in product((*kinds, subjects.rejects_stream), NODES)]
+    own = (subjects.compositions_stream, subjects.rejects_stream)
+    made = [kind(RUN, node) for kind, node in product((*kinds, *own), NODES)]
     return [*made, *(f"KV_{bucket}" for bucket in buckets)]
 
 
@@ -141,6 +143,7 @@ def own_subjects() -> list[str]:
     found += [subjects.receipt(RUN, region, site) for site, region in SITES.items()]
     found += [subjects.evaluation_sum(RUN, node) for node in NODES]
     found += [subjects.pulse(RUN, node) for node in NODES]
+    found += [subjects.composition(RUN, node, "id") for node in NODES]
     found += [subjects.reject(RUN, node, "a", "malformed") for node in NODES]
     who = [("site", site) for site in SITES] + [("aggregator", node) for node in NODES] + [("coordinator", HUB)]
     found += [subjects.event(RUN, role, name) for role, name in who]

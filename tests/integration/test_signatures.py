@@ -118,7 +118,8 @@ async def receiving(bus: ConnectedBus, directory: Path, node: str) -> AsyncItera
         raise AssertionError(command)
 
     async with tier.journalling():
-        await tier.restore()
+        await tier.replay()
+        tier.take_up()
         await tier.feed(announcement(settings=SETTINGS))
         running = [
             asyncio.create_task(tier.receive(inbox, subjects.durable(node, stream), filters)),

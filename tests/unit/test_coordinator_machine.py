@@ -11,6 +11,7 @@ from fednats.protocol.events import (
     ContributionArrived,
     EvaluationArrived,
     EvaluationsSummed,
+    EverySiteFails,
     FinalEvaluationOverdue,
     KeepBest,
     RunFailed,
@@ -159,6 +160,25 @@ def test_the_clock_ends_the_run() -> None:
     machine = coordinator()
     assert AwaitFinalEvaluation(30.0) in machine.handle(WallTimeReached())
     assert machine.reason == "max_wall_s reached"
+
+
+def test_a_run_whose_sites_all_fail_ends_at_once_with_what_they_say() -> None:
+    machine = coordinator()
+    assert machine.handle(EverySiteFails(why="training failed: ValueError")) == [
+        CloseRun(FIRST, 0, "every site fails: training failed: ValueError")
+    ]
+    assert machine.failed
+    assert machine.handle(EverySiteFails(why="again")) == []
+    assert machine.outstanding() == [CloseRun(FIRST, 0, "every site fails: training failed: ValueError")]
+
+
+def test_sums_that_are_buffered_when_the_run_is_given_up_are_settled() -> None:
+    machine = Coordinator("r")
+    machine.handle(Configured(sites=(), regions=tuple(sorted(REGIONS))))
+    machine.handle(opened(FIRST))
+    machine.handle(announcement(0, settings=AggregationSettings(region_goal=2), capacity=None))
+    machine.handle(ContributionArrived(head=aggregate("fjord", 1, version=0)))
+    assert machine.handle(EverySiteFails(why="x")) == [Settle(("fjord-1",)), CloseRun(FIRST, 0, "every site fails: x")]
 
 
 def test_an_evaluation_of_a_version_that_is_not_there_closes_nothing() -> None:

@@ -137,6 +137,9 @@ class SumsHere:
         yield b"second"
 
 
+async def at_once() -> None: ...
+
+
 class Fixture:
     def __init__(self, folder: Path, *ended_by: str) -> None:
         frames = checkpoints_folder(folder)
@@ -157,6 +160,7 @@ class Fixture:
             cast("Any", self.hub),
             cast("Any", ShortLived(frames, *ended_by)),
         )
+        self.service._compositions._may_write = at_once  # nobody else is there
         inbox = cast("Inbox", self.inbox)
         self.service._tier.inboxes = dict.fromkeys(self.service._tier.inboxes, inbox)
 

@@ -27,6 +27,7 @@ def test_the_federation_file_s_document_shows_every_setting_with_its_default() -
     optional = {
         ("aggregation", "deadline_s"),
         ("stop", "max_wall_s"),
+        ("server", "learning_rate"),
         ("stop", "target_metric"),
         ("stop", "lower_is_better"),
         ("stop", "target"),

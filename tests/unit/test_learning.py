@@ -128,7 +128,7 @@ def test_server_adam_takes_the_papers_first_step() -> None:
 @pytest.mark.parametrize("settings", SERVERS, ids=lambda s: f"{s.optimizer}-{s.momentum}")
 def test_the_server_steps_as_torchs_own_optimizer_over_many_steps(settings: ServerSettings) -> None:
     weights = torch.nn.Parameter(torch.zeros(7))
-    whole = OPTIMIZERS[settings.optimizer](weights, settings)
+    whole = OPTIMIZERS[settings.optimizer](weights, settings, settings.rate(synchronous=True))
     for delta in deltas(5):
         weights.grad = -torch.tensor(delta)
         whole.step()

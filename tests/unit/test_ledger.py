@@ -12,10 +12,13 @@ from typer.testing import CliRunner
 from fednats.cli import app
 from fednats.errors import ConfigError, Reason
 from fednats.privacy.egress import EGRESS_FILE, LEDGER_FILE
-from fednats.protocol import collector, sequences
-from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached
+from fednats.protocol import sequences
+from fednats.protocol import settled as settled_ids
+from fednats.protocol.compositions import composition_of
+from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached, Restored
 from fednats.services.recorder import entry_of
 from fednats.testbed import ledger as ledger_of_a_run
+from fednats.testbed.book import Book
 from fednats.testbed.ledger import APPLIED, OVERTAKEN_S, Ledger, settled, verify
 from tests.makers import announcement, closed, update
 from tests.small_run import SETTINGS, SmallRun
@@ -275,7 +278,7 @@ def test_a_deleted_event_leaves_a_gap_that_is_found(run: SmallRun) -> None:
 
 def test_an_update_that_counts_twice_is_found(run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it would if a region forgot what it has summed."""
-    monkeypatch.setattr(collector, "REMEMBERED", 0)
+    monkeypatch.setattr(settled_ids, "REMEMBERED", 0)
     monkeypatch.setattr(sequences.Sequences, "settle", lambda _self, _sequence: None)
     first = run.send("north", "a")
     for other in (run.send("north", "b"), run.send("north", "b")):
@@ -380,6 +383,45 @@ def test_an_update_of_another_content_than_on_record_is_found(run: SmallRun) -> 
 def test_the_chain_of_a_region_is_looked_at_too(run: SmallRun) -> None:
     (run.directory / "aggregator-north" / LEDGER_FILE).write_text("{}\n")
     assert found(run).findings[0].startswith("egress: aggregator-north/ledger.jsonl: line 1: damaged or altered")
+
+
+def restored(run: SmallRun, unknown: tuple[int, ...] = ()) -> None:
+    """Let the coordinator have lost its journal after version 4, and know versions 5 and 6 from its notes only."""
+    combinations = [
+        made.combination for made in Book("hub", run.directory / "coordinator" / "journal.sqlite").made.values()
+    ]
+    noted = {
+        version: composition_of("r", "hub", combination, "", None)
+        for version, combination in enumerate(combinations, 1)
+        if combination is not None
+    }
+    made = tuple(noted[version] for version in (5, 6) if version not in unknown)
+    event = Restored(version=6, made=made, unknown=unknown)
+
+    def change(rows: Rows) -> Rows:
+        announced = announcement(6, settings=SETTINGS, capacity=None)
+        later = [[run.now_s, event.kind, event.model_dump()], [run.now_s, announced.kind, announced.model_dump()]]
+        return [*rows[: nth(rows, "combined", 3) + 1], *later]
+
+    run.tamper("hub", change)
+
+
+def test_what_a_restored_coordinator_had_applied_is_known_from_its_notes(run: SmallRun) -> None:
+    before = found(run)
+    restored(run)
+    after = found(run)
+    assert after.findings == []
+    assert (after.accepted, after.sums, after.n_weighed) == (before.accepted, before.sums, before.n_weighed)
+    assert after.notes == [
+        "restored: hub from a backup; 2 combinations that its journal lacks are known from its notes"
+    ]
+    run.rounds(1)
+    assert found(run).findings == []
+
+
+def test_versions_that_no_note_tells_of_are_a_finding(run: SmallRun) -> None:
+    restored(run, unknown=(5,))
+    assert "restored: what versions [5] were made of is not known" in found(run).findings
 
 
 def test_the_books_go_on_over_an_extension_and_another_run(run: SmallRun) -> None:

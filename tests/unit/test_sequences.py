@@ -6,9 +6,10 @@ import pytest
 
 from fednats.errors import Reason, RefusedError
 from fednats.protocol.admission import Roster
-from fednats.protocol.collector import REMEMBERED, Collector
+from fednats.protocol.collector import Collector
 from fednats.protocol.events import Combine, Combined, Command, ContributionArrived, Refuse, Settle
 from fednats.protocol.sequences import WINDOW, Sequences
+from fednats.protocol.settled import REMEMBERED
 from fednats.storage.outbox import Outbox, first_number
 from tests.makers import announcement, update
 

@@ -64,6 +64,18 @@ def test_a_failed_pass_is_tried_again_after_a_pause_or_on_a_newer_version() -> N
     assert site.handle(Done()) == Train(1)
 
 
+def test_training_that_fails_repeatedly_waits_for_its_pause_whatever_versions_come() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    site.handle(Done())
+    assert site.handle(Failed(repeats=True)) is None
+    assert site.handle(ModelSeen(1)) == Evaluate(1)
+    assert site.handle(Done()) is None
+    assert site.handle(ModelSeen(2)) == Evaluate(2)
+    assert site.handle(Retry()) is None
+    assert site.handle(Done()) == Train(2)
+
+
 def test_a_pass_that_could_not_be_stored_is_stored_before_anything_else_and_not_made_again() -> None:
     site = Site()
     site.handle(ModelSeen(0))

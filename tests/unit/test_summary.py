@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from fednats.testbed.summary import Summary, comparison, spent
+from fednats.testbed.comparison import Comparison, Worth
+from fednats.testbed.summary import RunFigures, Summary, cells_of, compared, comparison, spent, summarise
 
 
 def figures(**changes: Any) -> dict[str, Any]:
@@ -57,6 +58,32 @@ def test_what_is_written_reads_back_with_local_means_beside_per_site(tmp_path: P
     local = json.loads(text)["local"]
     assert (local["auc"], local["per_site"]["b-clinic"]["auc"]) == (0.81, 0.82)
     assert Summary.model_validate_json(text) == summary
+
+
+def test_what_the_federation_is_compared_with_may_fail() -> None:
+    measured = Comparison(
+        Worth({"auc": 0.9}),
+        {"a-clinic": Worth({}, "training failed: the loss is not finite"), "b-clinic": Worth({"auc": 0.8})},
+        Worth({}, "its process ended"),
+    )
+    run = {name: figures()[name] for name in RunFigures.model_fields if name in figures()}
+    summary = summarise(RunFigures.model_validate(run), measured, 1.0)
+    assert summary.mean_alone == {"auc": 0.8}
+    assert json.loads(summary.model_dump_json())["failed"] == {
+        "all data pooled": "its process ended",
+        "a-clinic alone": "training failed: the loss is not finite",
+    }
+    assert [cells_of(summary, row) for row in compared(summary)] == [
+        ["a-clinic alone, failed: training failed: the loss is not finite", "-", ""],
+        ["b-clinic alone", "0.800", ""],
+        ["mean hospital alone", "0.800", ""],
+        ["the federation", "0.900", "+0.100"],
+        ["all data pooled, failed: its process ended", "-", ""],
+    ]
+
+
+def test_the_figures_of_the_federation_stand_before_it_is_compared() -> None:
+    assert Comparison(Worth({"auc": 0.9})).mean_alone == {}
 
 
 def test_the_table_sets_the_federation_against_the_mean_alone_target_metric_first() -> None:

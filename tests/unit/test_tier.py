@@ -73,7 +73,7 @@ def made(tmp_path: Path) -> Fixture:
 async def test_events_are_written_together_and_handled_in_order(made: Fixture) -> None:
     events = [announcement(), *(ContributionArrived(head=update("a", n + 1)) for n in range(3 * MAX_BATCH))]
     async with made.tier.journalling():
-        assert await made.tier.restore() == 0
+        assert await made.tier.replay() == 0
         await asyncio.gather(*(made.tier.feed(event) for event in events))
         assert made.machine.handled == events
         assert made.machine.n_buffered == len(events) - 1
@@ -142,7 +142,7 @@ async def test_a_restart_shows_the_figures_of_before(made: Fixture) -> None:
         await made.tier.feed(again)  # delivered again before it was terminated: refused once
     restarted = Fixture(made.file)
     async with restarted.tier.journalling():
-        assert await restarted.tier.restore() == 8
+        assert await restarted.tier.replay() == 8
         assert restarted.tier.elapsed_s >= 0
     for tier in (made.tier, restarted.tier):
         assert (tier.accepted, tier.refused, tier.refusals) == (2, 1, {"checksum": 1})
@@ -167,7 +167,7 @@ async def test_a_locked_journal_is_waited_for_and_said(tmp_path: Path, monkeypat
     made = Fixture(tmp_path / "journal.sqlite")
     other = sqlite3.connect(made.file, isolation_level=None)
     async with made.tier.journalling():
-        await made.tier.restore()
+        await made.tier.replay()
         with structlog.testing.capture_logs() as lines:
             made.daemon.log = made.tier.log = structlog.get_logger()
             other.execute("BEGIN IMMEDIATE")

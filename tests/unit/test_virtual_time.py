@@ -118,7 +118,12 @@ def federation(seed: int, hospitals: Sequence[Digits], **aggregation: object) ->
 
 
 def run_settings(**settings: object) -> RunSettings:
-    fixed = {"name": "r", "delta": DeltaSettings(cipher="none"), "stop": StopSettings(max_versions=100_000)}
+    fixed = {
+        "name": "r",
+        "delta": DeltaSettings(cipher="none"),
+        "stop": StopSettings(max_versions=100_000),
+        "server": {"learning_rate": 1.0},
+    }
     return RunSettings.model_validate({**fixed, **settings})
 
 
@@ -154,6 +159,17 @@ def test_the_same_seed_is_the_same_run() -> None:
     assert one.run(15.0).tobytes() == other.run(15.0).tobytes()
     assert [version.at_s for version in one.versions] == [version.at_s for version in other.versions]
     assert one.run(0.0).tobytes() != federation(1, hospitals).run(15.0).tobytes()
+
+
+@pytest.mark.parametrize(("aggregation", "rate"), [({}, 0.3), ({"goal": "all", "region_goal": "all"}, 1.0)])
+def test_the_server_s_learning_rate_follows_the_mode(aggregation: Mapping[str, object], rate: float) -> None:
+    def run(server: Mapping[str, object]) -> bytes:
+        sites = {f"s{number}": VirtualSite("north", Shifting(10), 1.0) for number in range(3)}
+        settings = run_settings(server=server, aggregation=aggregation)
+        parameters = [ParameterSpec(name="weight", shape=(8,))]
+        return VirtualFederation(settings, sites, parameters, np.zeros(8, np.float32)).run(3.5).tobytes()
+
+    assert run({}) == run({"learning_rate": rate}) != run({"learning_rate": 0.5})
 
 
 def many(n_sites: int, n_regions: int, **aggregation: object) -> VirtualFederation:

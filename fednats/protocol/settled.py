@@ -1,0 +1,63 @@
+"""What a node has dealt with for good: contributions by id, settled or refused, and the numbers of the sites' updates."""
+
+from fednats.errors import Reason
+from fednats.messages import Aggregate, Composition, Update
+from fednats.protocol.events import Refuse, Settle, contribution_id
+from fednats.protocol.sequences import Sequences
+
+REMEMBERED = 100_000
+"""Settled ids kept to recognise a late duplicate."""
+
+
+class Settled:
+    """Remembers the newest `REMEMBERED` ids, and a window of numbers of each site."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, Refuse | None] = {}
+        self._sequences: dict[str, Sequences] = {}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, identity: str) -> bool:
+        return identity in self._ids
+
+    def again(self, identity: str) -> Refuse | Settle:
+        """Return what is done about a contribution that was dealt with and is delivered again."""
+        return self._ids[identity] or Settle((identity,))
+
+    def remember(self, identity: str, refusal: Refuse | None = None) -> None:
+        """Keep in mind that ``identity`` was refused, or settled."""
+        self._ids[identity] = refusal
+        while len(self._ids) > REMEMBERED:
+            del self._ids[next(iter(self._ids))]
+
+    def clear(self) -> None:
+        """Forget the ids; the numbers stay."""
+        self._ids.clear()
+
+    def take_number(self, head: Update | Aggregate) -> None:
+        """Refuse an update whose number was another's; the id of a sum follows from what is in it, and needs none.
+
+        Raises:
+            RefusedError: ``replayed``.
+        """
+        if isinstance(head, Update):
+            sequences = self._sequences.setdefault(head.site, Sequences())
+            sequences.check(head.sequence, head.update_id)
+            sequences.take(head.sequence, head.update_id)
+
+    def settle_number(self, head: Update | Aggregate) -> None:
+        """Count the number of an update as that of one in a sum."""
+        if isinstance(head, Update) and head.site in self._sequences:
+            self._sequences[head.site].settle(head.sequence)
+
+    def note(self, composition: Composition) -> None:
+        """Know what was made since a backup as if it had been made here."""
+        for part in composition.parts:
+            identity = contribution_id(part.head)
+            why = composition.quarantined.get(identity)
+            self.remember(identity, None if why is None else Refuse(identity, Reason.OUTLIER, why))
+            if isinstance(part.head, Update):
+                self._sequences.setdefault(part.head.site, Sequences()).take(part.head.sequence, identity)
+                self.settle_number(part.head)
