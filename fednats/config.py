@@ -120,6 +120,7 @@ class ServerSettings(Settings):
     learning_rate: float | None = Field(
         None,
         gt=0,
+        le=1000,
         description="none: 1 in synchronous rounds, which is FedAvg; 0.3 where deltas are a few versions old",
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")

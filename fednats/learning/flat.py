@@ -16,6 +16,9 @@ from fednats.learning.entries import Entry, entries_of
 from fednats.learning.task import Task
 from fednats.messages import ParameterSpec
 
+LARGEST = 1e15
+"""Magnitude of a value above which it is impossible: squares of float32 overflow soon after."""
+
 LARGEST_LOG = 80.0
 """Magnitude of a variance's logarithm above which it is impossible; float32 ends at 88."""
 
@@ -76,8 +79,8 @@ class FlatModel:
         """Refuse ``values`` float32[m], from value ``start`` on, that the model cannot hold; it is not changed.
 
         Raises:
-            RefusedError: ``not_finite``, naming the tensor: a value is not finite, or so large that it is none in the
-                tensor's type; or a variance is impossible.
+            RefusedError: ``not_finite``, naming the tensor: a value is not finite, above `LARGEST`, or so large that it is
+                none in the tensor's type; or a variance is impossible.
         """
         for entry, _, outside in self._overlaps(start, start + len(values)):
             _possible(entry, values[outside])
@@ -138,7 +141,10 @@ def _possible(entry: Entry, values: NDArray[np.float32]) -> torch.Tensor:
             Reason.NOT_FINITE,
             f"{entry.name} has a value that is not finite in {_type_of(entry)}; lower learning rates?",
         )
-    if entry.eps is not None and (magnitude := float(np.abs(values).max(initial=0.0))) > LARGEST_LOG:
+    magnitude = float(np.abs(values).max(initial=0.0))
+    if magnitude > LARGEST:
+        raise RefusedError(Reason.NOT_FINITE, f"{entry.name} has a value of {magnitude:.3g}; lower learning rates?")
+    if entry.eps is not None and magnitude > LARGEST_LOG:
         raise RefusedError(
             Reason.NOT_FINITE, f"{entry.name} is {magnitude:.3g}, no logarithm of a variance; lower learning rates?"
         )

@@ -370,7 +370,8 @@ class Bus:
         try:
             while True:
                 try:
-                    await asyncio.wait_for(event.wait(), interval_s)
+                    async with asyncio.timeout(interval_s):
+                        await event.wait()
                 except TimeoutError:
                     await self._connection.wait_connected()
                 event.clear()

@@ -48,7 +48,8 @@ class Copying:
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._heard.wait(), PAUSE_S)
+                    async with asyncio.timeout(PAUSE_S):  # wait_for may lose a cancellation (Python 3.11)
+                        await self._heard.wait()
                 self._heard.clear()
                 await self._connection.wait_connected()
                 if heard := [source for source in self._sources if source.was_heard()]:

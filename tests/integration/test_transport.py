@@ -66,7 +66,8 @@ async def test_limits_are_on_the_server_and_making_streams_again_changes_nothing
             assert config["max_bytes"] == spec.limits.max_bytes > 0
             assert config["max_age"] == spec.limits.max_age_s * 10**9 > 0
             assert (config["max_msg_size"] > node.max_payload_bytes > 0) != bool(spec.sources)
-            assert config["discard"] == ("old" if "models" in spec.name or "rejects" in spec.name else "new")
+            newest_only = any(kind in spec.name for kind in ("models", "compositions", "receipts", "rejects"))
+            assert config["discard"] == ("old" if newest_only else "new"), spec.name
             assert config["duplicate_window"] == spec.limits.duplicate_window_s * 10**9
     assert await stored(bus.aggregators["north"], UPDATES) == 1
 
@@ -216,7 +217,7 @@ async def test_buckets_keep_the_newest_value_and_forget_what_is_not_renewed(bus:
 async def test_a_service_shows_as_a_micro_service(bus: ConnectedBus) -> None:
     status = subjects.status(RUN, "coordinator", HUB)
     await bus.coordinator.serve("coordinator", "1.2.3", "steps the model", {"run": RUN}, status, lambda: {"version": 7})
-    info = json.loads(await bus.observer.ask("$SRV.INFO.coordinator"))
+    info = json.loads(await until(lambda: bus.observer.ask("$SRV.INFO.coordinator")))
     assert (info["name"], info["version"], info["metadata"]) == ("coordinator", "1.2.3", {"run": RUN})
     assert info["endpoints"][0]["subject"] == status
     assert json.loads(await bus.observer.ask(status)) == {"version": 7}

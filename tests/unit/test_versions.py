@@ -356,6 +356,9 @@ def test_a_version_that_no_model_can_hold_is_not_made(origin: Origin) -> None:
     origin.check = FlatModel(nn.Linear(100, 70).half()).hollow().check
     with pytest.raises(RefusedError, match=r"weight has a value that is not finite in float16"):
         origin.step(scale=1e6)
+    origin.check = FlatModel(nn.Linear(100, 70)).hollow().check
+    with pytest.raises(RefusedError, match=r"weight has a value of .*e\+30; lower learning rates"):
+        origin.step(scale=1e30)  # finite, but its square is not
     assert origin.checkpoints.newest() == origin.made[0]
     assert origin.step(scale=0.01).version == 1
 
