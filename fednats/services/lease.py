@@ -31,7 +31,7 @@ from fednats.messages import Holder, Lease
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon
 from fednats.services.persist import ask, persist
-from fednats.transport.answer import AwayError, NobodyError
+from fednats.transport.answer import AwayError, NobodyError, NoStreamError
 from fednats.transport.bus import Bus
 from fednats.transport.fence import Fence
 
@@ -137,8 +137,10 @@ class HeldLease:
     async def _read(self, make: Callable[[], Awaitable[None]]) -> _Seen:
         while True:
             try:
+                # asked first: with a subscriber to everything, no answer does not say that there is no stream
+                await self._bus.first_sequence(self._stream)
                 return await self._newest()
-            except NobodyError:
+            except (NobodyError, NoStreamError):
                 await make()
             except AwayError as error:
                 self._log.warning("bus_waits", error=str(error), retry_s=_PAUSE_S)
