@@ -108,7 +108,7 @@ class Trainer:
         with self._from(before, seed=0):
             set_training(self._model)
             inputs, targets = next(self._batches(settings.batch_size, seed=0))
-            loss = self._task.loss(self._model, inputs, targets)
+            loss = loss_of(self._task, self._model, inputs, targets)
             if not math.isfinite(loss.item()):
                 raise LocalDataError(f"loss of the first batch is {loss.item()}; is a value of the data not finite?")
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -13,8 +13,6 @@ class Prepared:
     n_samples: int
     outputs: str
     """Which problem it is, and which figures there will be."""
-    without_gradient: tuple[str, ...]
-    """Trainable parameters that the loss does not depend on."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fednats.errors import (
     BudgetSpentError,
     BusError,
     FednatsError,
+    HospitalError,
     LocalDataError,
     LocalStorageError,
     Reason,
@@ -126,8 +127,7 @@ class SiteService:
         self._daemon.doing = "loading torch, the task and its data"
         prepared: Prepared = await self._worker.call("prepare")
         self._log.info("task_checked", n_samples=prepared.n_samples, outputs=prepared.outputs)
-        if prepared.without_gradient:
-            self._log.warning("parameters_without_gradient", names=prepared.without_gradient)
+        await self._try_batch()
         self._daemon.ready, self._daemon.doing = True, ""
         self._status["state"] = "waiting"
         await until_stopped(
@@ -148,6 +148,18 @@ class SiteService:
             self._drain,
         )
         self._sender.close()
+
+    async def _try_batch(self) -> None:
+        """Train on one batch: a task that fails in every pass is reported before the first model is there."""
+        try:
+            unused = await self._worker.call("try_batch")
+        except (HospitalError, WorkerDiedError) as error:
+            self._failures.note(error)
+            self._count_failed("try_batch", self._local.held, error)
+            self._show_failing()
+        else:
+            if unused:
+                self._log.warning("parameters_without_gradient", names=unused)
 
     async def _drain(self) -> None:
         self._machine.handle(protocol.Closed())

@@ -84,18 +84,25 @@ class SiteWorker:
         self._rehearsed: TrainingSettings | None = None
 
     def prepare(self) -> Prepared:
-        """Load everything, and try the task on one batch, so that what fails every pass fails now.
+        """Load everything, and evaluate one batch.
 
         Raises:
-            HospitalError: the task fails, or its loss is not finite.
+            HospitalError: the task fails.
             ConfigError: its outputs and targets are none that the default metrics know.
         """
         load_optimizers()
-        with task_code("training on one batch"):
-            without_gradient = self._trainer.parameters_without_gradient(TrainingSettings())
         with task_code("evaluating one batch"):
             outputs = str(self._evaluator.outputs)
-        return Prepared(self._trainer.n_samples, outputs, tuple(without_gradient))
+        return Prepared(self._trainer.n_samples, outputs)
+
+    def try_batch(self) -> tuple[str, ...]:
+        """Train on one batch and discard the result; return the names of the parameters that get no gradient.
+
+        Raises:
+            HospitalError: the task fails, or its loss is not finite.
+        """
+        with task_code("training on one batch"):
+            return tuple(self._trainer.parameters_without_gradient(TrainingSettings()))
 
     def check(self, manifest: ModelManifest) -> None:
         """Refuse a manifest that is not of this site's task or key, or asks for more than the hospital allows.

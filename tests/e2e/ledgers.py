@@ -108,7 +108,7 @@ def assert_sealed(output: Path, run: str) -> None:
 def assert_no_secret_is_logged(output: Path) -> None:
     """Assert that no log of daemon or server has key material in it, in any form that a log would show it in."""
     kits = output / "kits"
-    files = [file for file in kits.glob("*/*") if file.is_file() and file.suffix != ".log"]
+    files = [file for file in kits.glob("*/*") if file.is_file() and file.suffix not in {".log", ".pid"}]
     private = [file for file in files if file.stat().st_mode & 0o077 == 0]
     secrets = {file: file.read_bytes() for file in private}
     kinds = {file.suffix or file.name for file in secrets}

@@ -142,7 +142,7 @@ async def as_the_document_says(observer: BusSettings, reason: str, folder: Path)
         ('"ca.pem"', repr(str(observer.ca_file))),
         ('"RUN"', '"small"'),
         ('"SITE"', '"nan"'),
-        ('"malformed"', repr(reason)),
+        ('"signature"', repr(reason)),
     ):
         assert documented in code
         code = code.replace(documented, actual)

@@ -106,22 +106,25 @@ def attempt(worker: SiteWorker, run: ModelManifest) -> None:
     worker.train(run, False)  # noqa: FBT003 - as the daemon calls it
 
 
-def test_layers_that_overwrite_their_input_train_with_noise_and_are_as_they_were_afterwards(make: Make) -> None:
-    worker, settings, run = make(model="in_place")
+@pytest.mark.parametrize("model", ["in_place", "tied"])
+def test_usual_models_train_with_noise_and_each_pass_is_charged_once(make: Make, model: str) -> None:
+    worker, settings, run = make(model=model)
     for _ in range(2):
         attempt(worker, run)
         worker.encode(run)
     assert n_charged(settings) == 2
+
+
+def test_layers_that_overwrite_their_input_are_as_they_were_after_training_with_noise(make: Make) -> None:
+    worker, _, run = make(model="in_place")
+    attempt(worker, run)
     assert getattr(worker._trainer._model.get_submodule("2"), "inplace", None) is True
 
 
-@pytest.mark.parametrize(("model", "named"), [("unused", "unused.weight")])
-def test_a_model_that_cannot_be_trained_with_noise_is_refused_by_name_and_charged_nothing(
-    make: Make, model: str, named: str
-) -> None:
-    worker, settings, run = make(model=model)
+def test_a_branch_that_is_not_used_is_refused_by_name_and_charged_nothing(make: Make) -> None:
+    worker, settings, run = make(model="unused")
     for _ in range(3):
-        with pytest.raises(TaskError, match=named):
+        with pytest.raises(TaskError, match=r"unused\.weight"):
             attempt(worker, run)
     assert n_charged(settings) == 0
 

@@ -129,14 +129,14 @@ def test_a_hospital_s_own_settings_are_checked_with_its_policy_and_nothing_is_wr
     assert not (kit / "state").exists()
 
 
-def test_a_site_refuses_to_start_with_a_task_that_fails_on_its_first_batch(own_task: str, tmp_path: Path) -> None:
+def test_a_site_tries_a_batch_before_it_takes_part(own_task: str, tmp_path: Path) -> None:
     worker = SiteWorker(site(tmp_path, task={"path": own_task, "options": {"fault": "loss"}}))
     with pytest.raises(TaskError, match="training on one batch failed: ValueError") as raised:
-        worker.prepare()
+        worker.try_batch()
     assert "Ada" not in raised.value.public
-    prepared = SiteWorker(site(tmp_path, task={"path": own_task, "options": {"fault": "unused"}})).prepare()
-    assert prepared.n_samples == 4
-    assert prepared.without_gradient == ("extra.weight", "extra.bias")
+    assert worker.prepare().n_samples == 4
+    unused = SiteWorker(site(tmp_path, task={"path": own_task, "options": {"fault": "unused"}})).try_batch()
+    assert unused == ("extra.weight", "extra.bias")
 
 
 def test_a_large_data_set_is_looked_at_for_a_while_only() -> None:
