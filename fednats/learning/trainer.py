@@ -15,7 +15,7 @@ from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, LocalDataError, TaskError
 from fednats.learning.batches import Batch, Batches, loss_of
 from fednats.learning.entries import frozen_digests, frozen_of, set_training, unlike
-from fednats.learning.flat import FlatModel, initial_model, read_vector, write_vector
+from fednats.learning.flat import FlatModel, initial_model, write_vector
 from fednats.learning.task import Task
 
 
@@ -104,18 +104,23 @@ class Trainer:
         Raises:
             LocalDataError: the loss is not finite.
         """
-        before = read_vector(self._model)
-        with self._from(before, seed=0):
+        state = self._model.state_dict()
+        before = {name: state[name].clone() for name, _ in self._model.named_buffers() if name in state}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             set_training(self._model)
             inputs, targets = next(self._batches(settings.batch_size, seed=0))
             loss = loss_of(self._task, self._model, inputs, targets)
             if not math.isfinite(loss.item()):
-                raise LocalDataError(f"loss of the first batch is {loss.item()}; is a value of the data not finite?")
+                raise LocalDataError(
+                    f"loss of the first batch is {loss.item()}; is a value of the data not finite?",
+                    public="the loss is not finite",
+                )
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             named = list(self._model.named_parameters())
             unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
         self._model.zero_grad()
-        write_vector(self._model, before)
+        self._model.load_state_dict(before, strict=False)  # what the pass told a batch norm
         return unused
 
     @contextmanager

@@ -92,7 +92,7 @@ async def answers(state_dir: Path, page: str) -> int:
 def small_disk(folder: Path, n_bytes: int) -> Iterator[None]:
     """Mount a file system of ``n_bytes`` at ``folder``."""
     folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes}", "fednats-test", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes},mode=0700", "fednats-test", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"this test fills a small disk and must be root to mount one: {done.stderr}"
     try:

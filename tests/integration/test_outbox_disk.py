@@ -18,7 +18,7 @@ N_VALUES = 40_000
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "fednats-test", str(tmp_path)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "fednats-test", str(tmp_path)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"this test fills a small disk and must be root to mount one: {done.stderr}"
     yield tmp_path
