@@ -93,7 +93,7 @@ class ModelPublisher:
     async def _publish(self, version: Version) -> ModelManifest:
         manifest = self._manifest(version)
         signed = self._identity.sign(subjects.head(self._prefix), manifest)
-        self._say_largest(version, len(signed))
+        self._say_largest(manifest.delta.chunk_bytes, version.n_update_chunks, len(signed))
         n_bytes = 0
         for frame in version.frames:
             n_bytes += await self._publish_frame(frame)
@@ -109,15 +109,14 @@ class ModelPublisher:
         await self._forget_frames({frame.payload.payload_id for frame in version.frames})
         return manifest
 
-    def _say_largest(self, version: Version, manifest_bytes: int) -> None:
+    def _say_largest(self, chunk_bytes: int, n_update_chunks: int, manifest_bytes: int) -> None:
         """Tell the regions, with the pulse, how large the run's messages are: chunks, manifests, heads of updates and sums.
 
         Raises:
             ConfigError: the hub's server does not take them.
         """
-        chunk_bytes = self._settings.settings.delta.chunk_bytes + wire.ROOM_BYTES
-        head_bytes = HEAD_BYTES + version.n_update_chunks * DIGEST_ROOM_BYTES
-        limit = self._bus.need(max(chunk_bytes, head_bytes, manifest_bytes))
+        head_bytes = HEAD_BYTES + n_update_chunks * DIGEST_ROOM_BYTES
+        limit = self._bus.need(max(chunk_bytes + wire.ROOM_BYTES, head_bytes, manifest_bytes))
         if limit.too_small:
             raise ConfigError(f"{limit.remedy}, or make delta.chunk_bytes larger if the heads are too large")
 
