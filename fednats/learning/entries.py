@@ -62,8 +62,8 @@ class Entry:
         constant feature (variance 0) would draw to nothing.
 
         >>> variance = Entry("running_var.log", torch.ones(2), statistic=True, eps=0.0)
-        >>> variance.moved(np.log(np.float32([0.5, 8])), np.log(np.float32([1, 4]))).round(4).tolist()
-        [-0.5, 0.6931]
+        >>> variance.moved(np.log(np.float32([0.5, 8])), np.log(np.float32([1, 4]))).round(4)
+        array([-0.5   ,  0.6931], dtype=float32)
         """
         delta: Values = now - start
         return delta if self.eps is None else np.where(delta < 0, np.expm1(delta), delta)

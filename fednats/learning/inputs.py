@@ -32,6 +32,7 @@ def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 def described(values: object) -> str:
     """Write shapes and dtypes.
 
+    >>> import torch
     >>> described((torch.zeros(8, 3), {"age": torch.zeros(8)}))
     '(float32[n, 3], {age: float32[n]})'
     """

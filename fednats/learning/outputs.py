@@ -147,6 +147,7 @@ def unknown(scores: object, targets: object) -> str:
 def shape_of(value: object) -> str:
     """Write shape and dtype as in ``float32[n, 2]``.
 
+    >>> import torch
     >>> shape_of(torch.zeros(8, 2)), shape_of({"out": 1})
     ('float32[n, 2]', 'dict')
     """
