@@ -1,25 +1,24 @@
-"""Who may publish and subscribe to what: one function per role, and the accounts of a server as its config text.
+"""Who may publish and subscribe to what: one function per role.
 
 NATS allows nothing that is not listed here. A request to JetStream is a publish to a subject ``$JS.API.<verb>.<stream>``,
 so what a user may do to a stream is listed the same way.
+
+A server checks the subject that a user publishes on, not the reply subject that comes with it, and answers there with its
+own rights. So no user is in an account with streams of others: `fednats.provision.sharing` says what the accounts have
+of each other.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fednats import subjects
 from fednats.subjects import HUB
 
-HUB_ACCOUNT = "HUB"
-UPLINK_ACCOUNT = "UPLINK"
-REGION_ACCOUNT = "REGION"
-
 UPLINK_API = "JS.uplink"
-"""Prefix under which a private account sees what it may ask of the JetStream of its uplink account."""
+"""Prefix under which a region's private account asks the JetStream that it copies the models from."""
 
 _SERVICE = ("$SRV.>",)
-_METADATA = (
+METADATA = (
     "$JS.API.INFO",
     "$JS.API.STREAM.NAMES",
     "$JS.API.STREAM.LIST",
@@ -28,17 +27,20 @@ _METADATA = (
     "$JS.API.CONSUMER.LIST.*",
     "$JS.API.CONSUMER.INFO.*.*",
 )
-_DENIED_FROM_ABOVE = ("STREAM", "DIRECT", "META", "SERVER", "ACCOUNT", "$KV", "$OBJ")
-_CONSUMER_VERBS_DENIED = ("DURABLE", "DELETE", "INFO", "LIST", "NAMES", "MSG", "LEADER", "PAUSE", "UNPIN", "RESET")
+
+MADE = ("INFO", "CREATE", "UPDATE")
+"""What is asked of JetStream to make a stream."""
 
 
 @dataclass(frozen=True)
 class Permissions:
-    """Subjects a user may publish and subscribe to; ``replies``: may answer a request it received."""
+    """Subjects a user may publish and subscribe to.
+
+    Nobody may answer wherever a request says: who may be answered is listed, too.
+    """
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
-    replies: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,6 @@ class User:
     public_key: str
     permissions: Permissions
     leaf: bool = False
-
-
-@dataclass(frozen=True)
-class Account:
-    """One account of a server: its users and what it shares with another account of the same server."""
-
-    name: str
-    users: tuple[User, ...]
-    exports: tuple[Mapping[str, object], ...] = ()
-    imports: tuple[Mapping[str, object], ...] = ()
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -79,6 +71,36 @@ def deliver(region: str) -> str:
     return f"fed_deliver.{region}"
 
 
+def hand_down(region: str) -> str:
+    """Prefix of the subjects on which the models come into the stream that a region copies them from."""
+    return f"fed_down.{region}"
+
+
+def lift(region: str) -> str:
+    """Prefix of the subjects on which a region's aggregates come to the node above."""
+    return f"fed_lift.{region}"
+
+
+def above_api() -> str:
+    """Prefix under which the account that hands the models down asks the JetStream of its node."""
+    return "JS.above"
+
+
+def below_api(region: str) -> str:
+    """Prefix under which a node asks the JetStream of a region below it."""
+    return f"JS.below.{region}"
+
+
+def down_api(region: str) -> str:
+    """Prefix under which a node makes the stream that hands the models down to a region."""
+    return f"JS.down.{region}"
+
+
+def api_of(node: str) -> str:
+    """Prefix of the JetStream of a node for who comes over a leaf link."""
+    return f"$JS.{node}.API"
+
+
 # --- roles ------------------------------------------------------------------------------------------------------------
 
 
@@ -89,11 +111,12 @@ def site(run: str, region: str, name: str) -> Permissions:
         publish=(
             f"{subjects.update(run, region, name)}.>",
             subjects.evaluation(run, region, name),
-            _presence(run, "site", name),
+            presence(run, "site", name),
             subjects.event(run, "site", name),
             f"$JS.API.DIRECT.GET.{models}.{subjects.model(run)}.>",
             f"$JS.API.DIRECT.GET.{models}.{subjects.control(run)}",
             f"$JS.API.DIRECT.GET.{subjects.receipts_stream(run, region)}.{receipt}",
+            answer_observer(region),
         ),
         subscribe=(
             f"{inbox(user_name('site', name))}.>",
@@ -119,8 +142,9 @@ def aggregator(run: str, region: str) -> Permissions:
             subjects.receipt(run, region, "*"),
             *_reject(run, region),
             *_buckets(run),
-            _presence(run, "aggregator", region),
+            presence(run, "aggregator", region),
             subjects.event(run, "aggregator", region),
+            answer_observer(region),
         ),
         subscribe=(
             f"{inbox(user_name('aggregator', region))}.>",
@@ -150,13 +174,15 @@ def uplink(run: str, region: str, *, above_regions: bool = False) -> Permissions
             *_read(models),
             *_make(below),
             *_consume(below),
-            *((*_make(f"KV_{bucket}"), *_read(f"KV_{bucket}")) if above_regions else ()),
-            _presence(run, "aggregator", region),
-            f"$JS.*.API.{_presence(run, 'aggregator', region)}",
-            *(f"{api}.{_taken(run, region, '*')}" for api in ("$JS.API", "$JS.*.API")),
+            *((*_make(f"KV_{bucket}"), *_read(f"KV_{bucket}"), *_hand_down()) if above_regions else ()),
+            presence(run, "aggregator", region),
+            f"$JS.*.API.{presence(run, 'aggregator', region)}",
+            *(f"{api}.{taken(run, region, '*')}" for api in ("$JS.API", "$JS.*.API")),
             subjects.event(run, "aggregator", region),
             subjects.holder(run, "aggregator", region),
+            f"{inbox(user_name('uplink', region))}.>",
             subjects.pulse(run, region),
+            answer_observer(HUB),
         ),
         subscribe=(
             f"{inbox(user_name('uplink', region))}.>",
@@ -185,10 +211,13 @@ def coordinator(run: str) -> Permissions:
             *_compose(run, HUB),
             *_reject(run, HUB),
             *_buckets(run),
-            _presence(run, "coordinator", HUB),
+            presence(run, "coordinator", HUB),
             subjects.event(run, "coordinator", HUB),
             subjects.holder(run, "coordinator", HUB),
+            f"{inbox(user_name('coordinator', HUB))}.>",
             subjects.pulse(run, HUB),
+            *_hand_down(),
+            answer_observer(HUB),
         ),
         subscribe=(
             f"{inbox(user_name('coordinator', HUB))}.>",
@@ -208,7 +237,7 @@ def observer(run: str, node: str) -> Permissions:
     rejects = subjects.rejects_stream(run, node)
     return Permissions(
         publish=(
-            *_METADATA,
+            *METADATA,
             *_SERVICE,
             subjects.status(run, "*", "*"),
             *_read(f"KV_{subjects.presence_bucket(run)}"),
@@ -217,7 +246,6 @@ def observer(run: str, node: str) -> Permissions:
             f"$JS.API.STREAM.MSG.GET.{rejects}",
         ),
         subscribe=(f"{inbox(user_name('observer', node))}.>", *_watch(run)),
-        replies=False,
     )
 
 
@@ -225,23 +253,22 @@ def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permi
     """The leaf link of ``region`` to ``parent``. Publish is what comes up from the region, subscribe what goes down.
 
     ``below`` are the regions, at any depth, whose presence and replies come through this link too.
-    JetStream copies by itself: it asks for a consumer (``CONSUMER.CREATE``, answered on ``$JSC.R``), gets the messages on
-    ``$JS.S`` or below `deliver`, and paces them on ``$JS.FC``. Down the link they come below `deliver`: a link that may
-    subscribe to ``$JS.S.*`` would hear the aggregates of other regions.
+    JetStream copies by itself: it asks for a consumer (``CONSUMER.CREATE``, answered on ``$JSC.R``, or on ``_R_`` into
+    another account), gets the messages below `deliver` or `lift`, and paces them on ``$JS.FC``.
     """
-    aggregates, models = subjects.aggregates_stream(run, region), subjects.models_stream(run, parent)
+    aggregates, models = subjects.aggregates_stream(run, region), subjects.models_for_stream(run, region)
     nodes = (region, *below)
     return Permissions(
         publish=(
-            *_copied(f"$JS.{parent}.API", models),
+            *copied(api_of(parent), models),
             f"$JS.FC.{models}.>",
-            "$JSC.R.*",
-            "$JS.S.*",
-            "_INBOX.>",
-            f"$JS.{parent}.API.{_taken(run, region, subjects.inbox_stream(run, parent))}",
-            f"$JS.{parent}.API.{_presence(run, 'aggregator', region)}",
+            "_R_.>",
+            f"{lift(region)}.S.*",
+            answer_observer(HUB),
+            f"{api_of(parent)}.{taken(run, region, subjects.inbox_stream(run, parent))}",
+            f"{api_of(parent)}.{presence(run, 'aggregator', region)}",
             *(
-                f"$JS.{HUB}.API.{_presence(run, 'aggregator', node)}"
+                f"{api_of(HUB)}.{presence(run, 'aggregator', node)}"
                 for node in nodes
                 if (parent, node) != (HUB, region)
             ),
@@ -249,26 +276,32 @@ def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permi
             subjects.pulse(run, region),
         ),
         subscribe=(
-            *_copied(f"$JS.{region}.API", aggregates),
+            *copied(api_of(region), aggregates),
             f"$JS.FC.{aggregates}.>",
             "$JSC.R.*",
+            "_R_.>",
             f"{deliver(region)}.S.*",
             *(f"{inbox(user_name('uplink', node))}.>" for node in nodes),
             *_SERVICE,
             *(subjects.status(run, "aggregator", node) for node in nodes),
             subjects.pulse(run, parent),
         ),
-        replies=False,
     )
 
 
-def _presence(run: str, role: str, node: str) -> str:
+def presence(run: str, role: str, node: str) -> str:
+    """Where a service says that it is there."""
     return f"$KV.{subjects.presence_bucket(run)}.{subjects.presence_key(role, node)}"
 
 
-def _taken(run: str, region: str, inbox_above: str) -> str:
+def taken(run: str, region: str, inbox_above: str) -> str:
     """The question whether a region's newest sum has arrived above: for its head, which it wrote itself."""
     return f"DIRECT.GET.{inbox_above}.{subjects.head(subjects.aggregate(run, region))}"
+
+
+def answer_observer(node: str) -> str:
+    """Where the observer of ``node`` is answered."""
+    return f"{inbox(user_name('observer', node))}.>"
 
 
 def _wake(run: str) -> tuple[str, ...]:
@@ -286,6 +319,11 @@ def _buckets(run: str) -> tuple[str, ...]:
     return (*made, f"$KV.{subjects.state_bucket(run)}.>")
 
 
+def _hand_down() -> tuple[str, ...]:
+    """Making the streams that hand the models down: the accounts say which ones there are."""
+    return tuple(f"{down_api('*')}.STREAM.{verb}.*" for verb in MADE)
+
+
 def _reject(run: str, node: str) -> tuple[str, ...]:
     return (*_make(subjects.rejects_stream(run, node)), subjects.rejects(run, node))
 
@@ -296,7 +334,7 @@ def _compose(run: str, node: str) -> tuple[str, ...]:
 
 
 def _make(stream: str) -> tuple[str, ...]:
-    return tuple(f"$JS.API.STREAM.{verb}.{stream}" for verb in ("INFO", "CREATE", "UPDATE"))
+    return tuple(f"$JS.API.STREAM.{verb}.{stream}" for verb in MADE)
 
 
 def _read(stream: str) -> tuple[str, ...]:
@@ -313,97 +351,12 @@ def _consume(stream: str) -> tuple[str, ...]:
     )
 
 
-def _copied(api: str, stream: str) -> tuple[str, ...]:
+def copied(api: str, stream: str) -> tuple[str, ...]:
     """What another domain or account asks of the one that has the stream it copies."""
     return (f"{api}.CONSUMER.CREATE.{stream}", f"{api}.CONSUMER.CREATE.{stream}.>")
 
 
-# --- accounts of a server ---------------------------------------------------------------------------------------------
-
-
-def hub_account(run: str, users: Iterable[User], private: Sequence[Account] = ()) -> Account:
-    """The account of the hub; ``private`` are the regions' accounts when they are on this server (without leaves)."""
-    exports = _exports(subjects.models_stream(run, HUB), [account.name for account in private]) if private else ()
-    return Account(HUB_ACCOUNT, tuple(users), exports=exports)
-
-
-def uplink_account(run: str, region: str, users: Iterable[User]) -> Account:
-    """The account of a leaf that is joined to the server above; it lets the region's private account copy the models."""
-    exports = _exports(subjects.models_stream(run, region), [REGION_ACCOUNT])
-    return Account(UPLINK_ACCOUNT, tuple(users), exports=exports)
-
-
-def private_account(run: str, region: str, users: Iterable[User], *, leaves: bool = True) -> Account:
-    """A region's private account; without leaves it is one of several on the hub, named after the region."""
-    if leaves:
-        return Account(
-            REGION_ACCOUNT,
-            tuple(users),
-            imports=_imports(UPLINK_ACCOUNT, subjects.models_stream(run, region), region),
-        )
-    imports = _imports(HUB_ACCOUNT, subjects.models_stream(run, HUB), region)
-    return Account(f"{REGION_ACCOUNT}_{region}", tuple(users), imports=imports)
-
-
-def _exports(models: str, accounts: Sequence[str]) -> tuple[Mapping[str, object], ...]:
-    return (
-        *(
-            {"service": create, "response_type": "stream", "accounts": accounts}
-            for create in _copied("$JS.API", models)
-        ),
-        {"service": f"$JS.FC.{models}.>", "accounts": accounts},
-        {"stream": "fed_deliver.>", "accounts": accounts},
-    )
-
-
-def _imports(account: str, models: str, region: str) -> tuple[Mapping[str, object], ...]:
-    creates = zip(_copied("$JS.API", models), _copied(UPLINK_API, models), strict=True)
-    return (
-        *({"service": {"account": account, "subject": there}, "to": here} for there, here in creates),
-        {"service": {"account": account, "subject": f"$JS.FC.{models}.>"}},
-        {"stream": {"account": account, "subject": f"{deliver(region)}.>"}},
-    )
-
-
-# --- as text ----------------------------------------------------------------------------------------------------------
-
-
-def render(accounts: Iterable[Account], *, region: str = "") -> str:
-    """Return ``accounts.conf`` of one server; a leaf's also says what is denied to those above its ``region``."""
-    named = {account.name: _account(account) for account in accounts}
-    text = f"accounts: {json.dumps(named, indent=2)}\n"
-    return f"deny_imports: {json.dumps(denied_from_above(region), indent=2)}\n{text}" if region else text
-
-
-def denied_from_above(region: str) -> list[str]:
-    """What a leaf lets nobody above ask of its JetStream, whatever the server above allows."""
-    api = f"$JS.{region}.API"
-    whole = [f"{api}.{verb}.>" for verb in _DENIED_FROM_ABOVE]
-    return [f"{api}.INFO", *whole, *(f"{api}.CONSUMER.{verb}.>" for verb in _CONSUMER_VERBS_DENIED)]
-
-
-def _account(account: Account) -> Mapping[str, object]:
-    shared = {"exports": account.exports, "imports": account.imports}
-    return {
-        "jetstream": "enabled",
-        "users": [_user(user) for user in account.users],
-        **{key: value for key, value in shared.items() if value},
-    }
-
-
-def _user(user: User) -> Mapping[str, object]:
-    allowed = user.permissions
-    permissions: dict[str, object] = {
-        "publish": {"allow": allowed.publish},
-        "subscribe": {"allow": allowed.subscribe},
-    }
-    if allowed.replies:
-        permissions["allow_responses"] = True
-    return {
-        "nkey": user.public_key,
-        "permissions": permissions,
-        "allowed_connection_types": ["LEAFNODE" if user.leaf else "STANDARD"],
-    }
+# --- as a table -------------------------------------------------------------------------------------------------------
 
 
 def table() -> str:

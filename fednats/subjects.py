@@ -26,6 +26,11 @@ def models_stream(run: str, node: str) -> str:
     return f"fed_{run}_models_{node}"
 
 
+def models_for_stream(run: str, region: str) -> str:
+    """Stream at the node above ``region`` that it copies the models from: one for each, which no other can touch."""
+    return f"fed_{run}_models_for_{region}"
+
+
 # --- updates and aggregates, upwards ----------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fednats
-from fednats import permissions
 from fednats.errors import ConfigError
 from fednats.provision import accounts
 from fednats.provision.authority import Authority
@@ -30,15 +29,14 @@ def config_file(name: str) -> Path:
 
 def write_hub(plan: Plan, kits: Kits, keys: Mapping[str, str], authority: Authority, files: Files) -> None:
     """Write the hub's server files."""
-    text = permissions.render(accounts.of_hub(plan, keys))
-    _write(plan, HUB, "hub.conf", text, kits, authority, files)
+    _write(plan, HUB, "hub.conf", accounts.of_hub(plan, keys).render(), kits, authority, files)
 
 
 def write_leaf(
     plan: Plan, region: str, kits: Kits, keys: Mapping[str, str], authority: Authority, files: Files
 ) -> None:
     """Write the server files of a region."""
-    text = permissions.render(accounts.of_leaf(plan, plan.region(region), keys), region=region)
+    text = accounts.of_leaf(plan, plan.region(region), keys).render(region)
     _write(plan, region, "leaf.conf", text, kits, authority, files)
 
 

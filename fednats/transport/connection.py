@@ -129,9 +129,13 @@ class Connection:
             del self._waiting[broken]
             await _settle(asking, broken)
 
-    async def api(self, verb: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Ask JetStream; returns its answer. Raises what `request` does, and BusError with the server's text."""
-        message = await self.request(f"{self.api_prefix}.{verb}", json.dumps(body or {}).encode())
+    async def api(self, verb: str, body: Mapping[str, Any] | None = None, prefix: str | None = None) -> dict[str, Any]:
+        """Ask JetStream, that of another account under ``prefix``; returns its answer.
+
+        Raises:
+            AwayError, NobodyError, BusError: as `request` does, and BusError with the server's text.
+        """
+        message = await self.request(f"{prefix or self.api_prefix}.{verb}", json.dumps(body or {}).encode())
         return answer(message.data, verb)
 
     async def direct(

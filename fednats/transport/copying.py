@@ -62,7 +62,7 @@ class Copying:
     async def _look(self, heard: Sequence["Source"]) -> None:
         name = self._spec.name
         try:
-            info = await self._connection.api(f"STREAM.INFO.{name}")
+            info = await self._connection.api(f"STREAM.INFO.{name}", prefix=self._spec.api)
             if self._limit.now.too_small:
                 await self._stop(info["config"])
                 return
@@ -76,13 +76,16 @@ class Copying:
     async def _set_up(self, origin: Origin, config: Mapping[str, Any]) -> None:
         without = [other.config() for other in self._spec.sources if other != origin]
         for sources in (without, [each.config() for each in self._spec.sources]):
-            await self._connection.api(f"STREAM.UPDATE.{self._spec.name}", {**config, "sources": sources})
+            await self._update({**config, "sources": sources})
 
     async def _stop(self, config: Mapping[str, Any]) -> None:
         """Copy nothing; what `_set_up` puts in again once the limit allows it."""
         if config.get("sources"):
-            await self._connection.api(f"STREAM.UPDATE.{self._spec.name}", {**config, "sources": []})
+            await self._update({**config, "sources": []})
             self._connection.log.warning("copying_stopped", stream=self._spec.name, **self._limit.now._asdict())
+
+    async def _update(self, config: Mapping[str, Any]) -> None:
+        await self._connection.api(f"STREAM.UPDATE.{self._spec.name}", config, self._spec.api)
 
 
 class Source:

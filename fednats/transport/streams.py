@@ -73,6 +73,8 @@ class StreamSpec:
     """Subject filter and subject under which what is stored here is also announced (headers only) to who listens."""
     pulse: str | None = None
     """What its maker says regularly, for those who copy it over a link."""
+    api: str | None = None
+    """Prefix of the JetStream that has it, if it is in another account."""
 
     @property
     def n_bytes(self) -> int:
@@ -135,7 +137,10 @@ class BucketSpec:
 
 
 def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that the coordinator ensures: models with control, the inbox of ``regions`` directly below, compositions, rejects."""
+    """Streams that the coordinator ensures.
+
+    Models with control, a copy of them for each of the ``regions`` directly below, their inbox, compositions, rejects.
+    """
     models = StreamSpec(
         name=subjects.models_stream(run, HUB),
         subjects=(f"{subjects.model(run)}.>", subjects.control(run)),
@@ -143,7 +148,8 @@ def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[St
         discard="old",
         pulse=subjects.pulse(run, HUB),
     )
-    return (models, _inbox(run, HUB, regions, leaves=leaves), _compositions(run, HUB), _rejects(run, HUB))
+    inbox, down = _inbox(run, HUB, regions, leaves=leaves), _handed_down(run, HUB, regions)
+    return (models, inbox, *down, _compositions(run, HUB), _rejects(run, HUB))
 
 
 def at_uplink(
@@ -164,8 +170,8 @@ def at_uplink(
         name=subjects.models_stream(run, region),
         sources=(
             Origin(
-                subjects.models_stream(run, above),
-                api=f"$JS.{above}.API",
+                subjects.models_for_stream(run, region),
+                api=permissions.api_of(above),
                 deliver=permissions.deliver(region),
                 pulse=subjects.pulse(run, above),
                 says_limit=True,
@@ -174,7 +180,9 @@ def at_uplink(
         limits=MODELS,
         discard="old",
     )
-    return (models, aggregates, _inbox(run, region, children)) if children else (models, aggregates)
+    if not children:
+        return (models, aggregates)
+    return (models, aggregates, _inbox(run, region, children), *_handed_down(run, region, children))
 
 
 def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec, ...]:
@@ -183,7 +191,7 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
     Models for the sites, updates with evaluations, receipts, compositions, rejects.
     """
     origin = Origin(
-        subjects.models_stream(run, region if leaves else HUB),
+        subjects.models_stream(run, region) if leaves else subjects.models_for_stream(run, region),
         api=permissions.UPLINK_API,
         deliver=permissions.deliver(region),
     )
@@ -226,12 +234,26 @@ def presence(run: str) -> BucketSpec:
 
 def _inbox(run: str, node: str, regions: Sequence[str], *, leaves: bool = True) -> StreamSpec:
     def origin(region: str) -> Origin:
-        stream = subjects.aggregates_stream(run, region)
-        return Origin(stream, f"$JS.{region}.API", pulse=subjects.pulse(run, region)) if leaves else Origin(stream)
+        pulse = subjects.pulse(run, region) if leaves else None
+        stream, api = subjects.aggregates_stream(run, region), permissions.below_api(region)
+        return Origin(stream, api, permissions.lift(region), pulse)
 
     return StreamSpec(
         name=subjects.inbox_stream(run, node), sources=tuple(map(origin, regions)), limits=AGGREGATES, discard="new"
     )
+
+
+def _handed_down(run: str, node: str, regions: Sequence[str]) -> Iterable[StreamSpec]:
+    """One for each region, in an account of its own: what a region does to it touches no other."""
+    for region in regions:
+        origin = Origin(subjects.models_stream(run, node), permissions.above_api(), permissions.hand_down(region))
+        yield StreamSpec(
+            name=subjects.models_for_stream(run, region),
+            sources=(origin,),
+            limits=MODELS,
+            discard="old",
+            api=permissions.down_api(region),
+        )
 
 
 def _compositions(run: str, node: str) -> StreamSpec:

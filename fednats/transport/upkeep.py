@@ -65,18 +65,18 @@ class Upkeep:
         if isinstance(spec, StreamSpec) and self.limit.now.too_small:
             spec = replace(spec, sources=())
         wanted = spec.config(self._connection.client.max_payload)
-        name = wanted["name"]
+        name, api = wanted["name"], spec.api if isinstance(spec, StreamSpec) else None
         try:
-            current = (await self._connection.api(f"STREAM.INFO.{name}"))["config"]
+            current = (await self._connection.api(f"STREAM.INFO.{name}", prefix=api))["config"]
         except NoStreamError:
             # Sequence numbers above all that a stream of this name ever had: who remembers those is not misled.
-            await self._connection.api(f"STREAM.CREATE.{name}", {**wanted, "first_seq": time.time_ns() // 1000})
+            await self._connection.api(f"STREAM.CREATE.{name}", {**wanted, "first_seq": time.time_ns() // 1000}, api)
             self._connection.log.info("stream_created", stream=name)
             return True
         if any(
             value != current.get(key, type(value)()) for key, value in wanted.items()
         ):  # it leaves out what is empty
-            await self._connection.api(f"STREAM.UPDATE.{name}", {**current, **wanted})
+            await self._connection.api(f"STREAM.UPDATE.{name}", {**current, **wanted}, api)
             self._connection.log.info("stream_updated", stream=name)
         return False
 

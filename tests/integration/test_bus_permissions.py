@@ -244,8 +244,7 @@ def members(bus: ConnectedBus) -> list[Member]:
     return [
         Member(user, settings_of(bus, node, user.name), node)
         for node, its_accounts in at.items()
-        for account in its_accounts
-        for user in account.users
+        for user in its_accounts.users
         if not user.leaf
     ]
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import shutil
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,18 +17,19 @@ from nats.aio.msg import Msg
 from fednats import permissions, subjects
 from fednats.config import BusSettings, parse
 from fednats.errors import BusError
-from fednats.permissions import Account, Permissions, User
-from fednats.provision import nkey
+from fednats.permissions import Permissions, User
+from fednats.provision import accounts, sharing
 from fednats.provision.authority import CA_FILE
 from fednats.provision.kits import provision
 from fednats.provision.plan import Kits, LeafAddress, Plan, RegionPlan
 from fednats.provision.registry import Registry
-from fednats.provision.servers import server_conf
+from fednats.provision.sharing import Account
 from fednats.subjects import HUB
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.nats_server import NatsServer, Ports
 from fednats.transport import streams
 from fednats.transport.bus import Bus
+from tests.rogue_leaf import rogue_leaf
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
@@ -280,37 +280,14 @@ def seed_in(link_conf: Path) -> str:
     return link_conf.read_text().split('"')[1]
 
 
-def all_powerful(name: str, folder: Path, *, leaf: bool = False) -> User:
-    """A user who may do everything, with a new key in ``folder``."""
-    seed = nkey.new_seed()
-    folder.mkdir(exist_ok=True, parents=True)
-    (folder / f"{name}.nk").write_text(seed)
-    return User(name, nkey.public_key(seed), Permissions(publish=(">",), subscribe=(">",)), leaf=leaf)
-
-
 @with_leaves
 async def test_a_rogue_leaf_with_the_links_key_reaches_no_other_regions_streams(
     bus: ConnectedBus, tmp_path: Path
 ) -> None:
     """Somebody with the kit of south runs a server of his own, with a user who may do everything there."""
-    kit = tmp_path / "rogue"
-    await asyncio.to_thread(
-        shutil.copytree, bus.servers.kits.region("south"), kit, ignore=shutil.ignore_patterns("store")
-    )
-    everything = all_powerful(permissions.user_name("uplink", "south"), tmp_path)
-    accounts = [Account(permissions.UPLINK_ACCOUNT, (everything,)), Account(permissions.REGION_ACCOUNT, ())]
-    (kit / "accounts.conf").write_text(permissions.render(accounts, region="rogue"))
-    ports = Ports(3)
-    address = LeafAddress(
-        **dict(zip(("port", "leaf_port", "monitor_port"), ports.numbers, strict=True)),
-        upstream=bus.servers.hub.leaf_url,
-    )
-    plan = plan_of(RegionPlan("rogue", ("c",), bus=address))
-    (kit / "server.conf").write_text(server_conf(plan, "rogue"))
-    rogue = NatsServer(plan.server("rogue"), kit, ports)
-    settings = BusSettings(url=rogue.url, ca_file=kit / CA_FILE, nkey_seed_file=tmp_path / f"{everything.name}.nk")
-    models = subjects.models_stream(RUN, HUB)
-    async with rogue, prober(settings, everything.name) as thief:
+    models = subjects.models_for_stream(RUN, "south")
+    name = permissions.user_name("uplink", "south")
+    async with rogue_leaf(bus, "south", tmp_path) as settings, prober(settings, name) as thief:
 
         async def linked() -> bool:
             answer = await thief.ask(
@@ -348,7 +325,7 @@ async def test_a_hub_that_allows_everything_still_cannot_change_a_region(tmp_pat
     root, link = (
         User(name, registry.keys[name], everything, leaf="link" in name) for name in ("coordinator.hub", "link.north")
     )
-    (kits.server(HUB) / "accounts.conf").write_text(permissions.render([permissions.hub_account(RUN, [root, link])]))
+    (kits.server(HUB) / "accounts.conf").write_text(sharing.render([Account(accounts.HUB_ACCOUNT, (root, link))]))
     above, below = (NatsServer(plan.server(node), kits.server(node), ports[node]) for node in ports)
     uplink, ca_file = "uplink.north", kits.server(HUB) / CA_FILE
     region = BusSettings(url=below.url, ca_file=ca_file, nkey_seed_file=kits.seed_file(uplink))

@@ -1,0 +1,197 @@
+"""Accounts of a server, what they have of each other, and all of it as the server's configuration.
+
+A server answers where a request's reply subject says, a consumer delivers where its maker says, and neither is checked
+against anybody's permissions. Both stay within one account. So who is not to write into a stream is not in its account:
+it has an account of its own, without streams, that *imports* what it may ask for. Answers go back through the import, to
+the asker's account, where nothing is stored (`Share.service`).
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from fednats import permissions, subjects
+from fednats.permissions import User
+from fednats.subjects import HUB
+
+_DENIED_FROM_ABOVE = ("STREAM", "DIRECT", "META", "SERVER", "ACCOUNT", "$KV", "$OBJ")
+_CONSUMER_VERBS_DENIED = ("DURABLE", "DELETE", "INFO", "LIST", "NAMES", "MSG", "LEADER", "PAUSE", "UNPIN", "RESET")
+
+
+@dataclass(frozen=True)
+class Account:
+    """One account of a server; ``streams``: it may have some."""
+
+    name: str
+    users: tuple[User, ...]
+    streams: bool = True
+
+
+@dataclass(frozen=True)
+class Share:
+    """One thing that account ``owner`` lets account ``user`` have; ``to`` is its name there, if another one."""
+
+    owner: str
+    user: str
+    kind: str
+    subject: str
+    to: str = ""
+    streamed: bool = False
+    """Whether a request to a service may have several answers."""
+
+    @classmethod
+    def service(cls, owner: str, user: str, subject: str, to: str = "", *, streamed: bool = False) -> Self:
+        """What ``user`` may publish into ``owner``; answers come back into ``user``."""
+        return cls(owner, user, "service", subject, "" if to == subject else to, streamed)
+
+    @classmethod
+    def stream(cls, owner: str, user: str, subject: str) -> Self:
+        """What ``user`` may hear of ``owner``."""
+        return cls(owner, user, "stream", subject)
+
+
+# --- what is shared ---------------------------------------------------------------------------------------------------
+
+
+def copying(owner: str, user: str, stream: str, api: str, deliver: str, api_there: str = "$JS.API") -> list[Share]:
+    """A stream in ``user`` copies ``stream`` of ``owner``, which it asks under ``api`` and gets below ``deliver``."""
+    asked = zip(permissions.copied(api_there, stream), permissions.copied(api, stream), strict=True)
+    return [
+        *(Share.service(owner, user, there, here, streamed=True) for there, here in asked),
+        Share.service(owner, user, f"$JS.FC.{stream}.>"),
+        Share.stream(owner, user, f"{deliver}.>"),
+    ]
+
+
+def of_site(run: str, region: str, private: str, observer: str, site: str, account: str) -> list[Share]:
+    """What a site has of its region's private account, and that of the observer."""
+    allowed, receipt = permissions.site(run, region, site), subjects.receipt(run, region, site)
+    answers = permissions.answer_observer(region)
+    heard = (subjects.head(subjects.model(run)), subjects.control(run), receipt)
+    return [
+        *(Share.service(private, account, subject) for subject in allowed.publish if subject != answers),
+        *(Share.stream(private, account, subject) for subject in heard),
+        *asked_by_observer(observer, account, region, [subjects.status(run, "site", site)]),
+    ]
+
+
+def of_observer(run: str, node: str, owner: str, account: str) -> list[Share]:
+    """What an observer has of the account that it observes, and lets that answer."""
+    allowed = permissions.observer(run, node)
+    asked = [subject for subject in allowed.publish if subject.startswith("$JS.API.")]
+    role = "coordinator" if node == HUB else "aggregator"
+    own = f"{permissions.inbox(permissions.user_name('observer', node))}.>"
+    return [
+        *(Share.service(owner, account, subject) for subject in asked),
+        *(Share.stream(owner, account, subject) for subject in allowed.subscribe if subject != own),
+        *asked_by_observer(account, owner, node, [subjects.status(run, role, node)]),
+    ]
+
+
+def asked_by_observer(above: str, account: str, node: str, statuses: Sequence[str]) -> list[Share]:
+    """What services in ``account`` hear of the observer of ``node``, through account ``above``, and where they answer."""
+    return [
+        *(Share.stream(above, account, subject) for subject in ("$SRV.>", *statuses)),
+        Share.service(above, account, permissions.answer_observer(node)),
+    ]
+
+
+def of_child(
+    run: str, node: str, owner: str, observer: str, child: str, below: Sequence[str], *, leaves: bool
+) -> list[Share]:
+    """What a node, with its account ``owner``, shares with the region ``child`` directly below it.
+
+    The models are handed down from an account of their own for each child, because who may make a consumer may have
+    anything done to the streams of that account. ``below`` are the regions below the child, at any depth.
+    """
+    uplink, down, run_models = uplink_of(child), down_to(child), subjects.models_stream(run, node)
+    handed, aggregates = subjects.models_for_stream(run, child), subjects.aggregates_stream(run, child)
+    nodes = (child, *below)
+    events = (subjects.event(run, "aggregator", each) for each in nodes)
+    presences = [permissions.presence(run, "aggregator", each) for each in (nodes if node == HUB else (child,))]
+    if node != HUB:
+        presences += [f"{permissions.api_of(HUB)}.{permissions.presence(run, 'aggregator', each)}" for each in nodes]
+    theirs = "$JS.API" if not leaves else permissions.api_of(child)
+    statuses = [subjects.status(run, "aggregator", each) for each in nodes]
+    taken = permissions.taken(run, child, subjects.inbox_stream(run, node))
+    return [
+        *copying(owner, down, run_models, permissions.above_api(), permissions.hand_down(child)),
+        *(
+            Share.service(
+                down, owner, f"$JS.API.STREAM.{verb}.{handed}", f"{permissions.down_api(child)}.STREAM.{verb}.{handed}"
+            )
+            for verb in permissions.MADE
+        ),
+        *(copying(down, uplink, handed, "$JS.API", permissions.deliver(child)) if leaves else ()),
+        *copying(uplink, owner, aggregates, permissions.below_api(child), permissions.lift(child), theirs),
+        *(Share.service(owner, uplink, subject) for subject in (*presences, *events, subjects.pulse(run, child))),
+        Share.service(owner, uplink, f"$JS.API.{taken}"),
+        Share.stream(owner, uplink, subjects.pulse(run, node)),
+        *asked_by_observer(observer, uplink, HUB, statuses),
+    ]
+
+
+def uplink_of(child: str) -> str:
+    """Name of a region's account at the node above: there its link ends, or its uplink user is in it."""
+    return f"UPLINK_{child}"
+
+
+def down_to(child: str) -> str:
+    """Name of the account at the node above from which a region copies the models."""
+    return f"DOWN_{child}"
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def render(accounts: Iterable[Account], shares: Iterable[Share] = (), *, region: str = "") -> str:
+    """Return ``accounts.conf`` of one server; a leaf's also says what is denied to those above its ``region``."""
+    shared = tuple(shares)
+    named = {account.name: _account(account, shared) for account in accounts}
+    text = f"accounts: {json.dumps(named, indent=2)}\n"
+    return f"deny_imports: {json.dumps(denied_from_above(region), indent=2)}\n{text}" if region else text
+
+
+def denied_from_above(region: str) -> list[str]:
+    """What a leaf lets nobody above ask of its JetStream, whatever the server above allows."""
+    api = permissions.api_of(region)
+    whole = [f"{api}.{verb}.>" for verb in _DENIED_FROM_ABOVE]
+    return [f"{api}.INFO", *whole, *(f"{api}.CONSUMER.{verb}.>" for verb in _CONSUMER_VERBS_DENIED)]
+
+
+def _account(account: Account, shares: Sequence[Share]) -> Mapping[str, object]:
+    shared = {"exports": _exports(account.name, shares), "imports": _imports(account.name, shares)}
+    return {
+        **({"jetstream": "enabled"} if account.streams else {}),
+        "users": [_user(user) for user in account.users],
+        **{key: value for key, value in shared.items() if value},
+    }
+
+
+def _exports(name: str, shares: Sequence[Share]) -> list[Mapping[str, object]]:
+    users: dict[tuple[str, str, bool], list[str]] = {}
+    for share in shares:
+        if share.owner == name:
+            users.setdefault((share.kind, share.subject, share.streamed), []).append(share.user)
+    return [
+        {kind: subject, **({"response_type": "stream"} if streamed else {}), "accounts": accounts}
+        for (kind, subject, streamed), accounts in users.items()
+    ]
+
+
+def _imports(name: str, shares: Sequence[Share]) -> list[Mapping[str, object]]:
+    return [
+        {share.kind: {"account": share.owner, "subject": share.subject}, **({"to": share.to} if share.to else {})}
+        for share in shares
+        if share.user == name
+    ]
+
+
+def _user(user: User) -> Mapping[str, object]:
+    allowed = user.permissions
+    return {
+        "nkey": user.public_key,
+        "permissions": {"publish": {"allow": allowed.publish}, "subscribe": {"allow": allowed.subscribe}},
+        "allowed_connection_types": ["LEAFNODE" if user.leaf else "STANDARD"],
+    }
