@@ -42,7 +42,7 @@ from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import ask, ensure
-from fednats.services.presence import watch_presence
+from fednats.services.presence import Attendance
 from fednats.services.receipts import Receipts
 from fednats.services.recorder import Recorder, accepted, entry_of, run_begins
 from fednats.services.rejects import Rejects
@@ -136,6 +136,7 @@ class AggregatorService:
         daemon.n_sites = {
             role: 0 for role, names in (("site", settings.sites), ("aggregator", settings.regions)) if names
         }
+        self._attendance = Attendance(daemon, self._machine, self._tier.feed)
         self._sites_changed = asyncio.Event()
         daemon.status = self._status
         daemon.private = lambda: {"sources": daemon.sources}  # the node above need not know who the sites are
@@ -188,9 +189,7 @@ class AggregatorService:
         if s.regions:
             filters = [subjects.head(subjects.aggregate(s.run, "*")), subjects.evaluation_sum(s.run, "*")]
             durable = subjects.durable(s.region, self._aggregates.stream)
-            tasks["watch regions"] = watch_presence(
-                self._daemon, self._machine, self._tier.feed, self._uplink, "aggregator", s.regions
-            )
+            tasks["watch regions"] = self._attendance.watch(self._uplink, "aggregator", s.regions)
             tasks["receive aggregates"] = self._tier.receive(self._aggregates, durable, filters)
         await until_stopped(self._daemon, tasks, self._tier.drain)
 
@@ -224,9 +223,7 @@ class AggregatorService:
             return current
 
     async def _watch_sites(self) -> None:
-        await watch_presence(
-            self._daemon, self._machine, self._tier.feed, self._region, "site", tuple(self._machine.roster.sites)
-        )
+        await self._attendance.watch(self._region, "site", tuple(self._machine.roster.sites))
 
     async def _follow_settings(self, config: Path) -> None:
         """Take the sites that the settings file names from now on; journalled, so that a replay decides alike."""

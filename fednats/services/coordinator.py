@@ -47,7 +47,7 @@ from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
 from fednats.services.notices import What
 from fednats.services.persist import ensure
-from fednats.services.presence import watch_presence
+from fednats.services.presence import Attendance
 from fednats.services.recorder import Recorder, accepted, run_begins
 from fednats.services.rejects import Rejects
 from fednats.services.restore import Restoration
@@ -185,6 +185,7 @@ class CoordinatorService:
         self._daemon.ready, self._daemon.doing = True, ""
         durable = subjects.durable(subjects.HUB, self._inbox.stream)
         filters = [subjects.head(subjects.aggregate(run, "*")), subjects.evaluation_sum(run, "*")]
+        attendance = Attendance(self._daemon, self._machine.collector, self._tier.feed)
         await until_stopped(
             self._daemon,
             {
@@ -202,14 +203,7 @@ class CoordinatorService:
                     lambda: self._machine.stop.all_failing_s,
                     self._tier.feed,
                 ),
-                "watch regions": watch_presence(
-                    self._daemon,
-                    self._machine.collector,
-                    self._tier.feed,
-                    self._bus,
-                    "aggregator",
-                    self._settings.regions,
-                ),
+                "watch regions": attendance.watch(self._bus, "aggregator", self._settings.regions),
                 "follow the server's limit": follow_server_limit(self._daemon, self._bus),
                 "watch certificates": watch_certificates(self._daemon, [self._settings.bus]),
                 "tell who listens": self._daemon.notices.tell(self._bus),

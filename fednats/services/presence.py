@@ -25,39 +25,53 @@ class Machine(Protocol):
         """Whether no sum can be made of those who are there."""
 
 
-async def watch_presence(
-    daemon: Daemon,
-    machine: Machine,
-    feed: Callable[[Event], Awaitable[None]],
-    bus: Bus,
-    role: str,
-    names: tuple[str, ...],
-) -> None:
-    """Tell ``machine`` which of its sources ``names``, services of ``role``, are there, for ever.
+class Attendance:
+    """Who of those that report to a node is there, of all roles: sites in its region's account, regions in its uplink's.
 
-    A node that has sources in two accounts (sites in its region's, regions in its uplink's) watches both. What depends
-    on others and is short of them says so by its own presence: nobody above waits for it.
+    The machine takes note of what it is told after that was written down. So this remembers what it has told it: two
+    roles that change at once are both told.
     """
-    daemon.waits = lambda: machine.short_of_sites
-    watched = frozenset(names)
-    seen: frozenset[str] | None = None
-    async for entries in bus.watch(subjects.presence_bucket(daemon.run)):
-        said = {name: _parsed(entries.get(subjects.presence_key(role, name))) for name in watched}
-        there = frozenset(name for name, presence in said.items() if presence is not None and not presence.waits)
-        waiting = frozenset(name for name, presence in said.items() if presence is not None and presence.waits)
-        absent = watched - there - waiting
-        daemon.sources[role] = {"present": sorted(there), "waiting": sorted(waiting), "absent": sorted(absent)}
-        daemon.metrics.sources_present(role, {name: name not in absent for name in watched})
-        note_said(daemon, role, list(said.values()))
-        if seen is None:
-            daemon.log.info("sources_present", present=sorted(there), absent=sorted(watched - there))
-        else:
-            _log_changes(daemon, seen, there)
-        seen = there
-        present = (machine.present - watched) | there
-        daemon.metrics.present.set(len(present))
-        if present != machine.present:
-            await feed(PresenceChanged(present=tuple(sorted(present))))
+
+    def __init__(self, daemon: Daemon, machine: Machine, feed: Callable[[Event], Awaitable[None]]) -> None:
+        """Tell ``machine``, by ``feed``. What depends on others and is short of them says so by its own presence."""
+        self._daemon = daemon
+        self._machine = machine
+        self._feed = feed
+        self._watched: dict[str, frozenset[str]] = {}
+        self._there: dict[str, frozenset[str]] = {}
+        self._told: frozenset[str] | None = None
+        daemon.waits = lambda: machine.short_of_sites
+
+    async def watch(self, bus: Bus, role: str, names: tuple[str, ...]) -> None:
+        """Tell the machine which of its sources ``names``, services of ``role``, are there, for ever."""
+        async for entries in bus.watch(subjects.presence_bucket(self._daemon.run)):
+            said = {name: _parsed(entries.get(subjects.presence_key(role, name))) for name in names}
+            there = _note(self._daemon, role, said)
+            before, self._there[role], self._watched[role] = self._there.get(role), there, frozenset(names)
+            if before is None:
+                self._daemon.log.info("sources_present", present=sorted(there), absent=sorted(said.keys() - there))
+            else:
+                _log_changes(self._daemon, before, there)
+            await self._tell()
+
+    async def _tell(self) -> None:
+        watched = frozenset[str]().union(*self._watched.values())
+        present = (self._machine.present - watched).union(*self._there.values())
+        self._daemon.metrics.present.set(len(present))
+        if present != (self._machine.present if self._told is None else self._told):
+            self._told = present
+            await self._feed(PresenceChanged(present=tuple(sorted(present))))
+
+
+def _note(daemon: Daemon, role: str, said: Mapping[str, Presence | None]) -> frozenset[str]:
+    """Note what the services of ``role`` say; return who of them is there and contributes."""
+    there = frozenset(name for name, presence in said.items() if presence is not None and not presence.waits)
+    waiting = frozenset(name for name, presence in said.items() if presence is not None and presence.waits)
+    absent = said.keys() - there - waiting
+    daemon.sources[role] = {"present": sorted(there), "waiting": sorted(waiting), "absent": sorted(absent)}
+    daemon.metrics.sources_present(role, {name: name not in absent for name in said})
+    note_said(daemon, role, list(said.values()))
+    return there
 
 
 def _parsed(value: bytes | None) -> Presence | None:

@@ -23,8 +23,9 @@ from nats.micro.service import Service, ServiceConfig
 
 from fednats import subjects as names
 from fednats.config import BusSettings
+from fednats.transport import bucket as buckets
 from fednats.transport import payload
-from fednats.transport.answer import AwayError, NobodyError, NoStreamError, answer
+from fednats.transport.answer import AwayError, NobodyError, answer
 from fednats.transport.connection import Connection, connection
 from fednats.transport.consumer import Consumer, Delivery
 from fednats.transport.fence import Fence
@@ -36,10 +37,6 @@ __all__ = ["Bus", "Delivery", "Record"]
 
 POLL_INTERVAL_S = 5.0
 """How often `Bus.follow` looks although nothing was announced."""
-WATCH_INTERVAL_S = 1.0
-"""How often `Bus.watch` looks for keys that have expired."""
-
-_DELETED = {"DEL", "PURGE"}
 
 
 @dataclass(frozen=True)
@@ -289,31 +286,15 @@ class Bus:
 
     async def get(self, bucket: str, key: str) -> bytes | None:
         """Return the value of ``key``, or None. Raises BusError."""
-        message = await self._connection.direct(f"KV_{bucket}", f"$KV.{bucket}.{key}")
-        if message is None or (message.headers or {}).get("KV-Operation") in _DELETED:
-            return None
-        return message.data
+        return await buckets.read(self._connection, bucket, key)
 
     async def entries(self, bucket: str) -> Mapping[str, bytes]:
         """Return all keys with their values. Raises BusError."""
-        prefix = f"$KV.{bucket}."
-        info = await self._connection.api(f"STREAM.INFO.KV_{bucket}", {"subjects_filter": f"{prefix}>"})
-        keys = sorted(subject.removeprefix(prefix) for subject in info["state"].get("subjects") or {})
-        values = await asyncio.gather(*(self.get(bucket, key) for key in keys))
-        return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+        return await buckets.entries(self._connection, bucket)
 
-    async def watch(self, bucket: str) -> AsyncGenerator[Mapping[str, bytes], None]:
+    def watch(self, bucket: str) -> AsyncGenerator[Mapping[str, bytes], None]:
         """Yield the whole bucket, and again whenever something in it was set, deleted or has expired."""
-        seen: Mapping[str, bytes] | None = None
-        async for _ in self._wakes([f"$KV.{bucket}.>"], WATCH_INTERVAL_S):
-            try:
-                entries = await self.entries(bucket)
-            except (AwayError, NobodyError, NoStreamError) as error:
-                self._connection.log.debug("watch_waits", bucket=bucket, error=str(error))
-                continue
-            if entries != seen:
-                seen = entries
-                yield entries
+        return buckets.Watch(self._connection, bucket).run()
 
     # --- being seen
 

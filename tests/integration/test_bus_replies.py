@@ -47,8 +47,15 @@ class Stored:
     before: tuple[int, bytes] | None = None
 
     async def now(self) -> tuple[int, bytes] | None:
-        record = await self.reader.last(self.stream, self.subject)
+        """The newest message; None if there is none, or no stream."""
+        try:
+            record = await self.reader.last(self.stream, self.subject)
+        except BusError:
+            return None
         return None if record is None else (record.sequence, record.data)
+
+    async def is_there(self) -> bool:
+        return await self.now() is not None
 
 
 @dataclass
@@ -65,28 +72,14 @@ class Seeded:
 
     async def note(self) -> None:
         """Note what is newest now."""
-
-        async def there(kept: Stored) -> bool:
-            with suppress(BusError):
-                kept.before = await kept.now()
-            return kept.before is not None
-
         for kept in self.stored:
-            await until(lambda kept=kept: there(kept))  # type: ignore[misc]
+            kept.before = await kept.now()
 
     async def changed(self, own: Iterable[str]) -> list[str]:
         """What is not as it was noted, but for the subjects ``own``."""
-        found = []
-        for kept in self.stored:
-            if kept.subject in own:
-                continue
-            try:
-                now = await kept.now()
-            except BusError as error:
-                now = (0, str(error).encode())
-            if now != kept.before:
-                found.append(f"{kept.stream}: {kept.subject}: {now}")
-        return found
+        others = [kept for kept in self.stored if kept.subject not in own]
+        assert others
+        return [f"{kept.stream}: {kept.subject}: {now}" for kept in others if (now := await kept.now()) != kept.before]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["leaves", "no-leaves"])
@@ -96,6 +89,8 @@ async def seeded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         await seed_hub(made)
         for region in PLAN:
             await seed_region(made, region)
+        for kept in made.stored:
+            await until(kept.is_there)
         yield made
 
 

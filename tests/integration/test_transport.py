@@ -62,7 +62,7 @@ async def test_limits_are_on_the_server_and_making_streams_again_changes_nothing
     for node, specs in nodes:
         for spec in specs:
             assert not await node.ensure_stream(spec)
-            config = (await node._connection.api(f"STREAM.INFO.{spec.name}"))["config"]
+            config = (await node._connection.api(f"STREAM.INFO.{spec.name}", prefix=spec.api))["config"]
             assert config["max_bytes"] == spec.limits.max_bytes > 0
             assert config["max_age"] == spec.limits.max_age_s * 10**9 > 0
             assert (config["max_msg_size"] > node.max_payload_bytes > 0) != bool(spec.sources)
