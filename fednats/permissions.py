@@ -153,7 +153,7 @@ def uplink(run: str, region: str, *, above_regions: bool = False) -> Permissions
             *((*_make(f"KV_{bucket}"), *_read(f"KV_{bucket}")) if above_regions else ()),
             _presence(run, "aggregator", region),
             f"$JS.*.API.{_presence(run, 'aggregator', region)}",
-            *(f"{api}.{_taken(run, region, '*')}" for api in ("$JS.API", "$JS.*.API")),
+            *(f"{api}.{taken}" for api in ("$JS.API", "$JS.*.API") for taken in _taken(run, region, "*")),
             subjects.event(run, "aggregator", region),
             subjects.holder(run, "aggregator", region),
             subjects.pulse(run, region),
@@ -238,7 +238,7 @@ def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permi
             "$JSC.R.*",
             "$JS.S.*",
             "_INBOX.>",
-            f"$JS.{parent}.API.{_taken(run, region, subjects.inbox_stream(run, parent))}",
+            *(f"$JS.{parent}.API.{taken}" for taken in _taken(run, region, subjects.inbox_stream(run, parent))),
             f"$JS.{parent}.API.{_presence(run, 'aggregator', region)}",
             *(
                 f"$JS.{HUB}.API.{_presence(run, 'aggregator', node)}"
@@ -266,9 +266,10 @@ def _presence(run: str, role: str, node: str) -> str:
     return f"$KV.{subjects.presence_bucket(run)}.{subjects.presence_key(role, node)}"
 
 
-def _taken(run: str, region: str, inbox_above: str) -> str:
-    """The question whether a region's newest sum has arrived above: for its head, which it wrote itself."""
-    return f"DIRECT.GET.{inbox_above}.{subjects.head(subjects.aggregate(run, region))}"
+def _taken(run: str, region: str, inbox_above: str) -> tuple[str, ...]:
+    """The questions whether a region's newest sums have arrived above: for the heads, which it wrote itself."""
+    heads = (subjects.head(subjects.aggregate(run, region)), subjects.evaluation_sum(run, region))
+    return tuple(f"DIRECT.GET.{inbox_above}.{head}" for head in heads)
 
 
 def _wake(run: str) -> tuple[str, ...]:
