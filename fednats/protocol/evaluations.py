@@ -3,6 +3,7 @@
 A part of the `fednats.protocol.collector.Collector`, which says who is there and which version is current.
 """
 
+from fednats.errors import RefusedError
 from fednats.messages import Evaluation, EvaluationBlocks, EvaluationSum
 from fednats.protocol.admission import Roster
 from fednats.protocol.early import MAX_AHEAD, Early
@@ -10,6 +11,7 @@ from fednats.protocol.evaluation_tally import Closed, EvaluationTally
 from fednats.protocol.events import (
     Command,
     EvaluationsSummed,
+    Refuse,
     ReportNotEvaluated,
     Restored,
     Settle,
@@ -70,6 +72,11 @@ class Evaluations:
             return []
         if self._tally.is_closed(evaluation.version):
             return [Settle((identity,))]
+        if isinstance(evaluation, Evaluation):
+            try:
+                self._tally.check_cases(evaluation)
+            except RefusedError as error:
+                return [Refuse(identity, error.reason, error.detail)]
         return self._give_out(self._tally.add(evaluation, current.settings.min_sites))
 
     def summed(self, event: EvaluationsSummed, min_sites: int) -> list[Command]:
