@@ -206,6 +206,7 @@ class Handed:
 
     subject: str
     data: bytes
+    stream: str = "s"
     stream_sequence: int = 1
 
 
@@ -299,7 +300,7 @@ class Decoders:
 
     def inbox(self, rng: random.Random) -> None:
         """Deliveries on the subjects that a consumer filters, most of them signed by whom they are from."""
-        inbox = Inbox(None, "s", "r", self._region, Nobody())  # type: ignore[arg-type]  # opening asks nothing of the bus
+        inbox = Inbox(None, lambda _: "s", "r", self._region, Nobody())  # type: ignore[arg-type]  # opening asks nothing of the bus
         which = rng.randrange(4)
         others = rng.random() < 0.1
         data = mutations.hostile_message(rng, MESSAGES if others else [SENT[which]])

@@ -21,8 +21,8 @@ from fednats.wire import digest
 RUN = "run"
 PLAN = (RegionPlan("north", ("a",)),)
 MODEL, MODELS = subjects.model(RUN), subjects.models_stream(RUN, "north")
-AGGREGATE, INBOX = subjects.aggregate(RUN, "north"), subjects.inbox_stream(RUN, HUB)
-UPDATE, UPDATES = subjects.update(RUN, "north", "a"), subjects.updates_stream(RUN, "north")
+AGGREGATE, INBOX = subjects.aggregate(RUN, "north"), subjects.inbox_stream(RUN, HUB, "north")
+UPDATE, UPDATES = subjects.update(RUN, "north", "a"), subjects.updates_stream(RUN, "north", "a")
 CHUNKS = [os.urandom(2**16) for _ in range(8)]
 DIGESTS = [digest(chunk) for chunk in CHUNKS]
 
