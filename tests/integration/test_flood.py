@@ -1,0 +1,212 @@
+"""One site floods its region with what it may send: the region's daemon, a process, goes on with the honest ones."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest_asyncio
+from nats.aio.client import Client
+
+from fednats import subjects, wire
+from fednats.codec.layout import Layout
+from fednats.config import AggregationSettings, DeltaSettings, TrainingSettings
+from fednats.delta.encode import encoder
+from fednats.messages import Evaluation, Grid, ModelManifest, ParameterSpec, Payload, Receipt, Update
+from fednats.permissions import inbox
+from fednats.protocol.events import ContributionArrived, EvaluationArrived
+from fednats.provision.plan import RegionPlan
+from fednats.services.pace import BURST
+from fednats.storage.journal import read_journal
+from fednats.subjects import HUB
+from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
+from fednats.testbed.processes import DaemonProcess, Daemons
+from fednats.transport import streams
+from fednats.transport.consumer import MAX_UNSETTLED
+from tests.makers import FIRST, evaluation
+
+RUN = "r"
+HONEST = ("a", "b")
+LIAR = "liar"
+N_FLOOD = 3000
+DELTA = DeltaSettings(cipher="none")
+LAYOUT = Layout((ParameterSpec(name="w", shape=(70_000,)),))
+GRID = Grid(grid_id="g0", steps=(0.5,))
+ENCODER = encoder(DELTA, None)
+CHUNKS = tuple(
+    chunk.data
+    for chunk in ENCODER.encode(
+        np.ones(70_000, np.float32), np.zeros(70_000, np.float32), LAYOUT, GRID, np.random.default_rng(0)
+    )
+)
+DIGESTS = tuple(wire.digest(chunk) for chunk in CHUNKS)
+MODEL = subjects.head(subjects.model(RUN))
+
+
+def manifest(version: int) -> ModelManifest:
+    return ModelManifest(
+        run=RUN,
+        opening=FIRST,
+        version=version,
+        task="t",
+        seed=0,
+        parameters=LAYOUT.parameters,
+        weights_digest=bytes(16),
+        frames=(),
+        grid=GRID,
+        grid_ids=("g0",),
+        key_id=ENCODER.key_id,
+        training=TrainingSettings(),
+        aggregation=AggregationSettings(goal=2),
+        delta=DELTA,
+    )
+
+
+@dataclass
+class Region:
+    """A region's daemon, and those who send to it."""
+
+    bus: ConnectedBus
+    daemons: Daemons
+
+    async def status(self) -> dict[str, Any]:
+        """Return what it says on /status, which has to answer within 2 s, whatever happens."""
+        said = await self.daemons.statuses()
+        assert "aggregator-north" in said, "/status does not answer"
+        return dict(said["aggregator-north"])
+
+    def update(self, site: str, number: int, payload_id: str) -> bytes:
+        head = Update(
+            run=RUN,
+            region="north",
+            site=site,
+            update_id=f"{site}-{number}",
+            sequence=number,
+            base_version=0,
+            grid_id="g0",
+            key_id=ENCODER.key_id,
+            n_samples=100,
+            saturated=0,
+            min_sites=2,
+            payload=Payload(payload_id=payload_id, n_bytes=sum(map(len, CHUNKS)), digests=DIGESTS),
+        )
+        return self.signed(site, head_of(site), head)
+
+    def signed(self, site: str, subject: str, message: Update | Evaluation) -> bytes:
+        return self.bus.servers.identity("site", site).sign(subject, message)
+
+    async def send(self, site: str, number: int) -> None:
+        """Send an update as a site does."""
+        name, data = f"{site}-{number}", self.update(site, number, f"{site}-{number}")
+        await self.bus.sites[site].publish_payload(subjects.update(RUN, "north", site), name, CHUNKS)
+        await self.bus.sites[site].publish(head_of(site), data, name)
+
+    async def accepted(self, site: str, number: int) -> None:
+        """Wait until the receipt of ``site`` says that its update is in a sum."""
+
+        async def is_in() -> bool:
+            stream, subject = subjects.receipts_stream(RUN, "north"), subjects.receipt(RUN, "north", site)
+            record = await self.bus.sites[site].last(stream, subject)
+            if record is None:
+                return False
+            receipt = self.bus.servers.identity("site", site).open(subject, record.data, Receipt)
+            found = {verdict.name: verdict.outcome for verdict in receipt.verdicts}
+            assert found.get(f"{site}-{number}", "accepted") == "accepted"
+            return f"{site}-{number}" in found
+
+        await until(is_in)
+
+    async def journalled(self, site: str) -> int:
+        """Count what the daemon has journalled of a site."""
+        entries = await asyncio.to_thread(read_journal, self.daemons["aggregator-north"].state_dir / "journal.sqlite")
+        events = (entry.event for entry in entries)
+        of_site = [
+            event
+            for event in events
+            if (isinstance(event, ContributionArrived) and isinstance(event.head, Update) and event.head.site == site)
+            or (
+                isinstance(event, EvaluationArrived)
+                and isinstance(event.evaluation, Evaluation)
+                and event.evaluation.site == site
+            )
+        ]
+        return len(of_site)
+
+    async def pending(self, site: str) -> int:
+        """Count what of a site's is not handed out yet, as the region's operator sees it."""
+        stream = subjects.updates_stream(RUN, "north", site)
+        async with plain(self.bus, "observer", "north") as observer:
+            subject = f"$JS.API.CONSUMER.INFO.{stream}.{subjects.durable('north', stream)}"
+            info = await observer.request(subject, timeout=10)
+        return int(json.loads(info.data)["num_pending"])
+
+
+def head_of(site: str) -> str:
+    return subjects.head(subjects.update(RUN, "north", site))
+
+
+@asynccontextmanager
+async def plain(bus: ConnectedBus, role: str, node: str) -> AsyncIterator[Client]:
+    """Connect with plain nats-py and somebody's key."""
+    settings = bus.servers.user(role, node) if role == "observer" else bus.servers.site("north", node)
+    client = Client()
+    await client.connect(
+        settings.url,
+        tls=ssl.create_default_context(cafile=settings.ca_file),
+        tls_handshake_first=True,
+        nkeys_seed=str(settings.nkey_seed_file),
+        inbox_prefix=inbox(f"{role}.{node}").encode(),
+    )
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+@pytest_asyncio.fixture
+async def region(tmp_path: Path) -> AsyncIterator[Region]:
+    plan = (RegionPlan("north", (*HONEST, LIAR)),)
+    async with connected_bus(tmp_path, RUN, plan, leaves=False) as bus:
+        settings = bus.servers.aggregator_settings("north")
+        settings = settings.model_copy(update={"state_dir": tmp_path / "aggregator-north"})
+        async with Daemons([DaemonProcess("aggregator", "aggregator-north", settings)]) as daemons:
+            made = Region(bus, daemons)
+            await bus.coordinator.publish(MODEL, bus.servers.identity("coordinator", HUB).sign(MODEL, manifest(0)), "0")
+
+            async def announced() -> bool:
+                return (await daemons.statuses()).get("aggregator-north", {}).get("version") == 0
+
+            await until(announced)
+            yield made
+
+
+async def test_honest_sites_go_on_while_one_floods_with_valid_heads(region: Region) -> None:
+    """3,000 of them, and all name one chunk: after the first sum it is gone, so each of the others would spoil a sum."""
+    prefix = subjects.update(RUN, "north", LIAR)
+    async with plain(region.bus, "site", LIAR) as liar:
+        await liar.publish(subjects.chunk(prefix, "one", 0), CHUNKS[0])
+        for number in range(1, N_FLOOD + 1):
+            data = region.update(LIAR, number, "one")
+            await liar.publish(head_of(LIAR), data, headers={"Nats-Msg-Id": f"flood-{number}"})
+        await liar.flush(timeout=30)
+
+    async def is_taken_in() -> bool:
+        return bool((await region.status())["buffered"] >= MAX_UNSETTLED)
+
+    await until(is_taken_in)
+    for number in range(1, 6):
+        await asyncio.gather(*(region.send(site, number) for site in HONEST))
+        await asyncio.gather(*(region.accepted(site, number) for site in HONEST))
+        await region.status()
+    status = await region.status()
+    print(status, await region.journalled(LIAR), await region.pending(LIAR))
+    assert status["loop_lag_ms"]["max"] < 1000, status["loop_lag_ms"]
+    assert status["senders"]["site"]["held_back"] == [LIAR]
+    assert await region.pending(LIAR) > N_FLOOD / 2
+    assert await region.journalled(LIAR) < 2 * BURST
+    print(status, await region.journalled(LIAR), await region.pending(LIAR))
