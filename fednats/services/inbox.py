@@ -61,6 +61,11 @@ class Inbox:
         """Return what a delivery is called that does not say what it is."""
         return f"{delivery.stream}.{delivery.stream_sequence}"
 
+    def n_unsettled(self, sender: str) -> int:
+        """Count what of ``sender`` was delivered here and is not settled."""
+        stream = self.stream_of(sender)
+        return sum(where == stream for deliveries in self._delivered.values() for where, _ in deliveries)
+
     async def settle(self, identity: str) -> None:
         """Drop the payload of ``identity`` and acknowledge its deliveries; nothing if it was delivered elsewhere."""
         for delivery, head in self._deliveries(identity):

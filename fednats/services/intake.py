@@ -18,13 +18,14 @@ from fednats.services.pace import OF_REGION, OF_SITE, Pace
 from fednats.services.persist import RETRY_S
 from fednats.transport import streams
 from fednats.transport.bus import Delivery
+from fednats.transport.consumer import MAX_UNSETTLED
 from fednats.transport.streams import StreamSpec
 
 POLL_S = 0.25
 """Between two looks at whether a sender may go on."""
 
-WEIGHED_EVERY_S = 10.0
-"""How often is looked at how full the senders' streams are."""
+WEIGHED_EVERY_S = 5.0
+"""How often the daemon looks at how full the senders' streams are."""
 
 NEARLY_FULL = 0.9
 
@@ -82,6 +83,7 @@ class Intake:
         self._changed = asyncio.Event()
         self._paces: dict[str, Pace] = {}
         self._held_back: set[str] = set()
+        self._crowded: set[str] = set()
         self._full: dict[str, float] = {}
 
     def expect(self, names: Collection[str]) -> None:
@@ -102,9 +104,14 @@ class Intake:
 
     @property
     def status(self) -> Mapping[str, Any]:
-        """Who is held back because it sends more than its share, and whose stream is nearly full (how full, 0 to 1)."""
-        held_back = sorted(name for name in self._held_back if self._paces[name].is_low)
-        return {"held_back": held_back, "streams_nearly_full": dict(self._full)}
+        """Who is held back because it sends more than its share, what of each is not settled, whose stream is nearly full."""
+        unsettled = {name: self._inbox.n_unsettled(name) for name in sorted(self._paces)}
+        held_back = [
+            name
+            for name, count in unsettled.items()
+            if count >= MAX_UNSETTLED or (name in self._held_back and self._paces[name].is_low)
+        ]
+        return {"held_back": held_back, "unsettled": unsettled, "streams_nearly_full": dict(self._full)}
 
     async def _receive(self, name: str) -> None:
         await self._make_stream(name)
@@ -152,7 +159,16 @@ class Intake:
                     self._log.debug("stream_not_seen", sender=name, error=str(error))
                     continue
                 self._note_used(name, used)
+                self._note_crowded(name)
             await asyncio.sleep(WEIGHED_EVERY_S)
+
+    def _note_crowded(self, name: str) -> None:
+        """Say so when a sender has all that it may have in work here: it floods, or nothing is made of what it sends."""
+        if self._inbox.n_unsettled(name) < MAX_UNSETTLED:
+            self._crowded.discard(name)
+        elif name not in self._crowded:
+            self._crowded.add(name)
+            self._log.warning("sender_has_all_places", sender=name, unsettled=MAX_UNSETTLED)
 
     def _note_used(self, name: str, used: float) -> None:
         self._daemon.metrics.stream_used.labels(source=name).set(used)
