@@ -15,11 +15,12 @@ from fednats.config import DeltaSettings, RecordPrivacySettings, TaskSettings, T
 from fednats.delta import scheme
 from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, HospitalError
+from fednats.learning.code_files import read_code
 from fednats.learning.describe import Described, describe, few_targets
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of, read_vector
 from fednats.learning.task import Task
-from fednats.learning.task_code import Check, make_task
+from fednats.learning.task_code import Check, code_path, make_task
 from fednats.learning.task_errors import task_code
 from fednats.privacy.trainer import PrivateTrainer
 
@@ -96,6 +97,7 @@ class TaskCheck:
     def _load(self, step: Step) -> None:
         self._task = make_task(self._settings.path, self._settings.options, self._check_code)
         step.lines.append(f"{type(self._task).__name__} from {self._settings.path}")
+        step.lines.append(f"SHA-256 {read_code(code_path(self._settings.path)).sha256}")
 
     def _make_model(self, step: Step) -> None:
         self._model = initial_model(self._task, seed=0)
