@@ -107,14 +107,14 @@ class TaskCheck:
 
     def _read_train_data(self, step: Step) -> None:
         self._trainer = PrivateTrainer(self._task, self._model)
-        self._train_data = describe(self._trainer.data)
+        self._train_data = describe(self._trainer.examples)
         _say(step, self._train_data)
         if self._train_data.n_repeated:
             step.warnings.append(f"{self._train_data.n_repeated:,} cases have the same inputs as another case")
 
     def _read_test_data(self, step: Step) -> None:
         self._evaluator = Evaluator(self._task, self._model)
-        found = describe(self._evaluator.data)
+        found = describe(self._evaluator.examples)
         _say(step, found)
         if shared := len(found.patients & self._train_data.patients):
             step.warnings.append(f"{shared:,} patients are in the training data and in the test data")
