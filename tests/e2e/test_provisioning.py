@@ -101,11 +101,11 @@ async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeF
         finally:
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
-    assert read_code(kit / "normed").files == read_code(NORMED).files
-    (kit / "normed" / "network.py").write_text("raise SystemExit\n")
-    refused = await asyncio.to_thread(fednats, "site", "--config", str(kit / "site.toml"), cwd=tmp_path, code=78)
-    assert f"{kit / 'normed'} has SHA-256 {read_code(kit / 'normed').sha256}" in refused
-    assert f"task_sha256 in policy.toml allows {allowed}; put the code back" in refused
+        assert read_code(kit / "normed").files == read_code(NORMED).files
+        (kit / "normed" / "network.py").write_text("raise SystemExit\n")
+        refused = await asyncio.to_thread(fednats, "site", "--config", str(kit / "site.toml"), cwd=tmp_path, code=78)
+        assert f"{kit / 'normed'} has SHA-256 {read_code(kit / 'normed').sha256}" in refused
+        assert f"task_sha256 in policy.toml allows {allowed}; put the code back" in refused
 
 
 async def sends(outbox: Path) -> None:
