@@ -68,7 +68,7 @@ from fednats.protocol.events import Combine, ContributionArrived, EvaluationArri
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.evaluations import sum_of
 from fednats.services.inbox import Inbox
-from fednats.services.presence import _parsed
+from fednats.services.presence import said_by
 from fednats.storage.checkpoints import Checkpoint, newest_checkpoint
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
@@ -360,7 +360,7 @@ class Decoders:
     def presence(self, rng: random.Random) -> None:
         """Keys and values of the presence bucket."""
         said = Presence(release="0.1.0", waits=True, declined={"site.a": "hours"}).model_dump_json().encode()
-        _parsed(mutations.mutated(rng, [said, b"{" * 100_000, b"[]"]))
+        said_by(rng.choice(("site", "aggregator")), "a", mutations.mutated(rng, [said, b"{" * 100_000, b"[]"]))
 
     def answer(self, rng: random.Random) -> None:
         """JSON where an answer of JetStream is expected."""

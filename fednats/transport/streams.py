@@ -118,6 +118,8 @@ class BucketSpec:
     ttl_s: float | None = None
     n_bytes: int = 64 * 2**20
     """The most that it takes."""
+    max_value_bytes: int | None = None
+    """The most that one key takes; None: what the server takes."""
 
     def config(self, max_message_bytes: int) -> dict[str, Any]:
         """Return the stream that is the bucket, as the server's JSON; see `StreamSpec.config`."""
@@ -130,7 +132,7 @@ class BucketSpec:
             "discard": "new",
             "max_msgs_per_subject": 1,
             "max_bytes": self.n_bytes,
-            "max_msg_size": max_message_bytes,
+            "max_msg_size": min(max_message_bytes, self.max_value_bytes or max_message_bytes),
             "allow_direct": True,
             "allow_rollup_hdrs": False,  # else who renews one key may roll all of them up into it
             "deny_delete": True,
@@ -233,7 +235,7 @@ def buckets(run: str) -> tuple[BucketSpec, ...]:
 
 def presence(run: str) -> BucketSpec:
     """Presence alone; an aggregator above regions ensures it in its uplink account too."""
-    return BucketSpec(subjects.presence_bucket(run), ttl_s=PRESENCE_TTL_S)
+    return BucketSpec(subjects.presence_bucket(run), ttl_s=PRESENCE_TTL_S, max_value_bytes=2**16)
 
 
 def inbox(run: str, node: str, region: str, *, leaves: bool = True) -> StreamSpec:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,11 +20,12 @@ from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings, TrainingSettings
 from fednats.delta.encode import encoder
 from fednats.errors import BusFullError
-from fednats.messages import Evaluation, Grid, ModelManifest, ParameterSpec, Payload, Receipt, Update
+from fednats.messages import Evaluation, Grid, ModelManifest, ParameterSpec, Payload, Presence, Receipt, Update
 from fednats.permissions import inbox
-from fednats.protocol.events import ContributionArrived, EvaluationArrived
+from fednats.protocol.events import ContributionArrived, EvaluationArrived, Event, PresenceChanged
 from fednats.provision.plan import RegionPlan
 from fednats.services.pace import BURST
+from fednats.services.presence import PAUSE_S
 from fednats.storage.journal import read_journal
 from fednats.subjects import HUB
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
@@ -121,10 +123,14 @@ class Region:
 
         await until(is_in)
 
+    async def events(self) -> list[Event]:
+        """Return what the daemon has journalled."""
+        file = self.daemons["aggregator-north"].state_dir / "journal.sqlite"
+        return [entry.event for entry in await asyncio.to_thread(read_journal, file)]
+
     async def journalled(self, site: str) -> int:
         """Count what the daemon has journalled of a site."""
-        entries = await asyncio.to_thread(read_journal, self.daemons["aggregator-north"].state_dir / "journal.sqlite")
-        events = (entry.event for entry in entries)
+        events = await self.events()
         of_site = [
             event
             for event in events
@@ -261,6 +267,22 @@ async def test_chunks_that_no_head_names_fill_their_senders_quota_alone(region: 
 
     await until(is_named)
     assert '"stream_nearly_full"' in region.daemons["aggregator-north"].log_file.read_text()
+
+
+async def test_a_site_that_comes_and_goes_leaves_no_more_than_a_change_a_second(region: Region) -> None:
+    bucket, key = subjects.presence_bucket(RUN), subjects.presence_key("site", LIAR)
+    began_s = time.monotonic()
+    for number in range(301):
+        said = Presence(release="0", waits=number % 2 == 1, declined={"site.a": "the liar says so"}, n_sites=1)
+        await region.bus.sites[LIAR].put(bucket, key, said.model_dump_json().encode())
+
+    async def is_there() -> bool:
+        return bool((await region.status())["sources"]["site"]["present"] == [LIAR])
+
+    await until(is_there)
+    changes = sum(isinstance(event, PresenceChanged) for event in await region.events())
+    assert 1 <= changes <= 2 + (time.monotonic() - began_s) / PAUSE_S
+    assert (await region.status())["declined"] == {}
 
 
 async def test_what_one_region_stores_at_the_hub_is_no_other_regions(tmp_path: Path) -> None:
