@@ -71,6 +71,10 @@ class EvaluationTally:
                 " give it the same test data again, or start another run",
             )
 
+    def has(self, evaluation: Part) -> bool:
+        """Whether this very evaluation waits here."""
+        return self._open.get(evaluation.version, {}).get(evaluated_by(evaluation)) == evaluation
+
     def give_up(self, below: int) -> list[str]:
         """Give up all of versions below ``below``, which begins a run; return the ids of their evaluations."""
         self._registered.clear()

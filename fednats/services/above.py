@@ -22,7 +22,7 @@ class Above:
         self._uplink = uplink
         self._stream = subjects.aggregates_stream(run, region)
         self._node = node
-        self._inbox = subjects.inbox_stream(run, node)
+        self._inbox = subjects.inbox_stream(run, node, region)
         self._stopping = stopping
         self._log = log
 

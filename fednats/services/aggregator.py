@@ -35,6 +35,7 @@ from fednats.services.certificates import watch_certificates
 from fednats.services.compositions import Compositions
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
+from fednats.services.intake import Intake, of_regions, of_sites
 from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
@@ -106,14 +107,19 @@ class AggregatorService:
         self._machine = Collector(nobody, lambda event: event.settings.goal)
         rejects = Rejects(region, run, here, daemon.log)
         self._tier = Tier(daemon, Journal(settings.state_dir / "journal.sqlite"), self._machine, rejects, self._note)
-        self._updates = Inbox(region, subjects.updates_stream(run, here), run, identity, daemon.log)
-        self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, identity, daemon.log)
+        updates = Inbox(region, lambda site: subjects.updates_stream(run, here, site), run, identity, daemon.log)
+        aggregates = Inbox(uplink, lambda below: subjects.inbox_stream(run, here, below), run, identity, daemon.log)
         self._tier.inboxes = {
-            Update: self._updates,
-            Evaluation: self._updates,
-            Aggregate: self._aggregates,
-            EvaluationSum: self._aggregates,
+            Update: updates,
+            Evaluation: updates,
+            Aggregate: aggregates,
+            EvaluationSum: aggregates,
         }
+        self._of_sites = Intake(daemon, updates, here, of_sites(run, here), self._tier.take, self._current_version)
+        below = of_regions(run, here, leaves=settings.leaves)
+        self._of_regions = Intake(daemon, aggregates, here, below, self._tier.take, self._current_version)
+        self._of_sites.expect(settings.sites)
+        self._of_regions.expect(settings.regions)
         self._receipts = Receipts(region, identity, run, here, daemon.log)
         self._tier.note_unreadable = self._receipts.note_unreadable
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
@@ -147,7 +153,10 @@ class AggregatorService:
         }
         self._sites_changed = asyncio.Event()
         daemon.status = self._status
-        daemon.private = lambda: {"sources": daemon.sources}  # the node above need not know who the sites are
+        daemon.private = lambda: {
+            "sources": daemon.sources,
+            "senders": self._senders(),
+        }  # the node above need not know who the sites are
         daemon.buses += [region, uplink]
 
     async def live(self) -> None:
@@ -163,7 +172,7 @@ class AggregatorService:
         above = streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves)
         await self._lease.take(lambda: ensure(self._log, self._uplink, above))
         await ensure(self._log, self._uplink, above, (streams.presence(s.run),) if s.regions else ())
-        here = streams.in_region(s.run, s.region, leaves=s.leaves)
+        here = streams.in_region(s.run, s.region, s.sites, leaves=s.leaves)
         await ensure(self._log, self._region, here, streams.buckets(s.run))
         await self._recorder.begin()
         self._daemon.doing = "taking up the region from its journal"
@@ -190,18 +199,14 @@ class AggregatorService:
         if self._config is not None:
             tasks["follow the settings"] = self._follow_settings(self._config)
         if s.sites or not s.regions:
-            filters = [subjects.head(subjects.update(s.run, s.region, "*")), subjects.evaluation(s.run, s.region, "*")]
-            durable = subjects.durable(s.region, self._updates.stream)
             tasks["watch sites"] = renewed(self._sites_changed, self._watch_sites)
-            tasks["receive updates"] = self._tier.receive(self._updates, durable, filters)
+            tasks["receive updates"] = self._of_sites.run()
             tasks["send receipts"] = self._receipts.send()
         if s.regions:
-            filters = [subjects.head(subjects.aggregate(s.run, "*")), subjects.evaluation_sum(s.run, "*")]
-            durable = subjects.durable(s.region, self._aggregates.stream)
             tasks["watch regions"] = watch_presence(
                 self._daemon, self._machine, self._tier.feed, self._uplink, "aggregator", s.regions
             )
-            tasks["receive aggregates"] = self._tier.receive(self._aggregates, durable, filters)
+            tasks["receive aggregates"] = self._of_regions.run()
         await until_stopped(self._daemon, tasks, self._tier.drain)
 
     async def _catch_up(self) -> None:
@@ -226,11 +231,17 @@ class AggregatorService:
         run = self._settings.run
         stream, subject = subjects.models_stream(run, self._settings.region), subjects.head(subjects.model(run))
         record = await ask(self._log, lambda: self._region.last(stream, subject))
-        current = -1 if self._machine.current is None else self._machine.current.version
+        current = self._current_version()
         try:
             return current if record is None else self._identity.open(subject, record.data, ModelManifest).version
         except RefusedError:
             return current
+
+    def _senders(self) -> dict[str, Any]:
+        return {"site": self._of_sites.status, "aggregator": self._of_regions.status}
+
+    def _current_version(self) -> int:
+        return -1 if self._machine.current is None else self._machine.current.version
 
     async def _watch_sites(self) -> None:
         await watch_presence(
@@ -242,6 +253,7 @@ class AggregatorService:
         async for sites in changed_settings(self._log, config, self._settings):
             before = self._machine.roster.sites
             await self._tier.feed(Configured(sites=sites, regions=tuple(self._settings.regions)))
+            self._of_sites.expect(sites)
             self._sites_changed.set()
             self._log.info("sites_changed", added=sorted(set(sites) - before), removed=sorted(before - set(sites)))
 

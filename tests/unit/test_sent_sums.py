@@ -34,7 +34,7 @@ class Uplink:
             assert stream == subjects.aggregates_stream(RUN, REGION)
             heads = self.sent
         else:
-            assert (stream, domain) == (subjects.inbox_stream(RUN, ABOVE), ABOVE)
+            assert (stream, domain) == (subjects.inbox_stream(RUN, ABOVE, REGION), ABOVE)
             if not self.linked:
                 raise BusError("nobody there")
             heads = self.sent[: self.n_taken]
