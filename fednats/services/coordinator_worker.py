@@ -342,7 +342,7 @@ class CoordinatorWorker:
 
     def pool(self, inputs: Sequence[Sequence[bytes]], heads: Sequence[EvaluationSum], min_sites: int) -> Pooled:
         """Decrypt what several regions summed; see `fednats.services.pooling.pool`."""
-        return pool(self._decoders[heads[0].key_id], self._run.delta, inputs, heads, min_sites)
+        return pool(self._decoders[heads[0].key_id].decode_counts, self._run.delta, inputs, heads, min_sites)
 
     def keep_best(self, version: int) -> bool:
         """Keep a version as the best one; False if its checkpoint is gone already."""

@@ -1,11 +1,13 @@
 """The figures of all hospitals' test cases, out of the encrypted sums that regions send."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fednats.config import DeltaSettings
-from fednats.delta.decode import Decoder
 from fednats.delta.scheme import count_bits
 from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.learning.figures import Share, known_names, n_integers, read_figures
@@ -19,9 +21,12 @@ MAX_ROC_CLASSES = 10
 
 ROC_POINTS = 60
 
+DecodeCounts = Callable[[Sequence[bytes], int, int], NDArray[np.int64]]
+"""Decrypts the chunks of a sum of so many sites to so many counts; raises RefusedError."""
+
 
 def pool(
-    decoder: Decoder,
+    decode: DecodeCounts,
     settings: DeltaSettings,
     inputs: Sequence[Sequence[bytes]],
     heads: Sequence[EvaluationSum],
@@ -41,7 +46,7 @@ def pool(
     counts, shares = list[Counts](), dict[str, Share]()
     for index, (chunks, head) in enumerate(zip(inputs, heads, strict=True)):
         try:
-            flat = decoder.decode_counts(chunks, head.n_sites, n_integers(n_classes, arrangement, bits))
+            flat = decode(chunks, head.n_sites, n_integers(n_classes, arrangement, bits))
             if n_classes:
                 counts.append(Counts.from_flat(flat[: n_counts(n_classes)], n_classes))
                 _check_cases(counts[-1].n_cases, head)

@@ -46,7 +46,7 @@ def region(name: str, *hospitals: Flat) -> tuple[tuple[bytes, ...], EvaluationSu
 
 def pooled(*regions: tuple[tuple[bytes, ...], EvaluationSum]) -> Pooled:
     chunks, heads = zip(*regions, strict=True)
-    return pool(decoder(BFV, SECRET), BFV, chunks, heads, 2)
+    return pool(decoder(BFV, SECRET).decode_counts, BFV, chunks, heads, 2)
 
 
 HONEST = region("south", evaluated(2), evaluated(3))
