@@ -314,8 +314,8 @@ class SiteService:
                 if isinstance(came_to, protocol.Done) and not isinstance(job, protocol.Evaluate):
                     self._failures.clear()
                     self._show_failing()
-                if self._machine.state is not protocol.State.CLOSED:
-                    self._status["state"] = self._resting
+                is_closed = self._machine.state is protocol.State.CLOSED
+                self._status["state"] = "closed" if is_closed else self._resting
             if isinstance(came_to, protocol.Failed | protocol.NotStored) and not isinstance(job, protocol.Evaluate):
                 asyncio.get_running_loop().call_later(self._failures.pause_s, self._retry)
             if isinstance(came_to, protocol.OutsideHours):
