@@ -1,12 +1,13 @@
 """The accounts of each server, with the public keys of those who have one, and what the accounts share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fednats import permissions, subjects
 from fednats.permissions import Permissions, User
 from fednats.provision import sharing
 from fednats.provision.plan import Plan, RegionPlan
+from fednats.provision.registry import Registry
 from fednats.provision.sharing import Account, Share
 from fednats.subjects import HUB
 
@@ -20,6 +21,8 @@ OBSERVER_ACCOUNT = "OBSERVER"
 class Accounts:
     """Those of one server."""
 
+    plan: Plan
+    registry: Registry
     accounts: list[Account] = field(default_factory=list)
     shares: list[Share] = field(default_factory=list)
 
@@ -32,86 +35,73 @@ class Accounts:
         """Everybody in them."""
         return tuple(user for account in self.accounts for user in account.users)
 
+    def add(self, account: str, role: str, node: str, allowed: Permissions, *, streams: bool = True) -> None:
+        """Add an account with one user, or with nobody if its key was revoked."""
+        name = permissions.user_name(role, node)
+        key = self.registry.keys.get(name)
+        users = () if key is None else (User(name, key, allowed, leaf=role == "link"),)
+        self.accounts.append(Account(account, users, streams))
 
-def of_hub(plan: Plan, keys: Mapping[str, str]) -> Accounts:
+    def add_observer(self, node: str, owner: str, account: str) -> None:
+        """Add the account of the observer of ``node``, whose own account is ``owner``."""
+        self.add(account, "observer", node, permissions.observer(self.plan.name, node), streams=False)
+        self.shares += sharing.of_observer(self.plan.name, node, owner, account)
+
+    def add_children(self, node: str | None, owner: str, observer: str) -> None:
+        """Add two accounts for each region directly below ``node``: of its uplink, and with its copy of the models."""
+        plan, run = self.plan, self.plan.name
+        for child in plan.children_of(node):
+            below, uplink = plan.below(child), sharing.uplink_of(child)
+            if plan.leaves:
+                allowed = permissions.link(run, child, node or HUB, below)
+                self.add(uplink, "link", child, allowed, streams=False)
+            else:
+                self.add(uplink, "uplink", child, permissions.uplink(run, child))
+            self.accounts.append(Account(sharing.down_to(child), ()))
+            self.shares += sharing.of_child(run, node or HUB, owner, observer, child, below, leaves=plan.leaves)
+
+    def add_private(self, region: RegionPlan, models: Sequence[Share], suffix: str = "") -> None:
+        """Add a region's private account, its observer's, and one for each site; ``models``: what it copies them by."""
+        run, name = self.plan.name, region.name
+        private, observer = f"{REGION_ACCOUNT}{suffix}", f"{OBSERVER_ACCOUNT}{suffix}"
+        sites = [*region.sites, *self.former("site")]
+        self.add(private, "aggregator", name, permissions.aggregator(run, name, sites))
+        self.shares += models
+        self.add_observer(name, private, observer)
+        for site in region.sites:
+            account = f"SITE_{site}"
+            self.add(account, "site", site, permissions.site(run, name, site), streams=False)
+            self.shares += sharing.of_site(run, name, private, observer, site, account)
+
+    def former(self, role: str) -> list[str]:
+        """Return the sites, or regions, that were revoked and are nowhere in the plan: what they sent may still be in work."""
+        users = (name.partition(".") for name in self.registry.revoked if name not in self.plan.users())
+        return [node for its_role, _, node in users if its_role == role]
+
+
+def of_hub(plan: Plan, registry: Registry) -> Accounts:
     """Accounts of the hub; without leaves the regions' are there as well."""
-    run, made = plan.name, Accounts()
-    coordinator = _user("coordinator", HUB, permissions.coordinator(run), keys)
-    made.accounts.append(Account(HUB_ACCOUNT, coordinator))
-    _add_observer(made, run, HUB, HUB_ACCOUNT, OBSERVER_ACCOUNT, keys)
-    _add_children(made, plan, None, HUB_ACCOUNT, OBSERVER_ACCOUNT, keys)
-    if not plan.leaves:
-        for region in plan.regions:
-            models = sharing.copying(
-                sharing.down_to(region.name),
-                f"{REGION_ACCOUNT}_{region.name}",
-                subjects.models_for_stream(run, region.name),
-                permissions.UPLINK_API,
-                permissions.deliver(region.name),
-            )
-            _add_private(made, run, region, f"_{region.name}", models, keys)
+    made = Accounts(plan, registry)
+    regions = [*plan.children_of(None), *made.former("aggregator")]
+    made.add(HUB_ACCOUNT, "coordinator", HUB, permissions.coordinator(plan.name, regions))
+    made.add_observer(HUB, HUB_ACCOUNT, OBSERVER_ACCOUNT)
+    made.add_children(None, HUB_ACCOUNT, OBSERVER_ACCOUNT)
+    for region in () if plan.leaves else plan.regions:
+        name, suffix = region.name, f"_{region.name}"
+        origin, models = sharing.down_to(name), subjects.models_for_stream(plan.name, name)
+        made.add_private(region, _models(origin, f"{REGION_ACCOUNT}{suffix}", models, name), suffix)
     return made
 
 
-def of_leaf(plan: Plan, region: RegionPlan, keys: Mapping[str, str]) -> Accounts:
+def of_leaf(plan: Plan, region: RegionPlan, registry: Registry) -> Accounts:
     """Accounts of a region's server."""
-    run, name, made = plan.name, region.name, Accounts()
-    above_regions = bool(plan.children_of(name))
-    uplink = _user("uplink", name, permissions.uplink(run, name, above_regions=above_regions), keys)
-    made.accounts.append(Account(UPLINK_ACCOUNT, uplink))
-    _add_children(made, plan, name, UPLINK_ACCOUNT, UPLINK_ACCOUNT, keys)
-    models = subjects.models_stream(run, name)
-    _add_private(
-        made,
-        run,
-        region,
-        "",
-        sharing.copying(UPLINK_ACCOUNT, REGION_ACCOUNT, models, permissions.UPLINK_API, permissions.deliver(name)),
-        keys,
-    )
+    made, name, children = Accounts(plan, registry), region.name, plan.children_of(region.name)
+    below = [*children, *made.former("aggregator")] if children else []
+    made.add(UPLINK_ACCOUNT, "uplink", name, permissions.uplink(plan.name, name, below))
+    made.add_children(name, UPLINK_ACCOUNT, UPLINK_ACCOUNT)
+    made.add_private(region, _models(UPLINK_ACCOUNT, REGION_ACCOUNT, subjects.models_stream(plan.name, name), name))
     return made
 
 
-def _add_children(
-    made: Accounts, plan: Plan, node: str | None, owner: str, observer: str, keys: Mapping[str, str]
-) -> None:
-    run = plan.name
-    for child in plan.children_of(node):
-        below = plan.below(child)
-        if plan.leaves:
-            users = _user("link", child, permissions.link(run, child, node or HUB, below), keys)
-        else:
-            users = _user("uplink", child, permissions.uplink(run, child), keys)
-        made.accounts += [
-            Account(sharing.uplink_of(child), users, streams=not plan.leaves),
-            Account(sharing.down_to(child), ()),
-        ]
-        made.shares += sharing.of_child(run, node or HUB, owner, observer, child, below, leaves=plan.leaves)
-
-
-def _add_private(
-    made: Accounts, run: str, region: RegionPlan, suffix: str, models: Sequence[Share], keys: Mapping[str, str]
-) -> None:
-    """Add a region's private account, its observer's, and one for each site."""
-    private, observer = f"{REGION_ACCOUNT}{suffix}", f"{OBSERVER_ACCOUNT}{suffix}"
-    aggregator = _user("aggregator", region.name, permissions.aggregator(run, region.name), keys)
-    made.accounts.append(Account(private, aggregator))
-    made.shares += models
-    _add_observer(made, run, region.name, private, observer, keys)
-    for site in region.sites:
-        account = f"SITE_{site}"
-        users = _user("site", site, permissions.site(run, region.name, site), keys)
-        made.accounts.append(Account(account, users, streams=False))
-        made.shares += sharing.of_site(run, region.name, private, observer, site, account)
-
-
-def _add_observer(made: Accounts, run: str, node: str, owner: str, account: str, keys: Mapping[str, str]) -> None:
-    users = _user("observer", node, permissions.observer(run, node), keys)
-    made.accounts.append(Account(account, users, streams=False))
-    made.shares += sharing.of_observer(run, node, owner, account)
-
-
-def _user(role: str, node: str, allowed: Permissions, keys: Mapping[str, str]) -> tuple[User, ...]:
-    """Return the user, or nobody if its key was revoked."""
-    name = permissions.user_name(role, node)
-    return (User(name, keys[name], allowed, leaf=role == "link"),) if name in keys else ()
+def _models(owner: str, private: str, stream: str, region: str) -> list[Share]:
+    return sharing.copying(owner, private, stream, permissions.UPLINK_API, permissions.deliver(region))

@@ -114,7 +114,7 @@ def of_child(
         presences += [f"{permissions.api_of(HUB)}.{permissions.presence(run, 'aggregator', each)}" for each in nodes]
     theirs = "$JS.API" if not leaves else permissions.api_of(child)
     statuses = [subjects.status(run, "aggregator", each) for each in nodes]
-    taken = permissions.taken(run, child, subjects.inbox_stream(run, node))
+    taken = permissions.taken(run, child, subjects.inbox_stream(run, node, child))
     return [
         *copying(owner, down, run_models, permissions.above_api(), permissions.hand_down(child)),
         *(
@@ -126,7 +126,7 @@ def of_child(
         *(copying(down, uplink, handed, "$JS.API", permissions.deliver(child)) if leaves else ()),
         *copying(uplink, owner, aggregates, permissions.below_api(child), permissions.lift(child), theirs),
         *(Share.service(owner, uplink, subject) for subject in (*presences, *events, subjects.pulse(run, child))),
-        Share.service(owner, uplink, f"$JS.API.{taken}"),
+        *(Share.service(owner, uplink, f"$JS.API.{asked}") for asked in taken),
         Share.stream(owner, uplink, subjects.pulse(run, node)),
         *asked_by_observer(observer, uplink, HUB, statuses),
     ]

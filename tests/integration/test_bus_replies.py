@@ -114,7 +114,7 @@ async def seed_region(made: Seeded, region: RegionPlan) -> None:
     prefix = subjects.aggregate(RUN, name)
     for subject in (subjects.head(prefix), subjects.lease(prefix)):
         await made.keep(uplink, uplink, subjects.aggregates_stream(RUN, name), subject, OWN_HEAD)
-    made.stored.append(Stored(made.bus.coordinator, subjects.inbox_stream(RUN, HUB), subjects.head(prefix)))
+    made.stored.append(Stored(made.bus.coordinator, subjects.inbox_stream(RUN, HUB, name), subjects.head(prefix)))
     compositions = subjects.compositions_stream(RUN, name)
     await made.keep(aggregator, aggregator, compositions, subjects.composition(RUN, name, "id"))
     await made.keep(aggregator, aggregator, f"KV_{STATE}", f"$KV.{STATE}.run")
@@ -122,7 +122,7 @@ async def seed_region(made: Seeded, region: RegionPlan) -> None:
     made.stored += [Stored(aggregator, models, subject) for subject in (subjects.head(MODEL), subjects.control(RUN))]
     for site in region.sites:
         member = made.bus.sites[site]
-        updates, receipts = subjects.updates_stream(RUN, name), subjects.receipts_stream(RUN, name)
+        updates, receipts = subjects.updates_stream(RUN, name, site), subjects.receipts_stream(RUN, name)
         await made.keep(member, aggregator, updates, subjects.head(subjects.update(RUN, name, site)))
         await made.keep(member, aggregator, updates, subjects.evaluation(RUN, name, site))
         await made.keep(aggregator, member, receipts, subjects.receipt(RUN, name, site))
@@ -142,7 +142,7 @@ def targets(made: Seeded) -> list[str]:
 
 def questions(made: Seeded, allowed: Iterable[str]) -> list[str]:
     """What a user who may publish ``allowed`` can send to be answered; reading gets what is there."""
-    known = {}
+    known: dict[str, str] = {}
     for kept in made.stored:
         known.setdefault(kept.stream, kept.subject)
     found = []
@@ -200,7 +200,7 @@ def attackers(made: Seeded) -> dict[str, tuple[Permissions, list[str]]]:
         "observer.hub": (permissions.observer(RUN, HUB), []),
         "observer.north": (permissions.observer(RUN, "north"), []),
         "uplink.north": (permissions.uplink(RUN, "north"), [s for s in region if "aggregat" in s]),
-        "aggregator.north": (permissions.aggregator(RUN, "north"), [*region, *aggregators]),
+        "aggregator.north": (permissions.aggregator(RUN, "north", ["a", "b"]), [*region, *aggregators]),
     }
 
 
