@@ -141,6 +141,10 @@ In this folder:
 What it stores goes to `store/` here. When `accounts.conf` changes, copy it here and, in this folder,
 
     nats-server --signal reload=server.pid
+    sleep 2
+    nats-server --signal reload=server.pid
+
+Twice, because only the second time the server lets those in whom the file did not have before.
 
 ## Check
 

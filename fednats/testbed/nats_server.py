@@ -20,6 +20,7 @@ from fednats.subjects import HUB
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
+_POLL_S = 0.02
 
 _PR_SET_PDEATHSIG = 1
 _LOG_TAIL_BYTES = 2000
@@ -153,9 +154,18 @@ class NatsServer:
         await self._end(signal.SIGKILL)
 
     async def reload(self) -> None:
-        """Have it read its configuration again, as after provisioning: who lost its key is cut off."""
-        if self._process is not None:
+        """Have it read its configuration again, as after provisioning: who lost its key is cut off.
+
+        Twice: what an account imports that was not there before, the server takes up only the second time.
+        """
+        for _ in range(2):
+            if self._process is None:
+                return
+            before = (await self.monitor("/varz"))["config_load_time"]
             self._process.send_signal(signal.SIGHUP)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while (await self.monitor("/varz"))["config_load_time"] == before:
+                    await asyncio.sleep(_POLL_S)
 
     async def wipe(self) -> None:
         """Remove the store of a server that is down."""
