@@ -34,6 +34,7 @@ PING_INTERVAL_S = 5.0
 DEAD_AFTER_S = 20.0
 """A ping that is not answered for so long says that the connection is dead although nobody closed it."""
 CLOSE_TIMEOUT_S = 5.0
+CANCEL_AGAIN_S = 0.5
 
 _NEVER_S = 10**9
 _BLINK_S = 0.02
@@ -308,8 +309,9 @@ async def connection(settings: BusSettings, name: str) -> AsyncIterator[Connecti
     try:
         yield opened
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
+        while not watching.done():  # wait_for, inside nats-py, may lose a cancellation (Python 3.11)
+            watching.cancel()
+            await asyncio.wait({watching}, timeout=CANCEL_AGAIN_S)
         await opened.close()
 
 
