@@ -164,6 +164,11 @@ class AggregationSettings(Settings):
     participation_correction: bool = Field(
         default=True, description="let every site count by its samples, however seldom it contributes"
     )
+    claim_limit: float = Field(
+        3.0,
+        ge=1,
+        description="a site counts as at most so many times the cases of the median of its region's others, whatever it claims",
+    )
     robust: Literal["none", "median", "trimmed_mean", "norm_bound"] = Field(
         "none", description="how a region sums its sites' updates; other than none only where it can see them"
     )

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,7 @@ class AggregatorService:
         }
         self._sites_changed = asyncio.Event()
         daemon.status = self._status
-        daemon.private = lambda: {"sources": daemon.sources}  # the node above need not know who the sites are
+        daemon.private = self._private  # the node above need not know who the sites are
         daemon.buses += [region, uplink]
 
     async def live(self) -> None:
@@ -250,6 +251,10 @@ class AggregatorService:
             "lease": self._lease.status,
             "restored": self._restored,
         }
+
+    def _private(self) -> dict[str, Any]:
+        bounded = {source: asdict(said) for source, said in self._machine.bounded.items()}
+        return {"sources": self._daemon.sources, "claims_bounded": bounded}
 
     # --- models -------------------------------------------------------------------------------------------------------
 
