@@ -258,7 +258,9 @@ class Aggregate(SignedMessage):
     grid_id: Token
     key_id: Token
     total_weight: Positive = Field(description="sum of the integer weights, the divisor of the decrypted sum")
-    mass: float = Field(ge=MIN_MASS, le=MAX_MASS, description="sum of n_samples times staleness and participation factors")
+    mass: float = Field(
+        ge=MIN_MASS, le=MAX_MASS, description="sum of n_samples times staleness and participation factors"
+    )
     n_sites: Positive
     n_updates: Positive
     n_samples: Positive

@@ -61,7 +61,8 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -
         )
     if version(head) > current.version + MAX_AHEAD:
         raise RefusedError(
-            Reason.TOO_NEW, f"version {version(head)} at {current.version}, at most {MAX_AHEAD} may have been missed here"
+            Reason.TOO_NEW,
+            f"version {version(head)} at {current.version}, at most {MAX_AHEAD} may have been missed here",
         )
     if head.grid_id not in current.grid_ids:
         raise RefusedError(Reason.WRONG_GRID, f"grid {head.grid_id} was not announced")

@@ -6,7 +6,7 @@ Aggregation" (FedBuff, arXiv:2106.06639), with weights by samples, staleness and
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,12 +167,15 @@ class Buffer:
             del self._contributions[contribution.contribution_id]
         return self.weigh(selected, version)
 
-    def made(self, contributions: Iterable[Contribution], version: int) -> None:
+    def made(self, contributions: Sequence[Contribution], version: int, left_out: Collection[str]) -> None:
         """Count who was in a flush that was weighed at ``version``, now that it is combined for good.
 
-        What was taken out and refused is not among ``contributions``: it leaves no trace.
+        Those ``left_out``, by id, were refused: they leave no trace in what a source is believed, or how often it comes.
         """
-        counted = list(contributions)
+        counted = [contribution for contribution in contributions if contribution.contribution_id not in left_out]
+        self._participation.leave_out(
+            contribution.source for contribution in contributions if contribution.contribution_id in left_out
+        )
         if counted:
             claims = [contribution.claim for contribution in counted]
             offers = self._offers(counted, self._claims.believe(claims), version)
@@ -220,9 +223,7 @@ class Buffer:
                 total += contribution.total_weight
         return selected
 
-    def _offers(
-        self, contributions: Sequence[Contribution], believed: Sequence[float], version: int
-    ) -> list[Offer]:
+    def _offers(self, contributions: Sequence[Contribution], believed: Sequence[float], version: int) -> list[Offer]:
         return [
             Offer(
                 contribution.source,

@@ -16,7 +16,6 @@ Federated Learning With Byzantine-Robust Client Weighting" (arXiv:2004.04986).
 import bisect
 import math
 import statistics
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -203,8 +203,7 @@ class Collector:
     def _combined(self, event: Combined) -> list[Command]:
         combination = self._take_in_flight(event.combination_id)
         if self._buffer is not None and self._flush is not None:
-            kept = (each for each in self._flush.contributions if each.contribution_id not in event.quarantined)
-            self._buffer.made(kept, self._flush.version)
+            self._buffer.made(self._flush.contributions, self._flush.version, event.quarantined)
         return self._settle_parts(combination, event) + self._combine()
 
     def _settle_parts(self, combination: Combination, event: Combined) -> list[Command]:
@@ -250,9 +249,8 @@ class Collector:
     def _count_made(self, composition: Composition) -> None:
         self._settled.note(composition)
         if self._buffer is not None:
-            made = (contribution_of(part.head) for part in composition.parts)
-            kept = (each for each in made if each.contribution_id not in composition.quarantined)
-            self._buffer.made(kept, composition.version)
+            made = [contribution_of(part.head) for part in composition.parts]
+            self._buffer.made(made, composition.version, composition.quarantined)
 
     def _close(self, event: RunClosed) -> list[Command]:
         """Give up what is buffered; a combination under way is finished. Another run, or an extension, may follow."""

@@ -111,6 +111,7 @@ class Participation:
         self._records: dict[str, _Record] = {}
         self._expected: frozenset[str] = frozenset()
         self._peak = 1.0
+        self._left_out: frozenset[str] = frozenset()
 
     def expect(self, sources: Iterable[str]) -> None:
         """Count from now on for ``sources``: the time that one is away does not make it a slow one."""
@@ -129,11 +130,16 @@ class Participation:
         masses, relative = self._masses(offers, limits)
         return Weighed(masses, relative / max(1.0, self._peak / LONGEST_STEP, relative / LONGEST_STEP))
 
+    def leave_out(self, sources: Iterable[str]) -> None:
+        """Wait no longer for ``sources``, whose newest contributions were refused: they shorten nobody's step."""
+        self._left_out |= frozenset(sources)
+
     def record(self, offers: Sequence[Offer], limits: Mapping[str, float] = NO_LIMITS) -> None:
         """Count a flush; ``limits`` as when it was weighed."""
         _, relative = self._masses(offers, limits)
         self._peak = max(1.0, PEAK_DECAY * self._peak, relative)
         self._records |= self._next(offers)
+        self._left_out -= {offer.source for offer in offers}
         self._flush += 1
 
     def _masses(self, offers: Sequence[Offer], limits: Mapping[str, float]) -> tuple[tuple[float, ...], float]:
@@ -147,12 +153,16 @@ class Participation:
             record = known[offer.source]
             freshness = min(1.0, offer.freshness / record.usual_freshness)
             masses.append(offer.mass * freshness * min(max(record.interval, mean / LIMIT), mean * LIMIT))
+        contributing = {offer.source for offer in offers}
         usual = (
             min(record.usual_mass, limits.get(source, math.inf))
             for source, record in known.items()
-            if self._flush + 1 - record.back(self._flush).since <= max(SILENT * mean, 1.0)
+            if source in contributing or (source not in self._left_out and self._is_heard(record, mean))
         )
         return tuple(masses), sum(masses) / sum(usual)
+
+    def _is_heard(self, record: _Record, mean_interval: float) -> bool:
+        return self._flush + 1 - record.back(self._flush).since <= SILENT * mean_interval
 
     def _next(self, offers: Sequence[Offer]) -> dict[str, _Record]:
         by_source: dict[str, list[Offer]] = {}

@@ -104,7 +104,9 @@ def test_the_coordinator_decrypts_what_either_key_is_for(pairs: list[tuple[bytes
         encode = encoder(DeltaSettings(), public)
         residual = np.zeros(layout.n_parameters, np.float32)
         chunks = list(encode.encode(delta, residual, layout, grid, np.random.default_rng(0)))
-        head = aggregate("north", n_sites=1, total_weight=1).model_copy(update={"key_id": encode.key_id, "grid_id": grid.grid_id})
+        head = aggregate("north", n_sites=1, total_weight=1).model_copy(
+            update={"key_id": encode.key_id, "grid_id": grid.grid_id}
+        )
         worker.begin()
         for position, chunk in enumerate(chunks):
             worker.decrypt(head, 1.0, position, chunk.data)
