@@ -26,15 +26,15 @@ CHARGES_TABLE = "charge"
 _SCHEMA = f"""
 {CHAIN_SCHEMA}
 CREATE TABLE IF NOT EXISTS charge (number INTEGER PRIMARY KEY, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
-    run TEXT NOT NULL, version INTEGER NOT NULL, level TEXT NOT NULL, mechanism TEXT NOT NULL,
+    federation TEXT NOT NULL, version INTEGER NOT NULL, level TEXT NOT NULL, mechanism TEXT NOT NULL,
     noise_multiplier REAL NOT NULL, parameter REAL NOT NULL, n_steps INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS unfinished (run TEXT NOT NULL, site TEXT NOT NULL, n_updates INTEGER NOT NULL,
-    n_passes INTEGER NOT NULL, PRIMARY KEY (run, site)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unfinished (federation TEXT NOT NULL, site TEXT NOT NULL, n_updates INTEGER NOT NULL,
+    n_passes INTEGER NOT NULL, PRIMARY KEY (federation, site)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS charge_level ON charge (level, mechanism, noise_multiplier, parameter, n_steps);
 """
 
 
-_CHARGED = "run, version, level, mechanism, noise_multiplier, parameter, n_steps"
+_CHARGED = "federation, version, level, mechanism, noise_multiplier, parameter, n_steps"
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Charge:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site stands in a run: ``n_updates`` were stored."""
+    """Where a site stands in a federation: ``n_updates`` were stored."""
 
-    run: str
+    federation: str
     site: str
     n_updates: int
 
@@ -70,27 +70,29 @@ class Account:
         """Open or begin the account at ``path``.
 
         Raises:
-            ConfigError: it cannot be opened, or charges were deleted or altered: less would seem to be spent than is.
+            ConfigError: it cannot be opened, an earlier release made it, or charges were deleted or altered: less would seem to
+                be spent than is.
             LocalStorageError: it cannot be read.
         """
         self._path = path
         self._connection = open_database(path, _SCHEMA)
+        self._refuse_older()
         self._refuse_deleted()
 
-    def charge(self, run: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
-        """Book ``charges`` for a pass on ``version`` of ``run``; durable on return.
+    def charge(self, federation: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
+        """Book ``charges`` for a pass on ``version`` of a run of ``federation``; durable on return.
 
         Raises:
             BudgetSpentError: the records' epsilon would go beyond ``budget``; nothing was booked.
             LocalStorageError: the disk does not take it; nothing was booked, so nothing may be released.
         """
         with self._transaction():
-            self._book(run, version, charges, budget)
+            self._book(federation, version, charges, budget)
 
     def charge_pass(self, at: "Place", version: int, charge: Charge, budget: Budget | None) -> None:
         """Book a pass that begins now, as `charge`; it counts as unfinished until the site has one update more."""
         with self._transaction() as connection:
-            self._book(at.run, version, [charge], budget)
+            self._book(at.federation, version, [charge], budget)
             connection.execute(
                 "INSERT INTO unfinished VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET n_updates = excluded.n_updates,"
                 " n_passes = CASE WHEN n_updates = excluded.n_updates THEN n_passes + 1 ELSE 1 END",
@@ -99,7 +101,7 @@ class Account:
 
     def n_unfinished(self, at: "Place") -> int:
         """Return how many passes were charged since the site's newest update was stored."""
-        query = "SELECT n_passes FROM unfinished WHERE run = ? AND site = ? AND n_updates = ?"
+        query = "SELECT n_passes FROM unfinished WHERE federation = ? AND site = ? AND n_updates = ?"
         with self._reading():
             row = self._connection.execute(query, astuple(at)).fetchone()
         return 0 if row is None else int(row[0])
@@ -124,6 +126,18 @@ class Account:
         """Close the file."""
         self._connection.close()
 
+    def _refuse_older(self) -> None:
+        with self._reading():
+            columns = {row[1] for row in self._connection.execute("PRAGMA table_info(charge)")}
+        if "run" in columns:
+            renamed = " ".join(
+                f"ALTER TABLE {table} RENAME COLUMN run TO federation;" for table in ("charge", "unfinished")
+            )
+            raise ConfigError(
+                f"{self._path}: an earlier release made this privacy account, whose column run holds the federation's name. Keep"
+                f" it, with a copy beside it, and rename the column: sqlite3 {self._path} '{renamed}'"
+            )
+
     def _refuse_deleted(self) -> None:
         query = f"SELECT {_CHARGED} FROM charge ORDER BY number"  # noqa: S608 - a constant
         with self._transaction() as connection:  # other runs may be charging
@@ -135,9 +149,9 @@ class Account:
                 " new one, what was spent before would not count"
             )
 
-    def _book(self, run: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
+    def _book(self, federation: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
         self._check(charges, budget)
-        rows = [(run, version, *astuple(one)) for one in charges]
+        rows = [(federation, version, *astuple(one)) for one in charges]
         insert = f"INSERT INTO charge ({_CHARGED}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - a constant
         self._connection.executemany(insert, rows)
         extend(self._connection, CHARGES_TABLE, rows)

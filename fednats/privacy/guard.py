@@ -24,7 +24,7 @@ class Guard:
     """Keeps a site's account; the file is opened when a run, or the site's budget, asks for it."""
 
     def __init__(self, settings: SiteSettings, policy: Policy) -> None:
-        self._run, self._site = settings.run, settings.site
+        self._federation, self._site = settings.run, settings.site
         self._file = account_file(settings, policy)
         self._budget = policy.budget
         self._opened: Account | None = None
@@ -69,7 +69,7 @@ class Guard:
         """
         charges = self._of_update(newest.delta, layout, newest.grid, dp_sgd=dp_sgd) if self.concerns(newest) else []
         if charges and charges != booked:
-            self._account.charge(self._run, newest.version, charges, self._budget)
+            self._account.charge(self._federation, newest.version, charges, self._budget)
             self._note(newest, charges)
         return charges
 
@@ -120,7 +120,7 @@ class Guard:
     def _place(self, n_updates: int) -> "Place":
         from fednats.privacy.account import Place  # noqa: PLC0415 - as above
 
-        return Place(self._run, self._site, n_updates)
+        return Place(self._federation, self._site, n_updates)
 
     def _note(self, manifest: ModelManifest, charges: "Sequence[Charge]") -> None:
         """Keep what was booked last, for `spending`."""

@@ -17,7 +17,7 @@ from fednats.learning.scores import Counts, n_counts
 from fednats.messages import Evaluation
 from fednats.protocol.events import SumEvaluations
 from fednats.services.evaluations import Part, Summing, payload_of, sites_of, sum_of
-from tests.makers import PAYLOAD, evaluation
+from tests.makers import PAYLOAD, evaluation, evaluation_sum
 
 BFV = DeltaSettings()
 SECRET, PUBLIC = secret.generate(scheme.bfv(BFV).parameters)
@@ -55,7 +55,7 @@ async def summed(
         return summer(BFV, PUBLIC).sum_counts(inputs, n_sites, n_counts(parts[0].n_classes))
 
     with structlog.testing.capture_logs() as lines:
-        made, total = await Summing(read, add, key_ids, min_sites, structlog.get_logger()).run(
+        made, total = await Summing(read, add, key_ids, min_sites, 1000, structlog.get_logger()).run(
             SumEvaluations(0, tuple(parts))
         )
     left_out = [line["evaluation"] for line in lines if line["event"] == "evaluation_left_out"]
@@ -81,6 +81,39 @@ async def test_what_is_damaged_or_lost_is_left_out(chunks: tuple[bytes, ...]) ->
     np.testing.assert_array_equal(total.flat(), (OWN["a"] + OWN["c"]).flat())
 
 
+@pytest.mark.parametrize("who", "ad")
+async def test_what_names_more_chunks_than_its_counts_have_is_not_read(who: str) -> None:
+    """All of it would be in memory: a site may store gigabytes of chunks, and name them all."""
+    read: list[str] = []
+
+    async def note(part: Part) -> AsyncGenerator[bytes, None]:
+        assert isinstance(part, Evaluation)
+        read.append(part.site)
+        yield b""
+
+    much = head(who)
+    much = much.model_copy(update={"payload": much.payload.model_copy(update={"digests": (bytes(16),) * 65_536})})
+    summing = Summing(note, count, (KEY_ID,), 2, 1000, structlog.get_logger())
+    made, total = await summing.run(SumEvaluations(0, (much, head("b"), head("c"))))
+    assert (sites_of(made), total, read) == (2, 2, ["b", "c"])
+
+
+async def test_what_has_larger_chunks_than_its_counts_can_have_is_left_out_and_not_read_on() -> None:
+    n_read = 0
+
+    async def endless(part: Part) -> AsyncGenerator[bytes, None]:
+        nonlocal n_read
+        yield b""
+        while isinstance(part, Evaluation) and part.site == "a":
+            n_read += 1
+            yield bytes(2**20)
+
+    summing = Summing(endless, count, (KEY_ID,), 2, 1000, structlog.get_logger())
+    made, _ = await summing.run(SumEvaluations(0, tuple(map(head, "abc"))))
+    assert [part.site for part in made if isinstance(part, Evaluation)] == ["b", "c"]
+    assert n_read == 2
+
+
 async def test_other_keys_and_other_classes_than_most_are_left_out() -> None:
     parts = [head("a"), head("b"), head("c", key_id="unknown"), head("d", n_classes=3)]
     names, _, left_out = await summed(parts)
@@ -100,11 +133,17 @@ async def test_other_figures_are_summed_together_and_another_arrangement_is_left
             ("e", None, ()),
         )
     ]
-    made, total = await Summing(nothing, count, (KEY_ID,), 2, structlog.get_logger()).run(
+    made, total = await Summing(nothing, count, (KEY_ID,), 2, 1000, structlog.get_logger()).run(
         SumEvaluations(0, tuple(parts))
     )
     assert total == 3
     assert sum_of("r", "north", made, PAYLOAD).figures == ("c_index", "loss")
+
+
+async def test_a_sum_of_more_hospitals_than_there_are_is_left_out() -> None:
+    parts = [evaluation_sum(region, n_sites=n_sites) for region, n_sites in (("north", 2), ("south", 6))]
+    made, _ = await Summing(nothing, count, ("k",), 2, 5, structlog.get_logger()).run(SumEvaluations(0, tuple(parts)))
+    assert made == parts[:1]
 
 
 async def nothing(_part: Part) -> AsyncGenerator[bytes, None]:
