@@ -123,7 +123,7 @@ UPDATE = Update(
     n_samples=100,
     saturated=0,
     min_sites=1,
-    payload=PAYLOAD.model_copy(update={"digests": (DIGEST,)}),
+    payload=PAYLOAD.model_copy(update={"payload_id": "a-1", "digests": (DIGEST,)}),
 )
 AGGREGATE = Aggregate(
     run="r",
@@ -141,7 +141,7 @@ AGGREGATE = Aggregate(
     staleness_sum=0,
     staleness_max=0,
     min_sites=1,
-    payload=UPDATE.payload,
+    payload=UPDATE.payload.model_copy(update={"payload_id": "s-1"}),
 )
 EVALUATION = evaluation("a", auc=0.5).model_copy(update={"arrangement": 3, "figures": ("c_index",)})
 SUM_OF_EVALUATIONS = evaluated_by("north")

@@ -35,7 +35,7 @@ def update(
         n_samples=n_samples,
         saturated=0,
         min_sites=min_sites,
-        payload=PAYLOAD,
+        payload=PAYLOAD.model_copy(update={"payload_id": f"{site}-{sequence}"}),
     )
 
 
@@ -58,7 +58,7 @@ def aggregate(
         staleness_sum=0,
         staleness_max=0,
         min_sites=1,
-        payload=PAYLOAD,
+        payload=PAYLOAD.model_copy(update={"payload_id": f"{region}-{number}"}),
     )
 
 
@@ -95,7 +95,7 @@ def evaluation(
         n_classes=2,
         arrangement=None,
         figures=(),
-        n_samples=0 if auc is None else n_samples,
+        n_samples=n_samples,
         metrics={} if auc is None else {"auc": auc},
         min_sites=min_sites,
         payload=PAYLOAD,
@@ -112,7 +112,7 @@ def evaluation_sum(region: str, version: int = 0, *, n_sites: int = 2) -> Evalua
         n_classes=2,
         arrangement=None,
         figures=(),
-        n_samples=0,
+        n_samples=20,
         metrics={},
         min_sites=1,
         payload=PAYLOAD,

@@ -159,6 +159,12 @@ def _parse(delivery: Delivery, run: str, identity: Identity) -> Arrived:
         raise RefusedError(Reason.WRONG_RUN, f"run {message.run!r}, this is {run!r}")
     if subject != _subject(event):
         raise RefusedError(Reason.WRONG_SENDER, f"came on {subject}, says it is from {_subject(event)}")
+    if isinstance(event, ContributionArrived) and event.head.payload.payload_id != contribution_id(event.head):
+        # else many heads could name one payload: it would be read, and added, for each of them
+        detail = (
+            f"{contribution_id(event.head)} names the payload {event.head.payload.payload_id}, which is not its own"
+        )
+        raise RefusedError(Reason.MALFORMED, detail)
     return event
 
 

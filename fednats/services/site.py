@@ -415,7 +415,7 @@ class SiteService:
             n_classes=scored.n_classes,
             arrangement=scored.arrangement,
             figures=scored.figures,
-            n_samples=scored.n_samples if shown else 0,
+            n_samples=scored.n_samples,
             metrics=scored.metrics if shown else {},
             min_sites=self._policy.min_sites,
             payload=payload_of(self._settings.site, manifest.version, scored.chunks),

@@ -200,13 +200,13 @@ async def region(tmp_path: Path) -> AsyncIterator[Region]:
 
 
 async def test_honest_sites_go_on_while_one_floods_with_valid_heads(region: Region) -> None:
-    """3,000 of them, and all name one chunk: after the first sum it is gone, so each of the others would spoil a sum."""
+    """3,000 of them, whose last chunk is missing: each would spoil a sum when most of it is made."""
     prefix = subjects.update(RUN, "north", LIAR)
     async with plain(region.bus, "site", LIAR) as liar:
-        for index, chunk in enumerate(CHUNKS):
-            await liar.publish(subjects.chunk(prefix, "one", index), chunk)
         for number in range(1, N_FLOOD + 1):
-            data = region.update(LIAR, number, "one")
+            name = f"{LIAR}-{number}"
+            await liar.publish(subjects.chunk(prefix, name, 0), CHUNKS[0])
+            data = region.update(LIAR, number, name)
             await liar.publish(head_of(LIAR), data, headers={"Nats-Msg-Id": f"flood-{number}"})
         await liar.flush(timeout=30)
 
@@ -225,6 +225,20 @@ async def test_honest_sites_go_on_while_one_floods_with_valid_heads(region: Regi
     assert status["senders"]["site"]["held_back"] == [LIAR]
     assert await region.pending(LIAR) > N_FLOOD / 2
     assert await region.journalled(LIAR) <= BURST
+
+
+async def test_heads_that_name_one_payload_are_refused_but_for_its_own(region: Region) -> None:
+    """A payload that is sent once would be read and added once for each of them."""
+    await asyncio.gather(region.send("a", 1), region.send(LIAR, 1))
+    for number in range(2, 20):
+        await region.bus.sites[LIAR].publish(head_of(LIAR), region.update(LIAR, number, f"{LIAR}-1"), f"again-{number}")
+
+    async def all_refused() -> bool:
+        return bool((await region.status())["refusals"] == {"malformed": 18})
+
+    await until(all_refused)
+    await region.accepted("a", 1)
+    await region.accepted(LIAR, 1)
 
 
 async def test_garbage_of_one_site_drives_out_nobodys_evidence_and_is_taken_in_at_its_pace(region: Region) -> None:

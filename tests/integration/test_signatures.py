@@ -34,6 +34,7 @@ from fednats.messages import (
     ModelManifest,
     Payload,
     Reject,
+    Update,
 )
 from fednats.privacy.audit import audit
 from fednats.privacy.egress import EGRESS_FILE
@@ -201,9 +202,16 @@ async def test_who_has_no_key_does_not_get_onto_the_bus(bus: ConnectedBus, tmp_p
             pass
 
 
+def another_of_number(number: int) -> Update:
+    head = update("a", number)
+    return head.model_copy(
+        update={"update_id": "another", "payload": head.payload.model_copy(update={"payload_id": "another"})}
+    )
+
+
 async def test_a_replayed_update_counts_once(bus: ConnectedBus, tmp_path: Path) -> None:
     first, second = (signed(bus, "site", "a", OF_A, update("a", number)) for number in (1, 2))
-    other = signed(bus, "site", "a", OF_A, update("a", 1).model_copy(update={"update_id": "another"}))
+    other = signed(bus, "site", "a", OF_A, another_of_number(1))
     async with receiving(bus, tmp_path, "north") as region:
         for number, data in enumerate((first, second, first, second, first)):
             await bus.sites["a"].publish(OF_A, data, f"m{number}")
