@@ -220,7 +220,7 @@ def test_virtual_time_adds_plain_integers_only() -> None:
 
 
 def test_server_adam_trains_with_the_rate_that_it_has_by_default() -> None:
-    """With one that is too high, such as 0.3, the accuracy never rises above 0.92."""
+    """With 0.3, which suits SGD, these versions have accuracy 0.90 to 0.91."""
     tasks = [BreastCancer(**options) for options in BreastCancer.sites(5, 2).values()]
     training = BreastCancer.recommended.training
     sites = {
