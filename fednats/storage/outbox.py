@@ -44,10 +44,11 @@ CREATE INDEX IF NOT EXISTS chunk_start ON chunk (update_id, start);
 CREATE TABLE IF NOT EXISTS residual (sequence INTEGER NOT NULL, start INTEGER NOT NULL, data BLOB NOT NULL,
     PRIMARY KEY (sequence, start)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS restored (first INTEGER PRIMARY KEY, own INTEGER NOT NULL, signed INTEGER NOT NULL,
-    known INTEGER NOT NULL, base_version INTEGER NOT NULL, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
+    known INTEGER NOT NULL, base_version INTEGER NOT NULL, cost_nothing INTEGER NOT NULL DEFAULT 0,
+    at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
 """
 
-_RESTORED = "first, own, signed, known, base_version"
+_RESTORED = "first, own, signed, known, base_version, cost_nothing"
 _WAITING = "sent_at IS NULL AND dropped_at IS NULL AND sequence > (SELECT COALESCE(MAX(own), 0) FROM restored)"
 
 
@@ -65,6 +66,8 @@ class Restored:
     """Newest number that the region has named, or that has the site's signature."""
     base_version: int
     """Version that the update numbered ``signed`` was trained on; -1 for none."""
+    cost_nothing: bool = False
+    """Whether the updates since the backup are of a run that adds no noise, so that nothing had to be charged for them."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Outbox:
         """
         values = astuple(found)
         with self._database.transaction() as connection:
-            connection.execute(f"INSERT INTO restored ({_RESTORED}) VALUES (?, ?, ?, ?, ?)", values)  # noqa: S608 - a constant
+            connection.execute(f"INSERT INTO restored ({_RESTORED}) VALUES (?, ?, ?, ?, ?, ?)", values)  # noqa: S608 - a constant
             connection.execute("DELETE FROM chunk")
             connection.execute("DELETE FROM residual")
 
@@ -128,6 +131,14 @@ class Outbox:
         """Return what was found when this outbox was last put back from a backup that was older than the bus."""
         rows = self._database.rows(f"SELECT {_RESTORED} FROM restored ORDER BY first DESC LIMIT 1")  # noqa: S608 - a constant
         return Restored(*rows[0]) if rows else None
+
+    def note_cost_nothing(self, first_version: int) -> None:
+        """The run that began with ``first_version`` adds no noise: note it of the updates since the backup if they are of it."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE restored SET cost_nothing = 1 WHERE (SELECT MAX(base_version) FROM outgoing WHERE sequence <= own) >= ?",
+                (first_version,),
+            )
 
     def newest_number(self) -> int:
         """Return the newest number that is taken; 0 for none."""
@@ -245,7 +256,9 @@ class Outbox:
 
     def last_trained(self) -> int:
         """Return the base version of the newest update, -1 for none."""
-        query = "SELECT MAX(base_version) FROM (SELECT base_version FROM outgoing UNION SELECT base_version FROM restored)"
+        query = (
+            "SELECT MAX(base_version) FROM (SELECT base_version FROM outgoing UNION SELECT base_version FROM restored)"
+        )
         ((newest,),) = self._database.rows(query)
         return -1 if newest is None else int(newest)
 
@@ -263,6 +276,11 @@ class Outbox:
         """Return the newest ``count`` updates that were stored, the newest first."""
         query = "SELECT head FROM outgoing ORDER BY sequence DESC LIMIT ?"
         return [self._unpacked(head) for (head,) in self._database.rows(query, count)]
+
+    def newest_ledger_head(self) -> str:
+        """Return the record of the egress ledger that the newest update names whose sending has begun."""
+        query = "SELECT head FROM outgoing WHERE offered_at IS NOT NULL ORDER BY sequence DESC LIMIT 1"
+        return next((self._unpacked(head).ledger_head for (head,) in self._database.rows(query)), NO_RECORD)
 
     def counts(self) -> dict[str, int]:
         """Return how many updates wait, were sent and were dropped."""

@@ -490,7 +490,9 @@ def test_a_journal_of_another_release_is_named_and_the_others_are_verified(run: 
 
 def test_updates_of_another_release_are_named_and_the_others_are_verified(run: SmallRun) -> None:
     n_applied = verify(run.directory).accepted[APPLIED]
-    run.outboxes["a"]._database.connection.execute("UPDATE outgoing SET head = ?", (b"a message that this release cannot read",))
+    run.outboxes["a"]._database.connection.execute(
+        "UPDATE outgoing SET head = ?", (b"a message that this release cannot read",)
+    )
     found = verify(run.directory)
     assert len(found.findings) == 1
     assert re.match(r"unreadable: \d updates in the outbox of a, such as a-1: ", found.findings[0])
