@@ -342,7 +342,7 @@ class TaskSettings(Settings):
     """Which task class, and what its constructor is given."""
 
     path: Annotated[str, AfterValidator(_placed_task)] = Field(
-        description="name of a shipped task, or path/to/file.py:ClassName"
+        description="name of a shipped task, or path:ClassName of a file, folder or wheel"
     )
     options: dict[str, Any] = {}
 

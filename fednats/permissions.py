@@ -85,7 +85,7 @@ def deliver(region: str) -> str:
 def site(run: str, region: str, name: str) -> Permissions:
     """A site: sends its own updates, evaluations and presence; reads models, control, its own receipts, and what it sent last."""
     models, receipt = subjects.models_stream(run, region), subjects.receipt(run, region, name)
-    updates, presence = subjects.updates_stream(run, region), _presence(run, "site", name)
+    updates, presence = subjects.updates_stream(run, region, name), _presence(run, "site", name)
     return Permissions(
         publish=(
             f"{subjects.update(run, region, name)}.>",
@@ -108,15 +108,18 @@ def site(run: str, region: str, name: str) -> Permissions:
     )
 
 
-def aggregator(run: str, region: str) -> Permissions:
-    """An aggregator in its region's private account: makes the streams, reads and purges updates, sends receipts."""
-    updates, models = subjects.updates_stream(run, region), subjects.models_stream(run, region)
+def aggregator(run: str, region: str, sites: Sequence[str]) -> Permissions:
+    """An aggregator in its region's private account: makes the streams, reads and purges updates, sends receipts.
+
+    ``sites`` are those of now, and those whose key was revoked: what they sent may still be in work.
+    """
+    models = subjects.models_stream(run, region)
+    updates = [subjects.updates_stream(run, region, site) for site in sites]
     return Permissions(
         publish=(
-            *_make(updates),
+            *(allowed for stream in updates for allowed in (*_make(stream), *_consume(stream))),
             *_make(models),
             *_read(models),
-            *_consume(updates),
             *_compose(run, region),
             *_make(subjects.receipts_stream(run, region)),
             subjects.receipt(run, region, "*"),
@@ -135,13 +138,13 @@ def aggregator(run: str, region: str) -> Permissions:
     )
 
 
-def uplink(run: str, region: str, *, above_regions: bool = False) -> Permissions:
+def uplink(run: str, region: str, below: Sequence[str] = ()) -> Permissions:
     """An aggregator in the uplink account (without leaves the hub's): sends aggregates, reads those from below.
 
-    One that is ``above_regions`` keeps their presence there.
+    One that has regions ``below`` it, as `aggregator` has sites, keeps their presence there.
     """
     aggregates, models = subjects.aggregates_stream(run, region), subjects.models_stream(run, region)
-    below = subjects.inbox_stream(run, region)
+    inboxes = [subjects.inbox_stream(run, region, child) for child in below]
     bucket = subjects.presence_bucket(run)
     return Permissions(
         publish=(
@@ -151,12 +154,11 @@ def uplink(run: str, region: str, *, above_regions: bool = False) -> Permissions
             f"$JS.API.STREAM.PURGE.{aggregates}",
             *_make(models),
             *_read(models),
-            *_make(below),
-            *_consume(below),
-            *((*_make(f"KV_{bucket}"), *_read(f"KV_{bucket}")) if above_regions else ()),
+            *(allowed for stream in inboxes for allowed in (*_make(stream), *_consume(stream))),
+            *((*_make(f"KV_{bucket}"), *_read(f"KV_{bucket}")) if below else ()),
             _presence(run, "aggregator", region),
             f"$JS.*.API.{_presence(run, 'aggregator', region)}",
-            *(f"{api}.{_taken(run, region, '*')}" for api in ("$JS.API", "$JS.*.API")),
+            *(f"{api}.{taken}" for api in ("$JS.API", "$JS.*.API") for taken in _taken(run, region, "*")),
             subjects.event(run, "aggregator", region),
             subjects.holder(run, "aggregator", region),
             subjects.pulse(run, region),
@@ -165,16 +167,16 @@ def uplink(run: str, region: str, *, above_regions: bool = False) -> Permissions
             f"{inbox(user_name('uplink', region))}.>",
             subjects.holder(run, "aggregator", region),
             subjects.pulse(run, "*"),
-            *((f"$KV.{bucket}.>",) if above_regions else ()),
+            *((f"$KV.{bucket}.>",) if below else ()),
             *_SERVICE,
             subjects.status(run, "aggregator", region),
         ),
     )
 
 
-def coordinator(run: str) -> Permissions:
-    """The coordinator, in the hub's account: sends models and control, reads aggregates, keeps rejects."""
-    models, below = subjects.models_stream(run, HUB), subjects.inbox_stream(run, HUB)
+def coordinator(run: str, regions: Sequence[str]) -> Permissions:
+    """The coordinator, in the hub's account: sends models and control, reads aggregates of ``regions``, keeps rejects."""
+    models, inboxes = subjects.models_stream(run, HUB), [subjects.inbox_stream(run, HUB, region) for region in regions]
     return Permissions(
         publish=(
             f"{subjects.model(run)}.>",
@@ -183,8 +185,7 @@ def coordinator(run: str) -> Permissions:
             *_read(models),
             f"$JS.API.STREAM.PURGE.{models}",
             subjects.run_order(run),
-            *_make(below),
-            *_consume(below),
+            *(allowed for stream in inboxes for allowed in (*_make(stream), *_consume(stream))),
             *_compose(run, HUB),
             *_reject(run, HUB),
             *_buckets(run),
@@ -241,7 +242,7 @@ def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permi
             "$JSC.R.*",
             "$JS.S.*",
             "_INBOX.>",
-            f"$JS.{parent}.API.{_taken(run, region, subjects.inbox_stream(run, parent))}",
+            *(f"$JS.{parent}.API.{taken}" for taken in _taken(run, region, subjects.inbox_stream(run, parent, region))),
             f"$JS.{parent}.API.{_presence(run, 'aggregator', region)}",
             *(
                 f"$JS.{HUB}.API.{_presence(run, 'aggregator', node)}"
@@ -269,9 +270,10 @@ def _presence(run: str, role: str, node: str) -> str:
     return f"$KV.{subjects.presence_bucket(run)}.{subjects.presence_key(role, node)}"
 
 
-def _taken(run: str, region: str, inbox_above: str) -> str:
-    """The question whether a region's newest sum has arrived above: for its head, which it wrote itself."""
-    return f"DIRECT.GET.{inbox_above}.{subjects.head(subjects.aggregate(run, region))}"
+def _taken(run: str, region: str, inbox_above: str) -> tuple[str, ...]:
+    """The questions whether a region's newest sums have arrived above: for the heads, which it wrote itself."""
+    heads = (subjects.head(subjects.aggregate(run, region)), subjects.evaluation_sum(run, region))
+    return tuple(f"DIRECT.GET.{inbox_above}.{head}" for head in heads)
 
 
 def _wake(run: str) -> tuple[str, ...]:
@@ -414,10 +416,10 @@ def table() -> str:
     run, region, name, parent = "RUN", "REGION", "SITE", "PARENT"
     rows = {
         f"`{user_name('site', name)}`": ("region, private", site(run, region, name)),
-        f"`{user_name('aggregator', region)}`": ("region, private", aggregator(run, region)),
-        f"`{user_name('uplink', region)}`": ("region, uplink", uplink(run, region, above_regions=True)),
+        f"`{user_name('aggregator', region)}`": ("region, private", aggregator(run, region, [name])),
+        f"`{user_name('uplink', region)}`": ("region, uplink", uplink(run, region, ["BELOW"])),
         f"`{user_name('link', region)}`": ("parent's, leaf link only", link(run, region, parent)),
-        f"`{user_name('coordinator', HUB)}`": ("hub", coordinator(run)),
+        f"`{user_name('coordinator', HUB)}`": ("hub", coordinator(run, [region])),
         f"`{user_name('observer', 'NODE')}`": ("hub; region, private", observer(run, "NODE")),
     }
     lines = ["| user | account | may publish | may subscribe to |", "|---|---|---|---|"]

@@ -39,9 +39,9 @@ def evaluation(run: str, region: str, site: str) -> str:
     return f"fed.{run}.evaluation.{region}.{site}"
 
 
-def updates_stream(run: str, region: str) -> str:
-    """Stream of a region's updates and evaluations, in its private account."""
-    return f"fed_{run}_updates_{region}"
+def updates_stream(run: str, region: str, site: str) -> str:
+    """Stream of one site's updates and evaluations, in its region's private account: what fills it is no other site's."""
+    return f"fed_{run}_updates_{region}_{site}"
 
 
 def aggregate(run: str, region: str) -> str:
@@ -59,9 +59,9 @@ def aggregates_stream(run: str, region: str) -> str:
     return f"fed_{run}_aggregates_{region}"
 
 
-def inbox_stream(run: str, node: str) -> str:
-    """Stream at ``node`` that sources the aggregates streams of the regions directly below it."""
-    return f"fed_{run}_inbox_{node}"
+def inbox_stream(run: str, node: str, region: str) -> str:
+    """Stream at ``node`` that sources the aggregates stream of a ``region`` directly below it."""
+    return f"fed_{run}_inbox_{node}_{region}"
 
 
 def receipt(run: str, region: str, site: str) -> str:

@@ -68,7 +68,7 @@ from fednats.protocol.events import Combine, ContributionArrived, EvaluationArri
 from fednats.protocol.sums import head_of, weigh
 from fednats.services.evaluations import sum_of
 from fednats.services.inbox import Inbox
-from fednats.services.presence import _parsed
+from fednats.services.presence import said_by
 from fednats.storage.checkpoints import Checkpoint, newest_checkpoint
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
@@ -123,7 +123,7 @@ UPDATE = Update(
     n_samples=100,
     saturated=0,
     min_sites=1,
-    payload=PAYLOAD.model_copy(update={"digests": (DIGEST,)}),
+    payload=PAYLOAD.model_copy(update={"payload_id": "a-1", "digests": (DIGEST,)}),
 )
 AGGREGATE = Aggregate(
     run="r",
@@ -141,7 +141,7 @@ AGGREGATE = Aggregate(
     staleness_sum=0,
     staleness_max=0,
     min_sites=1,
-    payload=UPDATE.payload,
+    payload=UPDATE.payload.model_copy(update={"payload_id": "s-1"}),
 )
 EVALUATION = evaluation("a", auc=0.5).model_copy(update={"arrangement": 3, "figures": ("c_index",)})
 SUM_OF_EVALUATIONS = evaluated_by("north")
@@ -206,6 +206,7 @@ class Handed:
 
     subject: str
     data: bytes
+    stream: str = "s"
     stream_sequence: int = 1
 
 
@@ -299,7 +300,7 @@ class Decoders:
 
     def inbox(self, rng: random.Random) -> None:
         """Deliveries on the subjects that a consumer filters, most of them signed by whom they are from."""
-        inbox = Inbox(None, "s", "r", self._region, Nobody())  # type: ignore[arg-type]  # opening asks nothing of the bus
+        inbox = Inbox(None, lambda _: "s", "r", self._region, Nobody())  # type: ignore[arg-type]  # opening asks nothing of the bus
         which = rng.randrange(4)
         others = rng.random() < 0.1
         data = mutations.hostile_message(rng, MESSAGES if others else [SENT[which]])
@@ -359,7 +360,7 @@ class Decoders:
     def presence(self, rng: random.Random) -> None:
         """Keys and values of the presence bucket."""
         said = Presence(release="0.1.0", waits=True, declined={"site.a": "hours"}).model_dump_json().encode()
-        _parsed(mutations.mutated(rng, [said, b"{" * 100_000, b"[]"]))
+        said_by(rng.choice(("site", "aggregator")), "a", mutations.mutated(rng, [said, b"{" * 100_000, b"[]"]))
 
     def answer(self, rng: random.Random) -> None:
         """JSON where an answer of JetStream is expected."""

@@ -35,7 +35,7 @@ def update(
         n_samples=n_samples,
         saturated=0,
         min_sites=min_sites,
-        payload=PAYLOAD,
+        payload=PAYLOAD.model_copy(update={"payload_id": f"{site}-{sequence}"}),
     )
 
 
@@ -58,7 +58,7 @@ def aggregate(
         staleness_sum=0,
         staleness_max=0,
         min_sites=1,
-        payload=PAYLOAD,
+        payload=PAYLOAD.model_copy(update={"payload_id": f"{region}-{number}"}),
     )
 
 

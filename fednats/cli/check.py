@@ -35,7 +35,7 @@ def check(
         str,
         typer.Argument(
             metavar="TASK|site.toml|federation.toml",
-            help="a shipped task, path/to/file.py:ClassName, a site's settings, or a federation with all its sites",
+            help="a shipped task, path:ClassName of a file, folder or wheel, a site's settings, or a federation with all its sites",
         ),
     ],
     options: Annotated[

@@ -1,4 +1,4 @@
-"""``fednats task``: write a task of one's own."""
+"""``fednats task``: write a task of one's own, and the hash that a policy knows it by."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 commands = typer.Typer()
-task = typer.Typer(help="Write a task of your own.", no_args_is_help=True)
+task = typer.Typer(help="Write a task of your own, or print a task's hash.", no_args_is_help=True)
 commands.add_typer(task, name="task")
 
 
@@ -46,3 +46,17 @@ def task_new(
             f"fill in, in {made.files[0]}: the values of {', '.join(made.to_fill)}; mean and scale of each Number"
         )
     typer.echo(f"set, in {made.files[1]}: where the data of each hospital is; then: fednats run {made.files[1]}")
+
+
+@task.command("hash")
+def task_hash(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="a Python file, a folder with an __init__.py, a wheel, or a shipped task"),
+    ],
+) -> None:
+    """Print the SHA-256 of a task's code, for task_sha256 in policy.toml; docs/tasks.md says what is hashed."""
+    from fednats.learning.code_files import read_code  # noqa: PLC0415 - as above
+    from fednats.learning.task_code import code_path  # noqa: PLC0415
+
+    typer.echo(f"{read_code(code_path(path)).sha256}  {path}")

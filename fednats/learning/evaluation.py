@@ -68,8 +68,8 @@ class Evaluator:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
-        self.data = task.test_data()
-        self._data = Batches(task, "test_data", self.data, model)
+        self.examples = task.test_data()
+        self._cases = Batches(task, "test_data", self.examples, model)
         self.lend(model)
 
     def lend(self, model: nn.Module) -> None:
@@ -93,7 +93,7 @@ class Evaluator:
                 " logits; leave that layer out, or write loss() and metrics()"
             )
         try:
-            found = outputs_of(scores, targets, (batch[1] for batch in self._data.loader(BATCH_SIZE)))
+            found = outputs_of(scores, targets, (batch[1] for batch in self._cases.loader(BATCH_SIZE)))
         except ConfigError as error:
             if own:
                 return self._other(scores, targets)
@@ -113,14 +113,14 @@ class Evaluator:
         """
         write_vector(self._model, weights)
         outputs = self.outputs
-        tally = _Tally(outputs, own=self._task.has_own_metrics, n_cases=len(self._data))
+        tally = _Tally(outputs, own=self._task.has_own_metrics, n_cases=len(self._cases))
         for scores, targets in self._scored(batch_size):
             tally.add(scores, targets)
         return tally.evaluated(self._task)
 
     def _scored(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._model.eval()
-        for inputs, targets in self._data.loader(batch_size):
+        for inputs, targets in self._cases.loader(batch_size):
             with torch.no_grad():  # no inference mode: what a model caches in it, training could not use
                 yield self._scores(inputs, len(targets)), targets
 

@@ -8,7 +8,21 @@ from pathlib import Path
 
 from fednats.errors import FednatsError, HospitalError, TaskError
 
+_shown_as: dict[str, str] = {}
+
 _LIBRARIES = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+
+
+def show_as(copy: Path, original: Path) -> None:
+    """Show what lies below ``copy``, which runs, as what lies below ``original``, which people know."""
+    _shown_as[str(copy)] = str(original)
+
+
+def shown(text: str) -> str:
+    """Return ``text`` with the paths that people know."""
+    for copy, original in _shown_as.items():
+        text = text.replace(copy, original)
+    return text
 
 
 @contextmanager
@@ -31,7 +45,7 @@ def task_code(doing: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - whatever foreign code raises, reported as one error
         name = type(error).__name__
         place = _place(error)
-        text = " ".join([str(error), *getattr(error, "__notes__", ())])
+        text = shown(" ".join([str(error), *getattr(error, "__notes__", ())]))
         told = TaskError(
             f"{doing} failed: {name}{text and ': '}{text} ({place})", public=f"{doing} failed: {name} ({place})"
         )
@@ -51,4 +65,4 @@ def _is_library(file: str) -> bool:
 
 
 def _written(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))
+    return shown("".join(traceback.format_exception(error)))

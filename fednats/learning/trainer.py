@@ -69,9 +69,9 @@ class Trainer:
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
-        self.data = task.train_data()
-        self._data = Batches(task, "train_data", self.data, model)
-        self.n_samples = len(self._data)
+        self.examples = task.train_data()
+        self._cases = Batches(task, "train_data", self.examples, model)
+        self.n_samples = len(self._cases)
         self.lend(model)
 
     def lend(self, model: nn.Module) -> None:
@@ -182,7 +182,7 @@ class Trainer:
             )
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield from self._data.loader(size, shuffle=True, drop_last=True, generator=generator)
+            yield from self._cases.loader(size, shuffle=True, drop_last=True, generator=generator)
 
 
 def needs_two(model: nn.Module) -> str:

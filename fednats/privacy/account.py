@@ -29,17 +29,17 @@ CHARGES_TABLE = "charge"
 _SCHEMA = f"""
 {CHAIN_SCHEMA}
 CREATE TABLE IF NOT EXISTS charge (number INTEGER PRIMARY KEY, at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
-    run TEXT NOT NULL, version INTEGER NOT NULL, level TEXT NOT NULL, mechanism TEXT NOT NULL,
+    federation TEXT NOT NULL, version INTEGER NOT NULL, level TEXT NOT NULL, mechanism TEXT NOT NULL,
     noise_multiplier REAL NOT NULL, parameter REAL NOT NULL, n_steps INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS unfinished (run TEXT NOT NULL, site TEXT NOT NULL, n_updates INTEGER NOT NULL,
-    n_passes INTEGER NOT NULL, PRIMARY KEY (run, site)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS paid (run TEXT NOT NULL, site TEXT NOT NULL, sequence INTEGER NOT NULL,
-    version INTEGER NOT NULL, n_unseen INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run, site)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unfinished (federation TEXT NOT NULL, site TEXT NOT NULL, n_updates INTEGER NOT NULL,
+    n_passes INTEGER NOT NULL, PRIMARY KEY (federation, site)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS paid (federation TEXT NOT NULL, site TEXT NOT NULL, sequence INTEGER NOT NULL,
+    version INTEGER NOT NULL, n_unseen INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (federation, site)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS charge_level ON charge (level, mechanism, noise_multiplier, parameter, n_steps);
 """
 
 
-_CHARGED = "run, version, level, mechanism, noise_multiplier, parameter, n_steps"
+_CHARGED = "federation, version, level, mechanism, noise_multiplier, parameter, n_steps"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Charge:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site stands in a run: ``n_updates`` were stored, and what is charged pays for number ``sequence``."""
+    """Where a site stands in a federation: ``n_updates`` were stored, and what is charged pays for number ``sequence``."""
 
-    run: str
+    federation: str
     site: str
     n_updates: int
     sequence: int = 0
@@ -71,7 +71,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Paid:
-    """How far a site has paid in a run."""
+    """How far a site has paid in a federation."""
 
     sequence: int
     """Newest update that is paid for."""
@@ -88,71 +88,73 @@ class Account:
         """Open or begin the account at ``path``.
 
         Raises:
-            ConfigError: it cannot be opened, or charges were deleted or altered: less would seem to be spent than is.
+            ConfigError: it cannot be opened, an earlier release made it, or charges were deleted or altered: less would seem to
+                be spent than is.
             LocalStorageError: it cannot be read.
         """
         self._path = path
         self._connection = open_database(path, _SCHEMA)
+        self._refuse_older()
         self._refuse_deleted()
 
     def charge(
         self,
-        run: str,
+        federation: str,
         version: int,
         charges: Sequence[Charge],
         budget: Budget | None,
         at: Place | None = None,
         n_unseen: int = 0,
     ) -> None:
-        """Book ``charges`` for a pass on ``version`` of ``run``, and that they pay for the update ``at``; durable on return.
+        """Book ``charges`` for a pass on ``version`` of a run of ``federation``; durable on return.
 
-        ``n_unseen`` is as of `Paid`.
+        They pay for the update ``at``; ``n_unseen`` is as of `Paid`.
 
         Raises:
             BudgetSpentError: the records' epsilon would go beyond ``budget``; nothing was booked.
             LocalStorageError: the disk does not take it; nothing was booked, so nothing may be released.
         """
         with self._transaction():
-            self._book(run, version, charges, budget)
+            self._book(federation, version, charges, budget)
             if at is not None:
                 self._note_paid(at, version, n_unseen)
 
     def charge_pass(self, at: "Place", version: int, charge: Charge, budget: Budget | None) -> None:
         """Book a pass that begins now, as `charge`; it counts as unfinished until the site has one update more."""
         with self._transaction() as connection:
-            self._book(at.run, version, [charge], budget)
+            self._book(at.federation, version, [charge], budget)
             self._note_paid(at, version)
             connection.execute(
                 "INSERT INTO unfinished VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET n_updates = excluded.n_updates,"
                 " n_passes = CASE WHEN n_updates = excluded.n_updates THEN n_passes + 1 ELSE 1 END",
-                (at.run, at.site, at.n_updates),
+                (at.federation, at.site, at.n_updates),
             )
 
     def n_unfinished(self, at: "Place") -> int:
         """Return how many passes were charged since the site's newest update was stored."""
-        query = "SELECT n_passes FROM unfinished WHERE run = ? AND site = ? AND n_updates = ?"
+        query = "SELECT n_passes FROM unfinished WHERE federation = ? AND site = ? AND n_updates = ?"
         with self._reading():
-            row = self._connection.execute(query, (at.run, at.site, at.n_updates)).fetchone()
+            row = self._connection.execute(query, (at.federation, at.site, at.n_updates)).fetchone()
         return 0 if row is None else int(row[0])
 
-    def paid(self, run: str, site: str) -> Paid | None:
-        """Return how far ``site`` has paid in ``run``; None if it has paid for nothing there."""
+    def paid(self, federation: str, site: str) -> Paid | None:
+        """Return how far ``site`` has paid in ``federation``; None if it has paid for nothing there."""
         with self._reading():
-            query = "SELECT sequence, version, n_unseen FROM paid WHERE run = ? AND site = ?"
-            row = self._connection.execute(query, (run, site)).fetchone()
+            query = "SELECT sequence, version, n_unseen FROM paid WHERE federation = ? AND site = ?"
+            row = self._connection.execute(query, (federation, site)).fetchone()
         return None if row is None else Paid(*row)
 
-    def costliest(self, run: str, since_version: int, like: Charge) -> Charge:
-        """Return ``like`` with the least noise and the highest sample rate of the charges of its kind in ``run``.
+    def costliest(self, federation: str, since_version: int, like: Charge) -> Charge:
+        """Return ``like`` with the least noise and the highest sample rate of the charges of its kind in ``federation``.
 
         Those for passes on ``since_version`` or later count, and ``like`` itself.
         """
         query = (
             "SELECT MIN(noise_multiplier), MAX(parameter) FROM charge"
-            " WHERE run = ? AND version >= ? AND level = ? AND mechanism = ?"
+            " WHERE federation = ? AND version >= ? AND level = ? AND mechanism = ?"
         )
         with self._reading():
-            row = self._connection.execute(query, (run, since_version, like.level, like.mechanism)).fetchone()
+            row = self._connection.execute(query, (federation, since_version, like.level, like.mechanism)).fetchone()
         noise, rate = row if row[0] is not None else (like.noise_multiplier, 0.0)
         costlier = replace(like, noise_multiplier=min(like.noise_multiplier, noise))
         return costlier if like.mechanism == "skellam" else replace(costlier, parameter=max(like.parameter, rate))
@@ -177,6 +179,18 @@ class Account:
         """Close the file."""
         self._connection.close()
 
+    def _refuse_older(self) -> None:
+        with self._reading():
+            columns = {row[1] for row in self._connection.execute("PRAGMA table_info(charge)")}
+        if "run" in columns:
+            renamed = " ".join(
+                f"ALTER TABLE {table} RENAME COLUMN run TO federation;" for table in ("charge", "unfinished")
+            )
+            raise ConfigError(
+                f"{self._path}: an earlier release made this privacy account, whose column run holds the federation's name. Keep"
+                f" it, with a copy beside it, and rename the column: sqlite3 {self._path} '{renamed}'"
+            )
+
     def _refuse_deleted(self) -> None:
         query = f"SELECT {_CHARGED} FROM charge ORDER BY number"  # noqa: S608 - a constant
         with self._transaction() as connection:  # other runs may be charging
@@ -188,9 +202,9 @@ class Account:
                 " new one, what was spent before would not count"
             )
 
-    def _book(self, run: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
+    def _book(self, federation: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
         self._check(charges, budget)
-        rows = [(run, version, *astuple(one)) for one in charges]
+        rows = [(federation, version, *astuple(one)) for one in charges]
         insert = f"INSERT INTO charge ({_CHARGED}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - a constant
         self._connection.executemany(insert, rows)
         extend(self._connection, CHARGES_TABLE, rows)
@@ -199,7 +213,7 @@ class Account:
         self._connection.execute(
             "INSERT INTO paid VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET version = excluded.version,"
             " sequence = MAX(sequence, excluded.sequence), n_unseen = n_unseen + excluded.n_unseen",
-            (at.run, at.site, at.sequence, version, n_unseen),
+            (at.federation, at.site, at.sequence, version, n_unseen),
         )
 
     def _check(self, charges: Sequence[Charge], budget: Budget | None) -> None:

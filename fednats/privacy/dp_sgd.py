@@ -125,7 +125,7 @@ class PrivateSteps:
         randomness: Randomness,
     ) -> None:
         self._task = task
-        self._data = data
+        self._cases = data
         self._settings = settings
         self._in_place = [layer for layer in model.modules() if getattr(layer, "inplace", False) is True]
         for layer in self._in_place:  # opacus's hooks cannot see what such a layer overwrites
@@ -171,7 +171,7 @@ class PrivateSteps:
             for parameter in self._optimizer.params:
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
             return 0.0
-        inputs, targets = self._data.of(part)
+        inputs, targets = self._cases.of(part)
         loss = loss_of(self._task, self._module, inputs, targets)
         value = loss.item()
         if not math.isfinite(value):

@@ -35,7 +35,7 @@ class Guard:
     """Keeps a site's account; the file is opened when a run, or the site's budget, asks for it."""
 
     def __init__(self, settings: SiteSettings, policy: Policy) -> None:
-        self._run, self._site = settings.run, settings.site
+        self._federation, self._site = settings.run, settings.site
         self._file = account_file(settings, policy)
         self._budget = policy.budget
         self._opened: Account | None = None
@@ -59,7 +59,7 @@ class Guard:
         """
         if (manifest.training.dp is None and manifest.delta.dp is None) or not left.newest:
             return
-        paid = self._account.paid(self._run, self._site)
+        paid = self._account.paid(self._federation, self._site)
         if paid is not None and paid.sequence >= left.newest:
             return
         self._refuse_unknown(manifest, paid, left)
@@ -67,7 +67,7 @@ class Guard:
         charges = self._most(manifest, sample_rate, n_updates)
         place = self._place(0, left.newest)
         try:
-            self._account.charge(self._run, manifest.version, charges, self._budget, place, n_unseen=n_updates)
+            self._account.charge(self._federation, manifest.version, charges, self._budget, place, n_unseen=n_updates)
         except BudgetSpentError as error:
             raise BudgetSpentError(
                 f"{self._file}: the privacy account lacks what {n_updates} updates have cost, up to number {left.newest}, and"
@@ -115,7 +115,7 @@ class Guard:
         """
         charges = self._of_update(newest.delta, layout, newest.grid, dp_sgd=dp_sgd) if self.concerns(newest) else []
         if charges and charges != booked:
-            self._account.charge(self._run, newest.version, charges, self._budget, self._place(0, sequence))
+            self._account.charge(self._federation, newest.version, charges, self._budget, self._place(0, sequence))
             self._note(newest, charges)
         return charges
 
@@ -129,7 +129,7 @@ class Guard:
             record=self._spent("record", of_record.delta),
             site=None if site is None else self._spent("site", site.delta),
             max_epsilon=None if budget is None else budget.max_epsilon,
-            n_unseen=0 if (paid := self._account.paid(self._run, self._site)) is None else paid.n_unseen,
+            n_unseen=0 if (paid := self._account.paid(self._federation, self._site)) is None else paid.n_unseen,
         )
 
     @property
@@ -143,7 +143,7 @@ class Guard:
     def _refuse_unknown(self, manifest: ModelManifest, paid: "Paid | None", left: Left) -> None:
         first = manifest.opening.first_version
         if paid is None:
-            why = f"has no charge of site {self._site} in run {self._run}"
+            why = f"has no charge of site {self._site} in federation {self._federation}"
         elif paid.version < first:
             why = f"has no charge since version {first}, with which the run's settings began to hold"
         elif not left.signed and left.newest > paid.sequence + 1:
@@ -169,7 +169,7 @@ class Guard:
             charges.append(Charge("site", "skellam", whole.noise_multiplier, LEAST_VARIANCE, n_updates))
             if dp is None:
                 charges.append(Charge("record", "skellam", whole.noise_multiplier / 2, LEAST_VARIANCE, n_updates))
-        return [self._account.costliest(self._run, manifest.opening.first_version, one) for one in charges]
+        return [self._account.costliest(self._federation, manifest.opening.first_version, one) for one in charges]
 
     def _of_update(self, delta: DeltaSettings, layout: Layout, grid: Grid, *, dp_sgd: bool) -> "list[Charge]":
         from fednats.privacy.account import Charge  # noqa: PLC0415 - as above
@@ -198,7 +198,7 @@ class Guard:
     def _place(self, n_updates: int, sequence: int = 0) -> "Place":
         from fednats.privacy.account import Place  # noqa: PLC0415 - as above
 
-        return Place(self._run, self._site, n_updates, sequence)
+        return Place(self._federation, self._site, n_updates, sequence)
 
     def _note(self, manifest: ModelManifest, charges: "Sequence[Charge]") -> None:
         """Keep what was booked last, for `spending`."""

@@ -4,7 +4,6 @@ Whatever a run announces, the site does no more than this. A run that asks for m
 following the bus, trains on nothing, evaluates nothing, and says why (see `Daemon.refusals`).
 """
 
-import hashlib
 from datetime import datetime, time, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,7 +26,7 @@ class Policy(Settings):
     """What a hospital allows. What is not in the file is as strict as here."""
 
     task_sha256: tuple[str, ...] = Field(
-        (), description="SHA-256 of the files of task code that may run, in hexadecimal; empty: any"
+        (), description="SHA-256 of task code that may run, as `fednats task hash` prints it; empty: any"
     )
     encrypted: bool = Field(default=True, description='refuse runs with cipher = "none"')
     min_sites: int = Field(2, ge=1, description="distinct sites in every sum that leaves the region")
@@ -57,7 +56,7 @@ class Policy(Settings):
     def _hexadecimal(cls, digests: tuple[str, ...]) -> tuple[str, ...]:
         for digest in digests:
             if len(digest) != 64 or set(digest) - set("0123456789abcdef"):  # noqa: PLR2004 - 32 bytes
-                raise ValueError(f"{digest!r} is no SHA-256; take what `sha256sum FILE` prints")
+                raise ValueError(f"{digest!r} is no SHA-256; take what `fednats task hash PATH` prints")
         return digests
 
     @field_validator("hours")
@@ -67,16 +66,16 @@ class Policy(Settings):
             _span(span)
         return hours
 
-    def check_task(self, file: Path, code: bytes) -> None:
-        """Refuse the ``code`` that was read from ``file``, before any of it runs.
+    def check_task(self, path: Path, sha256: str) -> None:
+        """Refuse the code at ``path``, whose hash is ``sha256``, before any of it runs.
 
         Raises:
             ConfigError: it is not among ``task_sha256``.
         """
-        digest = hashlib.sha256(code).hexdigest()
-        if self.task_sha256 and digest not in self.task_sha256:
+        if self.task_sha256 and sha256 not in self.task_sha256:
             raise ConfigError(
-                f"policy: {file} has SHA-256 {digest}, which task_sha256 does not list; read the code, then add it"
+                f"policy: the task's code {path} has SHA-256 {sha256}, and task_sha256 in policy.toml allows"
+                f" {', '.join(self.task_sha256)}; put the code back that was read and allowed, or read this one and list it"
             )
 
     def check_run(self, manifest: ModelManifest, n_samples: int) -> None:

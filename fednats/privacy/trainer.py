@@ -35,7 +35,7 @@ class PrivateTrainer(Trainer):
 
         dp_sgd.refuse_unsuitable(self._model)
         if not self._loss_is_a_mean:
-            dp_sgd.check_loss(self._task, self._model, self._data)
+            dp_sgd.check_loss(self._task, self._model, self._cases)
             self._loss_is_a_mean = True
 
     def train(self, start: Vector, settings: TrainingSettings, seed: int) -> LocalPass:
@@ -83,7 +83,7 @@ class PrivateTrainer(Trainer):
         optimizer = OPTIMIZERS[settings.optimizer](self._model, settings)
         expected_size = self.sample_rate(settings) * self.n_samples
         steps = dp_sgd.PrivateSteps(
-            self._task, self._model, self._data, optimizer, settings.dp, expected_size, self._randomness
+            self._task, self._model, self._cases, optimizer, settings.dp, expected_size, self._randomness
         )
         total, n_cases = 0.0, 0
         try:

@@ -7,12 +7,14 @@ Aggregation" (FedBuff, arXiv:2106.06639), with weights by samples, staleness and
 
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
 
 from fednats.config import AggregationSettings
 from fednats.messages import Aggregate, Update
 from fednats.protocol import staleness
+from fednats.protocol.group import Group, distinct_sites
 from fednats.protocol.participation import Offer, Participation, Weighed
 
 Goal = int | Literal["all"]
@@ -102,6 +104,8 @@ class Buffer:
     def __init__(self, terms: Terms) -> None:
         self._participation = Participation()
         self._contributions: dict[str, Contribution] = {}
+        self._groups: dict[tuple[str, str], Group] = {}
+        """By grid and key."""
         self.configure(terms)
 
     def configure(self, terms: Terms) -> None:
@@ -116,13 +120,16 @@ class Buffer:
     def clear(self) -> None:
         """Forget the contributions; what is known of their sources stays."""
         self._contributions.clear()
+        self._groups.clear()
 
     def __contains__(self, contribution_id: str) -> bool:
         return contribution_id in self._contributions
 
     def add(self, contribution: Contribution) -> None:
         """Take ``contribution`` in; the same id again changes nothing."""
-        self._contributions.setdefault(contribution.contribution_id, contribution)
+        if contribution.contribution_id not in self._contributions:
+            self._contributions[contribution.contribution_id] = contribution
+            self._groups.setdefault(_kind(contribution), Group()).add(contribution)
 
     def expire(self, version: int) -> tuple[Contribution, ...]:
         """Take out and return what is past the staleness cut-off at model ``version``."""
@@ -132,27 +139,30 @@ class Buffer:
             if staleness.too_stale(version - contribution.version, self._settings.staleness)
         )
         for contribution in expired:
-            del self._contributions[contribution.contribution_id]
+            self._remove(contribution)
         return expired
 
-    def take(self, version: int, *, deadline: bool = False) -> Flush | None:
+    def take(self, version: int, *, deadline: bool = False, without: AbstractSet[str] = frozenset()) -> Flush | None:
         """Take out and weigh what is ready at model ``version``, or return None.
 
-        At a ``deadline`` the goal is waived, never the minimum of distinct sites, nor what a contribution asks for.
+        At a ``deadline`` the goal is waived, never the minimum of distinct sites, nor what a contribution asks for. Nothing of
+        the sources ``without`` is taken out, and nobody waits for them.
         """
+        groups = self._groups.values() if not without else [_part(group, without) for group in self._groups.values()]
         ready = [
             content
-            for group in self._groups()
-            if _distinct_sites(content := _content(group)) >= self._settings.min_sites
-            and (deadline or self._reached(group, content))
+            for group in groups
+            if self._may_be_ready(group, without, deadline=deadline)
+            and distinct_sites(content := group.content()) >= self._settings.min_sites
+            and (deadline or self._reached(group, content, without))
         ]
         if not ready:
             return None
-        selected = _content(self._within_capacity(max(ready, key=len)))
-        if _distinct_sites(selected) < self._settings.min_sites:
+        selected = _all_of(self._within_capacity(max(ready, key=len))).content()
+        if distinct_sites(selected) < self._settings.min_sites:
             return None
         for contribution in selected:
-            del self._contributions[contribution.contribution_id]
+            self._remove(contribution)
         selected.sort(key=lambda contribution: contribution.contribution_id)
         return self._weigh(selected, version)
 
@@ -160,19 +170,30 @@ class Buffer:
         """Count who was in ``flush``, now that it is combined for good."""
         self._participation.record(self._offers(flush.contributions, flush.version))
 
-    def _groups(self) -> list[list[Contribution]]:
-        groups: dict[tuple[str, str], list[Contribution]] = {}
-        for contribution in self._contributions.values():
-            groups.setdefault((contribution.grid_id, contribution.key_id), []).append(contribution)
-        return list(groups.values())
+    def _remove(self, contribution: Contribution) -> None:
+        del self._contributions[contribution.contribution_id]
+        kind = _kind(contribution)
+        self._groups[kind].remove(contribution)
+        if not self._groups[kind]:
+            del self._groups[kind]
 
-    def _reached(self, group: list[Contribution], content: list[Contribution]) -> bool:
+    def _may_be_ready(self, group: Group, without: AbstractSet[str], *, deadline: bool) -> bool:
+        """Whether it is worth a look at all of ``group``: each arrival asks, and must not take longer the more there are."""
+        if group.n_sites < self._settings.min_sites:
+            return False
+        if deadline or not group.fits_together:
+            return True
+        return self._terms.goal == "all" or len(group) >= min(self._terms.goal, self._n_present(without))
+
+    def _n_present(self, without: AbstractSet[str]) -> int:
+        return len(self._terms.present - without) if without else len(self._terms.present)
+
+    def _reached(self, group: Group, content: list[Contribution], without: AbstractSet[str]) -> bool:
         """Whether nobody is waited for: who asks for more sites than are in ``group`` waits, and the others go on."""
-        sources = {contribution.source for contribution in group}
         if self._terms.goal == "all":
-            return self._terms.sources <= sources
-        waiting = sources - {contribution.source for contribution in content}
-        return len(content) >= min(self._terms.goal, len(self._terms.present - waiting))
+            return self._terms.sources <= group.sources
+        waiting = without | (group.sources - {contribution.source for contribution in content})
+        return len(content) >= min(self._terms.goal, self._n_present(waiting))
 
     def _within_capacity(self, group: list[Contribution]) -> list[Contribution]:
         """Keep what fits, every source's first contribution before any source's second."""
@@ -195,7 +216,7 @@ class Buffer:
             weighed = self._participation.weigh(offers)
         else:
             weighed = Weighed(tuple(offer.mass * offer.freshness for offer in offers), scale=1.0)
-        return Flush(tuple(selected), version, weighed.masses, weighed.scale, _distinct_sites(selected))
+        return Flush(tuple(selected), version, weighed.masses, weighed.scale, distinct_sites(selected))
 
     def _offers(self, contributions: Iterable[Contribution], version: int) -> list[Offer]:
         return [
@@ -208,16 +229,17 @@ class Buffer:
         ]
 
 
-def _content(group: list[Contribution]) -> list[Contribution]:
-    """Return those of ``group`` that may be summed together: each is then in a sum of as many sites as it asks for."""
-    while (content := [each for each in group if each.min_sites <= _distinct_sites(group)]) != group:
-        group = content
+def _kind(contribution: Contribution) -> tuple[str, str]:
+    """Return grid and key: only what has the same of both adds up."""
+    return contribution.grid_id, contribution.key_id
+
+
+def _part(group: Group, without: AbstractSet[str]) -> Group:
+    return _all_of(contribution for contribution in group if contribution.source not in without)
+
+
+def _all_of(contributions: Iterable[Contribution]) -> Group:
+    group = Group()
+    for contribution in contributions:
+        group.add(contribution)
     return group
-
-
-def _distinct_sites(group: list[Contribution]) -> int:
-    """Count the sites that are surely distinct: regions share none, one region's aggregates may share all."""
-    largest: dict[str, int] = {}
-    for contribution in group:
-        largest[contribution.source] = max(largest.get(contribution.source, 0), contribution.n_sites)
-    return sum(largest.values())

@@ -65,6 +65,9 @@ class Collector:
         self.state = State.WAITING
         self.current: VersionAnnounced | None = None
         self.in_flight: Combination | None = None
+        self._ids_in_flight: frozenset[str] = frozenset()
+        self._spoilers: set[str] = set()
+        """Whose contributions have spoilt combinations since the last one that was made."""
         self._flush: Flush | None = None
         self._closed = _NONE_CLOSED
         self._roster = roster
@@ -95,6 +98,21 @@ class Collector:
     def short_of_sites(self) -> bool:
         """Whether no sum can be made of those who are there."""
         return self._short
+
+    def known(self, event: Event) -> list[Command] | None:
+        """Return what is to be done about an event that changes nothing, such as a second delivery; None for any other.
+
+        It need not be handled, and a journal need not have it.
+        """
+        if isinstance(event, EvaluationArrived):
+            return self.evaluations.known(event.evaluation, self.current)
+        if not isinstance(event, ContributionArrived):
+            return None
+        identity = contribution_id(event.head)
+        if identity in self._settled and not self._is_in_flight(identity):
+            return [self._settled.again(identity)]
+        is_held = self._early.holds(admission.source(event.head), identity)
+        return [] if is_held or identity in self._heads or self._is_in_flight(identity) else None
 
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""
@@ -188,6 +206,7 @@ class Collector:
 
     def _combined(self, event: Combined) -> list[Command]:
         combination = self._take_in_flight(event.combination_id)
+        self._spoilers.clear()
         if self._buffer is not None and self._flush is not None:
             self._buffer.made(self._flush)
         return self._settle_parts(combination, event) + self._combine()
@@ -212,6 +231,7 @@ class Collector:
         for part in combination.parts:
             identity = contribution_id(part.head)
             if identity in event.refused:
+                self._spoilers.add(admission.source(part.head))
                 reason, detail = event.refused[identity]
                 commands.append(self._refuse(identity, reason, detail))
             elif identity not in event.vanished:
@@ -221,6 +241,7 @@ class Collector:
     def _restore(self, event: Restored) -> list[Command]:
         """Know what was made since the backup, and give up what is here: what is not in it is delivered again."""
         self.in_flight = self._flush = None
+        self._ids_in_flight = frozenset()
         self._heads.clear()
         self._early.take()
         if self._buffer is not None:
@@ -348,11 +369,16 @@ class Collector:
     def _combine(self, *, deadline: bool = False) -> list[Command]:
         if self.state is not State.COLLECTING or self._buffer is None or self.current is None:
             return []
-        flush = self._buffer.take(self.current.version, deadline=deadline)
+        version = self.current.version
+        flush = None
+        if self._spoilers:  # else one who has much that is bad would spoil one combination after the other
+            flush = self._buffer.take(version, deadline=deadline, without=self._spoilers)
+        flush = flush or self._buffer.take(version, deadline=deadline)
         if flush is None:
             return []
         self._flush = flush
-        self.in_flight = self._combination(flush, self.current.version)
+        self.in_flight = self._combination(flush, version)
+        self._ids_in_flight = frozenset(each.contribution_id for each in flush.contributions)
         self.state = State.COMBINING
         return [Combine(self.in_flight)]
 
@@ -369,7 +395,7 @@ class Collector:
         combination = self.in_flight
         if combination is None or combination.combination_id != combination_id:
             raise AssertionError(f"combination {combination_id} ended that was not under way")
-        self.in_flight = None
+        self.in_flight, self._ids_in_flight = None, frozenset()
         if self.state is State.COMBINING:
             self.state = State.COLLECTING
         return combination
@@ -382,9 +408,7 @@ class Collector:
         )
 
     def _is_in_flight(self, identity: str) -> bool:
-        return self.in_flight is not None and any(
-            contribution_id(part.head) == identity for part in self.in_flight.parts
-        )
+        return identity in self._ids_in_flight
 
     def _refuse(self, identity: str, reason: Reason, detail: str) -> Refuse:
         refusal = Refuse(identity, reason, detail)

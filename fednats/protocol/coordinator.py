@@ -126,6 +126,10 @@ class Coordinator:
         """Sums taken in and not yet combined."""
         return self.collector.n_buffered
 
+    def known(self, event: Event) -> list[Command] | None:
+        """Return what is to be done about an event that changes nothing; see `Collector.known`."""
+        return self.collector.known(event)
+
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
         match event:

@@ -25,6 +25,10 @@ class Early(Generic[T]):
         held[identity] = item
         return True
 
+    def holds(self, sender: str, identity: str) -> bool:
+        """Whether an item of ``sender`` is held under this id."""
+        return identity in self._held.get(sender, {})
+
     def take(self) -> dict[str, T]:
         """Return all that is held by id, and hold nothing."""
         taken = {identity: item for held in self._held.values() for identity, item in held.items()}

@@ -51,6 +51,10 @@ class EvaluationTally:
         """Whether ``version`` was given out, or up."""
         return version not in self._open and (version < self._done_below or version in self._done)
 
+    def has(self, evaluation: Part) -> bool:
+        """Whether this very evaluation waits here."""
+        return self._open.get(evaluation.version, {}).get(evaluated_by(evaluation)) == evaluation
+
     def give_up(self, below: int) -> list[str]:
         """Give up all of versions below ``below``; return the ids of their evaluations."""
         given_up = [version for version in self._open if version < below]

@@ -58,19 +58,28 @@ class Evaluations:
 
     def arrive(self, evaluation: Evaluation | EvaluationSum, current: VersionAnnounced | None) -> list[Command]:
         """Take in ``evaluation``, or hold it until its version is announced here: a site may be quicker than this node."""
+        known = self.known(evaluation, current)
+        if known is not None:
+            return known
         identity = evaluation_id(evaluation)
-        source = evaluated_by(evaluation)
+        if current is None or evaluation.version > current.version:
+            return [] if self._early.hold(evaluated_by(evaluation), identity, evaluation) else [Settle((identity,))]
+        return self._give_out(self._tally.add(evaluation, current.settings.min_sites))
+
+    def known(self, evaluation: Evaluation | EvaluationSum, current: VersionAnnounced | None) -> list[Command] | None:
+        """Return what is to be done about an evaluation that changes nothing; None for any other."""
+        identity, source = evaluation_id(evaluation), evaluated_by(evaluation)
         is_ours = evaluation.run == self._roster.run and source in self._roster.sources
         if not is_ours or evaluation.version < self._first_version:
             return [Settle((identity,))]
         if current is None or evaluation.version > current.version:
-            return [] if self._early.hold(source, identity, evaluation) else [Settle((identity,))]
+            return [] if self._early.holds(source, identity) else None
         summing = self._summing.get(evaluation.version)
         if summing is not None and identity in map(evaluation_id, summing.parts):
             return []
         if self._tally.is_closed(evaluation.version):
             return [Settle((identity,))]
-        return self._give_out(self._tally.add(evaluation, current.settings.min_sites))
+        return [] if self._tally.has(evaluation) else None
 
     def summed(self, event: EvaluationsSummed, min_sites: int) -> list[Command]:
         """Settle what was summed; without those who spoilt a sum the others are given out again."""

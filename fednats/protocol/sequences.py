@@ -36,8 +36,8 @@ class Sequences:
         self._taken[sequence] = update_id
         if sequence > self._newest:
             self._newest = sequence
-            for old in [number for number in self._taken if number <= sequence - WINDOW]:
-                del self._taken[old]
+            if len(self._taken) > 2 * WINDOW:  # not at each number: that would be a walk over all of them
+                self._taken = {number: by for number, by in self._taken.items() if number > sequence - WINDOW}
 
     def settle(self, sequence: int) -> None:
         """Count the update of this number as in a sum."""

@@ -1,5 +1,8 @@
 """What a node has dealt with for good: contributions by id, settled or refused, and the numbers of the sites' updates."""
 
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
 from fednats.errors import Reason
 from fednats.messages import Aggregate, Composition, Update
 from fednats.protocol.events import Refuse, Settle, contribution_id
@@ -8,12 +11,40 @@ from fednats.protocol.sequences import Sequences
 REMEMBERED = 100_000
 """Settled ids kept to recognise a late duplicate."""
 
+T = TypeVar("T")
+
+
+class Newest(Generic[T]):
+    """Values by id: those of the `REMEMBERED` ids that were added last. Each takes the same time, however many there are."""
+
+    def __init__(self) -> None:
+        self._values: OrderedDict[str, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, identity: str) -> bool:
+        return identity in self._values
+
+    def __getitem__(self, identity: str) -> T:
+        return self._values[identity]
+
+    def add(self, identity: str, value: T) -> None:
+        """Remember ``value``; the id stays where it is if it is there."""
+        self._values[identity] = value
+        while len(self._values) > REMEMBERED:
+            self._values.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._values.clear()
+
 
 class Settled:
     """Remembers the newest `REMEMBERED` ids, and a window of numbers of each site."""
 
     def __init__(self) -> None:
-        self._ids: dict[str, Refuse | None] = {}
+        self._ids: Newest[Refuse | None] = Newest()
         self._sequences: dict[str, Sequences] = {}
 
     def __len__(self) -> int:
@@ -28,9 +59,7 @@ class Settled:
 
     def remember(self, identity: str, refusal: Refuse | None = None) -> None:
         """Keep in mind that ``identity`` was refused, or settled."""
-        self._ids[identity] = refusal
-        while len(self._ids) > REMEMBERED:
-            del self._ids[next(iter(self._ids))]
+        self._ids.add(identity, refusal)
 
     def clear(self) -> None:
         """Forget the ids; the numbers stay."""

@@ -25,6 +25,11 @@ class Files:
         path.replace(to)
         self.changed.append(to)
 
+    def remove(self, path: Path) -> None:
+        """Remove a file that is no longer part of what it was written with."""
+        path.unlink()
+        self.changed.append(path)
+
     def _write(self, path: Path, content: bytes, mode: int) -> None:
         try:
             _folder(path.parent)

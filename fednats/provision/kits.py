@@ -191,12 +191,12 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
     of_epochs = {**_secret_keys(plan, registry), **_model_keys(registry, kits, kits.coordinator, files)}
     services.write_coordinator(plan, kits, registry, of_epochs, files)
     files.public(kits.server(HUB) / CA_FILE, authority.pem)
-    servers.write_hub(plan, kits, keys, authority, files)
+    servers.write_hub(plan, kits, registry, authority, files)
     for region in plan.regions:
         kit = kits.region(region.name)
         public = common(kit)
         if plan.leaves:
-            servers.write_leaf(plan, region.name, kits, keys, authority, files)
+            servers.write_leaf(plan, region.name, kits, registry, authority, files)
         if user_name("aggregator", region.name) in keys:
             services.write_aggregator(plan, region, kits, registry, public, files)
         for site in region.sites:

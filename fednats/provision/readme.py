@@ -61,14 +61,15 @@ def write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
 
 
 def _write(kit: Path, title: str, users: list[str] | tuple[str, ...], kits: Kits, files: Files, text: str) -> None:
-    rows = [f"| `{path.name}` | {_what(path.name)} |" for path in sorted(kit.iterdir()) if _what(path.name)]
+    rows = [f"| `{path.name}` | {what} |" for path in sorted(kit.iterdir()) if (what := _what(path))]
     elsewhere = [kits.seed_file(user) for user in users if not kits.seed_file(user).exists()]
     missing = "".join(_MISSING.format(name=path.name, how=_how(path)) for path in elsewhere)
     listed = "\n".join(("| file | what it is |", "|---|---|", *rows))
     files.public(kit / "README.md", f"# {title}\n\n{listed}\n\n{_KEEP}{missing}\n{text}".encode())
 
 
-def _what(name: str) -> str | None:
+def _what(path: Path) -> str | None:
+    name = path.name
     if name in _FILES:
         return _FILES[name]
     if name.endswith(".nk"):
@@ -80,7 +81,8 @@ def _what(name: str) -> str | None:
         return "**secret**: decrypts sums of hospitals"
     if name.endswith(".public"):
         return "encrypts and adds; cannot decrypt"
-    return "the task: the code that is trained with" if name.endswith(".py") else None
+    is_code = path.suffix in {".py", ".whl"} or (path / "__init__.py").is_file()
+    return "the task: the code that is trained with" if is_code else None
 
 
 def _how(path: Path) -> str:

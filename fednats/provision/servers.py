@@ -1,7 +1,6 @@
 """What is in the kit of who runs a server: configuration, accounts, certificate."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import fednats
@@ -11,6 +10,7 @@ from fednats.provision import accounts
 from fednats.provision.authority import Authority
 from fednats.provision.files import Files
 from fednats.provision.plan import Kits, Plan
+from fednats.provision.registry import Registry
 from fednats.subjects import HUB
 from fednats.transport import streams
 
@@ -28,17 +28,15 @@ def config_file(name: str) -> Path:
     raise ConfigError(f"{name} is neither in {package / 'bus'} nor in {package.parent / 'bus'}; reinstall fednats")
 
 
-def write_hub(plan: Plan, kits: Kits, keys: Mapping[str, str], authority: Authority, files: Files) -> None:
+def write_hub(plan: Plan, kits: Kits, registry: Registry, authority: Authority, files: Files) -> None:
     """Write the hub's server files."""
-    text = permissions.render(accounts.of_hub(plan, keys))
+    text = permissions.render(accounts.of_hub(plan, registry))
     _write(plan, HUB, "hub.conf", text, kits, authority, files)
 
 
-def write_leaf(
-    plan: Plan, region: str, kits: Kits, keys: Mapping[str, str], authority: Authority, files: Files
-) -> None:
+def write_leaf(plan: Plan, region: str, kits: Kits, registry: Registry, authority: Authority, files: Files) -> None:
     """Write the server files of a region."""
-    text = permissions.render(accounts.of_leaf(plan, plan.region(region), keys), region=region)
+    text = permissions.render(accounts.of_leaf(plan, plan.region(region), registry), region=region)
     _write(plan, region, "leaf.conf", text, kits, authority, files)
 
 
@@ -84,7 +82,7 @@ def store_bytes(plan: Plan, node: str) -> int:
         if not plan.leaves or region.name == node:
             children = plan.children_of(region.name)
             made += streams.at_uplink(run, region.name, region.parent, children, leaves=plan.leaves)
-            made += streams.in_region(run, region.name, leaves=plan.leaves)
+            made += streams.in_region(run, region.name, region.sites, leaves=plan.leaves)
             made += [*streams.buckets(run), *([streams.presence(run)] if children else [])]
     return streams.needed_bytes(made)
 

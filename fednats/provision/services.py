@@ -15,6 +15,8 @@ from fednats.config import (
     TaskSettings,
     WebSettings,
 )
+from fednats.errors import ConfigError
+from fednats.learning.code_files import names_in, read_code
 from fednats.permissions import user_name
 from fednats.provision.authority import CA_FILE
 from fednats.provision.files import Files
@@ -118,12 +120,20 @@ def _with_key(role: str, names: tuple[str, ...], keys: Mapping[str, str]) -> tup
 
 
 def _task(task: TaskSettings, kit: Path, files: Files) -> TaskSettings:
-    """Copy the task's file, if it is no shipped one, into the kit: what is run there can be read there."""
-    file, colon, name = task.path.rpartition(":")
+    """Copy the task's code, if it is no shipped one, into the kit: what is run there can be read there."""
+    path, colon, name = task.path.rpartition(":")
     if not colon:
         return task
-    files.public(kit / Path(file).name, Path(file).read_bytes())
-    return task.model_copy(update={"path": f"{Path(file).name}:{name}"})
+    code = read_code(Path(path))
+    if code.path.name == STATE.name:
+        raise ConfigError(f"task {path}: a kit's folder {STATE} holds what a daemon remembers; rename the task's")
+    for file, data in code.files.items():
+        files.public(kit / file, data)
+    if code.path.is_dir():
+        for name_there in names_in(kit / code.path.name):
+            if f"{code.path.name}/{name_there}" not in code.files:
+                files.remove(kit / code.path.name / name_there)
+    return task.model_copy(update={"path": f"{code.path.name}:{name}"})
 
 
 def _with_initial_model(run: RunSettings, kit: Path, files: Files) -> RunSettings:

@@ -1,12 +1,11 @@
 """The aggregator of a region: adds what it cannot read, and sends up only sums of enough distinct sites."""
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fednats import subjects, wire
+from fednats import subjects
 from fednats.config import AggregatorSettings
 from fednats.errors import Reason, RefusedError
 from fednats.messages import Aggregate, Control, Evaluation, EvaluationSum, ModelManifest, Update
@@ -21,33 +20,34 @@ from fednats.protocol.events import (
     CombineFailed,
     Command,
     Configured,
-    EvaluationsSummed,
     Event,
     Restored,
     RunClosed,
     SumEvaluations,
     VersionAnnounced,
     contribution_id,
-    evaluation_id,
 )
 from fednats.protocol.sums import head_of, weigh
+from fednats.services.above import Above
 from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
 from fednats.services.certificates import watch_certificates
 from fednats.services.compositions import Compositions
-from fednats.services.evaluations import Part, Summing, cases_of, payload_of, sites_of, sum_of
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
+from fednats.services.intake import Intake, of_regions, of_sites
 from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.off_loop import chunk_file, off_loop
 from fednats.services.persist import ask, ensure
 from fednats.services.presence import watch_presence
+from fednats.services.published import Published
 from fednats.services.receipts import Receipts
 from fednats.services.recorder import Recorder, accepted, entry_of, run_begins
 from fednats.services.rejects import Rejects
 from fednats.services.restore_region import missed
 from fednats.services.roster import changed_settings, renewed
+from fednats.services.sent_evaluations import SentEvaluations
 from fednats.services.sent_sums import SentSums
 from fednats.services.server_limit import follow_server_limit
 from fednats.services.tier import Handled, Tier
@@ -57,7 +57,6 @@ from fednats.storage.journal import Journal
 from fednats.storage.local_disk import local_disk
 from fednats.transport import streams
 from fednats.transport.bus import Bus
-from fednats.wire import MessageT
 
 if TYPE_CHECKING:
     from fednats.services.aggregator_worker import AggregatorWorker
@@ -108,23 +107,39 @@ class AggregatorService:
         self._machine = Collector(nobody, lambda event: event.settings.goal)
         rejects = Rejects(region, run, here, daemon.log)
         self._tier = Tier(daemon, Journal(settings.state_dir / "journal.sqlite"), self._machine, rejects, self._note)
-        self._updates = Inbox(region, subjects.updates_stream(run, here), run, identity, daemon.log)
-        self._aggregates = Inbox(uplink, subjects.inbox_stream(run, here), run, identity, daemon.log)
+        updates = Inbox(region, lambda site: subjects.updates_stream(run, here, site), run, identity, daemon.log)
+        aggregates = Inbox(uplink, lambda below: subjects.inbox_stream(run, here, below), run, identity, daemon.log)
         self._tier.inboxes = {
-            Update: self._updates,
-            Evaluation: self._updates,
-            Aggregate: self._aggregates,
-            EvaluationSum: self._aggregates,
+            Update: updates,
+            Evaluation: updates,
+            Aggregate: aggregates,
+            EvaluationSum: aggregates,
         }
+        self._of_sites = Intake(daemon, updates, here, of_sites(run, here), self._tier.take, self._current_version)
+        below = of_regions(run, here, leaves=settings.leaves)
+        self._of_regions = Intake(daemon, aggregates, here, below, self._tier.take, self._current_version)
+        self._of_sites.expect(settings.sites)
+        self._of_regions.expect(settings.regions)
         self._receipts = Receipts(region, identity, run, here, daemon.log)
         self._tier.note_unreadable = self._receipts.note_unreadable
         self._recorder = Recorder(daemon, identity, settings.state_dir / LEDGER_FILE)
-        above = settings.parent or subjects.HUB
-        self._sent = SentSums(uplink, run, here, above, daemon.stopping, daemon.log)
         sums = subjects.aggregates_stream(run, here)
         self._lease = HeldLease(daemon, identity, uplink, sums, subjects.aggregate(run, here), settings.state_dir)
         self._tier.may_settle = self._lease.confirmed
         self._compositions = Compositions(region, run, here, identity, daemon.log, self._lease.confirmed)
+        above = Above(uplink, run, here, settings.parent or subjects.HUB, daemon.stopping, daemon.log)
+        self._published = Published(daemon, uplink, identity, self._lease, run, here)
+        self._sent = SentSums(uplink, run, here, above, daemon.log)
+        self._evaluations = SentEvaluations(
+            self._machine,
+            self._published,
+            above,
+            self._tier.chunks,
+            worker,
+            self._recorder,
+            self._compositions,
+            daemon.log,
+        )
         self._made: dict[str, None] = {}
         """Ids of the sums that were made, in order."""
         self._restored: dict[str, Any] | None = None
@@ -132,13 +147,15 @@ class AggregatorService:
         self._fits_from = 0
         """First version of the run that ``_fit`` is for."""
         self._fitted = asyncio.Event()
-        self._sent_bytes = 0
         daemon.n_sites = {
             role: 0 for role, names in (("site", settings.sites), ("aggregator", settings.regions)) if names
         }
         self._sites_changed = asyncio.Event()
         daemon.status = self._status
-        daemon.private = lambda: {"sources": daemon.sources}  # the node above need not know who the sites are
+        daemon.private = lambda: {
+            "sources": daemon.sources,
+            "senders": self._senders(),
+        }  # the node above need not know who the sites are
         daemon.buses += [region, uplink]
 
     async def live(self) -> None:
@@ -154,7 +171,7 @@ class AggregatorService:
         above = streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves)
         await self._lease.take(lambda: ensure(self._log, self._uplink, above))
         await ensure(self._log, self._uplink, above, (streams.presence(s.run),) if s.regions else ())
-        here = streams.in_region(s.run, s.region, leaves=s.leaves)
+        here = streams.in_region(s.run, s.region, s.sites, leaves=s.leaves)
         await ensure(self._log, self._region, here, streams.buckets(s.run))
         await self._recorder.begin()
         self._daemon.doing = "taking up the region from its journal"
@@ -171,6 +188,7 @@ class AggregatorService:
             "follow signers": self._identity.follow_signers(self._log),
             "execute": self._tier.execute(self._execute),
             "combine": self._tier.combine(self._combine),
+            "send evaluations": self._evaluations.send(self._fit_for, self._tier.feed),
             "follow the server's limit": follow_server_limit(self._daemon, self._uplink),
             "watch certificates": watch_certificates(self._daemon, [s.bus, s.uplink]),
             "tell who listens": self._daemon.notices.tell(self._region, above=self._uplink),
@@ -180,25 +198,20 @@ class AggregatorService:
         if self._config is not None:
             tasks["follow the settings"] = self._follow_settings(self._config)
         if s.sites or not s.regions:
-            filters = [subjects.head(subjects.update(s.run, s.region, "*")), subjects.evaluation(s.run, s.region, "*")]
-            durable = subjects.durable(s.region, self._updates.stream)
             tasks["watch sites"] = renewed(self._sites_changed, self._watch_sites)
-            tasks["receive updates"] = self._tier.receive(self._updates, durable, filters)
+            tasks["receive updates"] = self._of_sites.run()
             tasks["send receipts"] = self._receipts.send()
         if s.regions:
-            filters = [subjects.head(subjects.aggregate(s.run, "*")), subjects.evaluation_sum(s.run, "*")]
-            durable = subjects.durable(s.region, self._aggregates.stream)
             tasks["watch regions"] = watch_presence(
                 self._daemon, self._machine, self._tier.feed, self._uplink, "aggregator", s.regions
             )
-            tasks["receive aggregates"] = self._tier.receive(self._aggregates, durable, filters)
+            tasks["receive aggregates"] = self._of_regions.run()
         await until_stopped(self._daemon, tasks, self._tier.drain)
 
     async def _catch_up(self) -> None:
         """Journal what was published since the backup, if the state is from one."""
-        run, here = self._settings.run, self._settings.region
-        published = await self._newest(subjects.head(subjects.aggregate(run, here)), Aggregate)
-        evaluation = await self._newest(subjects.evaluation_sum(run, here), EvaluationSum)
+        published = await self._published.newest(self._published.sums, Aggregate)
+        evaluation = await self._published.newest(self._published.evaluations, EvaluationSum)
         in_flight = "" if self._machine.in_flight is None else self._machine.in_flight.combination_id
         known = {*self._made, in_flight}
         restored = await missed(
@@ -217,11 +230,17 @@ class AggregatorService:
         run = self._settings.run
         stream, subject = subjects.models_stream(run, self._settings.region), subjects.head(subjects.model(run))
         record = await ask(self._log, lambda: self._region.last(stream, subject))
-        current = -1 if self._machine.current is None else self._machine.current.version
+        current = self._current_version()
         try:
             return current if record is None else self._identity.open(subject, record.data, ModelManifest).version
         except RefusedError:
             return current
+
+    def _senders(self) -> dict[str, Any]:
+        return {"site": self._of_sites.status, "aggregator": self._of_regions.status}
+
+    def _current_version(self) -> int:
+        return -1 if self._machine.current is None else self._machine.current.version
 
     async def _watch_sites(self) -> None:
         await watch_presence(
@@ -233,6 +252,7 @@ class AggregatorService:
         async for sites in changed_settings(self._log, config, self._settings):
             before = self._machine.roster.sites
             await self._tier.feed(Configured(sites=sites, regions=tuple(self._settings.regions)))
+            self._of_sites.expect(sites)
             self._sites_changed.set()
             self._log.info("sites_changed", added=sorted(set(sites) - before), removed=sorted(before - set(sites)))
 
@@ -246,7 +266,7 @@ class AggregatorService:
             "accepted": self._tier.accepted,
             "refused": self._tier.refused,
             "refusals": self._tier.refusals,
-            "sent_bytes": self._sent_bytes,
+            "sent_bytes": self._published.n_bytes,
             "lease": self._lease.status,
             "restored": self._restored,
         }
@@ -327,60 +347,7 @@ class AggregatorService:
 
     async def _execute(self, command: Command) -> None:
         if isinstance(command, SumEvaluations):
-            await self._sum_evaluations(command)
-
-    async def _sum_evaluations(self, command: SumEvaluations) -> None:
-        """Sum what sites and regions below counted on their test data, and send the sum up, once.
-
-        A second sum of others of them would tell the node above the difference.
-        """
-        subject = subjects.evaluation_sum(self._settings.run, self._settings.region)
-        published = await self._newest(subject, EvaluationSum)
-        if published is not None and published.version == command.version:  # before the daemon could write that down
-            done = EvaluationsSummed(version=command.version, n_sites=published.n_sites, n_samples=published.n_samples)
-            await self._tier.feed(done)
-            return
-        fit, current = await self._fit_for(command.version), self._machine.current
-        assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
-        if fit is None:
-            await self._tier.feed(EvaluationsSummed(version=command.version, n_sites=0, n_samples=0))
-            return
-
-        async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> tuple[bytes, ...]:
-            n_sites, like = [sites_of([part]) for part in parts], parts[0]
-            summed: tuple[bytes, ...] = await self._worker.call(
-                "sum_counts", fit, inputs, n_sites, like.n_classes, like.arrangement
-            )
-            return summed
-
-        key_ids = (current.key_id, *current.older_key_ids)
-        summing = Summing(self._tier.chunks, add, key_ids, current.settings.min_sites, self._log)
-        parts, made = await summing.run(command)
-        spoilt_by = tuple(
-            evaluation_id(part) for part in command.parts if isinstance(part, Evaluation) and part not in parts
-        )
-        if spoilt_by:
-            parts = []
-        if parts:
-            chunks = made or ()
-            payload = payload_of(self._settings.region, command.version, chunks)
-            head = sum_of(self._settings.run, self._settings.region, parts, payload)
-            prefix = subjects.aggregate(self._settings.run, self._settings.region)
-            signed = self._identity.sign(subject, head)
-            entry = entry_of("evaluation_sum", head, version=command.version, payload=head.payload)
-            await self._recorder.record(entry)
-            await self._compositions.write_blocks(self._machine.evaluations.blocks)
-            await self._lease.publish(
-                lambda fence: self._uplink.publish_payload(prefix, payload.payload_id, chunks, fence=fence)
-            )
-            await self._publish(subject, signed)
-            self._sent_bytes += entry.n_bytes
-            self._daemon.metrics.sent_bytes.inc(entry.n_bytes)
-        await self._tier.feed(
-            EvaluationsSummed(
-                version=command.version, n_sites=sites_of(parts), n_samples=cases_of(parts), spoilt_by=spoilt_by
-            )
-        )
+            self._evaluations.add(command)
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Add the contributions chunk by chunk; publish the sum when all of it is made and the one before is taken.
@@ -388,8 +355,7 @@ class AggregatorService:
         Half a sum of some contributions beside a whole sum of fewer would tell the node above their difference.
         """
         identity = combination.combination_id
-        prefix = subjects.aggregate(self._settings.run, self._settings.region)
-        published = await self._newest(subjects.head(prefix), Aggregate)
+        published = await self._published.newest(self._published.sums, Aggregate)
         if published is not None and published.aggregate_id == identity:  # before the daemon could write that down
             return [Combined(combination_id=identity)]
         fit = await self._fit_for(combination.version)
@@ -422,15 +388,8 @@ class AggregatorService:
         previous = next(reversed(self._made), "")
         note = composition_of(self._settings.run, self._settings.region, combination, previous, fit.capacity)
         await self._compositions.write(identity, note)
-        await self._lease.publish(
-            lambda fence: self._uplink.publish_payload(prefix, identity, off_loop(read_chunks(file)), fence=fence)
-        )
+        n_bytes = await self._published.publish(self._published.sums, head, lambda: off_loop(read_chunks(file)))
         await asyncio.to_thread(file.unlink)
-        signed = self._identity.sign(subjects.head(prefix), head)
-        await self._publish(subjects.head(prefix), signed)
-        n_bytes = head.payload.n_bytes + len(signed)
-        self._sent_bytes += n_bytes
-        self._daemon.metrics.sent_bytes.inc(n_bytes)
         self._log.info(
             "aggregate_sent",
             aggregate_id=identity,
@@ -442,20 +401,6 @@ class AggregatorService:
             bytes=n_bytes,
         )
         return [Combined(combination_id=identity)]
-
-    async def _publish(self, subject: str, signed: bytes) -> None:
-        await self._lease.publish(
-            lambda fence: self._uplink.publish(subject, signed, wire.message_id(signed), fence=fence)
-        )
-
-    async def _newest(self, subject: str, kind: type[MessageT]) -> MessageT | None:
-        """Return what this region published last on ``subject``."""
-        stream = subjects.aggregates_stream(self._settings.run, self._settings.region)
-        record = await ask(self._log, lambda: self._uplink.last(stream, subject))
-        try:
-            return None if record is None else self._identity.open(subject, record.data, kind)
-        except RefusedError:
-            return None
 
     def _note(self, handled: Handled) -> None:
         """Keep in mind which sums were sent and what became of updates, now or before a restart."""

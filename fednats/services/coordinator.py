@@ -42,6 +42,7 @@ from fednats.services.failing import give_up_when_all_fail
 from fednats.services.history import History
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
+from fednats.services.intake import Intake, of_regions
 from fednats.services.lease import HeldLease
 from fednats.services.lifecycle import Daemon, until_stopped
 from fednats.services.model_publisher import ModelPublisher
@@ -118,8 +119,12 @@ class CoordinatorService:
         self._tier = Tier(
             daemon, journal, self._machine, Rejects(bus, settings.run, subjects.HUB, daemon.log), self._note
         )
-        self._inbox = Inbox(bus, subjects.inbox_stream(settings.run, subjects.HUB), settings.run, identity, daemon.log)
-        self._tier.inboxes = {Aggregate: self._inbox, EvaluationSum: self._inbox}
+        run, hub = settings.run, subjects.HUB
+        inbox = Inbox(bus, lambda region: subjects.inbox_stream(run, hub, region), run, identity, daemon.log)
+        self._tier.inboxes = {Aggregate: inbox, EvaluationSum: inbox}
+        below = of_regions(run, hub, leaves=settings.leaves)
+        self._intake = Intake(daemon, inbox, hub, below, self._tier.take, lambda: self._machine.version)
+        self._intake.expect(settings.regions)
         self._history = History()
         self._figures = {"received_bytes": 0, "n_updates": 0, "staleness_sum": 0, "staleness_max": 0}
         self._n_parameters = 0
@@ -183,12 +188,10 @@ class CoordinatorService:
             if self._machine.state is RunState.OPEN:
                 await self._publisher.tell_open(version.opening)
         self._daemon.ready, self._daemon.doing = True, ""
-        durable = subjects.durable(subjects.HUB, self._inbox.stream)
-        filters = [subjects.head(subjects.aggregate(run, "*")), subjects.evaluation_sum(run, "*")]
         await until_stopped(
             self._daemon,
             {
-                "receive aggregates": self._tier.receive(self._inbox, durable, filters),
+                "receive aggregates": self._intake.run(),
                 "keep the lease": self._lease.keep(),
                 "follow signers": self._identity.follow_signers(self._log),
                 "execute": self._tier.execute(self._execute),
@@ -249,6 +252,7 @@ class CoordinatorService:
             "cases": self._evaluations.cases,
             "sent_bytes": self._publisher.sent_bytes,
             "lease": self._lease.status,
+            "senders": {"aggregator": self._intake.status},
             "restored": self._restored,
             **self._figures,
         }

@@ -129,7 +129,7 @@ class CoordinatorWorker:
 
     def _make_model(self, run: RunSettings) -> nn.Module:
         with task_code("loading the task"):
-            self._task = make_task(self._settings.task.path, self._settings.task.options)
+            self._task = make_task(self._settings.task.path, self._settings.task.options, copy_in=self._state_dir)
             return initial_model(self._task, run.seed)
 
     def _refuse_impossible(self, model: nn.Module) -> None:

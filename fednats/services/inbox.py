@@ -1,6 +1,6 @@
 """Where contributions and evaluations come from: verified, parsed, held to their sender's subject, read and acknowledged."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -31,15 +31,16 @@ class VanishedError(FednatsError):
 
 
 class Inbox:
-    """One stream that contributions come from, and the connection it is read on."""
+    """The streams that contributions come from, one for each sender, and the connection they are read on."""
 
-    def __init__(self, bus: Bus, stream: str, run: str, identity: Identity, log: Any) -> None:
+    def __init__(self, bus: Bus, stream_of: Callable[[str], str], run: str, identity: Identity, log: Any) -> None:
         self.bus = bus
-        self.stream = stream
+        self.stream_of = stream_of
+        """Names the stream of a sender."""
         self._run = run
         self._identity = identity
         self._log = log
-        self._delivered: dict[str, dict[int, tuple[Delivery, Head | None]]] = {}
+        self._delivered: dict[str, dict[tuple[str, int], tuple[Delivery, Head | None]]] = {}
 
     def open(self, delivery: Delivery) -> Arrived:
         """Verify and parse a delivery and hold its sender to the subject that it may publish on; remember how to settle it.
@@ -58,7 +59,12 @@ class Inbox:
 
     def unreadable_id(self, delivery: Delivery) -> str:
         """Return what a delivery is called that does not say what it is."""
-        return f"{self.stream}.{delivery.stream_sequence}"
+        return f"{delivery.stream}.{delivery.stream_sequence}"
+
+    def n_unsettled(self, sender: str) -> int:
+        """Count what of ``sender`` was delivered here and is not settled."""
+        stream = self.stream_of(sender)
+        return sum(where == stream for deliveries in self._delivered.values() for where, _ in deliveries)
 
     async def settle(self, identity: str) -> None:
         """Drop the payload of ``identity`` and acknowledge its deliveries; nothing if it was delivered elsewhere."""
@@ -86,7 +92,7 @@ class Inbox:
         """
         payload = head.payload
         reading = self.bus.read_payload(
-            self.stream, prefix_of(head), payload.payload_id, payload.digests, window=READ_AHEAD
+            self.stream_of(sender_of(head)), prefix_of(head), payload.payload_id, payload.digests, window=READ_AHEAD
         )
         try:
             async with aclosing(reading) as chunks:
@@ -100,25 +106,33 @@ class Inbox:
 
     async def _vanished(self, head: Head) -> bool:
         """Whether the stream was made anew after the contribution came, or does not deliver it to this process (yet)."""
-        arrived = max(self._delivered.get(identity_of(head), {}), default=None)
-        return arrived is None or arrived < await ask(self._log, lambda: self.bus.first_sequence(self.stream))
+        stream = self.stream_of(sender_of(head))
+        delivered = self._delivered.get(identity_of(head), {})
+        arrived = max((number for where, number in delivered if where == stream), default=None)
+        return arrived is None or arrived < await ask(self._log, lambda: self.bus.first_sequence(stream))
 
     async def _drop(self, head: Head | None) -> None:
         if head is not None:
-            await self.bus.purge(self.stream, subjects.chunks(prefix_of(head), head.payload.payload_id))
+            stream, prefix = self.stream_of(sender_of(head)), prefix_of(head)
+            await self.bus.purge(stream, subjects.chunks(prefix, head.payload.payload_id))
 
     def _deliveries(self, identity: str) -> list[tuple[Delivery, Head | None]]:
         return list(self._delivered.get(identity, {}).values())
 
     def _keep(self, identity: str, delivery: Delivery, head: Head | None) -> None:
-        self._delivered.setdefault(identity, {})[delivery.stream_sequence] = (delivery, head)
+        self._delivered.setdefault(identity, {})[delivery.stream, delivery.stream_sequence] = (delivery, head)
 
     def _forget(self, identity: str, delivery: Delivery) -> None:
-        left = self._delivered[identity]
-        if left[delivery.stream_sequence][0] is delivery:
-            del left[delivery.stream_sequence]
+        left, where = self._delivered[identity], (delivery.stream, delivery.stream_sequence)
+        if left[where][0] is delivery:
+            del left[where]
         if not left:
             del self._delivered[identity]
+
+
+def sender_of(head: Head) -> str:
+    """Return the site or region that ``head`` is from."""
+    return head.site if isinstance(head, Update | Evaluation) else head.region
 
 
 def prefix_of(head: Head) -> str:
@@ -145,6 +159,12 @@ def _parse(delivery: Delivery, run: str, identity: Identity) -> Arrived:
         raise RefusedError(Reason.WRONG_RUN, f"run {message.run!r}, this is {run!r}")
     if subject != _subject(event):
         raise RefusedError(Reason.WRONG_SENDER, f"came on {subject}, says it is from {_subject(event)}")
+    if isinstance(event, ContributionArrived) and event.head.payload.payload_id != contribution_id(event.head):
+        # else many heads could name one payload: it would be read, and added, for each of them
+        detail = (
+            f"{contribution_id(event.head)} names the payload {event.head.payload.payload_id}, which is not its own"
+        )
+        raise RefusedError(Reason.MALFORMED, detail)
     return event
 
 

@@ -26,6 +26,9 @@ from fednats.web.metrics import Metrics
 from fednats.web.server import serving
 
 PRESENCE_RENEWAL_S = 5.0
+MAX_SAID, SHORTEST_SAID = 6000, 40
+"""Characters of all that is said of those below, of one kind, and of each at least."""
+
 Log = structlog.stdlib.BoundLogger
 
 
@@ -254,7 +257,10 @@ class _LogStream:
 
 
 def _together(by_role: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    return {name: why for below in by_role.values() for name, why in below.items()}
+    """Return what all say, cut so that it fits into one key: else a few who say much would silence their region."""
+    said = {name: why for below in by_role.values() for name, why in below.items()}
+    longest = max(SHORTEST_SAID, MAX_SAID // max(1, len(said)))
+    return {name: why[:longest] for name, why in said.items()}
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -1,5 +1,6 @@
 """Who of those that report here is there, from the presence keys that they renew on the bus."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Protocol
 
@@ -7,10 +8,14 @@ from pydantic import ValidationError
 
 from fednats import subjects
 from fednats.messages import Presence
+from fednats.permissions import user_name
 from fednats.protocol.events import Event, PresenceChanged
 from fednats.services.lifecycle import Daemon
 from fednats.services.notices import What
 from fednats.transport.bus import Bus
+
+PAUSE_S = 1.0
+"""After a change of who is there: each is journalled, and one that comes and goes is to leave no more than these."""
 
 
 class Machine(Protocol):
@@ -42,7 +47,7 @@ async def watch_presence(
     watched = frozenset(names)
     seen: frozenset[str] | None = None
     async for entries in bus.watch(subjects.presence_bucket(daemon.run)):
-        said = {name: _parsed(entries.get(subjects.presence_key(role, name))) for name in watched}
+        said = {name: said_by(role, name, entries.get(subjects.presence_key(role, name))) for name in watched}
         there = frozenset(name for name, presence in said.items() if presence is not None and not presence.waits)
         waiting = frozenset(name for name, presence in said.items() if presence is not None and presence.waits)
         absent = watched - there - waiting
@@ -58,14 +63,28 @@ async def watch_presence(
         daemon.metrics.present.set(len(present))
         if present != machine.present:
             await feed(PresenceChanged(present=tuple(sorted(present))))
+            await asyncio.sleep(PAUSE_S)
 
 
-def _parsed(value: bytes | None) -> Presence | None:
-    """Return what a service says; None if it is not there, or what it says is no presence."""
+def said_by(role: str, name: str, value: bytes | None) -> Presence | None:
+    """Return what a service says of what is its own; None if it is not there, or what it says is no presence.
+
+    A site speaks for itself alone, and a region of as many failing sites as it has: what others say of theirs stays.
+    """
     try:
-        return None if value is None else Presence.model_validate_json(value)
+        presence = None if value is None else Presence.model_validate_json(value)
     except ValidationError:
         return None
+    if presence is None:
+        return None
+    if role == "site":
+        own = {user_name(role, name)}
+        declined = {who: why for who, why in presence.declined.items() if who in own}
+        failing = {who: why for who, why in presence.failing.items() if who in own}
+        n_sites = min(presence.n_sites, 1)
+        return presence.model_copy(update={"declined": declined, "failing": failing, "n_sites": n_sites})
+    too_many = 0 < presence.n_sites < len(presence.failing)
+    return presence.model_copy(update={"failing": {}}) if too_many else presence
 
 
 def note_said(daemon: Daemon, role: str, said: Collection[Presence | None]) -> None:

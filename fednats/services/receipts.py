@@ -13,7 +13,7 @@ from fednats import subjects, wire
 from fednats.errors import BusError, Reason
 from fednats.messages import MAX_DETAIL, MAX_VERDICTS, NO_RECORD, Outcome, Receipt, Update, Verdict
 from fednats.protocol.events import ContributionArrived, Refuse, Settle
-from fednats.protocol.settled import REMEMBERED
+from fednats.protocol.settled import Newest
 from fednats.services.identity import Identity
 from fednats.services.persist import RETRY_S
 from fednats.services.tier import Handled
@@ -40,7 +40,7 @@ class Receipts:
         self._log = log
         self._waiting: dict[str, _Waiting] = {}
         """By id: taken in, and not judged yet."""
-        self._judged: dict[str, None] = {}
+        self._judged: Newest[None] = Newest()
         self._verdicts: dict[str, deque[Verdict]] = {}
         """By site, the newest last."""
         self._unsent: dict[str, None] = {}
@@ -103,9 +103,7 @@ class Receipts:
         waiting = self._waiting.pop(update_id, None)
         if waiting is None:
             return
-        self._judged[update_id] = None
-        while len(self._judged) > REMEMBERED:
-            del self._judged[next(iter(self._judged))]
+        self._judged.add(update_id, None)
         self._add(
             waiting.site,
             _verdict(update_id, outcome, reason, detail, waiting.sequence, ledger_head=waiting.ledger_head),

@@ -1,6 +1,6 @@
 """A site whose state is from a backup: what it may have sent since, and from which number it goes on.
 
-The region refuses an update whose number it knows. So a site looks, when it starts, for its newest update in the region's
+The region refuses an update whose number it knows. So a site looks, when it starts, for its newest update in its
 stream and for the newest number in its region's receipts. If they are above its outbox, it makes sure that no other process
 sends as this site, and goes on above them. What the updates since the backup cost of its privacy budget is charged before
 the next pass (`fednats.privacy.guard`); that its egress ledger lacks them goes on that ledger.
@@ -81,7 +81,7 @@ async def gap_in(ledger: Path, outbox: Outbox, found: Restored | None) -> Entry 
 
 async def _newest_own(bus: Bus, identity: Identity, settings: SiteSettings, log: Any) -> Update | None:
     """Return the newest update in the region's stream that this site has signed."""
-    stream = subjects.updates_stream(settings.run, settings.region)
+    stream = subjects.updates_stream(settings.run, settings.region, settings.site)
     subject = subjects.head(subjects.update(settings.run, settings.region, settings.site))
     record = await find(log, lambda: bus.last(stream, subject))
     try:

@@ -70,7 +70,7 @@ class SiteWorker:
         self._policy = read_policy(settings.policy_file)
         check = self._policy.check_task if self._policy.task_sha256 else None
         with task_code("loading the task"):
-            self._task = make_task(settings.task.path, settings.task.options, check)
+            self._task = make_task(settings.task.path, settings.task.options, check, copy_in=settings.state_dir)
             model = initial_model(self._task, seed=0)
             self._trainer = PrivateTrainer(self._task, model)
             self._evaluator = Evaluator(self._task, model)

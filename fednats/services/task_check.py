@@ -15,11 +15,12 @@ from fednats.config import DeltaSettings, RecordPrivacySettings, TaskSettings, T
 from fednats.delta import scheme
 from fednats.delta.encode import encoder
 from fednats.errors import FednatsError, HospitalError
+from fednats.learning.code_files import read_code
 from fednats.learning.describe import Described, describe, few_targets
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of, read_vector
 from fednats.learning.task import Task
-from fednats.learning.task_code import Check, make_task
+from fednats.learning.task_code import Check, code_path, make_task
 from fednats.learning.task_errors import task_code
 from fednats.privacy.trainer import PrivateTrainer
 
@@ -96,6 +97,7 @@ class TaskCheck:
     def _load(self, step: Step) -> None:
         self._task = make_task(self._settings.path, self._settings.options, self._check_code)
         step.lines.append(f"{type(self._task).__name__} from {self._settings.path}")
+        step.lines.append(f"SHA-256 {read_code(code_path(self._settings.path)).sha256}")
 
     def _make_model(self, step: Step) -> None:
         self._model = initial_model(self._task, seed=0)
@@ -105,14 +107,14 @@ class TaskCheck:
 
     def _read_train_data(self, step: Step) -> None:
         self._trainer = PrivateTrainer(self._task, self._model)
-        self._train_data = describe(self._trainer.data)
+        self._train_data = describe(self._trainer.examples)
         _say(step, self._train_data)
         if self._train_data.n_repeated:
             step.warnings.append(f"{self._train_data.n_repeated:,} cases have the same inputs as another case")
 
     def _read_test_data(self, step: Step) -> None:
         self._evaluator = Evaluator(self._task, self._model)
-        found = describe(self._evaluator.data)
+        found = describe(self._evaluator.examples)
         _say(step, found)
         if shared := len(found.patients & self._train_data.patients):
             step.warnings.append(f"{shared:,} patients are in the training data and in the test data")

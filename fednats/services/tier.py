@@ -27,7 +27,7 @@ from fednats.protocol.events import (
     StartTimer,
     contribution_id,
 )
-from fednats.protocol.settled import REMEMBERED
+from fednats.protocol.settled import Newest
 from fednats.services.inbox import Head, Inbox
 from fednats.services.lifecycle import Daemon
 from fednats.services.notices import What
@@ -45,6 +45,9 @@ class Machine(Protocol):
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
+
+    def known(self, event: Event) -> list[Command] | None:
+        """Return what is to be done about an event that changes nothing; None if it is to be handled."""
 
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do."""
@@ -96,7 +99,7 @@ class Tier:
         self._journal = journal
         self._machine = machine
         self._note = note
-        self._refused_ids: dict[str, None] = {}
+        self._refused_ids: Newest[None] = Newest()
         self._first_at_s: float | None = None
         self._started = (time.time(), time.monotonic())
         self._fed: asyncio.Queue[tuple[Event, asyncio.Future[None]]] = asyncio.Queue()
@@ -139,19 +142,24 @@ class Tier:
         """Feed ``event`` after a while."""
         return asyncio.get_running_loop().call_later(delay_s, self._put, event)
 
-    async def receive(self, inbox: Inbox, durable: str, filters: list[str]) -> None:
-        """Take contributions and evaluations from ``inbox`` for ever."""
-        async for delivery in inbox.bus.consume(inbox.stream, durable, filters):
-            self.daemon.metrics.received_bytes.inc(len(delivery.data))
-            try:
-                event = inbox.open(delivery)
-            except RefusedError as error:
-                refuse = Refuse(inbox.unreadable_id(delivery), error.reason, f"{delivery.subject}: {error.detail}")
-                self._count_refused(refuse)
-                self.note_unreadable(delivery, refuse)
-                self._commands.put_nowait(refuse)
-            else:
-                self._put(event)  # not awaited: what is delivered together is journalled together
+    def take(self, inbox: Inbox, delivery: Delivery) -> None:
+        """Take in a contribution or an evaluation; one that is known is answered, and not journalled again."""
+        self.daemon.metrics.received_bytes.inc(len(delivery.data))
+        try:
+            event = inbox.open(delivery)
+        except RefusedError as error:
+            refuse = Refuse(inbox.unreadable_id(delivery), error.reason, f"{delivery.subject}: {error.detail}")
+            self._count_refused(refuse)
+            self.note_unreadable(delivery, refuse)
+            self._commands.put_nowait(refuse)
+            return
+        commands = self._machine.known(event)
+        if commands is None:
+            self._put(event)  # not awaited: what is delivered together is journalled together
+            return
+        self._note(Handled(event, self._now_s(), self.elapsed_s, commands, None))
+        for command in commands:
+            self._commands.put_nowait(command)
 
     @property
     def elapsed_s(self) -> float:
@@ -281,9 +289,7 @@ class Tier:
         """Count what is refused, once, however often it is delivered."""
         if command.contribution_id in self._refused_ids:
             return
-        self._refused_ids[command.contribution_id] = None
-        while len(self._refused_ids) > REMEMBERED:
-            del self._refused_ids[next(iter(self._refused_ids))]
+        self._refused_ids.add(command.contribution_id, None)
         reason = command.reason.value
         self.refused += 1
         self.refusals[reason] = self.refusals.get(reason, 0) + 1

@@ -37,7 +37,9 @@ async def send_site_again(running: Running, site: str, mark: str) -> int:
         for head in updates:
             await bus.publish(subject, identity.sign(subject, head), f"{head.update_id}.{mark}")
         evaluation = subjects.evaluation(servers.run, region, site)
-        n_evaluations = await _send_newest(reader, bus, subjects.updates_stream(servers.run, region), evaluation, mark)
+        n_evaluations = await _send_newest(
+            reader, bus, subjects.updates_stream(servers.run, region, site), evaluation, mark
+        )
     return len(updates) + n_evaluations
 
 

@@ -60,7 +60,7 @@ async def connected_bus(
             children = _children(plan, name)
             above = streams.at_uplink(run, name, region.parent, children, leaves=leaves)
             await _ensure(uplink, above, (streams.presence(run),) if children else ())
-            await _ensure(private, streams.in_region(run, name, leaves=leaves), streams.buckets(run))
+            await _ensure(private, streams.in_region(run, name, region.sites, leaves=leaves), streams.buckets(run))
             for site in region.sites:
                 connected.sites[site] = await connect(servers.site(name, site), "site", site)
         yield connected

@@ -61,7 +61,7 @@ class FederationSettings(Settings):
     """``FEDERATION.toml``."""
 
     name: ChosenName
-    task: str = Field(description="name of a shipped task, or path/to/file.py:ClassName")
+    task: str = Field(description="name of a shipped task, or path:ClassName of a file, folder or wheel")
     seed: int = 0
     initial_model: File | None = Field(
         None, description="safetensors file with the weights that the first run begins with"
@@ -218,7 +218,7 @@ class FederationSettings(Settings):
 
 
 def load_federation(path: Path) -> FederationSettings:
-    """Read a federation file; a task file is looked for beside it.
+    """Read a federation file; a task's file or folder is looked for beside it.
 
     Raises:
         ConfigError: naming the file, the key and what is wrong with it.
@@ -227,7 +227,7 @@ def load_federation(path: Path) -> FederationSettings:
     if federation.initial_model is not None and not federation.initial_model.is_file():
         raise ConfigError(f"{path}: initial_model: there is no file {federation.initial_model}")
     file, colon, name = federation.task.rpartition(":")
-    task = f"{(path.parent / file).resolve()}:{name}" if colon else federation.task
+    task = f"{(path.parent / file).absolute()}:{name}" if colon else federation.task
     load_task(task)
     return federation.model_copy(update={"task": task})
 

@@ -251,6 +251,13 @@ class Bus:
         info = await self._connection.api(f"STREAM.INFO.{stream}")
         return int(info["config"].get("first_seq", 1))
 
+    async def used(self, stream: str) -> float:
+        """Return how full ``stream`` is, of its bytes or its messages, whichever is more: 0 to 1. Raises BusError."""
+        info = await self._connection.api(f"STREAM.INFO.{stream}")
+        config, state = info["config"], info["state"]
+        of_bytes = state["bytes"] / config["max_bytes"] if config["max_bytes"] > 0 else 0.0
+        return max(of_bytes, state["messages"] / config["max_msgs"] if config["max_msgs"] > 0 else 0.0)
+
     async def follow(self, stream: str, subjects: Sequence[str]) -> AsyncGenerator[Record, None]:
         """Yield the newest message of each of ``subjects`` (no wildcards), and again whenever there is a newer one.
 

@@ -6,6 +6,10 @@ says that it gave the request up, the consumer is ensured again and asked again.
 
 An unsettled delivery comes again when nobody says for `ACK_WAIT_S` that it is still in work. This says so for all that
 it has handed out, so a delivery may stay unsettled for hours, and comes again seconds after a crash.
+
+The server hands out no more than `MAX_UNSETTLED` that are not settled. With a consumer for each sender that is a bound on
+what one sender can have in work here, and no sender waits for another's. What was settled is dropped from the stream now and
+then, all but the newest: a stream whose messages are counted would fill up with it.
 """
 
 import asyncio
@@ -21,10 +25,15 @@ from fednats.transport.connection import Connection
 
 ACK_WAIT_S = 8.0
 IN_WORK_INTERVAL_S = 2.5
-MAX_UNSETTLED = 10_000
+MAX_UNSETTLED = 64
+"""A quick site that waits for others has one for each version; more wait in its stream, in order."""
+
+DROPPED_AT_ONCE = 256
+"""Sequence numbers by which the settled part of a stream grows before it is dropped."""
+
 SETTLE_TIMEOUT_S = 30.0
 
-_BATCH = 64
+_BATCH = MAX_UNSETTLED
 _EXPIRES_S = 30.0
 _HEARTBEAT_S = 2.0
 _SILENCE_S = 5.0
@@ -40,6 +49,7 @@ class Delivery:
     def __init__(self, consumer: "Consumer", message: Msg) -> None:
         self.data: bytes = message.data
         self.subject: str = message.subject
+        self.stream: str = message.metadata.stream
         self.stream_sequence: int = message.metadata.sequence.stream
         self.redelivered: bool = message.metadata.num_delivered > 1
         self._consumer = consumer
@@ -96,6 +106,7 @@ class Consumer:
         self._inbox = connection.client.new_inbox()
         self._asked = 0
         self._heard = 0.0
+        self._dropped_below = 0
 
     async def run(self) -> AsyncGenerator[Delivery, None]:
         """Yield deliveries for ever."""
@@ -158,9 +169,18 @@ class Consumer:
             "replay_policy": "instant",
             "filter_subjects": self._filters,
         }
-        await self.connection.api(
+        info = await self.connection.api(
             f"CONSUMER.CREATE.{self._stream}.{self._durable}", {"stream_name": self._stream, "config": config}
         )
+        await self._drop_settled(int(info["ack_floor"]["stream_seq"]))
+
+    async def _drop_settled(self, floor: int) -> None:
+        """Drop what was settled before the message ``floor``, which stays: all up to it are settled."""
+        if floor - self._dropped_below < DROPPED_AT_ONCE:
+            return
+        for subject in self._filters:
+            await self.connection.api(f"STREAM.PURGE.{self._stream}", {"filter": subject, "seq": floor})
+        self._dropped_below = floor
 
     async def _on_message(self, message: Msg) -> None:
         self._heard = asyncio.get_running_loop().time()

@@ -33,11 +33,17 @@ class Limits:
 
 
 MODELS = Limits(max_bytes=8 * GIB, max_age_s=365 * 86400)
-UPDATES = Limits(max_bytes=32 * GIB, max_age_s=7 * 86400)
+UPDATES = Limits(max_bytes=8 * GIB, max_age_s=7 * 86400, max_messages=2**17)
+"""Of one site. An update has 2^16 chunks at most, so two of the largest fit; each message costs the server memory, however small."""
+
 AGGREGATES = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400)
+INBOX = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400, max_messages=2**18)
+"""Of one region, at the node above."""
+
 COMPOSITIONS = Limits(max_bytes=GIB // 2, max_age_s=365 * 86400, max_messages=200_000)
 RECEIPTS = Limits(max_bytes=GIB // 16, max_age_s=365 * 86400, max_messages_per_subject=1)
-REJECTS = Limits(max_bytes=GIB // 16, max_age_s=30 * 86400, max_messages=10_000)
+REJECTS = Limits(max_bytes=GIB, max_age_s=30 * 86400, max_messages_per_subject=16)
+"""A subject is of one sender and one reason: nobody's garbage drives another's out, nor what else the same sender sent."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ class BucketSpec:
     ttl_s: float | None = None
     n_bytes: int = 64 * 2**20
     """The most that it takes."""
+    max_value_bytes: int | None = None
+    """The most that one key takes; None: what the server takes."""
 
     def config(self, max_message_bytes: int) -> dict[str, Any]:
         """Return the stream that is the bucket, as the server's JSON; see `StreamSpec.config`."""
@@ -124,7 +132,7 @@ class BucketSpec:
             "discard": "new",
             "max_msgs_per_subject": 1,
             "max_bytes": self.n_bytes,
-            "max_msg_size": max_message_bytes,
+            "max_msg_size": min(max_message_bytes, self.max_value_bytes or max_message_bytes),
             "allow_direct": True,
             "allow_rollup_hdrs": False,  # else who renews one key may roll all of them up into it
             "deny_delete": True,
@@ -143,7 +151,8 @@ def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[St
         discard="old",
         pulse=subjects.pulse(run, HUB),
     )
-    return (models, _inbox(run, HUB, regions, leaves=leaves), _compositions(run, HUB), _rejects(run, HUB))
+    inboxes = (inbox(run, HUB, region, leaves=leaves) for region in regions)
+    return (models, *inboxes, _compositions(run, HUB), _rejects(run, HUB))
 
 
 def at_uplink(
@@ -174,13 +183,13 @@ def at_uplink(
         limits=MODELS,
         discard="old",
     )
-    return (models, aggregates, _inbox(run, region, children)) if children else (models, aggregates)
+    return (models, aggregates, *(inbox(run, region, child) for child in children))
 
 
-def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec, ...]:
+def in_region(run: str, region: str, sites: Iterable[str], *, leaves: bool = True) -> tuple[StreamSpec, ...]:
     """Streams that an aggregator ensures in its private account.
 
-    Models for the sites, updates with evaluations, receipts, compositions, rejects.
+    Models for the sites, updates of each site, receipts, compositions, rejects.
     """
     origin = Origin(
         subjects.models_stream(run, region if leaves else HUB),
@@ -194,19 +203,24 @@ def in_region(run: str, region: str, *, leaves: bool = True) -> tuple[StreamSpec
         discard="old",
         announce=(f"fed.{run}.>", f"fed.{run}.>"),
     )
-    updates = StreamSpec(
-        name=subjects.updates_stream(run, region),
-        subjects=(f"{subjects.update(run, region, '*')}.>", subjects.evaluation(run, region, "*")),
-        limits=UPDATES,
-        discard="new",
-    )
     receipts = StreamSpec(
         name=subjects.receipts_stream(run, region),
         subjects=(subjects.receipt(run, region, "*"),),
         limits=RECEIPTS,
         discard="old",
     )
-    return (models, updates, receipts, _compositions(run, region), _rejects(run, region))
+    of_sites = (updates(run, region, site) for site in sites)
+    return (models, *of_sites, receipts, _compositions(run, region), _rejects(run, region))
+
+
+def updates(run: str, region: str, site: str) -> StreamSpec:
+    """Stream of one site's updates and evaluations: its quota."""
+    return StreamSpec(
+        name=subjects.updates_stream(run, region, site),
+        subjects=(f"{subjects.update(run, region, site)}.>", subjects.evaluation(run, region, site)),
+        limits=UPDATES,
+        discard="new",
+    )
 
 
 def needed_bytes(specs: Iterable[StreamSpec | BucketSpec]) -> int:
@@ -221,17 +235,17 @@ def buckets(run: str) -> tuple[BucketSpec, ...]:
 
 def presence(run: str) -> BucketSpec:
     """Presence alone; an aggregator above regions ensures it in its uplink account too."""
-    return BucketSpec(subjects.presence_bucket(run), ttl_s=PRESENCE_TTL_S)
+    return BucketSpec(subjects.presence_bucket(run), ttl_s=PRESENCE_TTL_S, max_value_bytes=2**16)
 
 
-def _inbox(run: str, node: str, regions: Sequence[str], *, leaves: bool = True) -> StreamSpec:
-    def origin(region: str) -> Origin:
-        stream = subjects.aggregates_stream(run, region)
-        return Origin(stream, f"$JS.{region}.API", pulse=subjects.pulse(run, region)) if leaves else Origin(stream)
+def inbox(run: str, node: str, region: str, *, leaves: bool = True) -> StreamSpec:
+    """Stream of what ``region`` sends to the ``node`` above it: its quota there.
 
-    return StreamSpec(
-        name=subjects.inbox_stream(run, node), sources=tuple(map(origin, regions)), limits=AGGREGATES, discard="new"
-    )
+    A copy takes whatever subjects the origin has: what a region's own server puts under another's name stays among its own.
+    """
+    stream = subjects.aggregates_stream(run, region)
+    origin = Origin(stream, f"$JS.{region}.API", pulse=subjects.pulse(run, region)) if leaves else Origin(stream)
+    return StreamSpec(name=subjects.inbox_stream(run, node, region), sources=(origin,), limits=INBOX, discard="new")
 
 
 def _compositions(run: str, node: str) -> StreamSpec:

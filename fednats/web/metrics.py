@@ -60,6 +60,18 @@ class Metrics:
             "Times that another process wanted to do the work of this one.",
             registry=self.registry,
         )
+        self.held_back = Counter(
+            "fednats_held_back",
+            "Messages that waited because their sender had spent its allowance.",
+            ["source"],
+            registry=self.registry,
+        )
+        self.stream_used = Gauge(
+            "fednats_stream_used",
+            "How full the stream of a site or region that reports here is, of its bytes or its messages: 0 to 1.",
+            ["source"],
+            registry=self.registry,
+        )
         self.staleness = Histogram(
             "fednats_staleness_versions",
             "Staleness of what was combined.",

@@ -14,6 +14,8 @@ from fednats.config import parse
 from fednats.testbed.federation import FederationSettings
 
 OWN_TASK = Path(__file__).parent / "own_task.py"
+NORMED = Path(__file__).parent / "normed"
+"""A task in a folder: batch norm, and one logit."""
 
 MakeFederation = Callable[..., FederationSettings]
 

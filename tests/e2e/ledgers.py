@@ -4,8 +4,8 @@ import asyncio
 import base64
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from fednats import subjects
 from fednats.crypto.sealing import ModelKeys
@@ -37,12 +37,19 @@ async def balanced(output: Path) -> Ledger:
     return ledger
 
 
-async def figures(running: Running, node: str) -> dict[str, Any]:
-    """Return the figures of the consumer that a region takes updates from, or the hub aggregates, as operators see them."""
-    run = running.servers.run
-    stream = subjects.inbox_stream(run, HUB) if node == HUB else subjects.updates_stream(run, node)
+async def figures(running: Running, node: str) -> dict[str, int]:
+    """Return the sums of the figures of the consumers that a region takes updates from, or the hub aggregates."""
+    run, plan = running.servers.run, running.servers.plan
+    if node == HUB:
+        made = [subjects.inbox_stream(run, HUB, name) for name, region in plan.items() if region.parent is None]
+    else:
+        made = [subjects.updates_stream(run, node, site) for site in plan[node].sites]
+    found: Counter[str] = Counter()
     async with Bus.connect(running.servers.observer(node), user_name("observer", node)) as bus:
-        return await bus._connection.api(f"CONSUMER.INFO.{stream}.{subjects.durable(node, stream)}")
+        for stream in made:
+            info = await bus._connection.api(f"CONSUMER.INFO.{stream}.{subjects.durable(node, stream)}")
+            found.update({key: value for key, value in info.items() if type(value) is int})
+    return found
 
 
 async def all_settled(running: Running, node: str, copies: int = 1) -> None:

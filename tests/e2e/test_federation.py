@@ -24,13 +24,14 @@ from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import run_federation, running
 from fednats.testbed.ledger import APPLIED
 from fednats.transport.bus import Bus
-from tests.e2e.conftest import MakeFederation
+from tests.e2e.conftest import NORMED, MakeFederation
 from tests.e2e.ledgers import assert_no_secret_is_logged, assert_sealed, audited, balanced
 from tests.e2e.until import closed, closed_at, reached, until
 
 
 async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = make_federation({"north": ["a", "b"], "south": ["c", "d"]}, stop={"max_versions": 6, "target": 0.9})
+    stop = {"max_versions": 6, "target": 0.9}
+    federation = make_federation({"north": ["a", "b"], "south": ["c", "d"]}, task=f"{NORMED}:Normed", stop=stop)
     output = tmp_path / "out"
     summary = await run_federation(federation, output)
     assert summary.versions == 6
@@ -46,9 +47,13 @@ async def test_two_regions_train_one_model(make_federation: MakeFederation, tmp_
     assert {name: array.shape for name, array in model.items()} == {
         "0.weight": (16, 30),
         "0.bias": (16,),
-        "2.weight": (2, 16),
-        "2.bias": (2,),
+        **{f"1.{name}": (16,) for name in ("weight", "bias", "running_mean", "running_var")},
+        "1.num_batches_tracked": (),
+        "3.weight": (1, 16),
+        "3.bias": (1,),
     }
+    assert (model["1.running_var"] > 0).all()
+    assert not np.allclose(model["1.running_var"], 1.0, atol=0.05), "the statistics of the hospitals' data"
     assert all(np.isfinite(array).all() for array in model.values())
     assert_sealed(output, "small")
     assert_no_secret_is_logged(output)

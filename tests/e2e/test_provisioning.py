@@ -13,15 +13,17 @@ import tomli_w
 from fednats import subjects, wire
 from fednats.config import AggregatorSettings, DaemonSettings, SiteSettings
 from fednats.crypto.signing import unsigned
+from fednats.learning.code_files import read_code
 from fednats.messages import ModelManifest
 from fednats.permissions import user_name
+from fednats.privacy.policy import Policy
 from fednats.provision.kits import provision, provisioned, rotate
 from fednats.provision.plan import Kits
 from fednats.testbed.launch import COORDINATOR, Running, running
 from fednats.testbed.ledger import APPLIED
 from fednats.testbed.processes import DaemonProcess
 from fednats.transport.bus import Bus
-from tests.e2e.conftest import OWN_TASK, MakeFederation
+from tests.e2e.conftest import NORMED, MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import Statuses, closed, end_after, reached, until, version_now
 
@@ -73,7 +75,11 @@ def test_the_command_line_provisions_adds_revokes_and_rotates(make_federation: M
 
 
 async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeFederation, tmp_path: Path) -> None:
-    federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 100})
+    allowed = read_code(NORMED).sha256
+    federation = make_federation({"north": ["a", "b"]}, task=f"{NORMED}/:Normed", stop={"max_versions": 100})
+    policy = Policy(task_sha256=(allowed,))
+    sites = {name: site.model_copy(update={"policy": policy}) for name, site in federation.sites.items()}
+    federation = federation.model_copy(update={"sites": sites})
     async with running(federation, tmp_path / "out") as now:
         await until(now, reached(1))
         await now.daemons["site-a"].stop()
@@ -95,7 +101,11 @@ async def test_a_daemon_starts_from_its_kit_in_any_folder(make_federation: MakeF
         finally:
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
-    assert (kit / "own_task.py").read_bytes() == OWN_TASK.read_bytes()
+        assert read_code(kit / "normed").files == read_code(NORMED).files
+        (kit / "normed" / "network.py").write_text("raise SystemExit\n")
+        refused = await asyncio.to_thread(fednats, "site", "--config", str(kit / "site.toml"), cwd=tmp_path, code=78)
+        assert f"{kit / 'normed'} has SHA-256 {read_code(kit / 'normed').sha256}" in refused
+        assert f"task_sha256 in policy.toml allows {allowed}; put the code back" in refused
 
 
 async def sends(outbox: Path) -> None:

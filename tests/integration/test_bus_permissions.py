@@ -35,6 +35,7 @@ PLAN = (RegionPlan("europe", ("e",)), RegionPlan("north", ("a", "b"), parent="eu
 FLAT = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
 NODES = (HUB, "europe", "north", "south")
 SITES = {"a": "north", "b": "north", "c": "south", "e": "europe"}
+UPDATES = {site: subjects.updates_stream(RUN, region, site) for site, region in SITES.items()}
 
 OF_STREAM = (
     *(f"STREAM.{verb}" for verb in ("CREATE", "UPDATE", "INFO", "DELETE", "PURGE", "SNAPSHOT", "RESTORE")),
@@ -121,14 +122,14 @@ NEVER_ANYBODY = (
 def streams() -> list[str]:
     kinds = (
         subjects.models_stream,
-        subjects.updates_stream,
         subjects.receipts_stream,
         subjects.aggregates_stream,
-        subjects.inbox_stream,
     )
     buckets = (subjects.presence_bucket(RUN), subjects.state_bucket(RUN))
     own = (subjects.compositions_stream, subjects.rejects_stream)
     made = [kind(RUN, node) for kind, node in product((*kinds, *own), NODES)]
+    made += [subjects.updates_stream(RUN, region, site) for site, region in SITES.items()]
+    made += [subjects.inbox_stream(RUN, node, region) for node, region in product(NODES, NODES) if node != region]
     return [*made, *(f"KV_{bucket}" for bucket in buckets)]
 
 
@@ -238,9 +239,9 @@ def members(bus: ConnectedBus) -> list[Member]:
     kits = bus.servers.kits
     plan, registry = provisioned(kits), Registry.read(kits.authority / "registry.toml", RUN)
     assert registry is not None
-    at = {HUB: accounts.of_hub(plan, registry.keys)}
+    at = {HUB: accounts.of_hub(plan, registry)}
     if plan.leaves:
-        at |= {region.name: accounts.of_leaf(plan, region, registry.keys) for region in plan.regions}
+        at |= {region.name: accounts.of_leaf(plan, region, registry) for region in plan.regions}
     return [
         Member(user, settings_of(bus, node, user.name), node)
         for node, its_accounts in at.items()
@@ -354,20 +355,16 @@ async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> 
                     f"$JS.API.DIRECT.GET.*.fed.run.receipt.*.{site}",
                 )
             ]
-            never += [f"$JS.API.DIRECT.GET.fed_run_{kind}_{region}.>" for kind in ("updates", "rejects", "aggregates")]
+            never += [f"$JS.API.DIRECT.GET.fed_run_{kind}_{region}.>" for kind in ("rejects", "aggregates")]
+            never += [f"$JS.API.DIRECT.GET.{stream}.>" for stream in UPDATES.values()]
             never += [f"$JS.API.DIRECT.GET.fed_run_receipts_{region}"]
         if role in {"aggregator", "uplink"}:
-            never += [
-                f"$JS.API.*.*.fed_run_{kind}_{other}"
-                for kind in ("updates", "aggregates")
-                for other in NODES
-                if other != node
-            ]
+            never += [f"$JS.API.*.*.fed_run_aggregates_{other}" for other in NODES if other != node]
+            never += [f"$JS.API.*.*.{stream}" for site, stream in UPDATES.items() if SITES[site] != node]
             never += [
                 f"fed.run.{kind}.{other}.>" for kind in ("aggregate", "receipt") for other in NODES if other != node
             ]
             never += [f"$JS.{other}.API.STREAM.>" for other in NODES]
         if role in {"coordinator", "uplink"}:
-            never += [f"$JS.API.*.*.fed_run_updates_{other}" for other in NODES]
-            never += [f"$JS.API.DIRECT.GET.fed_run_updates_{other}.>" for other in NODES]
+            never += [f"$JS.API.{verb}" for of in UPDATES.values() for verb in (f"*.*.{of}", f"DIRECT.GET.{of}.>")]
         assert not {subject for subject in given for pattern in never if covers(pattern, subject)}, member.user.name

@@ -35,7 +35,7 @@ RUN = "run"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
 SECRET = b"the update of hospital a"
 UPDATE = subjects.head(subjects.update(RUN, "north", "a"))
-UPDATES = subjects.updates_stream(RUN, "north")
+UPDATES = subjects.updates_stream(RUN, "north", "a")
 AGGREGATES = subjects.aggregates_stream(RUN, "north")
 ANSWER_S = 0.3
 """Within this a permitted request is answered here; a refused one is refused in far less."""
@@ -250,7 +250,7 @@ async def test_the_positive_control_can_purge_its_own_aggregates(bus: ConnectedB
 @with_leaves
 async def test_a_consumer_made_at_the_hub_cannot_be_turned_against_a_region(bus: ConnectedBus) -> None:
     """A push consumer delivers where its maker says, with the server's rights: here to a region's JetStream."""
-    inbox = subjects.inbox_stream(RUN, HUB)
+    inbox = subjects.inbox_stream(RUN, HUB, "north")
     async with prober(bus.servers.coordinator(), permissions.user_name("coordinator", HUB)) as thief:
         for subject, _ in asked_of("$JS.north.API", AGGREGATES, reads=False):
             config = {"ack_policy": "none", "deliver_policy": "all", "deliver_subject": subject}
@@ -324,7 +324,7 @@ async def test_a_rogue_leaf_with_the_links_key_reaches_no_other_regions_streams(
         await bus.uplinks["north"].publish(head, b"sum of north", message_id="rogue listens")
 
         async def copied() -> bool:
-            record = await bus.coordinator.last(subjects.inbox_stream(RUN, HUB), head)
+            record = await bus.coordinator.last(subjects.inbox_stream(RUN, HUB, "north"), head)
             return record is not None and record.data == b"sum of north"
 
         await until(copied)

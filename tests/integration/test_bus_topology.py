@@ -51,8 +51,15 @@ async def publish_aggregate(bus: Bus, region: str, number: int) -> None:
 
 
 async def assert_aggregates_arrive(bus: Bus, node: str, expected: set[str]) -> None:
-    stream = subjects.inbox_stream(RUN, node)
-    heads = [subjects.head(subjects.aggregate(RUN, "*"))]
+    """Assert that these, of one or more regions, come to ``node``, each from the stream of its region."""
+    for region in {name.partition("-")[0] for name in expected}:
+        of_region = {name for name in expected if name.startswith(f"{region}-")}
+        await assert_aggregates_of(region, bus, node, of_region)
+
+
+async def assert_aggregates_of(region: str, bus: Bus, node: str, expected: set[str]) -> None:
+    stream = subjects.inbox_stream(RUN, node, region)
+    heads = [subjects.head(subjects.aggregate(RUN, region))]
     arrived: set[str] = set()
     deliveries = bus.consume(stream, subjects.durable(node, stream), heads)
     async with asyncio.timeout(30), aclosing(deliveries):
@@ -136,7 +143,7 @@ async def test_a_region_that_was_away_catches_up_both_ways(tmp_path: Path) -> No
 async def test_a_hub_that_was_away_catches_up_and_takes_nothing_twice(tmp_path: Path) -> None:
     async with connected_bus(tmp_path, RUN, (RegionPlan("north", ("a",)),)) as bus:
         await assert_both_ways(bus, 1)
-        inbox = subjects.inbox_stream(RUN, HUB)
+        inbox = subjects.inbox_stream(RUN, HUB, "north")
         await bus.coordinator.purge(inbox, subjects.chunks(subjects.aggregate(RUN, "north"), "north-1"))
         await bus.servers.hub.kill()
         await publish_aggregate(bus.uplinks["north"], "north", 2)
@@ -173,7 +180,7 @@ async def test_a_region_that_joins_late_has_all_its_aggregates_copied(tmp_path: 
     ):
         for spec in streams.at_hub(RUN, ["north"], leaves=False):
             await coordinator.ensure_stream(spec)
-        inbox = subjects.inbox_stream(RUN, HUB)
+        inbox = subjects.inbox_stream(RUN, HUB, "north")
 
         async def arrived(number: int) -> bool:
             record = await coordinator.last(inbox, subjects.head(subjects.aggregate(RUN, "north")))
@@ -185,5 +192,5 @@ async def test_a_region_that_joins_late_has_all_its_aggregates_copied(tmp_path: 
         for number in (1, 2):
             await publish_aggregate(north, "north", number)
             await until(partial(arrived, number))
-        await coordinator.ensure_stream(streams.at_hub(RUN, ["north", "south"], leaves=False)[1])
+        await coordinator.ensure_stream(streams.inbox(RUN, HUB, "south", leaves=False))
         await assert_aggregates_arrive(coordinator, HUB, {"north-1", "north-2", "south-1"})

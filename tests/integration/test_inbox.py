@@ -23,10 +23,10 @@ from fednats.transport.bus import Bus, Delivery
 from tests.makers import update
 
 RUN = "r"
-STREAM = subjects.updates_stream(RUN, "north")
+STREAM = subjects.updates_stream(RUN, "north", "a")
 DURABLE = subjects.durable("north", STREAM)
 PREFIX = subjects.update(RUN, "north", "a")
-HEADS = [subjects.head(subjects.update(RUN, "north", "*"))]
+HEADS = [subjects.head(PREFIX)]
 CHUNKS = (b"first chunk", b"second chunk")
 REJECTS = subjects.rejects_stream(RUN, "north")
 
@@ -41,7 +41,13 @@ async def bus(tmp_path: Path) -> AsyncIterator[ConnectedBus]:
 
 @pytest.fixture
 def inbox(bus: ConnectedBus) -> Inbox:
-    return Inbox(bus.aggregators["north"], STREAM, RUN, bus.servers.identity("aggregator", "north"), LOG)
+    return Inbox(
+        bus.aggregators["north"],
+        lambda site: subjects.updates_stream(RUN, "north", site),
+        RUN,
+        bus.servers.identity("aggregator", "north"),
+        LOG,
+    )
 
 
 @pytest.fixture
@@ -220,8 +226,7 @@ async def test_rejects_are_cut_to_size_and_kept_once(bus: ConnectedBus, rejects:
     assert (reject.n_bytes, len(reject.data), len(reject.detail)) == (len(data), MAX_DATA_BYTES, MAX_DETAIL)
     info = await bus.aggregators["north"]._connection.api(f"STREAM.INFO.{REJECTS}")
     assert info["state"]["messages"] == 1
-    assert info["config"]["max_msgs"] == 10_000
-    assert (info["config"]["max_bytes"], info["config"]["discard"]) == (2**26, "old")
+    assert (info["config"]["max_bytes"], info["config"]["discard"]) == (2**30, "old")
 
 
 async def test_only_the_aggregator_writes_rejects_and_no_site_reads_them(bus: ConnectedBus, rejects: Rejects) -> None:

@@ -101,6 +101,7 @@ async def test_a_hospital_joins_without_a_restart_and_one_that_is_revoked_is_tol
                 return bool(site._connection.client.options["reconnect_time_wait"] == connection.LONGEST_REFUSED_WAIT_S)
 
             await until(asks_seldom)
+            await until(lambda: of_sites("a", "b"))
             await provision_again(servers, ("a", "b", "c"), add_sites=("c",))  # under a new key: of the old one
             assert site.refusal is not None
         await until(lambda: of_sites("a", "b", "c"))

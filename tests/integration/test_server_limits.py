@@ -113,7 +113,7 @@ async def test_a_server_with_too_small_a_store_is_named_with_the_remedy(tmp_path
         await restarted_with(servers.hub, conf, "bus_max_store: 1TB", "bus_max_store: 20GB")
         made = streams.at_hub(RUN, ["north"])
         async with Bus.connect(servers.coordinator(), f"coordinator.{HUB}") as coordinator:
-            with pytest.raises(BusError, match=r"fed_run_inbox_hub may take up to 16.0 GiB.*raise bus_max_store"):
+            with pytest.raises(BusError, match=r"fed_run_inbox_hub_north may take up to 16.0 GiB.*raise bus_max_store"):
                 await ensure(structlog.get_logger(), coordinator, made, streams.buckets(RUN))
         enough = -(-streams.needed_bytes((*made, *streams.buckets(RUN))) // streams.GIB)
         await restarted_with(servers.hub, conf, "bus_max_store: 20GB", f"bus_max_store: {enough}GB")

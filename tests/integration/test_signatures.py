@@ -32,6 +32,7 @@ from fednats.messages import (
     ModelManifest,
     Payload,
     Reject,
+    Update,
 )
 from fednats.privacy.audit import audit
 from fednats.privacy.egress import EGRESS_FILE
@@ -41,6 +42,7 @@ from fednats.protocol.events import Command
 from fednats.provision.plan import RegionPlan
 from fednats.services import identity as identities
 from fednats.services.inbox import Inbox
+from fednats.services.intake import Intake, of_regions, of_sites
 from fednats.services.lifecycle import Daemon
 from fednats.services.rejects import Rejects
 from fednats.services.site import site
@@ -102,16 +104,16 @@ async def receiving(bus: ConnectedBus, directory: Path, node: str) -> AsyncItera
     daemon = Daemon(role, name, RUN, LOG)
     identity = bus.servers.identity(role, name)
     if node == HUB:
-        own, stream = bus.coordinator, subjects.inbox_stream(RUN, HUB)
+        own, senders = bus.coordinator, of_regions(RUN, HUB, leaves=False)
         roster = Roster(RUN, None, sites=frozenset(), regions=frozenset({"north", "south"}))
-        filters = [subjects.head(subjects.aggregate(RUN, "*")), subjects.evaluation_sum(RUN, "*")]
     else:
-        own, stream = bus.aggregators[node], subjects.updates_stream(RUN, node)
+        own, senders = bus.aggregators[node], of_sites(RUN, node)
         roster = Roster(RUN, node, sites=frozenset({"a", "b"}), regions=frozenset())
-        filters = [subjects.head(subjects.update(RUN, node, "*")), subjects.evaluation(RUN, node, "*")]
     machine = Collector(roster, lambda event: event.settings.goal)
     tier = Tier(daemon, Journal(directory / f"{node}.sqlite"), machine, Rejects(own, RUN, node, LOG), lambda _: None)
-    inbox = Inbox(own, stream, RUN, identity, LOG)
+    inbox = Inbox(own, lambda sender: senders.stream_of(sender).name, RUN, identity, LOG)
+    intake = Intake(daemon, inbox, node, senders, tier.take, lambda: 0)
+    intake.expect(roster.sources)
     tier.inboxes = {type(update("a")): inbox, type(aggregate("north")): inbox}
 
     async def no_other(command: Command) -> None:
@@ -122,7 +124,7 @@ async def receiving(bus: ConnectedBus, directory: Path, node: str) -> AsyncItera
         tier.take_up()
         await tier.feed(announcement(settings=SETTINGS))
         running = [
-            asyncio.create_task(tier.receive(inbox, subjects.durable(node, stream), filters)),
+            asyncio.create_task(intake.run()),
             asyncio.create_task(tier.execute(no_other)),
             asyncio.create_task(identity.follow_signers(LOG)),
         ]
@@ -198,9 +200,16 @@ async def test_who_has_no_key_does_not_get_onto_the_bus(bus: ConnectedBus, tmp_p
             pass
 
 
+def another_of_number(number: int) -> Update:
+    head = update("a", number)
+    return head.model_copy(
+        update={"update_id": "another", "payload": head.payload.model_copy(update={"payload_id": "another"})}
+    )
+
+
 async def test_a_replayed_update_counts_once(bus: ConnectedBus, tmp_path: Path) -> None:
     first, second = (signed(bus, "site", "a", OF_A, update("a", number)) for number in (1, 2))
-    other = signed(bus, "site", "a", OF_A, update("a", 1).model_copy(update={"update_id": "another"}))
+    other = signed(bus, "site", "a", OF_A, another_of_number(1))
     async with receiving(bus, tmp_path, "north") as region:
         for number, data in enumerate((first, second, first, second, first)):
             await bus.sites["a"].publish(OF_A, data, f"m{number}")
@@ -366,7 +375,7 @@ async def test_an_update_of_before_a_restart_is_on_record_with_the_epsilon_that_
     async with a_site(bus, tmp_path):
 
         async def sent() -> bool:
-            return await bus.aggregators["north"].last(subjects.updates_stream(RUN, "north"), OF_A) is not None
+            return await bus.aggregators["north"].last(subjects.updates_stream(RUN, "north", "a"), OF_A) is not None
 
         await until(sent)
     records = audit(tmp_path / "state" / EGRESS_FILE).records

@@ -19,7 +19,7 @@ from fednats.wire import digest
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a",)),)
-UPDATES = subjects.updates_stream(RUN, "north")
+UPDATES = subjects.updates_stream(RUN, "north", "a")
 UPDATE = subjects.update(RUN, "north", "a")
 CHUNK_BYTES = 2**18
 
@@ -132,7 +132,7 @@ async def test_most_of_a_leaf_link_is_used_both_ways(tmp_path: Path, mbit: float
         above, below = bus.coordinator, bus.uplinks["north"]
         ways = (
             (above, subjects.model(RUN), below, subjects.models_stream(RUN, "north")),
-            (below, subjects.aggregate(RUN, "north"), above, subjects.inbox_stream(RUN, HUB)),
+            (below, subjects.aggregate(RUN, "north"), above, subjects.inbox_stream(RUN, HUB, "north")),
         )
         for sender, prefix, reader, stream in ways:
             await sender.publish(subjects.head(prefix), b"the copying goes on", message_id="first")

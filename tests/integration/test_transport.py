@@ -24,7 +24,7 @@ from fednats.transport.bus import Bus, Delivery
 from fednats.wire import digest
 
 RUN = "run"
-UPDATES = subjects.updates_stream(RUN, "north")
+UPDATES = subjects.updates_stream(RUN, "north", "a")
 PREFIX = subjects.update(RUN, "north", "a")
 HEAD = subjects.head(PREFIX)
 HEADS = [subjects.head(subjects.update(RUN, "north", "*"))]
@@ -56,7 +56,7 @@ async def test_limits_are_on_the_server_and_making_streams_again_changes_nothing
     nodes = (
         (bus.coordinator, streams.at_hub(RUN, ["north"], leaves=False)),
         (bus.uplinks["north"], streams.at_uplink(RUN, "north", leaves=False)),
-        (bus.aggregators["north"], streams.in_region(RUN, "north", leaves=False)),
+        (bus.aggregators["north"], streams.in_region(RUN, "north", ["a"], leaves=False)),
     )
     await send(bus, "kept")
     for node, specs in nodes:
@@ -73,7 +73,7 @@ async def test_limits_are_on_the_server_and_making_streams_again_changes_nothing
 
 
 async def test_a_changed_limit_is_applied_and_an_incompatible_change_is_an_error(bus: ConnectedBus) -> None:
-    updates = streams.in_region(RUN, "north", leaves=False)[1]
+    updates = streams.in_region(RUN, "north", ["a"], leaves=False)[1]
     private = bus.aggregators["north"]
     await private.ensure_stream(
         dataclasses.replace(updates, limits=dataclasses.replace(updates.limits, max_bytes=5_000_000))
@@ -84,7 +84,7 @@ async def test_a_changed_limit_is_applied_and_an_incompatible_change_is_an_error
 
 
 async def test_a_full_stream_refuses_and_what_it_has_stays(bus: ConnectedBus) -> None:
-    updates = streams.in_region(RUN, "north", leaves=False)[1]
+    updates = streams.in_region(RUN, "north", ["a"], leaves=False)[1]
     small = dataclasses.replace(updates, limits=dataclasses.replace(updates.limits, max_bytes=50_000))
     await bus.aggregators["north"].ensure_stream(small)
     site = bus.sites["a"]
@@ -109,7 +109,7 @@ async def test_what_is_sent_twice_is_stored_once(bus: ConnectedBus) -> None:
 
 async def test_chunks_stored_twice_after_a_long_outage_read_as_one_and_are_purged_together(bus: ConnectedBus) -> None:
     """A message id is remembered for an hour; what is sent again later is stored again."""
-    updates, private = streams.in_region(RUN, "north", leaves=False)[1], bus.aggregators["north"]
+    updates, private = streams.in_region(RUN, "north", ["a"], leaves=False)[1], bus.aggregators["north"]
     forgetful = dataclasses.replace(updates, limits=dataclasses.replace(updates.limits, duplicate_window_s=1))
     await private.ensure_stream(forgetful)
     chunks = [bytes([index]) * 1000 for index in range(10)]

@@ -1,6 +1,5 @@
 """A hospital's own word: what it does not allow is refused, by name, before anything runs or leaves."""
 
-import hashlib
 import re
 import tomllib
 from collections.abc import AsyncIterator
@@ -12,7 +11,7 @@ import pytest
 
 from fednats.config import AggregationSettings, DeltaSettings, SitePrivacySettings, TrainingSettings
 from fednats.errors import ConfigError, Reason, RefusedError
-from fednats.learning.task_code import load_task, task_file
+from fednats.learning.task_code import code_path, load_task
 from fednats.messages import Grid, ModelManifest, ParameterSpec
 from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
 from fednats.services.off_loop import paced
@@ -87,17 +86,19 @@ def test_a_run_that_asks_for_no_more_is_taken(tmp_path: Path) -> None:
 
 
 def test_code_that_was_not_read_is_not_run(tmp_path: Path) -> None:
-    policy = Policy(task_sha256=(hashlib.sha256(b"import this").hexdigest(),))
-    policy.check_task(tmp_path / "task.py", b"import this")
-    with pytest.raises(ConfigError, match=r"task\.py has SHA-256 [0-9a-f]{64}, which task_sha256 does not list"):
-        policy.check_task(tmp_path / "task.py", b"import that")
-    Policy().check_task(tmp_path / "task.py", b"import that")
+    this, that = "1" * 64, "2" * 64
+    policy = Policy(task_sha256=(this,))
+    policy.check_task(tmp_path / "task.py", this)
+    refusal = rf"task\.py has SHA-256 {that}, and task_sha256 in policy\.toml allows {this}; put the code back"
+    with pytest.raises(ConfigError, match=refusal):
+        policy.check_task(tmp_path / "task.py", that)
+    Policy().check_task(tmp_path / "task.py", that)
 
 
 def test_the_file_of_a_task_is_where_its_code_is(tmp_path: Path) -> None:
     for name in ("heart", "breast-cancer", "ct-nodule"):
-        assert task_file(name).stem == load_task(name).__module__.rpartition(".")[2]
-    assert task_file(f"{tmp_path}/own.py:Mine") == tmp_path / "own.py"
+        assert code_path(name).stem == load_task(name).__module__.rpartition(".")[2]
+    assert code_path(f"{tmp_path}/own.py:Mine") == code_path(f"{tmp_path}/own.py") == tmp_path / "own.py"
 
 
 @pytest.mark.parametrize(

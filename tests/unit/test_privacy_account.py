@@ -1,4 +1,5 @@
 import math
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -18,7 +19,7 @@ from fednats.learning.flat import initial_model, initial_vector, parameters_of
 from fednats.learning.task_code import make_task
 from fednats.messages import Grid, ModelManifest
 from fednats.privacy import rdp
-from fednats.privacy.account import Account, Charge
+from fednats.privacy.account import Account, Charge, Place
 from fednats.privacy.guard import Guard, account_file
 from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
 from fednats.services.site_worker import SiteWorker
@@ -266,7 +267,9 @@ def test_a_worker_runs_no_task_that_the_policy_does_not_list(tmp_path: Path) -> 
     policy.write_text(f'task_sha256 = ["{"0" * 64}"]')
     own.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for path in ("breast-cancer", f"{own}:Own"):
-        with pytest.raises(ConfigError, match="which task_sha256 does not list"):
+        with pytest.raises(
+            ConfigError, match=rf"has SHA-256 [0-9a-f]{{64}}, and task_sha256 in policy\.toml allows {'0' * 64}"
+        ):
             SiteWorker(site(tmp_path, policy_file=policy, task={"path": path}))
     assert not (tmp_path / "ran").exists()
 
@@ -356,3 +359,21 @@ def test_an_account_with_charges_deleted_is_refused_by_name(tmp_path: Path) -> N
     account._connection.execute("DELETE FROM charge WHERE number = 3")
     with pytest.raises(ConfigError, match=r"privacy\.sqlite: charges were deleted.* 3 rows were written, 2 are there"):
         Account(file)
+
+
+def test_an_account_of_an_earlier_release_is_refused_and_kept_by_what_the_refusal_says(tmp_path: Path) -> None:
+    file = tmp_path / "privacy.sqlite"
+    account = Account(file)
+    account.charge_pass(Place("ward", "a", 3), 7, PASS, None)
+    for table in ("charge", "unfinished"):
+        account._connection.execute(f"ALTER TABLE {table} RENAME COLUMN federation TO run")
+    account.close()
+    with pytest.raises(ConfigError, match=r"an earlier release made this privacy account, whose column run") as refused:
+        Account(file)
+    program, place, *statements = shlex.split(str(refused.value).partition("rename the column: ")[2])
+    assert (program, place, len(statements)) == ("sqlite3", str(file), 1)
+    with sqlite3.connect(file) as connection:
+        connection.executescript(statements[0])
+    again = Account(file)
+    assert again.n_unfinished(Place("ward", "a", 3)) == 1
+    assert again.epsilon("record", 1e-5) == pytest.approx(EPSILON)

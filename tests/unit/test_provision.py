@@ -11,6 +11,7 @@ from fednats.config import AggregatorSettings, CoordinatorSettings, DeltaSetting
 from fednats.crypto.public import KEY_ID_BYTES, PublicKey
 from fednats.delta import scheme
 from fednats.errors import ConfigError
+from fednats.learning.code_files import read_code
 from fednats.privacy.policy import Budget, Policy, read_policy
 from fednats.provision import nkey
 from fednats.provision.kits import provision, rotate
@@ -102,6 +103,45 @@ def test_the_settings_work_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mon
     key = read_key(site.public_key_file, "public_key_file")
     assert key is not None
     assert PublicKey(key, scheme.bfv(delta).parameters).key_id == read_key(coordinator.secret_key_file, "")[:16].hex()  # type: ignore[index]
+
+
+def test_a_task_s_folder_is_in_the_kits_as_it_is_and_hashes_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "inner").mkdir(parents=True)
+    for name in ("__init__.py", "inner/model.py", "codes.txt", "old.py", ".hidden"):
+        (folder / name).write_text(f"# {name}\n")
+    of_folder = plan(task={"path": f"{folder}:T"})
+    provision(of_folder, tmp_path / "kits")
+    kit = tmp_path / "kits" / "site-a"
+    assert load(kit / "site.toml", SiteSettings, {}).task.path == f"{kit / 'mine'}:T"
+    assert read_code(kit / "mine").sha256 == read_code(folder).sha256
+    assert not (kit / "mine" / ".hidden").exists()
+    assert "| `mine` | the task: the code that is trained with |" in (kit / "README.md").read_text()
+    (folder / "old.py").unlink()
+    (kit / "mine" / "__pycache__").mkdir()
+    (kit / "mine" / "__pycache__" / "old.pyc").write_text("")
+    changed = provision(of_folder, tmp_path / "kits")
+    assert {path.relative_to(tmp_path / "kits").as_posix() for path in changed} == {
+        f"{kit}/mine/old.py" for kit in ("coordinator", "site-a", "site-b", "site-c", "site-d")
+    }
+    assert read_code(kit / "mine").sha256 == read_code(folder).sha256
+
+
+def test_a_task_s_wheel_is_in_the_kits(tmp_path: Path) -> None:
+    wheel = tmp_path / "mine-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"PK")
+    provision(plan(task={"path": f"{wheel}:T"}), tmp_path / "kits")
+    kit = tmp_path / "kits" / "site-a"
+    assert load(kit / "site.toml", SiteSettings, {}).task.path == f"{kit / wheel.name}:T"
+    assert (kit / wheel.name).read_bytes() == b"PK"
+    assert f"| `{wheel.name}` | the task: the code" in (kit / "README.md").read_text()
+
+
+def test_a_task_s_folder_has_not_the_name_of_a_daemon_s(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "__init__.py").write_text("")
+    with pytest.raises(ConfigError, match="a kit's folder state holds what a daemon remembers; rename the task's"):
+        provision(plan(task={"path": f"{tmp_path / 'state'}:T"}), tmp_path / "kits")
 
 
 def test_the_roster_is_in_every_service_s_kit(tmp_path: Path) -> None:
@@ -424,7 +464,7 @@ def test_rotation_needs_kits(tmp_path: Path) -> None:
 
 def test_a_store_that_its_streams_do_not_fit_into_is_refused_with_what_they_need(tmp_path: Path) -> None:
     raw = {"run": {"name": "r"}, "regions": ({"name": "north", "sites": ("a", "b"), "bus": {"max_store": "20GB"}},)}
-    with pytest.raises(ConfigError, match=r'\[regions.north.bus\] max_store = "20GB": .* take 64.8 GiB .* give 65GB'):
+    with pytest.raises(ConfigError, match=r'\[regions.north.bus\] max_store = "20GB": .* take 49.7 GiB .* give 50GB'):
         provision(parse({**raw, "task": {"path": "heart"}}, Plan, source="test"), tmp_path / "kits")
     assert not (tmp_path / "kits").exists()
 

@@ -110,7 +110,7 @@ def test_noise_on_whole_deltas_is_charged_as_on_the_coarsest_grid(tmp_path: Path
 @pytest.mark.parametrize(
     ("why", "paid", "first_version", "left"),
     [
-        ("has no charge of site a in run r", [], 0, Left(9)),
+        ("has no charge of site a in federation r", [], 0, Left(9)),
         ("has no charge since version 4", [5, 6], 4, Left(9)),
         ("by the region's word only", [5, 6], 0, Left(9, signed=False)),
     ],

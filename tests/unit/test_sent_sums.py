@@ -6,7 +6,7 @@ import structlog
 
 from fednats import subjects
 from fednats.errors import BusError
-from fednats.services import sent_sums
+from fednats.services.above import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, Above
 from fednats.services.sent_sums import KEPT_BYTES, KEPT_SUMS, SentSums
 from fednats.transport.bus import Record
 
@@ -34,7 +34,7 @@ class Uplink:
             assert stream == subjects.aggregates_stream(RUN, REGION)
             heads = self.sent
         else:
-            assert (stream, domain) == (subjects.inbox_stream(RUN, ABOVE), ABOVE)
+            assert (stream, domain) == (subjects.inbox_stream(RUN, ABOVE, REGION), ABOVE)
             if not self.linked:
                 raise BusError("nobody there")
             heads = self.sent[: self.n_taken]
@@ -51,7 +51,9 @@ class Uplink:
 
 
 def sums(uplink: Uplink, stopping: asyncio.Event | None = None) -> SentSums:
-    return SentSums(uplink, RUN, REGION, ABOVE, stopping or asyncio.Event(), structlog.get_logger())  # type: ignore[arg-type]
+    log = structlog.get_logger()
+    above = Above(uplink, RUN, REGION, ABOVE, stopping or asyncio.Event(), log)  # type: ignore[arg-type]
+    return SentSums(uplink, RUN, REGION, above, log)  # type: ignore[arg-type]
 
 
 async def send(sent: SentSums, uplink: Uplink, name: str, n_bytes: int = 1) -> None:
@@ -67,12 +69,12 @@ async def test_the_next_sum_waits_until_the_node_above_has_the_one_before() -> N
     await send(sent, uplink, "s0")
     uplink.linked = False
     sending = asyncio.create_task(send(sent, uplink, "s1"))
-    await asyncio.sleep(3 * sent_sums.SHORTEST_PAUSE_S)
+    await asyncio.sleep(3 * SHORTEST_PAUSE_S)
     uplink.linked = True
-    await asyncio.sleep(3 * sent_sums.SHORTEST_PAUSE_S)
+    await asyncio.sleep(3 * SHORTEST_PAUSE_S)
     assert uplink.sent == ["s0"]
     uplink.take()
-    await asyncio.wait_for(sending, sent_sums.LONGEST_PAUSE_S)
+    await asyncio.wait_for(sending, LONGEST_PAUSE_S)
     assert uplink.sent == ["s0", "s1"]
 
 

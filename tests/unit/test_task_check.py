@@ -1,5 +1,6 @@
 """``fednats check``: what it says of a task, and that it leaves nothing behind."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def check(*arguments: str, code: int = 0) -> Result:
 def test_it_says_what_a_task_s_data_and_model_are(own_task: str) -> None:
     printed = check(own_task, "--dp").stdout
     for text in (
+        f"SHA-256 {hashlib.sha256(CODE.encode()).hexdigest()}",
         "8 parameters; 8 values travel",
         "4 cases: inputs float32[3], target int64[]",
         "cases by target: 0: 1, 1: 3",
@@ -80,6 +82,27 @@ def test_it_says_what_a_task_s_data_and_model_are(own_task: str) -> None:
     ):
         assert text in printed
     assert "Ada" not in printed
+
+
+def test_the_hash_that_is_printed_is_the_one_that_the_policy_lists(own_task: str, tmp_path: Path) -> None:
+    def hashed(path: str) -> str:
+        return CliRunner().invoke(app, ["task", "hash", path], catch_exceptions=False).stdout
+
+    code = own_task.rpartition(":")[0]
+    digest = hashlib.sha256(CODE.encode()).hexdigest()
+    assert hashed(code) == f"{digest}  {code}\n"
+    assert hashed(own_task).split()[0] == digest
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    settings = site(tmp_path, task={"path": own_task}, policy_file=Path("policy.toml"), state_dir=Path("state"))
+    (kit / "site.toml").write_text(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)))
+    (tmp_path / "model.key").chmod(0o600)
+    shipped = hashed("heart").split()[0]
+    (kit / "policy.toml").write_text(f'task_sha256 = ["{shipped}"]')
+    refused = str(check(str(kit / "site.toml"), code=1).exception)
+    assert f"has SHA-256 {digest}, and task_sha256 in policy.toml allows {shipped}" in refused
+    (kit / "policy.toml").write_text(f'task_sha256 = ["{digest}"]')
+    assert f"SHA-256 {digest}" in check(str(kit / "site.toml")).stdout
 
 
 def test_what_fails_is_shown_in_full_and_ends_the_check(own_task: str) -> None:

@@ -1,7 +1,4 @@
 import os
-import py_compile
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fednats.errors import ConfigError, DataError, TaskError
+from fednats.errors import ConfigError, DataError
 from fednats.learning.baseline import Pooled, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector
@@ -46,16 +43,6 @@ def n_different(rows: Tensor) -> int:
 # --- how a task is found ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def task_file(tmp_path: Path) -> Iterator[Path]:
-    file = tmp_path / "hospital_task.py"
-    file.write_text(
-        "from fednats.learning.task import Task\nclass Half(Task):\n    def model(self): ...\nclass Other: ...\n"
-    )
-    yield file
-    sys.modules.pop("fednats_task_hospital_task", None)
-
-
 def test_own_task_learns_from_a_csv(tmp_path: Path) -> None:
     write_german_csv(tmp_path / "patients.csv", n=200, seed=0)
     task = make_task(f"{OWN_TASK}:MyTask", {"csv": str(tmp_path / "patients.csv")})
@@ -73,27 +60,6 @@ def test_coordinator_makes_every_shipped_model_without_data(name: str) -> None:
         task.train_data()
 
 
-@pytest.mark.parametrize(
-    ("path", "said"),
-    [
-        ("hart", r"give a shipped task \(heart, breast-cancer, ct-nodule\) or path/to/file.py:ClassName"),
-        ("no/such.py:MyTask", "no such file"),
-        ("{file}:Absent", "no class Absent in the file; tasks there: Half"),
-        ("{file}:Other", "Other is no task; derive it"),
-        ("{file}:Half", "Half lacks test_data, train_data"),
-    ],
-)
-def test_wrong_task_path_is_named(task_file: Path, path: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        load_task(path.format(file=task_file))
-
-
-def test_task_file_that_does_not_import_is_named(task_file: Path) -> None:
-    task_file.write_text("import no_such_package")
-    with pytest.raises(TaskError, match=r"ModuleNotFoundError: .*'no_such_package' \(in <module>, \w+\.py line 1\)"):
-        load_task(f"{task_file}:Half")
-
-
 def test_wrong_options_are_named_with_the_right_ones() -> None:
     with pytest.raises(ConfigError, match="unexpected keyword argument 'cvs'; MyTask takes: csv, csv_format"):
         make_task(f"{OWN_TASK}:MyTask", {"cvs": "x"})
@@ -102,59 +68,6 @@ def test_wrong_options_are_named_with_the_right_ones() -> None:
 def test_own_task_has_no_ready_split() -> None:
     with pytest.raises(ConfigError, match="MyTask has no ready split"):
         load_task(f"{OWN_TASK}:MyTask").sites(3, 0)
-
-
-REVIEWED = (
-    "from fednats.learning.task import Task\n\n\nclass Own(Task):\n    reviewed = True\n\n"
-    "    def model(self): ...\n    def train_data(self): ...\n    def test_data(self): ...\n"
-)
-OTHER = REVIEWED.replace("True", "False")
-
-
-def test_a_compiled_copy_beside_the_reviewed_file_is_not_what_runs(task_file: Path) -> None:
-    task_file.write_text(OTHER)
-    py_compile.compile(str(task_file), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-    task_file.write_text(REVIEWED)
-    assert vars(load_task(f"{task_file}:Own"))["reviewed"]
-
-
-def test_a_file_that_is_exchanged_once_it_was_checked_is_not_what_runs(task_file: Path) -> None:
-    task_file.write_text(REVIEWED)
-
-    def check(file: Path, code: bytes) -> None:
-        assert code == REVIEWED.encode()
-        file.write_text(OTHER)
-
-    assert vars(load_task(f"{task_file}:Own", check))["reviewed"]
-
-
-def test_what_the_check_refuses_does_not_run(task_file: Path) -> None:
-    (ran := task_file.with_name("ran")).unlink(missing_ok=True)
-    task_file.write_text(f"open({str(ran)!r}, 'w')")
-
-    def refuse(file: Path, _code: bytes) -> None:
-        raise ConfigError(f"{file} is not on the list")
-
-    with pytest.raises(ConfigError, match="is not on the list"):
-        load_task(f"{task_file}:Own", refuse)
-    assert not ran.exists()
-    with pytest.raises(ConfigError, match=r"heart\.py is not on the list"):
-        load_task("heart", refuse)
-
-
-@pytest.mark.parametrize("beside", ["beside.py", "beside/__init__.py", "beside/inner.py"])
-def test_what_lies_beside_checked_code_is_not_imported(
-    task_file: Path, monkeypatch: pytest.MonkeyPatch, beside: str
-) -> None:
-    task_file.write_text(f"import beside\n{REVIEWED}")
-    other = task_file.parent / beside
-    other.parent.mkdir(exist_ok=True)
-    other.write_text("")
-    monkeypatch.syspath_prepend(task_file.parent)
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
-    with pytest.raises(TaskError, match=r"beside lies beside hospital_task\.py, and only that file was checked"):
-        load_task(f"{task_file}:Own", lambda _file, _code: None)
-    assert "beside" not in sys.modules
 
 
 # --- heart -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""What a peer says of itself is bounded, and counts for what is its own."""
+
+import structlog
+
+from fednats.messages import Presence
+from fednats.services.lifecycle import Daemon
+from fednats.services.presence import note_said, said_by
+
+LIES = Presence(
+    release="0",
+    declined={f"site.{name}": "no" for name in "abc"},
+    failing={f"site.{name}": "raises" for name in "abc"},
+    n_sites=2**40,
+)
+
+
+def test_a_site_speaks_for_itself_alone() -> None:
+    said = said_by("site", "a", LIES.model_dump_json().encode())
+    assert said is not None
+    assert (said.declined, said.failing, said.n_sites) == ({"site.a": "no"}, {"site.a": "raises"}, 1)
+
+
+def test_a_region_cannot_say_that_more_sites_fail_than_it_has() -> None:
+    """The run ends when as many fail as there are: one region could so end it for all."""
+    said = said_by("aggregator", "north", LIES.model_copy(update={"n_sites": 2}).model_dump_json().encode())
+    assert said is not None
+    assert said.failing == {}
+    honest = LIES.model_copy(update={"n_sites": 3})
+    assert said_by("aggregator", "north", honest.model_dump_json().encode()) == honest
+    unknown = LIES.model_copy(update={"n_sites": 0})
+    assert said_by("aggregator", "north", unknown.model_dump_json().encode()) == unknown
+
+
+def test_what_is_no_presence_is_none() -> None:
+    assert said_by("site", "a", None) is None
+    assert said_by("site", "a", b"{") is None
+
+
+def test_sites_that_say_much_do_not_silence_their_region() -> None:
+    """A region's presence has what its sites say, and must fit into one key."""
+    daemon = Daemon("aggregator", "north", "r", structlog.get_logger())
+    said = [
+        Presence(
+            release="0", declined={f"site.{i}": "\N{SNOWMAN}" * 1000}, failing={f"site.{i}": "x" * 1000}, n_sites=1
+        )
+        for i in range(100)
+    ]
+    note_said(daemon, "site", said)
+    presence = daemon.presence
+    assert len(presence.model_dump_json().encode()) < 2**15
+    assert (len(presence.failing), presence.n_sites) == (100, 100)
+    note_said(daemon, "site", said[:3])
+    assert len(daemon.presence.failing["site.0"]) == 1000, "where few say something, nothing is cut"
