@@ -102,7 +102,7 @@ async def a_site_goes_on_above_what_it_had_sent(now: Running, backup: Path) -> N
     site = now.daemons["site-a"]
     await site.kill()
     known = max(numbers(site.state_dir))
-    shutil.copy(backup / "account", account_of(now))
+    put_account_back(account_of(now), backup / "account")
     await puts_in_place_of(now, "site-a", backup / "state")
     (restored,) = await found(now, lambda: logged(now, "site-a", "restored_from_older_state") or None)
     assert restored["own_number"] == own
@@ -126,6 +126,13 @@ def the_site_s_ledger_says_what_it_lacks(output: Path) -> None:
         result = CliRunner().invoke(app, ["audit", "verify", str(output / f"site-{site}" / EGRESS_FILE)])
         assert result.exit_code == exit_code
         assert said in result.output
+
+
+def put_account_back(account: Path, backup: Path) -> None:
+    """Put it in the place of one whose daemon was killed: without the newest pages of that one."""
+    for suffix in ("-wal", "-shm"):
+        account.with_name(account.name + suffix).unlink(missing_ok=True)
+    shutil.copy(backup, account)
 
 
 def account_of(now: Running) -> Path:
