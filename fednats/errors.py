@@ -156,6 +156,7 @@ class Reason(StrEnum):
     CIPHERTEXT = "ciphertext"
     SEAL = "seal"
     OUTLIER = "outlier"
+    TEST_CASES = "test_cases"
 
 
 class RefusedError(FednatsError):

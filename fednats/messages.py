@@ -334,14 +334,14 @@ class Evaluation(SignedMessage):
     n_classes: int = Field(ge=0, le=1000, description="whose cases are counted; 0 for a task that scores no classes")
     arrangement: Arrangement = Field(description="of the figures that are summed; none: only class counts are")
     figures: FigureNames = Field(description="names of the figures that are summed, in the order of the task")
-    n_samples: Count = Field(description="of the metrics; 0 without them")
+    n_samples: Positive = Field(description="test cases; the counts must be of as many")
     metrics: Metrics = Field(description="readable by the region; empty unless the site's policy gives them")
     min_sites: Positive = Field(description="as of an update")
     payload: Payload
 
 
 class EvaluationSum(SignedMessage):
-    """Sums of the counts of at least ``min_sites`` distinct sites; ``metrics`` are means weighted by ``n_samples``."""
+    """Sums of the counts of at least ``min_sites`` distinct sites; ``metrics`` are means weighted by ``n_samples``, the test cases."""
 
     kind: ClassVar[str] = "evaluation_sum"
 
@@ -353,7 +353,7 @@ class EvaluationSum(SignedMessage):
     n_classes: int = Field(ge=0, le=1000)
     arrangement: Arrangement
     figures: FigureNames
-    n_samples: Count
+    n_samples: Positive
     metrics: Metrics
     min_sites: Positive = Field(description="as of an aggregate")
     payload: Payload

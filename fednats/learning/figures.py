@@ -46,6 +46,12 @@ class Share:
         """The figure."""
         return self.numerator / self.denominator
 
+    def __add__(self, other: "Share") -> "Share":
+        """Put together what different hospitals put in."""
+        return Share(
+            self.numerator + other.numerator, self.denominator + other.denominator, self.n_sites + other.n_sites
+        )
+
 
 @lru_cache(maxsize=16)
 def arrangement_of(names: tuple[str, ...]) -> int:

@@ -8,6 +8,7 @@ from fednats.config import DefenceSettings, RunSettings, StopSettings
 from fednats.messages import Composition, Opening, OpeningNote
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
+from fednats.protocol.evaluated import Evaluated, usual_population
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
     CloseRun,
@@ -37,9 +38,6 @@ FINAL_EVALUATION_S = 30.0
 USUAL_METRIC = "auc"
 """Chooses the best version where the run does not say what does, and there is one."""
 
-COVERAGE_VERSIONS = 10
-"""An evaluation over fewer sites than one of this many before it does not count for the best version or the target."""
-
 
 class RunState(Enum):
     """Where the run stands."""
@@ -48,18 +46,6 @@ class RunState(Enum):
     FINISHING = auto()
     """No version follows; the evaluations of the last one are awaited."""
     CLOSED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """Metrics of one version over all the sites that reported on it."""
-
-    version: int
-    n_sites: int
-    n_samples: int
-    metrics: dict[str, float]
-    means: tuple[str, ...]
-    """Those of ``metrics`` that are means over hospitals, weighted by cases; the others are of all cases pooled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,11 +295,13 @@ class Coordinator:
 
     def _compare(self, evaluated: Evaluated) -> list[Command]:
         """Note whether a version is the best so far, or reaches the target."""
-        metric, recent = self.target_metric, list(self.evaluated.values())[-COVERAGE_VERSIONS:]
+        metric, usual = self.target_metric, usual_population(self.evaluated.values())
         value = None if metric is None else evaluated.metrics.get(metric)
-        if metric is None or value is None or evaluated.n_sites < max(other.n_sites for other in recent):
+        if metric is None or value is None or not evaluated.is_of(usual):
             return []
         commands: list[Command] = []
+        if self.best is not None and not self.best.is_of(usual):
+            self.best = None  # its figure is of other hospitals, or of other test cases of theirs
         if self.best is None or self.stop.better(metric, value, self.best.metrics[metric]):
             self.best = evaluated
             commands.append(KeepBest(evaluated.version))

@@ -4,12 +4,16 @@ from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from fednats.errors import Reason, RefusedError
 from fednats.messages import Evaluation, EvaluationBlocks, EvaluationSum
 from fednats.protocol.cohorts import Cohorts
 from fednats.protocol.events import SumEvaluations, evaluated_by, evaluation_id
 
 PATIENCE_VERSIONS = 5
 """A version whose evaluations are incomplete is summed as it is when this many newer ones have been evaluated."""
+
+MAX_CHANGE = 2
+"""A hospital may have so many times as many test cases as it registered, or so many times fewer."""
 
 FORGOTTEN_VERSIONS = 20
 """So far behind, a version's evaluations are given up."""
@@ -32,6 +36,7 @@ class EvaluationTally:
     Of which sites it may be is up to `Cohorts`. A version is given out when every source has reported; when at least
     ``min_sites`` sites have, with them everybody who is present, and no block is made or split by it; or when so many have
     and it is `PATIENCE_VERSIONS` behind the newest evaluated one. One that is `FORGOTTEN_VERSIONS` behind is dropped.
+    With its first evaluation of a run a site registers how many test cases it has.
     """
 
     def __init__(self, sources: AbstractSet[str]) -> None:
@@ -41,6 +46,7 @@ class EvaluationTally:
         self._newest = 0
         self._done_below = 0
         self._done: set[int] = set()
+        self._registered: dict[str, int] = {}
 
     def expect(self, sources: AbstractSet[str], present: AbstractSet[str]) -> None:
         """Go on with other sources, of whom ``present`` are there."""
@@ -51,12 +57,27 @@ class EvaluationTally:
         """Whether ``version`` was given out, or up."""
         return version not in self._open and (version < self._done_below or version in self._done)
 
+    def check_cases(self, evaluation: Evaluation) -> None:
+        """Compare the number of test cases with what the site registered.
+
+        Raises:
+            RefusedError: ``test_cases``: they are too many, or too few.
+        """
+        registered = self._registered.setdefault(evaluation.site, evaluation.n_samples)
+        if not registered / MAX_CHANGE <= evaluation.n_samples <= registered * MAX_CHANGE:
+            raise RefusedError(
+                Reason.TEST_CASES,
+                f"{evaluation.site} evaluates on {evaluation.n_samples} test cases and began the run with {registered};"
+                " give it the same test data again, or start another run",
+            )
+
     def has(self, evaluation: Part) -> bool:
         """Whether this very evaluation waits here."""
         return self._open.get(evaluation.version, {}).get(evaluated_by(evaluation)) == evaluation
 
     def give_up(self, below: int) -> list[str]:
-        """Give up all of versions below ``below``; return the ids of their evaluations."""
+        """Give up all of versions below ``below``, which begins a run; return the ids of their evaluations."""
+        self._registered.clear()
         given_up = [version for version in self._open if version < below]
         return [evaluation_id(part) for version in given_up for part in self._open.pop(version).values()]
 

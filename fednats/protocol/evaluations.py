@@ -3,6 +3,7 @@
 A part of the `fednats.protocol.collector.Collector`, which says who is there and which version is current.
 """
 
+from fednats.errors import RefusedError
 from fednats.messages import Evaluation, EvaluationBlocks, EvaluationSum
 from fednats.protocol.admission import Roster
 from fednats.protocol.early import MAX_AHEAD, Early
@@ -10,6 +11,7 @@ from fednats.protocol.evaluation_tally import Closed, EvaluationTally
 from fednats.protocol.events import (
     Command,
     EvaluationsSummed,
+    Refuse,
     ReportNotEvaluated,
     Restored,
     Settle,
@@ -64,6 +66,11 @@ class Evaluations:
         identity = evaluation_id(evaluation)
         if current is None or evaluation.version > current.version:
             return [] if self._early.hold(evaluated_by(evaluation), identity, evaluation) else [Settle((identity,))]
+        if isinstance(evaluation, Evaluation):
+            try:
+                self._tally.check_cases(evaluation)
+            except RefusedError as error:
+                return [Refuse(identity, error.reason, error.detail)]
         return self._give_out(self._tally.add(evaluation, current.settings.min_sites))
 
     def known(self, evaluation: Evaluation | EvaluationSum, current: VersionAnnounced | None) -> list[Command] | None:

@@ -131,6 +131,7 @@ class AggregatorService:
         self._published = Published(daemon, uplink, identity, self._lease, run, here)
         self._sent = SentSums(uplink, run, here, above, daemon.log)
         self._evaluations = SentEvaluations(
+            identity,
             self._machine,
             self._published,
             above,

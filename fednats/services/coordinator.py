@@ -143,7 +143,7 @@ class CoordinatorService:
         """Ends the run when the last evaluations do not come."""
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
-        self._evaluations = EvaluationReader(self._tier.chunks, worker, self._stepping, daemon.log)
+        self._evaluations = EvaluationReader(identity, self._tier.chunks, worker, self._stepping, daemon.log)
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
         daemon.n_sites = {"aggregator": 0}
         daemon.status = self._status

@@ -3,9 +3,7 @@
 One vector of the model's size, the mean delta, is in memory; weights and optimiser state are worked on block by block.
 """
 
-import operator
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +19,10 @@ from fednats.config import CoordinatorSettings, RunSettings
 from fednats.crypto.sealing import ModelKeys
 from fednats.delta import scheme
 from fednats.delta.decode import decoder
-from fednats.delta.scheme import count_bits
-from fednats.errors import ConfigError, ImpossibleModelError, Reason, RefusedChunkError, RefusedError
+from fednats.errors import ConfigError, ImpossibleModelError, Reason, RefusedError
 from fednats.learning.entries import frozen_digests, frozen_of, unlike
-from fednats.learning.figures import known_names, n_integers, read_figures
 from fednats.learning.flat import FlatModel, initial_model, parameters_of
 from fednats.learning.initial_weights import load_weights
-from fednats.learning.scores import Counts, n_counts
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
@@ -36,16 +31,11 @@ from fednats.messages import Aggregate, Composition, EvaluationSum, Frame, Grid,
 from fednats.services.answers import Pooled, Version
 from fednats.services.keys import read_keys
 from fednats.services.next_version import Made, NextVersion, Start, first_version, still_of_use
+from fednats.services.pooling import pool
 from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder, frame_file, newest_checkpoint
 from fednats.storage.local_disk import local_disk
 from fednats.storage.local_model import follow_frame
 from fednats.storage.tensor_file import TensorFile, digest_of
-
-MAX_CONFUSION_CLASSES = 30
-MAX_ROC_CLASSES = 10
-"""Of more classes no confusion matrix and no curves are shown: the status is one message."""
-
-ROC_POINTS = 60
 
 
 class CoordinatorWorker:
@@ -351,42 +341,8 @@ class CoordinatorWorker:
         return self._version()
 
     def pool(self, inputs: Sequence[Sequence[bytes]], heads: Sequence[EvaluationSum], min_sites: int) -> Pooled:
-        """Decrypt what several regions summed, and work out the figures of all their test cases.
-
-        Class counts give figures of the cases pooled, sums of figures give means over the hospitals. One that fewer than
-        ``min_sites`` of them have is left out: it is not many hospitals' figure.
-
-        Raises:
-            RefusedChunkError: a sum is malformed, or none of so many sites; ``index`` says which.
-        """
-        like = heads[0]
-        bits = count_bits(self._run.delta)
-        n, n_classes = n_integers(like.n_classes, like.arrangement, bits), like.n_classes
-        summed, counts = np.zeros(n, np.int64), []
-        for index, (chunks, head) in enumerate(zip(inputs, heads, strict=True)):
-            try:
-                flat = self._decoders[like.key_id].decode_counts(chunks, head.n_sites, n)
-                if n_classes:
-                    counts.append(Counts.from_flat(flat[: n_counts(n_classes)], n_classes))
-            except RefusedError as error:
-                raise RefusedChunkError(error.reason, error.detail, index) from None
-            summed += flat
-        n_samples, means = 0, dict[str, float]()
-        if like.arrangement is not None:
-            names = known_names([head.figures for head in heads], like.arrangement)
-            n_sites = sum(head.n_sites for head in heads)
-            n_samples, found = read_figures(summed[n_counts(n_classes) :], names, like.arrangement, bits, n_sites)
-            means = {name: share.value for name, share in found.items() if share.n_sites >= min_sites}
-        if not counts:
-            return Pooled(n_samples, {}, means, [], {})
-        pooled = reduce(operator.add, counts)
-        return Pooled(
-            n_samples=pooled.n_cases,
-            metrics=pooled.metrics(),
-            means=means,
-            confusion=pooled.confusion.tolist() if n_classes <= MAX_CONFUSION_CLASSES else [],
-            roc=pooled.roc(ROC_POINTS) if n_classes <= MAX_ROC_CLASSES else {},
-        )
+        """Decrypt what several regions summed; see `fednats.services.pooling.pool`."""
+        return pool(self._decoders[heads[0].key_id].decode_counts, self._run.delta, inputs, heads, min_sites)
 
     def keep_best(self, version: int) -> bool:
         """Keep a version as the best one; False if its checkpoint is gone already."""

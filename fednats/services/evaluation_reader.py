@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fednats.protocol.events import EvaluationsSummed, SumEvaluations, VersionAnnounced
 from fednats.services.answers import Pooled
 from fednats.services.evaluations import Part, Read, Summing, evaluations_summed
+from fednats.services.identity import Identity
 from fednats.services.worker import Worker
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 class EvaluationReader:
     """Has sums decrypted in the worker process, under ``lock``: a job may end the process, and with it what another keeps there."""
 
-    def __init__(self, read: Read, worker: "Worker[CoordinatorWorker]", lock: asyncio.Lock, log: Any) -> None:
+    def __init__(
+        self, identity: Identity, read: Read, worker: "Worker[CoordinatorWorker]", lock: asyncio.Lock, log: Any
+    ) -> None:
+        self._identity = identity
         self._read = read
         self._worker = worker
         self._lock = lock
@@ -34,7 +38,7 @@ class EvaluationReader:
             return pooled
 
         key_ids = (current.key_id, *current.older_key_ids)
-        summing = Summing(self._read, pool, key_ids, least, self._log)
+        summing = Summing(self._read, pool, key_ids, least, self._identity.n_hospitals, self._log)
         is_of_this_run = command.version >= current.opening.first_version
         parts, pooled = await summing.run(command) if is_of_this_run else ([], None)
         if pooled is not None:

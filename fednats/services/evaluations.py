@@ -39,8 +39,9 @@ Add = Callable[[Sequence[tuple[bytes, ...]], Sequence[Part]], Awaitable[Sum]]
 class Summing(Generic[Sum]):
     """Sums evaluations in the worker process.
 
-    Whatever cannot be summed is left out, and said to be: a part that is damaged, lost, for none of ``key_ids``, or of
-    other classes, in another arrangement or for another key than most.
+    Whatever cannot be summed is left out, and said to be: a part that is damaged, lost, for none of ``key_ids``, of fewer
+    than ``min_sites`` sites or of more than there are, or of other classes, in another arrangement or for another key than
+    most.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Summing(Generic[Sum]):
         add: Add[Sum],
         key_ids: Collection[str],
         min_sites: int,
+        n_hospitals: int,
         log: Any,
     ) -> None:
         self._read = read
         self._add = add
         self._key_ids = key_ids
         self._min_sites = min_sites
+        self._n_hospitals = n_hospitals
         self._log = log
 
     async def run(self, summing: SumEvaluations) -> tuple[list[Part], Sum | None]:
@@ -93,6 +96,10 @@ class Summing(Generic[Sum]):
         least = max(self._min_sites, part.min_sites)
         if isinstance(part, EvaluationSum) and part.n_sites < least:
             raise RefusedError(Reason.TOO_FEW_SITES, f"a sum of {part.n_sites} sites, at least {least} must be")
+        if isinstance(part, EvaluationSum) and part.n_sites > self._n_hospitals:
+            raise RefusedError(
+                Reason.OVERWEIGHT, f"a sum of {part.n_sites} sites; the federation has {self._n_hospitals}"
+            )
 
     async def _sum(self, loaded: Sequence[Loaded]) -> Sum:
         return await self._add([each.chunks for each in loaded], [each.part for each in loaded])

@@ -41,6 +41,11 @@ class Identity:
     def _is_revoked(self) -> bool:
         return self.signer.public_key in self._signers.roster.refused
 
+    @property
+    def n_hospitals(self) -> int:
+        """Sites that the federation has."""
+        return sum(name.startswith("site.") for name in self._signers.roster.keys)
+
     def sign(self, subject: str, message: Message) -> bytes:
         """Return ``message`` as it is published on ``subject``."""
         return self.signer.sign(subject, wire.pack(message))

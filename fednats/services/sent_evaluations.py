@@ -11,6 +11,7 @@ from fednats.services.above import Above
 from fednats.services.answers import Fit
 from fednats.services.compositions import Compositions
 from fednats.services.evaluations import Part, Read, Summing, cases_of, payload_of, sites_of, sum_of
+from fednats.services.identity import Identity
 from fednats.services.published import Published
 from fednats.services.recorder import Recorder, entry_of
 from fednats.services.worker import Worker
@@ -29,6 +30,7 @@ class SentEvaluations:
 
     def __init__(
         self,
+        identity: Identity,
         machine: Collector,
         published: Published,
         above: Above,
@@ -38,6 +40,7 @@ class SentEvaluations:
         compositions: Compositions,
         log: Any,
     ) -> None:
+        self._identity = identity
         self._machine = machine
         self._published = published
         self._above = above
@@ -113,7 +116,7 @@ class SentEvaluations:
             return summed
 
         key_ids = (current.key_id, *current.older_key_ids)
-        summing = Summing(self._read, add, key_ids, current.settings.min_sites, self._log)
+        summing = Summing(self._read, add, key_ids, current.settings.min_sites, self._identity.n_hospitals, self._log)
         parts, summed = await summing.run(command)
         return parts, summed or ()
 

@@ -333,8 +333,8 @@ class SiteService:
                 if isinstance(came_to, protocol.Done) and not isinstance(job, protocol.Evaluate):
                     self._failures.clear()
                     self._show_failing()
-                if self._machine.state is not protocol.State.CLOSED:
-                    self._status["state"] = self._resting
+                is_closed = self._machine.state is protocol.State.CLOSED
+                self._status["state"] = "closed" if is_closed else self._resting
             if isinstance(came_to, protocol.Failed | protocol.NotStored) and not isinstance(job, protocol.Evaluate):
                 asyncio.get_running_loop().call_later(self._failures.pause_s, self._retry)
             if isinstance(came_to, protocol.OutsideHours):
@@ -435,7 +435,7 @@ class SiteService:
             n_classes=scored.n_classes,
             arrangement=scored.arrangement,
             figures=scored.figures,
-            n_samples=scored.n_samples if shown else 0,
+            n_samples=scored.n_samples,
             metrics=scored.metrics if shown else {},
             min_sites=self._policy.min_sites,
             payload=payload_of(self._settings.site, manifest.version, scored.chunks),

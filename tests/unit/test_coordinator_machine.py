@@ -85,6 +85,36 @@ def test_a_figure_over_few_sites_is_neither_best_nor_target() -> None:
     assert machine.reached_target_at is None
 
 
+def summed(machine: Coordinator, number: int, auc: float, n_sites: int, n_samples: int) -> list[Command]:
+    """Have what was evaluated of a version read as this AUC over so many hospitals and cases."""
+    for region in REGIONS:
+        machine.handle(EvaluationArrived(evaluation=evaluation_sum(region, number)))
+    done = EvaluationsSummed(version=number, n_sites=n_sites, n_samples=n_samples, metrics={"auc": auc})
+    return [command for command in machine.handle(done) if isinstance(command, KeepBest)]
+
+
+def test_figures_of_fewer_hospitals_are_not_compared_with_those_of_all() -> None:
+    """Two of five have the easy cases: the untrained version is not the best for that."""
+    machine = coordinator(target=0.99)
+    machine.handle(version(9))
+    assert summed(machine, 0, 0.98, n_sites=2, n_samples=44)
+    assert summed(machine, 1, 0.70, n_sites=5, n_samples=150) == [KeepBest(1)]
+    assert not summed(machine, 2, 0.995, n_sites=2, n_samples=62)
+    assert summed(machine, 3, 0.80, n_sites=5, n_samples=152) == [KeepBest(3)]
+    assert machine.reached_target_at is None
+
+
+def test_figures_of_another_number_of_cases_are_not_compared() -> None:
+    machine = coordinator(target=0.99)
+    machine.handle(version(30))
+    for number in range(3):
+        summed(machine, number, 0.9, n_sites=5, n_samples=150)
+    assert not summed(machine, 3, 0.9997, n_sites=5, n_samples=33552)
+    assert machine.reached_target_at is None
+    kept = [summed(machine, number, 0.85, n_sites=5, n_samples=300) for number in range(4, 12)]
+    assert kept == [[], [], [KeepBest(6)], [], [], [], [], []], "it begins anew once that number is usual"
+
+
 def test_the_run_ends_after_its_last_version_is_evaluated() -> None:
     machine = coordinator(max_versions=1)
     assert AwaitFinalEvaluation(30.0) in apply(machine, "fjord", 1)

@@ -151,7 +151,9 @@ class Fixture:
         raw |= {"bus": {"url": "tls://h:1"}, "task": {"path": "t.py:Task"}, "settings": {"name": "r"}}
         settings = parse(raw, CoordinatorSettings, source="test")
         signer = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
-        identity = SimpleNamespace(name="coordinator.hub", signer=signer, sign=lambda _, message: wire.pack(message))
+        identity = SimpleNamespace(
+            name="coordinator.hub", signer=signer, n_hospitals=4, sign=lambda _, message: wire.pack(message)
+        )
         self.hub, self.inbox = Hub(), SumsHere()
         self.service = CoordinatorService(
             Daemon("coordinator", "hub", "r", structlog.get_logger()),

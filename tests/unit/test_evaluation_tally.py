@@ -1,7 +1,8 @@
 """Sums of evaluations beside each other tell of no fewer sites than each alone; nothing waits for ever for that."""
 
 from fednats.config import AggregationSettings
-from fednats.messages import Evaluation
+from fednats.errors import Reason
+from fednats.messages import Evaluation, Opening
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.evaluation_tally import FORGOTTEN_VERSIONS, PATIENCE_VERSIONS
@@ -11,9 +12,12 @@ from fednats.protocol.events import (
     EvaluationsSummed,
     Event,
     PresenceChanged,
+    Refuse,
     ReportNotEvaluated,
+    RunClosed,
     Settle,
     SumEvaluations,
+    evaluation_id,
 )
 from tests.makers import announcement, evaluation, evaluation_sum
 
@@ -53,6 +57,27 @@ class Region:
 def after(version: int) -> range:
     """Versions that follow until ``version`` is no longer waited for."""
     return range(version + 1, version + 1 + PATIENCE_VERSIONS)
+
+
+def test_a_hospital_cannot_have_many_times_the_test_cases_that_it_registered() -> None:
+    region = Region("abc")
+    region.evaluate("abc", 0)
+    many = evaluation("a", 1, n_samples=33552)
+    (refuse,) = region.feed(EvaluationArrived(evaluation=many))
+    assert isinstance(refuse, Refuse)
+    assert (refuse.contribution_id, refuse.reason) == (evaluation_id(many), Reason.TEST_CASES)
+    assert "33552 test cases and began the run with 10" in refuse.detail
+    region.evaluate("bc", 1)
+    region.evaluate("abc", 2)
+    assert region.sums.keys() == {0, 2}
+    again = announcement(2000, opening=Opening(name="second", first_version=2000, opened_at=2000))
+    region.feed(RunClosed(reason="done", opened_at=0, version=1000))
+    region.feed(again.model_copy(update={"settings": AggregationSettings(min_sites=2)}))
+    assert not [
+        c
+        for c in region.feed(EvaluationArrived(evaluation=evaluation("a", 2000, n_samples=400)))
+        if isinstance(c, Refuse)
+    ]
 
 
 def test_who_is_late_once_is_not_given_away_by_the_difference() -> None:

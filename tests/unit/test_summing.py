@@ -17,7 +17,7 @@ from fednats.learning.scores import Counts, n_counts
 from fednats.messages import Evaluation
 from fednats.protocol.events import SumEvaluations
 from fednats.services.evaluations import Part, Summing, payload_of, sites_of, sum_of
-from tests.makers import PAYLOAD, evaluation
+from tests.makers import PAYLOAD, evaluation, evaluation_sum
 
 BFV = DeltaSettings()
 SECRET, PUBLIC = secret.generate(scheme.bfv(BFV).parameters)
@@ -55,7 +55,7 @@ async def summed(
         return summer(BFV, PUBLIC).sum_counts(inputs, n_sites, n_counts(parts[0].n_classes))
 
     with structlog.testing.capture_logs() as lines:
-        made, total = await Summing(read, add, key_ids, min_sites, structlog.get_logger()).run(
+        made, total = await Summing(read, add, key_ids, min_sites, 1000, structlog.get_logger()).run(
             SumEvaluations(0, tuple(parts))
         )
     left_out = [line["evaluation"] for line in lines if line["event"] == "evaluation_left_out"]
@@ -100,11 +100,17 @@ async def test_other_figures_are_summed_together_and_another_arrangement_is_left
             ("e", None, ()),
         )
     ]
-    made, total = await Summing(nothing, count, (KEY_ID,), 2, structlog.get_logger()).run(
+    made, total = await Summing(nothing, count, (KEY_ID,), 2, 1000, structlog.get_logger()).run(
         SumEvaluations(0, tuple(parts))
     )
     assert total == 3
     assert sum_of("r", "north", made, PAYLOAD).figures == ("c_index", "loss")
+
+
+async def test_a_sum_of_more_hospitals_than_there_are_is_left_out() -> None:
+    parts = [evaluation_sum(region, n_sites=n_sites) for region, n_sites in (("north", 2), ("south", 6))]
+    made, _ = await Summing(nothing, count, ("k",), 2, 5, structlog.get_logger()).run(SumEvaluations(0, tuple(parts)))
+    assert made == parts[:1]
 
 
 async def nothing(_part: Part) -> AsyncGenerator[bytes, None]:
