@@ -22,6 +22,7 @@
     |   |   `-- DataError      a hospital's data is not what its task states
     |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
     |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
+    |   `-- OldAccountError    the privacy account lacks charges of updates that were sent
     `-- RefusedError           something that reached us from others and is refused, with its reason
         `-- RefusedChunkError  one input of a sum
 """
@@ -126,6 +127,10 @@ class LocalDataError(HospitalError):
 
 class BudgetSpentError(FednatsError):
     """The next local pass would go beyond this hospital's privacy budget; nothing was charged and nothing trained."""
+
+
+class OldAccountError(BudgetSpentError):
+    """The privacy account does not know what updates have cost that were sent; nothing was charged and nothing trained."""
 
 
 class Reason(StrEnum):

@@ -17,6 +17,7 @@ from fednats.errors import (
     HospitalError,
     LocalDataError,
     LocalStorageError,
+    OldAccountError,
     Reason,
     RefusedError,
     TaskError,
@@ -37,6 +38,7 @@ from fednats.services.notices import What
 from fednats.services.off_loop import chunk_file
 from fednats.services.persist import RETRY_S
 from fednats.services.recorder import Recorder
+from fednats.services.restore_site import brought_up, gap_in
 from fednats.services.sender import Sender
 from fednats.services.verdicts import Verdicts
 from fednats.services.worker import Worker, WorkerDiedError
@@ -110,6 +112,7 @@ class SiteService:
             "received_bytes": 0,
             "train_s": 0.0,
             "privacy": None,
+            "restored": None,
         }
         self._metrics: dict[str, float] = {}
         daemon.n_sites["site"] = 1
@@ -122,8 +125,7 @@ class SiteService:
 
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
-        await self._verdicts.begin()
-        await self._sender.begin()
+        await self._go_on()
         self._daemon.doing = "loading torch, the task and its data"
         prepared: Prepared = await self._worker.call("prepare")
         self._log.info("task_checked", n_samples=prepared.n_samples, outputs=prepared.outputs)
@@ -148,6 +150,23 @@ class SiteService:
             self._drain,
         )
         self._sender.close()
+
+    async def _go_on(self) -> None:
+        """Go on from what was sent last, also where the state is from a backup that does not know of it."""
+        told = await self._verdicts.begin()
+        found = await brought_up(self._bus, self._identity, self._settings, self._outbox, told, self._log)
+        gap = await gap_in(self._settings.state_dir / EGRESS_FILE, self._outbox, found)
+        await self._sender.begin()
+        if gap is not None:
+            self._log.warning("egress_ledger_is_older", detail=gap.detail)
+            await self._sender.record(gap)
+        self._machine = protocol.Site(await asyncio.to_thread(self._outbox.last_trained))
+        if found is not None:
+            self._status["restored"] = {
+                "own_number": found.own,
+                "newest_number": found.known,
+                "next_number": found.first,
+            }
 
     async def _try_batch(self) -> None:
         """Train on one batch: a task that fails in every pass is reported before the first model is there."""
@@ -363,7 +382,8 @@ class SiteService:
         try:
             return await self._do(job, manifest)
         except BudgetSpentError as error:
-            self._log.warning("budget_spent", version=job.version, reason=str(error))
+            event = "privacy_account_is_older" if isinstance(error, OldAccountError) else "budget_spent"
+            self._log.warning(event, version=job.version, reason=str(error))
             self._daemon.notices.add(What.BUDGET_SPENT, {"version": job.version})
             await self._show_spending(manifest, spent=True)
             return protocol.BudgetSpent()
@@ -475,6 +495,8 @@ class SiteService:
         except (LocalStorageError, WorkerDiedError) as error:
             self._log.warning("spending_not_shown", error=str(error))
             return
+        if spending.n_unseen and spending.n_unseen != (self._status["privacy"] or {}).get("n_unseen"):
+            self._log.warning("charged_for_updates_since_backup", n_updates=spending.n_unseen)
         self._daemon.metrics.epsilon_spent.set(spending.record.epsilon)
         self._status["privacy"] = spending.describe(spent=spent)
 
