@@ -34,6 +34,7 @@ from fednats.protocol.events import (
     VersionAnnounced,
     contribution_id,
 )
+from fednats.protocol.outliers import NormAlarm
 from fednats.services.answers import Version
 from fednats.services.certificates import watch_certificates
 from fednats.services.compositions import Compositions
@@ -144,6 +145,7 @@ class CoordinatorService:
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
         self._evaluations = EvaluationReader(identity, self._tier.chunks, worker, self._stepping, daemon.log)
+        self._alarm = NormAlarm()
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
         daemon.n_sites = {"aggregator": 0}
         daemon.status = self._status
@@ -330,6 +332,10 @@ class CoordinatorService:
                 version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
         except RefusedError as error:
             raise SumsRefusedError(dict.fromkeys(parts, (error.reason, error.detail))) from None
+        median = self._alarm.median_if_jumped(version.delta_norm)
+        if median is not None:
+            self._daemon.metrics.norm_jumps.inc()
+            self._log.warning("delta_norm_jumped", version=version.version, norm=version.delta_norm, median=median)
         return version
 
     def _say_quarantined(self, parts: Mapping[str, Part], norms: Mapping[str, float], why: Mapping[str, str]) -> None:

@@ -28,6 +28,7 @@ from fednats.privacy.egress import EGRESS_FILE
 from fednats.privacy.policy import read_policy
 from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
+from fednats.protocol.outliers import NormAlarm
 from fednats.services.answers import Prepared, Scored
 from fednats.services.certificates import watch_certificates
 from fednats.services.evaluations import payload_of
@@ -103,6 +104,7 @@ class SiteService:
         self._closed_at = -1
         """Which opening was closed last, by the version that it began with."""
         self._failures = Failures()
+        self._alarm = NormAlarm()
         self._working = asyncio.Lock()
         self._status: dict[str, Any] = {
             "region": settings.region,
@@ -450,6 +452,10 @@ class SiteService:
         await self._show_spending(manifest)  # it is charged, whatever becomes of the pass
         if self._settings.slow_factor > 1:
             await asyncio.sleep((time.monotonic() - started) * (self._settings.slow_factor - 1))
+        if (median := self._alarm.median_if_jumped(trained.delta_norm)) is not None:
+            self._daemon.metrics.norm_jumps.inc()
+            norm = trained.delta_norm
+            self._log.warning("delta_norm_jumped", version=manifest.version, norm=norm, median=median)
         seconds = time.monotonic() - started
         self._daemon.metrics.train_seconds.inc(seconds)
         self._status["train_s"] += seconds

@@ -192,10 +192,12 @@ class SiteWorker:
             self._rehearse(manifest, start, n_made)
             self._guard.charge_pass(manifest, sample_rate, n_made, self._outbox.next_sequence())
             trained = self._trainer.train(start, manifest.training, seed)
-            _refuse_not_finite(self._model.delta(start))
+            delta = self._model.delta(start)
+            _refuse_not_finite(delta)
+            norm = float(np.sqrt(sum(float(np.square(delta[block]).sum()) for block in blocks(len(delta)))))
         dp_sgd = manifest.training.dp is not None
         self._pass = Pass(manifest.version, seed, trained.n_samples, goes_on, dp_sgd)
-        return Trained(trained.n_samples, trained.train_loss)
+        return Trained(trained.n_samples, trained.train_loss, norm)
 
     def _left(self, manifest: ModelManifest) -> Left:
         """Return what may have left this site with noise, as far as it was charged."""

@@ -17,7 +17,7 @@ from fednats.protocol.events import (
     Refuse,
     Settle,
 )
-from fednats.protocol.outliers import ALL_FLOOR, MIN_HISTORY, OWN_FLOOR, START, NormHistory
+from fednats.protocol.outliers import ALARM, ALL_FLOOR, MIN_HISTORY, OWN_FLOOR, START, NormAlarm, NormHistory
 from tests.makers import aggregate, announcement, opened
 
 
@@ -91,6 +91,13 @@ def test_empty_sums_are_no_outliers_and_do_not_count() -> None:
     limit = made.limit("north")
     assert limit is not None
     assert limit.n == MIN_HISTORY
+
+
+def test_a_norm_that_grows_a_hundredfold_is_an_alarm() -> None:
+    alarm = NormAlarm()
+    assert [alarm.median_if_jumped(norm) for norm in [2.0] * (MIN_HISTORY - 1) + [1e6]] == [None] * MIN_HISTORY
+    assert alarm.median_if_jumped(ALARM * 2.0 - 1.0) is None
+    assert alarm.median_if_jumped(ALARM * 2.0) == 2.0
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
