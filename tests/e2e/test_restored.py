@@ -103,10 +103,7 @@ async def a_site_goes_on_above_what_it_had_sent(now: Running, backup: Path) -> N
     site = now.daemons["site-a"]
     await site.kill()
     known = max(numbers(site.state_dir))
-    for file in account_of(now):
-        file.unlink()  # else SQLite takes the newest pages of the account that was there for those of the older one
-    for file in backup.glob("privacy-a.sqlite*"):
-        shutil.copy(file, site.state_dir.parent)
+    put_account_back(now, backup)
     await puts_in_place_of(now, "site-a", backup / "state")
     (restored,) = await found(now, lambda: logged(now, "site-a", "restored_from_older_state") or None)
     assert restored["own_number"] == own
@@ -130,6 +127,14 @@ def the_site_s_ledger_says_what_it_lacks(output: Path) -> None:
         result = CliRunner().invoke(app, ["audit", "verify", str(output / f"site-{site}" / EGRESS_FILE)])
         assert result.exit_code == exit_code
         assert said in result.output
+
+
+def put_account_back(now: Running, backup: Path) -> None:
+    """Put it in the place of the one that is there; SQLite would take the newest pages of that for pages of this one."""
+    for file in account_of(now):
+        file.unlink()
+    for file in backup.glob("privacy-a.sqlite*"):
+        shutil.copy(file, now.daemons["site-a"].state_dir.parent)
 
 
 def account_of(now: Running) -> list[Path]:
