@@ -148,6 +148,7 @@ class Reason(StrEnum):
     WRONG_KEY = "wrong_key"
     WRONG_SHAPE = "wrong_shape"
     TOO_STALE = "too_stale"
+    TOO_NEW = "too_new"
     POLICY = "policy"
     TOO_FEW_SITES = "too_few_sites"
     OVERWEIGHT = "overweight"

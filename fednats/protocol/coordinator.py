@@ -1,6 +1,6 @@
 """The coordinator's machine: a `Collector` over regions, and the life of the run around it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -23,6 +23,7 @@ from fednats.protocol.events import (
     FinalEvaluationOverdue,
     KeepBest,
     OpenRun,
+    ReportBounded,
     Restored,
     RunClosed,
     RunFailed,
@@ -206,6 +207,15 @@ class Coordinator:
                 if contribution_id(part.head) in norms
             }
         )
+
+    def without(self, combination: Combination, left_out: Collection[str]) -> Combination:
+        """Return ``combination`` as if these of its sums had never come; see `Collector.without`."""
+        return self.collector.without(combination, left_out)
+
+    @property
+    def bounded(self) -> Mapping[str, ReportBounded]:
+        """Regions whose last claim of mass was believed in part only."""
+        return self.collector.bounded
 
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,10 +152,7 @@ class AggregatorService:
         }
         self._sites_changed = asyncio.Event()
         daemon.status = self._status
-        daemon.private = lambda: {
-            "sources": daemon.sources,
-            "senders": self._senders(),
-        }  # the node above need not know who the sites are
+        daemon.private = self._private  # the node above need not know who the sites are
         daemon.buses += [region, uplink]
 
     async def live(self) -> None:
@@ -269,6 +267,10 @@ class AggregatorService:
             "lease": self._lease.status,
             "restored": self._restored,
         }
+
+    def _private(self) -> dict[str, Any]:
+        bounded = {source: asdict(said) for source, said in self._machine.bounded.items()}
+        return {"sources": self._daemon.sources, "senders": self._senders(), "claims_bounded": bounded}
 
     # --- models -------------------------------------------------------------------------------------------------------
 

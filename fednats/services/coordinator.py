@@ -241,6 +241,7 @@ class CoordinatorService:
             "refused": self._tier.refused,
             "refusals": self._tier.refusals,
             "quarantined": list(self._quarantined),
+            "claims_bounded": {region: asdict(said) for region, said in machine.bounded.items()},
             "norm_limits": {
                 region: None if (limit := machine.norms.limit(region)) is None else asdict(limit)
                 for region in self._settings.regions
@@ -319,9 +320,10 @@ class CoordinatorService:
         quarantined = self._machine.outliers(combination, norms)
         if quarantined:
             self._say_quarantined(parts, norms, quarantined)
-            parts = {name: part for name, part in parts.items() if name not in quarantined}
+            combination = self._machine.without(combination, quarantined)
+            parts = {contribution_id(part.head): part for part in combination.parts}
             await self._decrypt(list(parts.values()))
-        heads = [part.head for part in parts.values()]
+        heads = [part.head for part in parts.values() if isinstance(part.head, Aggregate)]
         await self._recorder.record(*map(accepted, heads))
         version: Version
         try:

@@ -50,6 +50,11 @@ class Metrics:
         self.failing = Gauge(
             "fednats_failing", "Sites, this one or those below, whose training fails.", registry=self.registry
         )
+        self.claims_bounded = Gauge(
+            "fednats_claims_bounded",
+            "Sites and regions below that claim more cases, or more mass, than they are believed to have.",
+            registry=self.registry,
+        )
         self.waiting = Counter(
             "fednats_waiting_for_sites",
             "Times that fewer distinct sites than a sum must have were there, at once or at a deadline.",

@@ -75,7 +75,7 @@ async def send_poison(bus: Bus, identity: Identity, current: ModelManifest, publ
             "aggregate_id": "poison",
             "grid_id": current.grid.grid_id,
             "key_id": current.key_id,
-            "total_weight": 1,
+            "total_weight": 2,
             "payload": Payload(payload_id="poison", n_bytes=sum(map(len, chunks)), digests=digests),
         }
     )

@@ -260,7 +260,9 @@ async def test_the_end_of_a_run_waits_for_what_is_under_way(run: SmallRun) -> No
         pytest.param("north", with_head(2, n_samples=999), "weights: sum", id="so the sum weighs more"),
         pytest.param("hub", with_head(2, mass=5.0), "mass is 5.0, the region's", id="a sum weighs less above"),
         pytest.param("hub", with_head(2, total_weight=7), "total_weight is 7, the", id="a sum is divided by less"),
-        pytest.param("hub", with_head(2, staleness_max=3), "staleness_max is 3, the", id="a sum is older above"),
+        pytest.param(
+            "hub", with_head(2, staleness_max=3, staleness_sum=3), "staleness_max is 3, the", id="a sum is older above"
+        ),
         pytest.param("hub", with_head(2, aggregate_id="x"), "unknown: hub took in sum x", id="a sum nobody made"),
         pytest.param("north", until("combined", 1), "unknown: hub took in sum", id="the region's journal is old"),
         pytest.param("hub", until("combined", 4), "which the journal does not say", id="the hub's journal is old"),
