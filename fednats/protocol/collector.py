@@ -289,15 +289,26 @@ class Collector:
     def _announce_closed(self, event: VersionAnnounced) -> list[Command]:
         if event.opening.opened_at > self._closed.opened_at:
             return self._announce(event)
-        if self.current is None or event.version >= self.current.version:
-            self.current = event
-        return []
+        if self.current is not None and event.version < self.current.version:
+            return []
+        self.current = event  # it was in flight when the run was closed, and is evaluated like the others
+        return self.evaluations.announced(event)
 
     def _combined_closed(self, event: Combined) -> list[Command]:
         return self._settle_parts(self._take_in_flight(event.combination_id), event)
 
     def _combine_failed_closed(self, event: CombineFailed) -> list[Command]:
-        return self._combined_closed(Combined(combination_id=event.combination_id))
+        """Refuse what spoilt it, by its reason; the run is over without the rest."""
+        refusals: list[Command] = []
+        left_over: list[str] = []
+        for part in self._take_in_flight(event.combination_id).parts:
+            identity = contribution_id(part.head)
+            if identity in event.refused:
+                refusals.append(self._refuse(identity, *event.refused[identity]))
+            elif identity not in event.vanished:
+                self._settled.remember(identity)
+                left_over.append(identity)
+        return [*([Settle(tuple(left_over))] if left_over else []), *refusals]
 
     def _ignore(self, _event: Event) -> list[Command]:
         return []

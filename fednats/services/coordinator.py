@@ -55,7 +55,7 @@ from fednats.services.rejects import Rejects
 from fednats.services.restore import Restoration
 from fednats.services.runs import Runs
 from fednats.services.server_limit import follow_server_limit
-from fednats.services.tier import Handled, Tier
+from fednats.services.tier import Handled, Tier, unknown
 from fednats.services.version_notes import VersionNotes
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
@@ -318,6 +318,7 @@ class CoordinatorService:
         identity = combination.combination_id
         parts = {part.head.aggregate_id: part for part in combination.parts if isinstance(part.head, Aggregate)}
         norms = await self._decrypt(list(parts.values()))
+        self._figures["received_bytes"] += sum(part.head.payload.n_bytes for part in parts.values())
         quarantined = self._machine.outliers(combination, norms)
         if quarantined:
             self._say_quarantined(parts, norms, quarantined)
@@ -372,7 +373,6 @@ class CoordinatorService:
             except RefusedError as error:
                 raise SumsRefusedError({identity: (error.reason, error.detail)}) from None
             norms[identity] = math.sqrt(squares)
-            self._figures["received_bytes"] += part.head.payload.n_bytes
         return norms
 
     def _note(self, handled: Handled) -> None:
@@ -446,7 +446,7 @@ class CoordinatorService:
                 self._daemon.notices.add(What.RUN_CLOSED, closed)
                 await self._put_state()
             case _:
-                raise AssertionError(f"{type(command).__name__} is not a coordinator's command")
+                raise unknown(command, "coordinator")
 
     async def _read_evaluations(self, command: SumEvaluations) -> None:
         """Have read what regions summed of their sites' evaluations, and say it."""

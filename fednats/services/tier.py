@@ -130,8 +130,16 @@ class Tier:
             self._journal.close()
 
     async def replay(self) -> int:
-        """Replay the journal into the machine; return the number of events. Then `take_up`."""
-        return await asyncio.to_thread(self._replay)
+        """Replay the journal into the machine; return the number of events. Then `take_up`.
+
+        Meanwhile ``/status`` says so, and what it said before: what a thread is changing cannot be looked at.
+        """
+        before = {**self.daemon.status(), "state": "replaying"}
+        status, self.daemon.status = self.daemon.status, lambda: before
+        try:
+            return await asyncio.to_thread(self._replay)
+        finally:
+            self.daemon.status = status
 
     def take_up(self) -> None:
         """Go on with what was under way when the journal ended."""
@@ -340,6 +348,11 @@ class Tier:
         """Return the time of day at the start, and since then as much as has passed, whatever the clock is set to."""
         wall_s, monotonic_s = self._started
         return wall_s + time.monotonic() - monotonic_s
+
+
+def unknown(command: Command, role: str) -> AssertionError:
+    """Return what to raise for a command that the daemon of ``role`` has no way to execute: it must not be lost."""
+    return AssertionError(f"{type(command).__name__} is not a command of the {role}")
 
 
 async def _at_once() -> None:

@@ -86,7 +86,8 @@ async def a_site_is_backed_up(now: Running, folder: Path) -> None:
     site = now.daemons["site-a"]
     assert await site.stop() == 0
     shutil.copytree(site.state_dir, folder / "state", ignore=LEFT_OUT)
-    shutil.copy(account_of(now), folder / "account")
+    for file in account_of(now):
+        shutil.copy(file, folder)
     await site.start()
 
 
@@ -102,7 +103,7 @@ async def a_site_goes_on_above_what_it_had_sent(now: Running, backup: Path) -> N
     site = now.daemons["site-a"]
     await site.kill()
     known = max(numbers(site.state_dir))
-    put_account_back(account_of(now), backup / "account")
+    put_account_back(now, backup)
     await puts_in_place_of(now, "site-a", backup / "state")
     (restored,) = await found(now, lambda: logged(now, "site-a", "restored_from_older_state") or None)
     assert restored["own_number"] == own
@@ -128,15 +129,17 @@ def the_site_s_ledger_says_what_it_lacks(output: Path) -> None:
         assert said in result.output
 
 
-def put_account_back(account: Path, backup: Path) -> None:
-    """Put it in the place of one whose daemon was killed: without the newest pages of that one."""
-    for suffix in ("-wal", "-shm"):
-        account.with_name(account.name + suffix).unlink(missing_ok=True)
-    shutil.copy(backup, account)
+def put_account_back(now: Running, backup: Path) -> None:
+    """Put it in the place of the one that is there; SQLite would take the newest pages of that for pages of this one."""
+    for file in account_of(now):
+        file.unlink()
+    for file in backup.glob("privacy-a.sqlite*"):
+        shutil.copy(file, now.daemons["site-a"].state_dir.parent)
 
 
-def account_of(now: Running) -> Path:
-    return now.daemons["site-a"].state_dir.parent / "privacy-a.sqlite"
+def account_of(now: Running) -> list[Path]:
+    """Return the account's file, and those that SQLite keeps beside it."""
+    return list(now.daemons["site-a"].state_dir.parent.glob("privacy-a.sqlite*"))
 
 
 def numbers(state: Path) -> list[int]:
