@@ -189,11 +189,12 @@ class Guard:
         return charges
 
     def _of_pass(self, manifest: ModelManifest, sample_rate: float) -> "Charge | None":
+        dp, n_steps = manifest.training.dp, manifest.training.local_steps
+        if dp is None:
+            return None
         from fednats.privacy.account import Charge  # noqa: PLC0415 - as above
 
-        dp = manifest.training.dp
-        n_steps = manifest.training.local_steps
-        return None if dp is None else Charge("record", "gaussian", dp.noise_multiplier, sample_rate, n_steps)
+        return Charge("record", "gaussian", dp.noise_multiplier, sample_rate, n_steps)
 
     def _place(self, n_updates: int, sequence: int = 0) -> "Place":
         from fednats.privacy.account import Place  # noqa: PLC0415 - as above
