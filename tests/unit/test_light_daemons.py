@@ -22,7 +22,7 @@ def test_a_daemon_loads_neither_torch_nor_tenseal(service: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-PASS = """
+TRAINING = """
 import sys
 from types import SimpleNamespace
 import fednats.services.site_worker
@@ -40,6 +40,6 @@ print(sorted({"opacus", "scipy"} & set(sys.modules)))
 def test_a_pass_without_noise_loads_nothing_of_what_noise_needs(tmp_path: Path) -> None:
     """It would stay in the worker's memory beside the model."""
     done = subprocess.run(
-        [sys.executable, "-c", PASS, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", TRAINING, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"
