@@ -37,6 +37,7 @@ REACTIONS: Mapping[Reason, Reaction] = MappingProxyType(
         Reason.WRONG_GRID: Reaction.GO_ON,
         Reason.WRONG_KEY: Reaction.GO_ON,
         Reason.TOO_STALE: Reaction.GO_ON,
+        Reason.TOO_NEW: Reaction.GO_ON,
         Reason.EARLIER_RUN: Reaction.GO_ON,
         Reason.CHECKSUM: Reaction.GO_ON,
         Reason.CIPHERTEXT: Reaction.GO_ON,
