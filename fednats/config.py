@@ -112,6 +112,9 @@ class TrainingSettings(Settings):
 ASYNCHRONOUS_RATE = 0.3
 """Where every sum makes a version, its delta is a few versions old: a whole step swings about the optimum, and may diverge."""
 
+ADAM_RATE = 0.005
+"""Adam moves each weight by about its rate, however small the delta; docs/architecture.md has the measurements."""
+
 
 class ServerSettings(Settings):
     """The optimiser that the coordinator applies to the pseudo-gradient (Reddi et al. 2021, arXiv:2003.00295)."""
@@ -121,18 +124,22 @@ class ServerSettings(Settings):
         None,
         gt=0,
         le=1000,
-        description="none: 1 in synchronous rounds, which is FedAvg; 0.3 where deltas are a few versions old",
+        description="none: 1 in synchronous rounds, which is FedAvg; 0.3 where deltas are a few versions old; 0.005 with adam",
     )
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
 
     def rate(self, *, synchronous: bool) -> float:
-        """Return the learning rate, or what the mode makes of none.
+        """Return the learning rate, or what the optimiser and the mode make of none.
 
         >>> ServerSettings().rate(synchronous=True), ServerSettings().rate(synchronous=False)
         (1.0, 0.3)
+        >>> ServerSettings(optimizer="adam").rate(synchronous=False)
+        0.005
         """
         if self.learning_rate is not None:
             return self.learning_rate
+        if self.optimizer == "adam":
+            return ADAM_RATE
         return 1.0 if synchronous else ASYNCHRONOUS_RATE
 
 
@@ -163,6 +170,11 @@ class AggregationSettings(Settings):
     staleness: StalenessSettings = StalenessSettings()
     participation_correction: bool = Field(
         default=True, description="let every site count by its samples, however seldom it contributes"
+    )
+    claim_limit: float = Field(
+        3.0,
+        ge=1,
+        description="a site counts as at most so many times the cases of the median of its region's others, whatever it claims",
     )
     robust: Literal["none", "median", "trimmed_mean", "norm_bound"] = Field(
         "none", description="how a region sums its sites' updates; other than none only where it can see them"

@@ -22,6 +22,7 @@
     |   |   `-- DataError      a hospital's data is not what its task states
     |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
     |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
+    |   `-- OldAccountError    the privacy account lacks charges of updates that were sent
     `-- RefusedError           something that reached us from others and is refused, with its reason
         `-- RefusedChunkError  one input of a sum
 """
@@ -128,6 +129,10 @@ class BudgetSpentError(FednatsError):
     """The next local pass would go beyond this hospital's privacy budget; nothing was charged and nothing trained."""
 
 
+class OldAccountError(BudgetSpentError):
+    """The privacy account does not know what updates have cost that were sent; nothing was charged and nothing trained."""
+
+
 class Reason(StrEnum):
     """Why something received was refused; the label in logs and metrics."""
 
@@ -143,6 +148,7 @@ class Reason(StrEnum):
     WRONG_KEY = "wrong_key"
     WRONG_SHAPE = "wrong_shape"
     TOO_STALE = "too_stale"
+    TOO_NEW = "too_new"
     POLICY = "policy"
     TOO_FEW_SITES = "too_few_sites"
     OVERWEIGHT = "overweight"

@@ -15,6 +15,9 @@ from fednats.config import AggregationSettings, DeltaSettings, RunSettings, Toke
 DIGEST_BYTES = 16
 MAX_COUNT = 2**40
 MAX_MASS = 1e15
+MIN_MASS = 1e-9
+"""Of a sum: far below any that is made, and far above what arithmetic takes for nothing."""
+
 MAX_CHUNKS = 2**16
 """Chunks of one payload: 16 GiB of the usual ones."""
 
@@ -255,7 +258,9 @@ class Aggregate(SignedMessage):
     grid_id: Token
     key_id: Token
     total_weight: Positive = Field(description="sum of the integer weights, the divisor of the decrypted sum")
-    mass: float = Field(gt=0, le=MAX_MASS, description="sum of n_samples times staleness and participation factors")
+    mass: float = Field(
+        ge=MIN_MASS, le=MAX_MASS, description="sum of n_samples times staleness and participation factors"
+    )
     n_sites: Positive
     n_updates: Positive
     n_samples: Positive
@@ -264,6 +269,20 @@ class Aggregate(SignedMessage):
     staleness_max: Count
     min_sites: Positive = Field(description="the most that any of its sites asks for; there are as many")
     payload: Payload
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "Aggregate":
+        """Refuse figures that no sum has: every update has a weight, a case and a site, and some staleness or none."""
+        if not self.n_sites <= self.n_updates <= min(self.total_weight, self.n_samples):
+            raise ValueError(
+                f"{self.n_updates} updates of {self.n_sites} sites and {self.n_samples} cases with total weight"
+                f" {self.total_weight}"
+            )
+        if not self.staleness_max <= self.staleness_sum <= self.n_updates * self.staleness_max:
+            raise ValueError(
+                f"staleness {self.staleness_sum} in all and {self.staleness_max} at most of {self.n_updates} updates"
+            )
+        return self
 
 
 class ComposedPart(BaseModel):

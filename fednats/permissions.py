@@ -105,17 +105,20 @@ def api_of(node: str) -> str:
 
 
 def site(run: str, region: str, name: str) -> Permissions:
-    """A site: sends its own updates, evaluations and presence; reads models, control and its own receipts."""
+    """A site: sends its own updates, evaluations and presence; reads models, control, its own receipts, and what it sent last."""
     models, receipt = subjects.models_stream(run, region), subjects.receipt(run, region, name)
+    updates, here = subjects.updates_stream(run, region, name), presence(run, "site", name)
     return Permissions(
         publish=(
             f"{subjects.update(run, region, name)}.>",
             subjects.evaluation(run, region, name),
-            presence(run, "site", name),
+            here,
             subjects.event(run, "site", name),
             f"$JS.API.DIRECT.GET.{models}.{subjects.model(run)}.>",
             f"$JS.API.DIRECT.GET.{models}.{subjects.control(run)}",
             f"$JS.API.DIRECT.GET.{subjects.receipts_stream(run, region)}.{receipt}",
+            f"$JS.API.DIRECT.GET.{updates}.{subjects.head(subjects.update(run, region, name))}",
+            f"$JS.API.DIRECT.GET.KV_{subjects.presence_bucket(run)}.{here}",
             answer_observer(region),
         ),
         subscribe=(

@@ -26,7 +26,13 @@ class Participants:
 
     def write(self, **changes: object) -> None:
         keys = {name: Signer(text).public_key for name, text in self.seeds.items()}
-        self.file.write_text(tomli_w.dumps({"run": "r", "epoch": 1, "keys": keys, **changes}))
+        self.replace(tomli_w.dumps({"run": "r", "epoch": 1, "keys": keys, **changes}))
+
+    def replace(self, text: str) -> None:
+        """Change the file all at once: whoever reads it sees the old text or the new one."""
+        new = self.file.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.file)
 
     def signer(self, name: str) -> Signer:
         return Signer(self.seeds[name])

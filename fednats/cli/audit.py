@@ -33,9 +33,9 @@ def audit_verify(
 ) -> None:
     """Say whether a ledger is whole and who signed it, or exit code 1 with the place; docs/audit.md."""
     found = _audit(ledger, signers, against)
-    for text in (*found.notes, *found.findings, found.line):
+    for text in (*found.notes, *found.gaps, *found.findings, found.line):
         typer.echo(text)
-    raise typer.Exit(1 if found.findings else 0)
+    raise typer.Exit(1 if found.findings or found.gaps else 0)
 
 
 @audit.command("show")
@@ -56,7 +56,7 @@ def audit_show(
         except OSError as error:
             raise ConfigError(f"{html}: cannot be written ({error.strerror}); give another --html") from error
         typer.echo(f"{html} is written.")
-    for text in (*found.findings, found.line):
+    for text in (*found.gaps, *found.findings, found.line):
         typer.echo(text)
 
 

@@ -34,6 +34,13 @@ COARSE = {127: 1 / 64, 7: 1 / 16}
 _GROW = ((0.5, 8.0), (0.1, 4.0), (SATURATION_HIGH, 2.0))  # share clipped above which the range grows by so much
 _MAX_SHRINK = 2.0**-7
 
+MIN_STEP = 2.0**-100
+"""No step becomes smaller, however small the deltas become.
+
+Steps are float32 where a delta is divided by them. From 2^-100 on, every multiple of a step is a normal float32 (they begin
+at 2^-126), and a delta of up to 2^27 divided by it is finite (they end at 2^128); at 2^-150 a step would be zero.
+"""
+
 
 NOISE_RANGE = 6.0
 """Range of a tensor over the standard deviation of the noise that sites add to every value; little of it is clipped."""
@@ -67,11 +74,9 @@ def adapt(grid: Grid, layout: Layout, mean_delta: Vector, n_saturated: int, n_va
     """
     saturation = n_saturated / max(n_values, 1)
     fill = layout.means(mean_delta, np.abs) / (np.array(grid.steps) * qmax)
-    factors = tuple(_factor(float(value), saturation, float(fill.max(initial=0.0)), qmax) for value in fill)
-    if all(factor == 1.0 for factor in factors):
-        return grid
-    run = grid.grid_id.partition("-")[0]
-    return _grid(run, tuple(step * factor for step, factor in zip(grid.steps, factors, strict=True)))
+    factors = [_factor(float(value), saturation, float(fill.max(initial=0.0)), qmax) for value in fill]
+    steps = tuple(max(step * factor, min(step, MIN_STEP)) for step, factor in zip(grid.steps, factors, strict=True))
+    return grid if steps == grid.steps else _grid(grid.grid_id.partition("-")[0], steps)
 
 
 def _factor(fill: float, saturation: float, fullest: float, qmax: int) -> float:

@@ -2,13 +2,16 @@
 
 A charge is durable before the pass that it pays for begins, and is never taken back: a site that is killed in between has
 spent too much in its book, never too little. Two runs at one hospital may share the file.
+
+A charge names the number of the update that it pays for. An account that has not paid for the newest number of a site is
+older than what the site has sent: a copy from a backup, which would forget what was spent since.
 """
 
 import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +33,8 @@ CREATE TABLE IF NOT EXISTS charge (number INTEGER PRIMARY KEY, at TEXT NOT NULL 
     noise_multiplier REAL NOT NULL, parameter REAL NOT NULL, n_steps INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS unfinished (federation TEXT NOT NULL, site TEXT NOT NULL, n_updates INTEGER NOT NULL,
     n_passes INTEGER NOT NULL, PRIMARY KEY (federation, site)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS paid (federation TEXT NOT NULL, site TEXT NOT NULL, sequence INTEGER NOT NULL,
+    version INTEGER NOT NULL, n_unseen INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (federation, site)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS charge_level ON charge (level, mechanism, noise_multiplier, parameter, n_steps);
 """
 
@@ -56,11 +61,24 @@ class Charge:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site stands in a federation: ``n_updates`` were stored."""
+    """Where a site stands in a federation: ``n_updates`` were stored, and what is charged pays for number ``sequence``."""
 
     federation: str
     site: str
     n_updates: int
+    sequence: int = 0
+
+
+@dataclass(frozen=True)
+class Paid:
+    """How far a site has paid in a federation."""
+
+    sequence: int
+    """Newest update that is paid for."""
+    version: int
+    """Model version of the newest charge."""
+    n_unseen: int = 0
+    """Updates that were charged afterwards, as much as each can have cost: the account that knew of them was lost."""
 
 
 class Account:
@@ -79,8 +97,18 @@ class Account:
         self._refuse_older()
         self._refuse_deleted()
 
-    def charge(self, federation: str, version: int, charges: Sequence[Charge], budget: Budget | None) -> None:
+    def charge(
+        self,
+        federation: str,
+        version: int,
+        charges: Sequence[Charge],
+        budget: Budget | None,
+        at: Place | None = None,
+        n_unseen: int = 0,
+    ) -> None:
         """Book ``charges`` for a pass on ``version`` of a run of ``federation``; durable on return.
+
+        They pay for the update ``at``; ``n_unseen`` is as of `Paid`.
 
         Raises:
             BudgetSpentError: the records' epsilon would go beyond ``budget``; nothing was booked.
@@ -88,23 +116,48 @@ class Account:
         """
         with self._transaction():
             self._book(federation, version, charges, budget)
+            if at is not None:
+                self._note_paid(at, version, n_unseen)
 
     def charge_pass(self, at: "Place", version: int, charge: Charge, budget: Budget | None) -> None:
         """Book a pass that begins now, as `charge`; it counts as unfinished until the site has one update more."""
         with self._transaction() as connection:
             self._book(at.federation, version, [charge], budget)
+            self._note_paid(at, version)
             connection.execute(
                 "INSERT INTO unfinished VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET n_updates = excluded.n_updates,"
                 " n_passes = CASE WHEN n_updates = excluded.n_updates THEN n_passes + 1 ELSE 1 END",
-                astuple(at),
+                (at.federation, at.site, at.n_updates),
             )
 
     def n_unfinished(self, at: "Place") -> int:
         """Return how many passes were charged since the site's newest update was stored."""
         query = "SELECT n_passes FROM unfinished WHERE federation = ? AND site = ? AND n_updates = ?"
         with self._reading():
-            row = self._connection.execute(query, astuple(at)).fetchone()
+            row = self._connection.execute(query, (at.federation, at.site, at.n_updates)).fetchone()
         return 0 if row is None else int(row[0])
+
+    def paid(self, federation: str, site: str) -> Paid | None:
+        """Return how far ``site`` has paid in ``federation``; None if it has paid for nothing there."""
+        with self._reading():
+            query = "SELECT sequence, version, n_unseen FROM paid WHERE federation = ? AND site = ?"
+            row = self._connection.execute(query, (federation, site)).fetchone()
+        return None if row is None else Paid(*row)
+
+    def costliest(self, federation: str, since_version: int, like: Charge) -> Charge:
+        """Return ``like`` with the least noise and the highest sample rate of the charges of its kind in ``federation``.
+
+        Those for passes on ``since_version`` or later count, and ``like`` itself.
+        """
+        query = (
+            "SELECT MIN(noise_multiplier), MAX(parameter) FROM charge"
+            " WHERE federation = ? AND version >= ? AND level = ? AND mechanism = ?"
+        )
+        with self._reading():
+            row = self._connection.execute(query, (federation, since_version, like.level, like.mechanism)).fetchone()
+        noise, rate = row if row[0] is not None else (like.noise_multiplier, 0.0)
+        costlier = replace(like, noise_multiplier=min(like.noise_multiplier, noise))
+        return costlier if like.mechanism == "skellam" else replace(costlier, parameter=max(like.parameter, rate))
 
     def check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         """Raise BudgetSpentError if ``charges`` could not be booked now."""
@@ -155,6 +208,13 @@ class Account:
         insert = f"INSERT INTO charge ({_CHARGED}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - a constant
         self._connection.executemany(insert, rows)
         extend(self._connection, CHARGES_TABLE, rows)
+
+    def _note_paid(self, at: Place, version: int, n_unseen: int = 0) -> None:
+        self._connection.execute(
+            "INSERT INTO paid VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET version = excluded.version,"
+            " sequence = MAX(sequence, excluded.sequence), n_unseen = n_unseen + excluded.n_unseen",
+            (at.federation, at.site, at.sequence, version, n_unseen),
+        )
 
     def _check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
         if budget is None:

@@ -75,3 +75,29 @@ def read_anchor(ledger: Path) -> Anchor | None:
         raise ConfigError(
             f"{file}: is no receipt of a region ({error}); keep it elsewhere and a new one is begun"
         ) from error
+
+
+def missing_heads(ledger: Path, newest: str) -> list[str]:
+    """Return the records that were named as the newest of ``ledger`` and are not mentioned there.
+
+    The receipt beside it names one, and the site's newest update another, ``newest``.
+
+    Raises:
+        ConfigError: the receipt cannot be read.
+        LocalStorageError: the ledger cannot be read.
+    """
+    anchor = read_anchor(ledger)
+    named = {newest, NO_RECORD if anchor is None else anchor.head} - {NO_RECORD}
+    try:
+        with ledger.open("rb") as lines:
+            for line in lines:
+                if not named:
+                    break
+                named = {head for head in named if head.encode() not in line}
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise LocalStorageError(
+            f"{ledger}: cannot be read ({error}); what left cannot be told, so nothing leaves"
+        ) from error
+    return sorted(named)

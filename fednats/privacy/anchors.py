@@ -15,6 +15,7 @@ from fednats.privacy.anchor import Anchor
 from fednats.privacy.egress import BEGIN, Record
 
 _CUT = "the end of this ledger is missing, or it was made anew"
+_IN_GAP = "it left in a gap that this ledger says it has, or the end of the ledger is missing"
 
 
 def against_receipt(records: Sequence[Record], anchor: Anchor, rosters: Sequence[Roster]) -> Iterator[str]:
@@ -23,7 +24,8 @@ def against_receipt(records: Sequence[Record], anchor: Anchor, rosters: Sequence
     if rosters and not any(_is_signed(anchor, roster, region) for roster in rosters):
         yield f"the receipt beside it is not signed by {region}"
         return
-    if anchor.head not in {BEGIN, *(record.hash for record in records)}:
+    told = any(record.what == "restored" and anchor.head in record.detail for record in records)
+    if not told and anchor.head not in {BEGIN, *(record.hash for record in records)}:
         yield f"{region} has countersigned record {anchor.head[:16]}..., which is not here: {_CUT}"
 
 
@@ -32,14 +34,15 @@ def against_ledger(records: Sequence[Record], other: Sequence[Record]) -> Iterat
     senders = {f"from {by}" for by in {record.by for record in records}}
     left = {(record.name, record.digest) for record in records}
     hashes = {BEGIN, "", *(record.hash for record in records)}
+    why = _IN_GAP if any(record.what == "restored" for record in records) else _CUT
     for record in other:
         if record.what != "accepted" or record.detail not in senders:
             continue
         where = f"{record.by} has accepted {record.name} (its record {record.sequence})"
         if (record.name, record.digest) not in left:
-            yield f"{where}, which is not here: {_CUT}"
+            yield f"{where}, which is not here: {why}"
         elif record.anchors not in hashes:
-            yield f"{where}, which named record {record.anchors[:16]}... as the newest here, and that is not here: {_CUT}"
+            yield f"{where}, which named record {record.anchors[:16]}... as the newest here, and that is not here: {why}"
 
 
 def _is_signed(anchor: Anchor, roster: Roster, region: str) -> bool:

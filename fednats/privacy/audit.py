@@ -34,6 +34,11 @@ class Audit:
     """Each with its line."""
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def gaps(self) -> list[str]:
+        """What this ledger says of itself: records that a backup did not have."""
+        return [f"record {record.sequence}: {record.detail}" for record in self.records if record.what == "restored"]
+
     def run_of(self, version: int | None) -> str:
         """Return the run that ``version`` is of, by the records that say where runs begin; empty if none says so."""
         begun = {record.version: record.name for record in self.records if record.what == "run"}
@@ -61,7 +66,8 @@ class Audit:
         parts = ", ".join(f"{kind} {count} ({n_bytes[kind]} bytes)" for kind, count in sorted(kinds.items()))
         by = ", ".join(sorted({record.by for record in self.records})) or "nobody"
         spent = "" if self.epsilon is None else f"; epsilon {self.epsilon:g}"
-        result = f"{len(self.findings)} findings" if self.findings else "the chain is whole"
+        n_findings = len(self.findings) + len(self.gaps)
+        result = f"{n_findings} findings" if n_findings else "the chain is whole"
         return f"{len(self.records)} records by {by}: {parts or 'none'}{spent}; {result}"
 
 

@@ -50,7 +50,7 @@ class Entry:
     """What is to be recorded."""
 
     what: str
-    """Kind: ``started``, ``update``, ``evaluation``, ``other``; at other nodes ``accepted`` and what they publish."""
+    """Kind: ``started``, ``restored``, ``update``, ``evaluation``, ``other``; at other nodes ``accepted`` and what they publish."""
     version: int | None = None
     """Model version that it is of."""
     name: str = ""

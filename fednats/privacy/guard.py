@@ -1,23 +1,34 @@
 """What a site asks before it trains and before it releases: may I, and it is booked."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fednats.codec.layout import Layout
 from fednats.config import DeltaSettings, SiteSettings
-from fednats.errors import BudgetSpentError
+from fednats.errors import BudgetSpentError, OldAccountError
 from fednats.messages import Grid, ModelManifest
 from fednats.privacy.policy import Policy
 from fednats.privacy.spending import LevelSpent, Spending
 
 if TYPE_CHECKING:
-    from fednats.privacy.account import Account, Charge, Level, Place
+    from fednats.privacy.account import Account, Charge, Level, Paid, Place
 
 
 def account_file(settings: SiteSettings, policy: Policy) -> Path:
     """Return where a hospital's account is. It belongs to the data, so who limits what is spent says where."""
     return policy.privacy_account or settings.state_dir.parent / f"privacy-{settings.site}.sqlite"
+
+
+@dataclass(frozen=True)
+class Left:
+    """What may have left a hospital, as its outbox and its region know it."""
+
+    newest: int
+    """Newest number of an update that was charged when it was made; 0 for none."""
+    signed: bool = True
+    """Whether an update of that number was found that carries the site's own signature, or it is in the outbox."""
 
 
 class Guard:
@@ -35,6 +46,35 @@ class Guard:
         dp = manifest.training.dp is not None or manifest.delta.dp is not None
         return dp or self._budget is not None
 
+    def catch_up(self, manifest: ModelManifest, sample_rate: float, left: Left) -> None:
+        """Charge for the updates up to ``left`` that the account does not know of: it is a copy from a backup.
+
+        Each of them is charged as much as one can have cost in this run, at most. The account shows that its newest charge is
+        of this run, too; of its charges and the settings that hold now, the costliest count.
+
+        Raises:
+            OldAccountError: no such bound can be given.
+            BudgetSpentError: the charge would go beyond the budget.
+            LocalStorageError: it could not be booked.
+        """
+        if (manifest.training.dp is None and manifest.delta.dp is None) or not left.newest:
+            return
+        paid = self._account.paid(self._federation, self._site)
+        if paid is not None and paid.sequence >= left.newest:
+            return
+        self._refuse_unknown(manifest, paid, left)
+        n_updates = left.newest - (0 if paid is None else paid.sequence)
+        charges = self._most(manifest, sample_rate, n_updates)
+        place = self._place(0, left.newest)
+        try:
+            self._account.charge(self._federation, manifest.version, charges, self._budget, place, n_unseen=n_updates)
+        except BudgetSpentError as error:
+            raise BudgetSpentError(
+                f"{self._file}: the privacy account lacks what {n_updates} updates have cost, up to number {left.newest}, and"
+                f" that may be more than is left of the budget: {error}"
+            ) from error
+        self._note(manifest, charges)
+
     def check_pass(self, manifest: ModelManifest, sample_rate: float, layout: Layout) -> None:
         """Raise BudgetSpentError if the pass on ``manifest`` could not be booked now; books nothing."""
         if self.concerns(manifest):
@@ -42,8 +82,8 @@ class Guard:
             charges = [charge] if charge else self._of_update(manifest.delta, layout, manifest.grid, dp_sgd=False)
             self._account.check(charges, self._budget)
 
-    def charge_pass(self, manifest: ModelManifest, sample_rate: float, n_updates: int) -> None:
-        """Book the pass on ``manifest`` that begins now; ``n_updates`` were stored before it.
+    def charge_pass(self, manifest: ModelManifest, sample_rate: float, n_updates: int, sequence: int) -> None:
+        """Book the pass on ``manifest`` for update ``sequence`` that begins now; ``n_updates`` were stored before it.
 
         Without DP-SGD there is nothing to book: the noise comes with the update (`charge_update`).
 
@@ -52,7 +92,7 @@ class Guard:
             LocalStorageError: it could not be booked, so it may not begin.
         """
         if charge := self._of_pass(manifest, sample_rate):
-            self._account.charge_pass(self._place(n_updates), manifest.version, charge, self._budget)
+            self._account.charge_pass(self._place(n_updates, sequence), manifest.version, charge, self._budget)
             self._note(manifest, [charge])
 
     def n_unfinished(self, manifest: ModelManifest, n_updates: int) -> int:
@@ -60,16 +100,22 @@ class Guard:
         return 0 if manifest.training.dp is None else self._account.n_unfinished(self._place(n_updates))
 
     def charge_update(
-        self, newest: ModelManifest, layout: Layout, *, dp_sgd: bool, booked: "Sequence[Charge]" = ()
+        self,
+        newest: ModelManifest,
+        layout: Layout,
+        sequence: int,
+        *,
+        dp_sgd: bool,
+        booked: "Sequence[Charge]" = (),
     ) -> "Sequence[Charge]":
-        """Book the update that is encoded now on the grid of ``newest``; return what is booked for it.
+        """Book update ``sequence``, encoded now on the grid of ``newest``; return what is booked for it.
 
         ``dp_sgd``: its pass was booked. ``booked``: what was booked for it before, when storing it failed: it is not booked
         again, because nothing of that attempt was sent. Raises as `charge_pass`.
         """
         charges = self._of_update(newest.delta, layout, newest.grid, dp_sgd=dp_sgd) if self.concerns(newest) else []
         if charges and charges != booked:
-            self._account.charge(self._federation, newest.version, charges, self._budget)
+            self._account.charge(self._federation, newest.version, charges, self._budget, self._place(0, sequence))
             self._note(newest, charges)
         return charges
 
@@ -83,6 +129,7 @@ class Guard:
             record=self._spent("record", of_record.delta),
             site=None if site is None else self._spent("site", site.delta),
             max_epsilon=None if budget is None else budget.max_epsilon,
+            n_unseen=0 if (paid := self._account.paid(self._federation, self._site)) is None else paid.n_unseen,
         )
 
     @property
@@ -92,6 +139,37 @@ class Guard:
 
             self._opened = Account(self._file)
         return self._opened
+
+    def _refuse_unknown(self, manifest: ModelManifest, paid: "Paid | None", left: Left) -> None:
+        first = manifest.opening.first_version
+        if paid is None:
+            why = f"has no charge of site {self._site} in federation {self._federation}"
+        elif paid.version < first:
+            why = f"has no charge since version {first}, with which the run's settings began to hold"
+        elif not left.signed and left.newest > paid.sequence + 1:
+            why = f"has paid for updates up to number {paid.sequence}, and the newer ones are known by the region's word only"
+        else:
+            return
+        raise OldAccountError(
+            f"{self._file}: the privacy account is older than what this site has sent: it {why}, but update number"
+            f" {left.newest} may have left. What was spent since is not known, so nothing is trained. Put back the newest"
+            " copy of the account that there is; without one this site takes no more part in runs with noise or a budget"
+        )
+
+    def _most(self, manifest: ModelManifest, sample_rate: float, n_updates: int) -> "list[Charge]":
+        """Return the most that ``n_updates`` can have cost in the run of ``manifest``."""
+        from fednats.privacy.account import Charge  # noqa: PLC0415 - as below
+        from fednats.privacy.skellam import LEAST_VARIANCE  # noqa: PLC0415 - as below
+
+        charges: list[Charge] = []
+        if (dp := manifest.training.dp) is not None:
+            n_steps = n_updates * manifest.training.local_steps
+            charges.append(Charge("record", "gaussian", dp.noise_multiplier, sample_rate, n_steps))
+        if (whole := manifest.delta.dp) is not None:
+            charges.append(Charge("site", "skellam", whole.noise_multiplier, LEAST_VARIANCE, n_updates))
+            if dp is None:
+                charges.append(Charge("record", "skellam", whole.noise_multiplier / 2, LEAST_VARIANCE, n_updates))
+        return [self._account.costliest(self._federation, manifest.opening.first_version, one) for one in charges]
 
     def _of_update(self, delta: DeltaSettings, layout: Layout, grid: Grid, *, dp_sgd: bool) -> "list[Charge]":
         from fednats.privacy.account import Charge  # noqa: PLC0415 - as above
@@ -111,16 +189,17 @@ class Guard:
         return charges
 
     def _of_pass(self, manifest: ModelManifest, sample_rate: float) -> "Charge | None":
+        dp, n_steps = manifest.training.dp, manifest.training.local_steps
+        if dp is None:
+            return None
         from fednats.privacy.account import Charge  # noqa: PLC0415 - as above
 
-        dp = manifest.training.dp
-        n_steps = manifest.training.local_steps
-        return None if dp is None else Charge("record", "gaussian", dp.noise_multiplier, sample_rate, n_steps)
+        return Charge("record", "gaussian", dp.noise_multiplier, sample_rate, n_steps)
 
-    def _place(self, n_updates: int) -> "Place":
+    def _place(self, n_updates: int, sequence: int = 0) -> "Place":
         from fednats.privacy.account import Place  # noqa: PLC0415 - as above
 
-        return Place(self._federation, self._site, n_updates)
+        return Place(self._federation, self._site, n_updates, sequence)
 
     def _note(self, manifest: ModelManifest, charges: "Sequence[Charge]") -> None:
         """Keep what was booked last, for `spending`."""

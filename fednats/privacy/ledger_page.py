@@ -28,6 +28,7 @@ _DIGEST_CHARACTERS = 12
 
 _MEANINGS = {
     "started": "the daemon began; nothing left",
+    "restored": "the daemon began on a backup; what had left since it was made is not on this ledger",
     "run": "a run began with this version; nothing left",
     "update": "the change of the model after one local pass, encrypted",
     "evaluation": "how well a model version does on this hospital's test data",
@@ -108,8 +109,10 @@ def _cells(audit: Audit, record: Record) -> tuple[str, ...]:
 
 
 def _verdict(audit: Audit) -> str:
-    found = audit.findings
-    kind, head = ("bad", "This ledger was altered or damaged") if found else ("good", "The chain is whole")
+    found = [*audit.gaps, *audit.findings]
+    kind, head = ("bad", "Records are missing") if found else ("good", "The chain is whole")
+    if audit.findings:
+        head = "This ledger was altered or damaged"
     items = "".join(f"<li>{escape(text)}</li>" for text in (*found, *audit.notes))
     return f'<div class="{kind}"><strong>{head}.</strong> {escape(audit.line)}<ul>{items}</ul></div>'
 

@@ -20,6 +20,9 @@ from fednats.privacy.randomness import MAX_DEVIATION, Randomness
 _BELOW = 1 - 1e-9
 """Clipped norms stay below the limit by more than float64 arithmetic can be wrong."""
 
+LEAST_VARIANCE = 1e-9
+"""Squared steps; `rdp.skellam` bounds the cost on whatever grid by the cost at this variance."""
+
 
 class SkellamRounding:
     """Clips, rounds and adds noise to one delta with its residual; a `fednats.delta.encode.Rounding`.

@@ -33,6 +33,8 @@ class Spending:
     site: LevelSpent | None
     """None in a run without noise on whole deltas."""
     max_epsilon: float | None
+    n_unseen: int = 0
+    """Updates of this site in this run that were charged after the account was put back from a backup."""
 
     @property
     def epsilon(self) -> float | None:
@@ -45,6 +47,7 @@ class Spending:
             "record": self.record.describe(),
             "site": None if self.site is None else self.site.describe(),
             "max_epsilon": self.max_epsilon,
+            "n_unseen": self.n_unseen,
             "spent": spent,
         }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fednats.errors import Reason, RefusedError
 from fednats.messages import Aggregate, Update
 from fednats.protocol import staleness
+from fednats.protocol.early import MAX_AHEAD
 from fednats.protocol.events import VersionAnnounced
 
 
@@ -57,6 +58,11 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -
         limit = current.settings.staleness.max_staleness
         raise RefusedError(
             Reason.TOO_STALE, f"version {version(head)} at {current.version}, at most {limit} versions may lie between"
+        )
+    if version(head) > current.version + MAX_AHEAD:
+        raise RefusedError(
+            Reason.TOO_NEW,
+            f"version {version(head)} at {current.version}, at most {MAX_AHEAD} may have been missed here",
         )
     if head.grid_id not in current.grid_ids:
         raise RefusedError(Reason.WRONG_GRID, f"grid {head.grid_id} was not announced")

@@ -6,7 +6,7 @@ Aggregation" (FedBuff, arXiv:2106.06639), with weights by samples, staleness and
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +14,7 @@ from typing import Literal
 from fednats.config import AggregationSettings
 from fednats.messages import Aggregate, Update
 from fednats.protocol import staleness
+from fednats.protocol.claims import Claim, Claims
 from fednats.protocol.group import Group, distinct_sites
 from fednats.protocol.participation import Offer, Participation, Weighed
 
@@ -32,13 +33,19 @@ class Contribution:
     """The model version its staleness is counted from."""
     grid_id: str
     mass: float
-    """Number of samples, or for an aggregate the mass that the region computed."""
+    """As claimed: number of samples, or for an aggregate the mass that the region computed. `Claims` says what counts."""
     total_weight: int = 1
     """Sum of the integer weights already in it."""
     key_id: str = ""
     """Key that it is encrypted for."""
     min_sites: int = 1
     """Distinct sites that it asks a sum with it to be of."""
+    of_region: bool = False
+
+    @property
+    def claim(self) -> Claim:
+        """The mass that it says it has."""
+        return Claim(self.source, self.mass, self.of_region)
 
 
 def contribution_of(head: Update | Aggregate) -> Contribution:
@@ -64,6 +71,7 @@ def contribution_of(head: Update | Aggregate) -> Contribution:
         head.total_weight,
         head.key_id,
         head.min_sites,
+        of_region=True,
     )
 
 
@@ -78,6 +86,8 @@ class Flush:
     scale: float
     """How much mass that is compared with the usual: the length of the model's step. 1 without the correction."""
     n_sites: int
+    believed: tuple[float, ...] = ()
+    """How much of the mass that each contribution claims counts; the factors are not in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +112,7 @@ class Buffer:
     """
 
     def __init__(self, terms: Terms) -> None:
+        self._claims = Claims()
         self._participation = Participation()
         self._contributions: dict[str, Contribution] = {}
         self._groups: dict[tuple[str, str], Group] = {}
@@ -112,6 +123,7 @@ class Buffer:
         """Go on with other terms; what is here stays."""
         self._terms = terms
         self._settings = terms.settings
+        self._claims.expect(terms.sources, terms.settings.claim_limit)
         self._participation.expect(terms.present)
 
     def __len__(self) -> int:
@@ -163,12 +175,34 @@ class Buffer:
             return None
         for contribution in selected:
             self._remove(contribution)
-        selected.sort(key=lambda contribution: contribution.contribution_id)
-        return self._weigh(selected, version)
+        return self.weigh(selected, version)
 
-    def made(self, flush: Flush) -> None:
-        """Count who was in ``flush``, now that it is combined for good."""
-        self._participation.record(self._offers(flush.contributions, flush.version))
+    def made(self, contributions: Sequence[Contribution], version: int, left_out: Collection[str]) -> None:
+        """Count who was in a flush that was weighed at ``version``, now that it is combined for good.
+
+        Those ``left_out``, by id, were refused: they leave no trace in what a source is believed, or how often it comes.
+        """
+        counted = [contribution for contribution in contributions if contribution.contribution_id not in left_out]
+        self._participation.leave_out(
+            contribution.source for contribution in contributions if contribution.contribution_id in left_out
+        )
+        if counted:
+            claims = [contribution.claim for contribution in counted]
+            offers = self._offers(counted, self._claims.believe(claims), version)
+            self._participation.record(offers, self._claims.limits(claims))
+            self._claims.record(claims)
+
+    def weigh(self, selected: Iterable[Contribution], version: int) -> Flush:
+        """Return the flush of ``selected`` at model ``version``; changes nothing."""
+        selected = sorted(selected, key=lambda contribution: contribution.contribution_id)
+        claims = [contribution.claim for contribution in selected]
+        believed = self._claims.believe(claims)
+        offers = self._offers(selected, believed, version)
+        if self._settings.participation_correction and offers:
+            weighed = self._participation.weigh(offers, self._claims.limits(claims))
+        else:
+            weighed = Weighed(tuple(offer.mass * offer.freshness for offer in offers), scale=1.0)
+        return Flush(tuple(selected), version, weighed.masses, weighed.scale, distinct_sites(selected), believed)
 
     def _remove(self, contribution: Contribution) -> None:
         del self._contributions[contribution.contribution_id]
@@ -210,22 +244,14 @@ class Buffer:
                 total += contribution.total_weight
         return selected
 
-    def _weigh(self, selected: list[Contribution], version: int) -> Flush:
-        offers = self._offers(selected, version)
-        if self._settings.participation_correction:
-            weighed = self._participation.weigh(offers)
-        else:
-            weighed = Weighed(tuple(offer.mass * offer.freshness for offer in offers), scale=1.0)
-        return Flush(tuple(selected), version, weighed.masses, weighed.scale, distinct_sites(selected))
-
-    def _offers(self, contributions: Iterable[Contribution], version: int) -> list[Offer]:
+    def _offers(self, contributions: Sequence[Contribution], believed: Sequence[float], version: int) -> list[Offer]:
         return [
             Offer(
                 contribution.source,
-                contribution.mass,
+                mass,
                 staleness.factor(version - contribution.version, self._settings.staleness),
             )
-            for contribution in contributions
+            for contribution, mass in zip(contributions, believed, strict=True)
         ]
 
 

@@ -7,7 +7,7 @@ for and not yet done.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ from fednats.protocol.events import (
     Part,
     PresenceChanged,
     Refuse,
+    ReportBounded,
     ReportWaiting,
     Restored,
     RunClosed,
@@ -79,6 +80,8 @@ class Collector:
         self._heads: dict[str, Update | Aggregate] = {}
         self._early: Early[Update | Aggregate] = Early()
         self._settled = Settled()
+        self.bounded: dict[str, ReportBounded] = {}
+        """Sources whose last claim of mass was believed in part only."""
 
     def handle(self, event: Event) -> list[Command]:
         """Take in what happened, return what is to be done."""
@@ -134,6 +137,17 @@ class Collector:
     def buffered(self) -> list[Update | Aggregate]:
         """Return the contributions taken in and not yet combined."""
         return list(self._heads.values())
+
+    def without(self, combination: Combination, left_out: Collection[str]) -> Combination:
+        """Return ``combination``, which is in flight, as if the contributions ``left_out``, by id, had never come.
+
+        The others are weighed anew: what is left out is neither in their masses nor in the length of the step.
+        """
+        assert self._buffer is not None  # noqa: S101 - something is in flight
+        kept = {name: part for part in combination.parts if (name := contribution_id(part.head)) not in left_out}
+        flush = self._buffer.weigh([contribution_of(part.head) for part in kept.values()], combination.version)
+        parts = tuple(replace(part, mass=mass) for part, mass in zip(kept.values(), flush.masses, strict=True))
+        return replace(combination, parts=parts, scale=flush.scale, n_sites=flush.n_sites)
 
     # --- transitions --------------------------------------------------------------------------------------------------
 
@@ -208,7 +222,7 @@ class Collector:
         combination = self._take_in_flight(event.combination_id)
         self._spoilers.clear()
         if self._buffer is not None and self._flush is not None:
-            self._buffer.made(self._flush)
+            self._buffer.made(self._flush.contributions, self._flush.version, event.quarantined)
         return self._settle_parts(combination, event) + self._combine()
 
     def _settle_parts(self, combination: Combination, event: Combined) -> list[Command]:
@@ -256,9 +270,8 @@ class Collector:
     def _count_made(self, composition: Composition) -> None:
         self._settled.note(composition)
         if self._buffer is not None:
-            contributions = tuple(contribution_of(part.head) for part in composition.parts)
-            masses = tuple(part.mass for part in composition.parts)
-            self._buffer.made(Flush(contributions, composition.version, masses, composition.scale, composition.n_sites))
+            made = [contribution_of(part.head) for part in composition.parts]
+            self._buffer.made(made, composition.version, composition.quarantined)
 
     def _close(self, event: RunClosed) -> list[Command]:
         """Give up what is buffered; a combination under way is finished. Another run, or an extension, may follow."""
@@ -276,15 +289,26 @@ class Collector:
     def _announce_closed(self, event: VersionAnnounced) -> list[Command]:
         if event.opening.opened_at > self._closed.opened_at:
             return self._announce(event)
-        if self.current is None or event.version >= self.current.version:
-            self.current = event
-        return []
+        if self.current is not None and event.version < self.current.version:
+            return []
+        self.current = event  # it was in flight when the run was closed, and is evaluated like the others
+        return self.evaluations.announced(event)
 
     def _combined_closed(self, event: Combined) -> list[Command]:
         return self._settle_parts(self._take_in_flight(event.combination_id), event)
 
     def _combine_failed_closed(self, event: CombineFailed) -> list[Command]:
-        return self._combined_closed(Combined(combination_id=event.combination_id))
+        """Refuse what spoilt it, by its reason; the run is over without the rest."""
+        refusals: list[Command] = []
+        left_over: list[str] = []
+        for part in self._take_in_flight(event.combination_id).parts:
+            identity = contribution_id(part.head)
+            if identity in event.refused:
+                refusals.append(self._refuse(identity, *event.refused[identity]))
+            elif identity not in event.vanished:
+                self._settled.remember(identity)
+                left_over.append(identity)
+        return [*([Settle(tuple(left_over))] if left_over else []), *refusals]
 
     def _ignore(self, _event: Event) -> list[Command]:
         return []
@@ -301,6 +325,7 @@ class Collector:
         if self._buffer is None or before is None or event.opening.first_version != before.opening.first_version:
             self._buffer, self._flush = Buffer(self._terms(event)), None
             commands += self.evaluations.begin(event.opening.first_version)
+            self.bounded = {}
         self._short = False
         self.state = State.COLLECTING if self.in_flight is None else State.COMBINING
         return commands
@@ -380,7 +405,17 @@ class Collector:
         self.in_flight = self._combination(flush, version)
         self._ids_in_flight = frozenset(each.contribution_id for each in flush.contributions)
         self.state = State.COMBINING
-        return [Combine(self.in_flight)]
+        return [*self._report_bounded(flush), Combine(self.in_flight)]
+
+    def _report_bounded(self, flush: Flush) -> list[Command]:
+        """Say whose claims of mass are believed in part only, of each once until they are believed again."""
+        before, reports = self.bounded, dict[str, ReportBounded]()
+        for contribution, believed in zip(flush.contributions, flush.believed, strict=True):
+            if believed < contribution.mass:
+                reports[contribution.source] = ReportBounded(contribution.source, contribution.mass, believed)
+        sources = {contribution.source for contribution in flush.contributions}
+        self.bounded = {source: said for source, said in before.items() if source not in sources} | reports
+        return [said for source, said in reports.items() if source not in before]
 
     def _combination(self, flush: Flush, version: int) -> Combination:
         ids = [contribution.contribution_id for contribution in flush.contributions]

@@ -1,6 +1,6 @@
 """The coordinator's machine: a `Collector` over regions, and the life of the run around it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
@@ -14,6 +14,7 @@ from fednats.protocol.events import (
     CloseRun,
     Combination,
     Combined,
+    CombineFailed,
     Command,
     Configured,
     EvaluationsSummed,
@@ -22,6 +23,7 @@ from fednats.protocol.events import (
     FinalEvaluationOverdue,
     KeepBest,
     OpenRun,
+    ReportBounded,
     Restored,
     RunClosed,
     RunFailed,
@@ -93,6 +95,8 @@ class Coordinator:
         """By which the best version is chosen; None before the first evaluation."""
         self.failed = False
         """Whether the run was closed because it cannot do what it was asked to."""
+        self._overdue = False
+        """Whether the run is to be closed as soon as no version is in flight."""
         self.norms = NormHistory(DefenceSettings())
         self.stop = StopSettings()
         """Of the newest run."""
@@ -134,7 +138,18 @@ class Coordinator:
             commands += self._record(event)
         if isinstance(event, VersionAnnounced) and self.n_versions >= self.stop.max_versions:
             commands += self._finish("max_versions reached")
+        if isinstance(event, Combined | CombineFailed) and self.state is RunState.FINISHING:
+            commands += self._land()
         return commands
+
+    def _land(self) -> list[Command]:
+        """No version is in flight any more: close the run that waited for that, once the last version is evaluated."""
+        if self.version in self.evaluated or (self._overdue and self.failed):
+            return self._close()
+        if not self._overdue:
+            return []
+        self._overdue = False
+        return [AwaitFinalEvaluation(FINAL_EVALUATION_S)]
 
     def _end(self, event: WallTimeReached | RunFailed | EverySiteFails | FinalEvaluationOverdue) -> list[Command]:
         match event:
@@ -192,6 +207,15 @@ class Coordinator:
                 if contribution_id(part.head) in norms
             }
         )
+
+    def without(self, combination: Combination, left_out: Collection[str]) -> Combination:
+        """Return ``combination`` as if these of its sums had never come; see `Collector.without`."""
+        return self.collector.without(combination, left_out)
+
+    @property
+    def bounded(self) -> Mapping[str, ReportBounded]:
+        """Regions whose last claim of mass was believed in part only."""
+        return self.collector.bounded
 
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do before it goes on."""
@@ -279,7 +303,7 @@ class Coordinator:
             self.failed = True
             return [*self._finish(unknown), *self._close()]
         commands = self._compare(evaluated)
-        if self.state is RunState.FINISHING and self.version in self.evaluated:
+        if self.state is RunState.FINISHING and self.version in self.evaluated and self.in_flight is None:
             commands += self._close()
         return commands
 
@@ -318,7 +342,7 @@ class Coordinator:
         self.reason = reason
         closed = RunClosed(reason=reason, opened_at=self.opening.opened_at, version=self.version)
         commands = self.collector.handle(closed)
-        if self.version in self.evaluated:
+        if self.version in self.evaluated and self.in_flight is None:
             return commands + self._close()
         return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
 
@@ -331,7 +355,11 @@ class Coordinator:
         return [command for command in commands if not isinstance(command, AwaitFinalEvaluation)] + self._close()
 
     def _close(self) -> list[Command]:
+        """Close the run, or, while a version is in flight, as soon as it is not: that one is the last."""
         if self.state is not RunState.FINISHING:
             return []
-        self.state = RunState.CLOSED
+        if self.in_flight is not None:
+            self._overdue = True
+            return []
+        self.state, self._overdue = RunState.CLOSED, False
         return self._tell_closed()

@@ -6,7 +6,7 @@ MAX_EARLY = 100
 """Contributions, and evaluations, of one sender that are held; more are refused."""
 
 MAX_AHEAD = 1000
-"""What is of a version so far ahead of one that is announced is not held any longer."""
+"""What is of a version so far ahead of the announced one is of none: it is neither held nor taken in."""
 
 T = TypeVar("T")
 

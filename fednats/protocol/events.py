@@ -300,6 +300,15 @@ class ReportWaiting:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportBounded:
+    """A source claims more mass than it is believed to have; said again once its claims were believed in between."""
+
+    source: str
+    claimed: float
+    believed: float
+
+
+@dataclass(frozen=True, slots=True)
 class ReportNotEvaluated:
     """No sum could be made of the evaluations of this version: of too few sites, or of others than sums before."""
 
@@ -354,6 +363,7 @@ Command = (
     | Refuse
     | StartTimer
     | ReportWaiting
+    | ReportBounded
     | ReportNotEvaluated
     | SumEvaluations
     | KeepBest

@@ -66,9 +66,12 @@ class Group:
         group = list(self)
         if self.fits_together:
             return group
-        while (content := [each for each in group if each.min_sites <= distinct_sites(group)]) != group:
+        while True:
+            n_sites = distinct_sites(group)
+            content = [each for each in group if each.min_sites <= n_sites]
+            if len(content) == len(group):
+                return group
             group = content
-        return group
 
 
 def distinct_sites(contributions: "Collection[Contribution]") -> int:

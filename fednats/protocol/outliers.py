@@ -32,6 +32,29 @@ START = 8
 they were at the beginning, far above those of a model that had come to rest."""
 
 
+ALARM = 100.0
+"""A norm so many times the median of those before it is an alarm, whether or not anything is left out."""
+
+
+class NormAlarm:
+    """Tells when the norm of a delta is a hundred times what it was.
+
+    >>> alarm = NormAlarm()
+    >>> [alarm.median_if_jumped(1.0) for _ in range(8)][-1], alarm.median_if_jumped(99.0), alarm.median_if_jumped(101.0)
+    (None, None, 1.0)
+    """
+
+    def __init__(self) -> None:
+        self._norms: deque[float] = deque(maxlen=64)
+
+    def median_if_jumped(self, norm: float) -> float | None:
+        """Count ``norm``; return the median of those before if it is `ALARM` times that, and there are `MIN_HISTORY`."""
+        median = statistics.median(self._norms) if len(self._norms) >= MIN_HISTORY else math.inf
+        if norm > 0:
+            self._norms.append(norm)
+        return median if norm >= ALARM * median else None
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """The largest norm that passes, and what it follows from."""

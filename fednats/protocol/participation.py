@@ -14,7 +14,8 @@ stable (a seldom source's update would be applied several times over) the longes
 held back.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 LIMIT = 10.0
@@ -26,8 +27,14 @@ DECAY = 0.95
 LONGEST_STEP = 1.5
 """The model's longest step of late, in steps of a usual flush; a flush of more mass shortens all others instead."""
 
+SILENT = 20.0
+"""A source that is there and contributes nothing for so many intervals of the mean source holds nobody back any longer."""
+
 PEAK_DECAY = 0.999
 """How fast the largest mass of late is forgotten, per flush: half of it after 700, longer than the slowest stays away."""
+
+
+NO_LIMITS: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +111,7 @@ class Participation:
         self._records: dict[str, _Record] = {}
         self._expected: frozenset[str] = frozenset()
         self._peak = 1.0
+        self._left_out: frozenset[str] = frozenset()
 
     def expect(self, sources: Iterable[str]) -> None:
         """Count from now on for ``sources``: the time that one is away does not make it a slow one."""
@@ -114,19 +122,27 @@ class Participation:
             self._records[source] = replace(self._records[source], away=self._flush)
         self._expected = expected
 
-    def weigh(self, offers: Sequence[Offer]) -> Weighed:
-        """Return the masses and the scale of the next flush. It counts only once it is recorded."""
-        masses, relative = self._masses(offers)
+    def weigh(self, offers: Sequence[Offer], limits: Mapping[str, float] = NO_LIMITS) -> Weighed:
+        """Return the masses and the scale of the next flush. It counts only once it is recorded.
+
+        ``limits`` are what sources are believed at most (`Claims.limits`), whatever they were believed before.
+        """
+        masses, relative = self._masses(offers, limits)
         return Weighed(masses, relative / max(1.0, self._peak / LONGEST_STEP, relative / LONGEST_STEP))
 
-    def record(self, offers: Sequence[Offer]) -> None:
-        """Count a flush."""
-        _, relative = self._masses(offers)
+    def leave_out(self, sources: Iterable[str]) -> None:
+        """Wait no longer for ``sources``, whose newest contributions were refused: they shorten nobody's step."""
+        self._left_out |= frozenset(sources)
+
+    def record(self, offers: Sequence[Offer], limits: Mapping[str, float] = NO_LIMITS) -> None:
+        """Count a flush; ``limits`` as when it was weighed."""
+        _, relative = self._masses(offers, limits)
         self._peak = max(1.0, PEAK_DECAY * self._peak, relative)
         self._records |= self._next(offers)
+        self._left_out -= {offer.source for offer in offers}
         self._flush += 1
 
-    def _masses(self, offers: Sequence[Offer]) -> tuple[tuple[float, ...], float]:
+    def _masses(self, offers: Sequence[Offer], limits: Mapping[str, float]) -> tuple[tuple[float, ...], float]:
         """Return the masses, and their sum over what one contribution of every source weighs: 1 on average."""
         records = self._records | self._next(offers)
         counted = self._expected | {offer.source for offer in offers}
@@ -137,7 +153,16 @@ class Participation:
             record = known[offer.source]
             freshness = min(1.0, offer.freshness / record.usual_freshness)
             masses.append(offer.mass * freshness * min(max(record.interval, mean / LIMIT), mean * LIMIT))
-        return tuple(masses), sum(masses) / sum(record.usual_mass for record in known.values())
+        contributing = {offer.source for offer in offers}
+        usual = (
+            min(record.usual_mass, limits.get(source, math.inf))
+            for source, record in known.items()
+            if source in contributing or (source not in self._left_out and self._is_heard(record, mean))
+        )
+        return tuple(masses), sum(masses) / sum(usual)
+
+    def _is_heard(self, record: _Record, mean_interval: float) -> bool:
+        return self._flush + 1 - record.back(self._flush).since <= SILENT * mean_interval
 
     def _next(self, offers: Sequence[Offer]) -> dict[str, _Record]:
         by_source: dict[str, list[Offer]] = {}

@@ -37,6 +37,7 @@ REACTIONS: Mapping[Reason, Reaction] = MappingProxyType(
         Reason.WRONG_GRID: Reaction.GO_ON,
         Reason.WRONG_KEY: Reaction.GO_ON,
         Reason.TOO_STALE: Reaction.GO_ON,
+        Reason.TOO_NEW: Reaction.GO_ON,
         Reason.EARLIER_RUN: Reaction.GO_ON,
         Reason.CHECKSUM: Reaction.GO_ON,
         Reason.CIPHERTEXT: Reaction.GO_ON,
@@ -93,3 +94,14 @@ def sent_by_another(verdicts: Iterable[Verdict], own: Container[str], newest: in
         elif verdict.outcome == "accepted" and verdict.sequence > newest:
             return f"the region has accepted its number {verdict.sequence}, the newest here is {newest}"
     return None
+
+
+def newest_known(verdicts: Iterable[Verdict], fresh: Iterable[Verdict], own: Container[str], newest: int) -> int:
+    """Return the newest number that a region knows of a site that starts, by its ``verdicts``; 0 for none.
+
+    ``own`` and ``newest`` are as of `sent_by_another`. One of the site's own updates that is among the ``fresh`` verdicts
+    as replayed says that the region knows others with the site's numbers.
+    """
+    known = max((verdict.sequence for verdict in verdicts), default=0)
+    refused = any(verdict.name in own and verdict.reason == Reason.REPLAYED for verdict in fresh)
+    return max(known, newest + 1) if refused else known

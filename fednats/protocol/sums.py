@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from fednats.messages import MAX_COUNT, MAX_MASS, Aggregate, Payload, Update
+from fednats.messages import MAX_COUNT, MAX_MASS, MIN_MASS, Aggregate, Payload, Update
 from fednats.protocol.events import Combination, Part
 from fednats.protocol.weights import apportion
 
@@ -52,7 +52,7 @@ def head_of(run: str, region: str, combination: Combination, weights: Sequence[i
         total_weight=sum(
             weight * carried_weight(part) for weight, part in zip(weights, combination.parts, strict=True)
         ),
-        mass=min(sum(part.mass for part in combination.parts), MAX_MASS),
+        mass=max(min(sum(part.mass for part in combination.parts), MAX_MASS), MIN_MASS),
         n_sites=min(combination.n_sites, MAX_COUNT),
         n_updates=_count(1 if isinstance(head, Update) else head.n_updates for head in heads),
         n_samples=_count(head.n_samples for head in heads),

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from fednats.services.adder import Adder, PartRefusedError
 from fednats.services.answers import Fit
 from fednats.services.certificates import watch_certificates
 from fednats.services.compositions import Compositions
+from fednats.services.fits import Fits
 from fednats.services.identity import Identity
 from fednats.services.inbox import Inbox, VanishedError
 from fednats.services.intake import Intake, of_regions, of_sites
@@ -50,7 +52,7 @@ from fednats.services.roster import changed_settings, renewed
 from fednats.services.sent_evaluations import SentEvaluations
 from fednats.services.sent_sums import SentSums
 from fednats.services.server_limit import follow_server_limit
-from fednats.services.tier import Handled, Tier
+from fednats.services.tier import Handled, Tier, unknown
 from fednats.services.worker import Worker
 from fednats.storage.chunk_file import read_chunks
 from fednats.storage.journal import Journal
@@ -144,20 +146,14 @@ class AggregatorService:
         self._made: dict[str, None] = {}
         """Ids of the sums that were made, in order."""
         self._restored: dict[str, Any] | None = None
-        self._fit: Fit | None = None
-        self._fits_from = 0
-        """First version of the run that ``_fit`` is for."""
-        self._fitted = asyncio.Event()
+        self._fits = Fits()
         daemon.n_sites = {
             role: 0 for role, names in (("site", settings.sites), ("aggregator", settings.regions)) if names
         }
         self._attendance = Attendance(daemon, self._machine, self._tier.feed)
         self._sites_changed = asyncio.Event()
         daemon.status = self._status
-        daemon.private = lambda: {
-            "sources": daemon.sources,
-            "senders": self._senders(),
-        }  # the node above need not know who the sites are
+        daemon.private = self._private  # the node above need not know who the sites are
         daemon.buses += [region, uplink]
 
     async def live(self) -> None:
@@ -190,7 +186,7 @@ class AggregatorService:
             "follow signers": self._identity.follow_signers(self._log),
             "execute": self._tier.execute(self._execute),
             "combine": self._tier.combine(self._combine),
-            "send evaluations": self._evaluations.send(self._fit_for, self._tier.feed),
+            "send evaluations": self._evaluations.send(self._fits.at, self._tier.feed),
             "follow the server's limit": follow_server_limit(self._daemon, self._uplink),
             "watch certificates": watch_certificates(self._daemon, [s.bus, s.uplink]),
             "tell who listens": self._daemon.notices.tell(self._region, above=self._uplink),
@@ -269,6 +265,10 @@ class AggregatorService:
             "restored": self._restored,
         }
 
+    def _private(self) -> dict[str, Any]:
+        bounded = {source: asdict(said) for source, said in self._machine.bounded.items()}
+        return {"sources": self._daemon.sources, "senders": self._senders(), "claims_bounded": bounded}
+
     # --- models -------------------------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
@@ -297,14 +297,6 @@ class AggregatorService:
             closed = RunClosed(reason=control.reason, opened_at=opening.opened_at, version=control.version)
             await self._tier.feed(closed)
 
-    async def _fit_for(self, version: int) -> Fit | None:
-        """Return what contributions of the run that ``version`` is of look like; None if another run has begun since.
-
-        After a restart it waits until the models are seen again.
-        """
-        await self._fitted.wait()
-        return self._fit if version >= self._fits_from else None
-
     async def _announce(self, manifest: ModelManifest) -> None:
         current = self._machine.current
         if current is not None and manifest.version < current.version:
@@ -324,8 +316,7 @@ class AggregatorService:
             )
         if current is None or current.opening != manifest.opening:
             await self._recorder.record(run_begins(manifest.opening))
-        self._fit, self._fits_from = fit, manifest.opening.first_version
-        self._fitted.set()
+        self._fits.take(fit, manifest.opening.first_version)
         self._daemon.metrics.version.set(manifest.version)
         await self._tier.feed(
             VersionAnnounced(
@@ -344,8 +335,9 @@ class AggregatorService:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     async def _execute(self, command: Command) -> None:
-        if isinstance(command, SumEvaluations):
-            self._evaluations.add(command)
+        if not isinstance(command, SumEvaluations):
+            raise unknown(command, "aggregator")
+        self._evaluations.add(command)
 
     async def _combine(self, combination: Combination) -> list[Event]:
         """Add the contributions chunk by chunk; publish the sum when all of it is made and the one before is taken.
@@ -356,11 +348,11 @@ class AggregatorService:
         published = await self._published.newest(self._published.sums, Aggregate)
         if published is not None and published.aggregate_id == identity:  # before the daemon could write that down
             return [Combined(combination_id=identity)]
-        fit = await self._fit_for(combination.version)
+        fit = await self._fits.at(combination.version)
         if fit is None:
             too_late = (
                 Reason.EARLIER_RUN,
-                f"another run began before the sum at version {combination.version} was made",
+                f"another run, or another packing, began before the sum at version {combination.version} was made",
             )
             ids = (contribution_id(part.head) for part in combination.parts)
             return [CombineFailed(combination_id=identity, refused=dict.fromkeys(ids, too_late))]
@@ -403,6 +395,7 @@ class AggregatorService:
     def _note(self, handled: Handled) -> None:
         """Keep in mind which sums were sent and what became of updates, now or before a restart."""
         self._receipts.note(handled)
+        self._fits.note(handled.event)
         if isinstance(handled.event, Restored):
             made = handled.event.made
             self._restored = {"version": handled.event.version, "sums_since": len(made)}

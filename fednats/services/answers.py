@@ -21,6 +21,8 @@ class Trained:
 
     n_samples: int
     train_loss: float
+    delta_norm: float
+    """L2 norm of the delta, before noise is added to it: it stays at the hospital."""
 
 
 @dataclass(frozen=True)

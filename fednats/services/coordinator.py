@@ -34,6 +34,7 @@ from fednats.protocol.events import (
     VersionAnnounced,
     contribution_id,
 )
+from fednats.protocol.outliers import NormAlarm
 from fednats.services.answers import Version
 from fednats.services.certificates import watch_certificates
 from fednats.services.compositions import Compositions
@@ -54,7 +55,7 @@ from fednats.services.rejects import Rejects
 from fednats.services.restore import Restoration
 from fednats.services.runs import Runs
 from fednats.services.server_limit import follow_server_limit
-from fednats.services.tier import Handled, Tier
+from fednats.services.tier import Handled, Tier, unknown
 from fednats.services.version_notes import VersionNotes
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
@@ -144,6 +145,7 @@ class CoordinatorService:
         self._stepping = asyncio.Lock()
         """Held while the mean is in the worker process: other jobs may end the process."""
         self._evaluations = EvaluationReader(identity, self._tier.chunks, worker, self._stepping, daemon.log)
+        self._alarm = NormAlarm()
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
         daemon.n_sites = {"aggregator": 0}
         daemon.status = self._status
@@ -235,6 +237,7 @@ class CoordinatorService:
             "refused": self._tier.refused,
             "refusals": self._tier.refusals,
             "quarantined": list(self._quarantined),
+            "claims_bounded": {region: asdict(said) for region, said in machine.bounded.items()},
             "norm_limits": {
                 region: None if (limit := machine.norms.limit(region)) is None else asdict(limit)
                 for region in self._settings.regions
@@ -309,12 +312,14 @@ class CoordinatorService:
         identity = combination.combination_id
         parts = {part.head.aggregate_id: part for part in combination.parts if isinstance(part.head, Aggregate)}
         norms = await self._decrypt(list(parts.values()))
+        self._figures["received_bytes"] += sum(part.head.payload.n_bytes for part in parts.values())
         quarantined = self._machine.outliers(combination, norms)
         if quarantined:
             self._say_quarantined(parts, norms, quarantined)
-            parts = {name: part for name, part in parts.items() if name not in quarantined}
+            combination = self._machine.without(combination, quarantined)
+            parts = {contribution_id(part.head): part for part in combination.parts}
             await self._decrypt(list(parts.values()))
-        heads = [part.head for part in parts.values()]
+        heads = [part.head for part in parts.values() if isinstance(part.head, Aggregate)]
         await self._recorder.record(*map(accepted, heads))
         version: Version
         try:
@@ -322,6 +327,10 @@ class CoordinatorService:
                 version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
         except RefusedError as error:
             raise SumsRefusedError(dict.fromkeys(parts, (error.reason, error.detail))) from None
+        median = self._alarm.median_if_jumped(version.delta_norm)
+        if median is not None:
+            self._daemon.metrics.norm_jumps.inc()
+            self._log.warning("delta_norm_jumped", version=version.version, norm=version.delta_norm, median=median)
         return version
 
     def _say_quarantined(self, parts: Mapping[str, Part], norms: Mapping[str, float], why: Mapping[str, str]) -> None:
@@ -358,7 +367,6 @@ class CoordinatorService:
             except RefusedError as error:
                 raise SumsRefusedError({identity: (error.reason, error.detail)}) from None
             norms[identity] = math.sqrt(squares)
-            self._figures["received_bytes"] += part.head.payload.n_bytes
         return norms
 
     def _note(self, handled: Handled) -> None:
@@ -432,7 +440,7 @@ class CoordinatorService:
                 self._daemon.notices.add(What.RUN_CLOSED, closed)
                 await self._put_state()
             case _:
-                raise AssertionError(f"{type(command).__name__} is not a coordinator's command")
+                raise unknown(command, "coordinator")
 
     async def _read_evaluations(self, command: SumEvaluations) -> None:
         """Have read what regions summed of their sites' evaluations, and say it."""

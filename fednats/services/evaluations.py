@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from fednats import wire
 from fednats.errors import FednatsError, Reason, RefusedChunkError, RefusedError
-from fednats.learning.figures import known_names
+from fednats.learning.figures import known_names, n_integers
 from fednats.learning.scores import pooled_names
 from fednats.messages import MAX_COUNT, Evaluation, EvaluationSum, Payload
 from fednats.protocol.events import EvaluationsSummed, SumEvaluations, evaluation_id
@@ -22,6 +22,12 @@ Kind = tuple[int, int | None, str]
 """Classes, arrangement and key: only what has the same of all three adds up."""
 
 Sum = TypeVar("Sum")
+
+FEWEST_COUNTS, FEWEST_BITS = 512, 4
+"""Counts in a chunk, the last one apart, and bits of a count: whatever the settings are, no fewer."""
+
+COUNT_BYTES, MORE_BYTES = 16, 2**20
+"""Bytes that a count takes, and what comes on top of all: whatever the settings are, no more."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,21 @@ class Summing(Generic[Sum]):
         for part in summing.parts:
             try:
                 self._check(part, kind)
-                async with aclosing(self._read(part)) as chunks:
-                    loaded.append(Loaded(part, tuple([chunk async for chunk in chunks])))
+                loaded.append(Loaded(part, await self._read_all(part)))
             except (RefusedError, VanishedError) as error:
                 self._leave_out(part, error)
         return loaded
+
+    async def _read_all(self, part: Part) -> tuple[bytes, ...]:
+        """Return its chunks; as many bytes as can be meant are in memory, however many its sender has stored."""
+        most, n_bytes, read = _n_counts(part) * COUNT_BYTES + MORE_BYTES, 0, []
+        async with aclosing(self._read(part)) as chunks:
+            async for chunk in chunks:
+                n_bytes += len(chunk)
+                if n_bytes > most:
+                    raise RefusedError(Reason.OVERSIZED, f"its chunks are of more than {most} bytes")
+                read.append(chunk)
+        return tuple(read)
 
     def _check(self, part: Part, kind: Kind | None) -> None:
         if part.key_id not in self._key_ids:
@@ -93,6 +109,9 @@ class Summing(Generic[Sum]):
             raise RefusedError(Reason.WRONG_SHAPE, f"classes, arrangement and key are {_kind(part)}, of most {kind}")
         if not part.n_classes and part.arrangement is None:
             raise RefusedError(Reason.WRONG_SHAPE, "neither classes nor figures are counted")
+        most = _n_counts(part) // FEWEST_COUNTS + 1
+        if len(part.payload.digests) > most:  # they are read into memory: no more than can be meant
+            raise RefusedError(Reason.OVERSIZED, f"{len(part.payload.digests)} chunks, its counts have at most {most}")
         least = max(self._min_sites, part.min_sites)
         if isinstance(part, EvaluationSum) and part.n_sites < least:
             raise RefusedError(Reason.TOO_FEW_SITES, f"a sum of {part.n_sites} sites, at least {least} must be")
@@ -117,6 +136,11 @@ class Summing(Generic[Sum]):
 
     def _leave_out(self, part: Part, error: FednatsError) -> None:
         self._log.warning("evaluation_left_out", evaluation=evaluation_id(part), detail=str(error))
+
+
+def _n_counts(part: Part) -> int:
+    """Return how many counts an evaluation has at most."""
+    return n_integers(part.n_classes, part.arrangement, FEWEST_BITS)
 
 
 def _kind(part: Part) -> Kind:

@@ -216,6 +216,7 @@ async def until_stopped(
     """Run named side tasks; one failure stops all. When the daemon stops, await ``finish``, then end the tasks."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_endless(name, body), name=name) for name, body in forever.items()]
+        await asyncio.sleep(0)  # each has begun: what is cancelled before would never be awaited
         await daemon.stopping.wait()
         await finish()
         for task in tasks:

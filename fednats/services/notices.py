@@ -29,6 +29,7 @@ class What(StrEnum):
     ACCEPTED = "accepted"  # sources, version
     REFUSED = "refused"  # contribution, reason
     QUARANTINED = "quarantined"  # source, contribution
+    CLAIM_BOUNDED = "claim_bounded"  # source, claimed, believed
     SOURCE_JOINED = "source_joined"  # source
     SOURCE_LEFT = "source_left"  # source
     BUDGET_SPENT = "budget_spent"  # version

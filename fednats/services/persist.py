@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fednats.errors import BusError, BusFullError
-from fednats.transport.answer import AwayError, NobodyError
+from fednats.transport.answer import AwayError, NobodyError, NoStreamError
 from fednats.transport.bus import Bus
 from fednats.transport.streams import BucketSpec, StreamSpec
 
@@ -34,6 +34,19 @@ async def ask(log: Any, question: Callable[[], Awaitable[Answer]]) -> Answer:
         try:
             return await question()
         except BusError as error:
+            log.warning("bus_waits", error=str(error), retry_s=RETRY_S)
+            await asyncio.sleep(RETRY_S)
+
+
+async def find(log: Any, question: Callable[[], Awaitable[Answer | None]]) -> Answer | None:
+    """Return the bus's answer, None if the stream is not made yet; ask again while the bus is away. Raises BusError."""
+    while True:
+        try:
+            return await question()
+        except (NobodyError, NoStreamError) as error:
+            log.debug("stream_is_not_there", error=str(error))
+            return None
+        except AwayError as error:
             log.warning("bus_waits", error=str(error), retry_s=RETRY_S)
             await asyncio.sleep(RETRY_S)
 

@@ -57,6 +57,10 @@ class Sender:
         await asyncio.to_thread(self._outbox.release)
         self._to_send.set()
 
+    async def record(self, entry: Entry) -> None:
+        """Put on record what leaves by itself, or says something of the ledger. Raises LocalStorageError."""
+        await self._recorder.record(entry)
+
     async def begin_run(self, opening: Opening) -> None:
         """Record that what leaves from now on is of this run. Raises LocalStorageError."""
         await self._recorder.record(run_begins(opening))

@@ -17,6 +17,7 @@ from fednats.errors import (
     HospitalError,
     LocalDataError,
     LocalStorageError,
+    OldAccountError,
     Reason,
     RefusedError,
     TaskError,
@@ -27,6 +28,7 @@ from fednats.privacy.egress import EGRESS_FILE
 from fednats.privacy.policy import read_policy
 from fednats.privacy.spending import Spending
 from fednats.protocol import site as protocol
+from fednats.protocol.outliers import NormAlarm
 from fednats.services.answers import Prepared, Scored
 from fednats.services.certificates import watch_certificates
 from fednats.services.evaluations import payload_of
@@ -37,6 +39,7 @@ from fednats.services.notices import What
 from fednats.services.off_loop import chunk_file
 from fednats.services.persist import RETRY_S
 from fednats.services.recorder import Recorder
+from fednats.services.restore_site import brought_up, gap_in
 from fednats.services.sender import Sender
 from fednats.services.verdicts import Verdicts
 from fednats.services.worker import Worker, WorkerDiedError
@@ -101,6 +104,7 @@ class SiteService:
         self._closed_at = -1
         """Which opening was closed last, by the version that it began with."""
         self._failures = Failures()
+        self._alarm = NormAlarm()
         self._working = asyncio.Lock()
         self._status: dict[str, Any] = {
             "region": settings.region,
@@ -110,6 +114,7 @@ class SiteService:
             "received_bytes": 0,
             "train_s": 0.0,
             "privacy": None,
+            "restored": None,
         }
         self._metrics: dict[str, float] = {}
         daemon.n_sites["site"] = 1
@@ -122,8 +127,7 @@ class SiteService:
 
     async def live(self) -> None:
         """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
-        await self._verdicts.begin()
-        await self._sender.begin()
+        await self._go_on()
         self._daemon.doing = "loading torch, the task and its data"
         prepared: Prepared = await self._worker.call("prepare")
         self._log.info("task_checked", n_samples=prepared.n_samples, outputs=prepared.outputs)
@@ -148,6 +152,23 @@ class SiteService:
             self._drain,
         )
         self._sender.close()
+
+    async def _go_on(self) -> None:
+        """Go on from what was sent last, also where the state is from a backup that does not know of it."""
+        told = await self._verdicts.begin()
+        found = await brought_up(self._bus, self._identity, self._settings, self._outbox, told, self._log)
+        gap = await gap_in(self._settings.state_dir / EGRESS_FILE, self._outbox, found)
+        await self._sender.begin()
+        if gap is not None:
+            self._log.warning("egress_ledger_is_older", detail=gap.detail)
+            await self._sender.record(gap)
+        self._machine = protocol.Site(await asyncio.to_thread(self._outbox.last_trained))
+        if found is not None:
+            self._status["restored"] = {
+                "own_number": found.own,
+                "newest_number": found.known,
+                "next_number": found.first,
+            }
 
     async def _try_batch(self) -> None:
         """Train on one batch: a task that fails in every pass is reported before the first model is there."""
@@ -363,7 +384,8 @@ class SiteService:
         try:
             return await self._do(job, manifest)
         except BudgetSpentError as error:
-            self._log.warning("budget_spent", version=job.version, reason=str(error))
+            event = "privacy_account_is_older" if isinstance(error, OldAccountError) else "budget_spent"
+            self._log.warning(event, version=job.version, reason=str(error))
             self._daemon.notices.add(What.BUDGET_SPENT, {"version": job.version})
             await self._show_spending(manifest, spent=True)
             return protocol.BudgetSpent()
@@ -430,6 +452,10 @@ class SiteService:
         await self._show_spending(manifest)  # it is charged, whatever becomes of the pass
         if self._settings.slow_factor > 1:
             await asyncio.sleep((time.monotonic() - started) * (self._settings.slow_factor - 1))
+        if (median := self._alarm.median_if_jumped(trained.delta_norm)) is not None:
+            self._daemon.metrics.norm_jumps.inc()
+            norm = trained.delta_norm
+            self._log.warning("delta_norm_jumped", version=manifest.version, norm=norm, median=median)
         seconds = time.monotonic() - started
         self._daemon.metrics.train_seconds.inc(seconds)
         self._status["train_s"] += seconds
@@ -475,6 +501,8 @@ class SiteService:
         except (LocalStorageError, WorkerDiedError) as error:
             self._log.warning("spending_not_shown", error=str(error))
             return
+        if spending.n_unseen and spending.n_unseen != (self._status["privacy"] or {}).get("n_unseen"):
+            self._log.warning("charged_for_updates_since_backup", n_updates=spending.n_unseen)
         self._daemon.metrics.epsilon_spent.set(spending.record.epsilon)
         self._status["privacy"] = spending.describe(spent=spent)
 

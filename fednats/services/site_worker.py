@@ -27,7 +27,7 @@ from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
 from fednats.learning.trainer import load_optimizers
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload, Update
-from fednats.privacy.guard import Guard
+from fednats.privacy.guard import Guard, Left
 from fednats.privacy.policy import read_policy
 from fednats.privacy.skellam import SkellamRounding
 from fednats.privacy.spending import Spending
@@ -175,6 +175,7 @@ class SiteWorker:
 
         Raises:
             BudgetSpentError: it would go beyond the privacy budget; nothing was trained.
+            OldAccountError: the privacy account does not know what was spent since a backup; nothing was trained.
             LocalStorageError: it could not be booked in the privacy account, or the disk has no room for its update; nothing
                 was trained.
             LocalDataError: the loss or the result is not finite.
@@ -184,16 +185,29 @@ class SiteWorker:
         n_made = self._outbox.n_made()
         seed = _seed(manifest.seed, self._settings.site, manifest.version, n_made)
         sample_rate = self._trainer.sample_rate(manifest.training)
+        self._guard.catch_up(manifest, sample_rate, self._left(manifest))
         self._guard.check_pass(manifest, sample_rate, self._layout)
         self._check_room(manifest)
         with self._start(manifest.version, goes_on=goes_on) as start, task_code("training"):
             self._rehearse(manifest, start, n_made)
-            self._guard.charge_pass(manifest, sample_rate, n_made)
+            self._guard.charge_pass(manifest, sample_rate, n_made, self._outbox.next_sequence())
             trained = self._trainer.train(start, manifest.training, seed)
-            _refuse_not_finite(self._model.delta(start))
+            delta = self._model.delta(start)
+            _refuse_not_finite(delta)
+            norm = float(np.sqrt(sum(float(np.square(delta[block]).sum()) for block in blocks(len(delta)))))
         dp_sgd = manifest.training.dp is not None
         self._pass = Pass(manifest.version, seed, trained.n_samples, goes_on, dp_sgd)
-        return Trained(trained.n_samples, trained.train_loss)
+        return Trained(trained.n_samples, trained.train_loss, norm)
+
+    def _left(self, manifest: ModelManifest) -> Left:
+        """Return what may have left this site with noise, as far as it was charged."""
+        charged, found = self._outbox.newest_charged(), self._outbox.restored()
+        if found is None or found.cost_nothing or charged >= found.first:
+            return Left(charged)
+        if not self._guard.concerns(manifest):
+            self._outbox.note_cost_nothing(manifest.opening.first_version)
+        partly_sent = found.known + 1
+        return Left(max(partly_sent, charged), signed=found.signed >= found.known)
 
     def _rehearse(self, manifest: ModelManifest, start: Vector, n_made: int) -> None:
         """Try what a pass with noise does on one batch, or on every case if the last pass that was charged failed."""
@@ -244,7 +258,7 @@ class SiteWorker:
         saturated = 0
         rounding = None if newest.delta.dp is None else SkellamRounding(newest.delta.dp, delta, residual)
         chunks = encode.encode(delta, residual, self._layout, newest.grid, rng, rounding)
-        done.booked = self._guard.charge_update(newest, self._layout, dp_sgd=done.dp_sgd, booked=done.booked)
+        done.booked = self._guard.charge_update(newest, self._layout, sequence, dp_sgd=done.dp_sgd, booked=done.booked)
         spending = self._guard.spending(newest)
         for position, chunk in enumerate(chunks):
             key = ChunkKey(update_id, sequence, position, chunk.start)

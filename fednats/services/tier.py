@@ -21,6 +21,7 @@ from fednats.protocol.events import (
     DeadlineReached,
     Event,
     Refuse,
+    ReportBounded,
     ReportNotEvaluated,
     ReportWaiting,
     Settle,
@@ -59,6 +60,10 @@ class Machine(Protocol):
     @property
     def n_buffered(self) -> int:
         """Contributions taken in and not yet combined."""
+
+    @property
+    def bounded(self) -> Mapping[str, ReportBounded]:
+        """Sources whose last claim of mass was believed in part only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +130,16 @@ class Tier:
             self._journal.close()
 
     async def replay(self) -> int:
-        """Replay the journal into the machine; return the number of events. Then `take_up`."""
-        return await asyncio.to_thread(self._replay)
+        """Replay the journal into the machine; return the number of events. Then `take_up`.
+
+        Meanwhile ``/status`` says so, and what it said before: what a thread is changing cannot be looked at.
+        """
+        before = {**self.daemon.status(), "state": "replaying"}
+        status, self.daemon.status = self.daemon.status, lambda: before
+        try:
+            return await asyncio.to_thread(self._replay)
+        finally:
+            self.daemon.status = status
 
     def take_up(self) -> None:
         """Go on with what was under way when the journal ended."""
@@ -186,7 +199,7 @@ class Tier:
                         await self._until_done(inbox.refuse, identity, self.rejects, reason, detail)
                 case StartTimer(delay_s):
                     self._start_timer(delay_s)
-                case ReportWaiting() | ReportNotEvaluated():
+                case ReportWaiting() | ReportNotEvaluated() | ReportBounded():
                     self._say(command)
                 case Combine(combination):
                     self._idle.clear()
@@ -239,7 +252,7 @@ class Tier:
                     self._commands.put_nowait(command)
                 if not handled.done():  # who fed it may have been cancelled
                     handled.set_result(None)
-            self.daemon.metrics.buffered.set(self._machine.n_buffered)
+            self._show_machine()
 
     async def _append(self, events: list[Event], at_s: float) -> None:
         """Have ``events`` written; while another process holds the journal, nothing goes on."""
@@ -259,8 +272,12 @@ class Tier:
             self._handle(entry.event, entry.at_s)
             wall_s, monotonic_s = self._started
             self._started = (max(wall_s, entry.at_s), monotonic_s)  # time does not go back with a clock that was set
-        self.daemon.metrics.buffered.set(self._machine.n_buffered)
+        self._show_machine()
         return n_events
+
+    def _show_machine(self) -> None:
+        self.daemon.metrics.buffered.set(self._machine.n_buffered)
+        self.daemon.metrics.claims_bounded.set(len(self._machine.bounded))
 
     def _handle(self, event: Event, at_s: float) -> list[Command]:
         """Let the machine handle what is journalled, and count what comes of it."""
@@ -305,10 +322,13 @@ class Tier:
             else:
                 return
 
-    def _say(self, command: ReportWaiting | ReportNotEvaluated) -> None:
+    def _say(self, command: ReportWaiting | ReportNotEvaluated | ReportBounded) -> None:
         if isinstance(command, ReportWaiting):
             self.daemon.metrics.waiting.inc()
             self.log.warning("waiting_for_sites", **asdict(command))
+        elif isinstance(command, ReportBounded):
+            self.log.warning("claim_bounded", **asdict(command))
+            self.daemon.notices.add(What.CLAIM_BOUNDED, asdict(command))
         else:
             self.log.info("version_not_evaluated", **asdict(command))
 
@@ -328,6 +348,11 @@ class Tier:
         """Return the time of day at the start, and since then as much as has passed, whatever the clock is set to."""
         wall_s, monotonic_s = self._started
         return wall_s + time.monotonic() - monotonic_s
+
+
+def unknown(command: Command, role: str) -> AssertionError:
+    """Return what to raise for a command that the daemon of ``role`` has no way to execute: it must not be lost."""
+    return AssertionError(f"{type(command).__name__} is not a command of the {role}")
 
 
 async def _at_once() -> None:

@@ -2,18 +2,19 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fednats import subjects, wire
 from fednats.config import SiteSettings
-from fednats.errors import BusError, CopiedSiteError, LocalStorageError, Reason, RefusedError
+from fednats.errors import CopiedSiteError, LocalStorageError, Reason, RefusedError
 from fednats.messages import MAX_VERDICTS, Receipt, Update, Verdict
 from fednats.privacy.anchor import keep_anchor, read_anchor
 from fednats.privacy.egress import EGRESS_FILE
-from fednats.protocol.refusals import Pauses, sent_by_another
+from fednats.protocol.refusals import Pauses, newest_known, sent_by_another
 from fednats.services.identity import Identity
 from fednats.services.lifecycle import Daemon
+from fednats.services.persist import find
 from fednats.storage.outbox import Outbox, first_number
 from fednats.transport.bus import Bus, Record
 
@@ -61,45 +62,53 @@ class Verdicts:
         """How long the site does not train because its updates are refused, in seconds."""
         return max(0.0, self._until_s - time.monotonic())
 
-    async def begin(self) -> None:
-        """Look at the newest receipt before anything is trained.
+    async def begin(self) -> int:
+        """Look at the newest receipt before anything is trained; return the newest number that the region knows.
 
-        Raises:
-            CopiedSiteError: updates were taken from another process that sends as this site.
+        It is above the newest number here if the state is from a backup, or if another process sends as this site.
         """
         stored = await asyncio.to_thread(read_anchor, self._ledger)
         if stored is not None:
             self._seen.update(stored.receipt.verdicts)
-        try:
-            record = await self._bus.last(self._stream, self._subject)
-        except BusError as error:
-            self._log.debug("receipts_wait", error=str(error))
-            return
-        if record is not None:
-            await self._take(record)
+        record = await find(self._log, lambda: self._bus.last(self._stream, self._subject))
+        receipt = None if record is None else self._opened(record)
+        if record is None or receipt is None:
+            return 0
+        own = await asyncio.to_thread(self._own)
+        fresh = [verdict for verdict in receipt.verdicts if verdict not in self._seen]
+        await self._take_in(receipt, fresh, own, record.data)
+        newest_here = await asyncio.to_thread(self._outbox.newest_number)
+        return newest_known(receipt.verdicts, fresh, own.keys(), newest_here)
 
     async def follow(self) -> None:
-        """Take receipts in for ever. Raises as `begin`."""
+        """Take receipts in for ever.
+
+        Raises:
+            CopiedSiteError: updates were taken from another process that sends as this site.
+        """
         async for record in self._bus.follow(self._stream, [self._subject]):
-            await self._take(record)
+            if (receipt := self._opened(record)) is not None:
+                own = await asyncio.to_thread(self._own)
+                await asyncio.to_thread(self._refuse_copy, receipt, own)
+                fresh = [verdict for verdict in receipt.verdicts if verdict not in self._seen]
+                await self._take_in(receipt, fresh, own, record.data)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    async def _take(self, record: Record) -> None:
+    def _opened(self, record: Record) -> Receipt | None:
         try:
-            receipt = self._identity.open(record.subject, record.data, Receipt)
+            return self._identity.open(record.subject, record.data, Receipt)
         except RefusedError as error:
             self._daemon.metrics.refused.labels(reason=error.reason.value).inc()
             self._log.warning("receipt_refused", reason=error.reason.value, detail=error.detail)
-            return
-        own = await asyncio.to_thread(self._own)
-        self._refuse_copy(receipt, own)
-        fresh = [verdict for verdict in receipt.verdicts if verdict not in self._seen]
+            return None
+
+    async def _take_in(self, receipt: Receipt, fresh: list[Verdict], own: Mapping[str, Update], signed: bytes) -> None:
         for verdict in fresh:
             self._note(verdict, receipt.release, is_own=verdict.name in own)
         self._seen = set(receipt.verdicts)
         if fresh:
-            await self._keep(record.data)
+            await self._keep(signed)
 
     def _own(self) -> dict[str, Update]:
         """Return the newest own updates, by id and by the id of the message that each was sent in."""
@@ -108,14 +117,13 @@ class Verdicts:
         by_message = {wire.message_id(self._identity.sign(subject, update)): update for update in updates}
         return {**by_message, **{update.update_id: update for update in updates}}
 
-    def _refuse_copy(self, receipt: Receipt, own: dict[str, Update]) -> None:
-        newest = max((update.sequence for update in own.values()), default=first_number(time.time()))
+    def _refuse_copy(self, receipt: Receipt, own: Mapping[str, Update]) -> None:
+        newest = self._outbox.newest_number() or first_number(time.time())
         fresh = [verdict for verdict in receipt.verdicts if verdict not in self._seen or verdict.name not in own]
         if (what := sent_by_another(fresh, own.keys(), newest)) is not None:
             raise CopiedSiteError(
                 f"another process sends as {self._settings.site}, or this state_dir is an old copy: {what}. Stop the other"
-                f" one; if there is none, move {self._settings.state_dir}/outbox.sqlite away: numbers then begin above the"
-                " earlier ones"
+                " one, if there is one, and start this one again: it then goes on above the numbers that its region knows"
             )
 
     def _note(self, verdict: Verdict, release: str, *, is_own: bool) -> None:

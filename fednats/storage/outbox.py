@@ -7,15 +7,16 @@ rounded away is never lost and never counted twice, and no write keeps the daemo
 An update waits until the bus has all of it in writing. When more than a few wait, the oldest whose sending has not begun
 is dropped and what it said goes back into the residual, in the same transaction in which the newest is stored: so its
 content is in exactly one update at any time. One whose sending has begun is never dropped, it may be at the bus already.
+
+An outbox that was put back from a backup does not know what was sent since. Nothing that waits in it is sent, its residual
+is void, and the next update is numbered above all that its region may know (`Outbox.go_above`).
 """
 
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import msgpack
 import numpy as np
@@ -24,10 +25,11 @@ from numpy.typing import NDArray
 
 from fednats import wire
 from fednats.codec.layout import Layout
-from fednats.errors import ConfigError, LocalDataError, LocalStorageError, RefusedError
+from fednats.errors import ConfigError, LocalStorageError, RefusedError
 from fednats.messages import NO_RECORD, Update
-from fednats.storage.database import open_database, storage_error
+from fednats.storage.residual import Dropped, Residual
 from fednats.storage.row_chain import CHAIN_SCHEMA, RowChain, difference, extend, read_chain
+from fednats.storage.shared_database import SharedDatabase
 
 UPDATES_TABLE = "outgoing"
 
@@ -41,18 +43,31 @@ CREATE TABLE IF NOT EXISTS chunk (update_id TEXT NOT NULL, position INTEGER NOT 
 CREATE INDEX IF NOT EXISTS chunk_start ON chunk (update_id, start);
 CREATE TABLE IF NOT EXISTS residual (sequence INTEGER NOT NULL, start INTEGER NOT NULL, data BLOB NOT NULL,
     PRIMARY KEY (sequence, start)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS restored (first INTEGER PRIMARY KEY, own INTEGER NOT NULL, signed INTEGER NOT NULL,
+    known INTEGER NOT NULL, base_version INTEGER NOT NULL, cost_nothing INTEGER NOT NULL DEFAULT 0,
+    at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP);
 """
 
-_WAITING = "sent_at IS NULL AND dropped_at IS NULL"
+_RESTORED = "first, own, signed, known, base_version, cost_nothing"
+_WAITING = "sent_at IS NULL AND dropped_at IS NULL AND sequence > (SELECT COALESCE(MAX(own), 0) FROM restored)"
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """An update that makes room: what it said goes into the next one."""
+class Restored:
+    """What was found when this outbox, put back from a backup, was older than what its region had of the site."""
 
-    update_id: str
-    steps: tuple[float, ...]
-    """Of the grid it is on."""
+    first: int
+    """Number of the next update."""
+    own: int
+    """Newest number here; 0 for none."""
+    signed: int
+    """Newest number of an update in the region's stream that carries the site's signature; 0 for none."""
+    known: int
+    """Newest number that the region has named, or that has the site's signature."""
+    base_version: int
+    """Version that the update numbered ``signed`` was trained on; -1 for none."""
+    cost_nothing: bool = False
+    """Whether the updates since the backup are of a run that adds no noise, so that nothing had to be charged for them."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +110,51 @@ class Outbox:
         """
         self._path = path
         self._first = first
-        self._connection = open_database(path, _SCHEMA)
+        self._database = SharedDatabase(path, _SCHEMA, "nothing was written. Make room on its disk")
         self._refuse_deleted()
-        self._connection.execute("PRAGMA secure_delete = OFF")  # else removing a chunk takes as much room as it frees
+        self._database.rows("PRAGMA secure_delete = OFF")  # else removing a chunk takes as much room as it frees
+
+    # --- after a backup was put back ----------------------------------------------------------------------------------
+
+    def go_above(self, found: Restored) -> None:
+        """Number what comes from ``found.first`` on, and give up what waits: it may have been sent since the backup.
+
+        The residual is void as well: the updates sent since the backup have made up for it.
+        """
+        values = astuple(found)
+        with self._database.transaction() as connection:
+            connection.execute(f"INSERT INTO restored ({_RESTORED}) VALUES (?, ?, ?, ?, ?, ?)", values)  # noqa: S608 - a constant
+            connection.execute("DELETE FROM chunk")
+            connection.execute("DELETE FROM residual")
+
+    def restored(self) -> Restored | None:
+        """Return what was found when this outbox was last put back from a backup that was older than the bus."""
+        rows = self._database.rows(f"SELECT {_RESTORED} FROM restored ORDER BY first DESC LIMIT 1")  # noqa: S608 - a constant
+        return Restored(*rows[0]) if rows else None
+
+    def note_cost_nothing(self, first_version: int) -> None:
+        """The run that began with ``first_version`` adds no noise: note it of the updates since the backup if they are of it."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE restored SET cost_nothing = 1 WHERE (SELECT MAX(base_version) FROM outgoing WHERE sequence <= own) >= ?",
+                (first_version,),
+            )
+
+    def newest_number(self) -> int:
+        """Return the newest number that is taken; 0 for none."""
+        found = self.restored()
+        return max(self._newest(), 0 if found is None else found.first - 1)
+
+    def newest_charged(self) -> int:
+        """Return the number of the newest update that was charged to the privacy account; 0 for none."""
+        return self._read("SELECT COALESCE(MAX(sequence), 0) FROM outgoing WHERE epsilon IS NOT NULL")[0]
 
     # --- the worker's side --------------------------------------------------------------------------------------------
 
     def next_sequence(self) -> int:
         """Return the sequence number of the next update."""
-        return self._newest() + 1 if self.n_made() else self._first
+        newest = self.newest_number()
+        return newest + 1 if newest else self._first
 
     def n_made(self) -> int:
         """Return how many updates were stored."""
@@ -116,7 +167,7 @@ class Outbox:
         begun. Until the new one is stored, or given up by `release`, that one is neither sent nor dropped.
         """
         newest = self._newest()
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._sweep(connection, newest)
             connection.execute("UPDATE outgoing SET claimed = 0 WHERE claimed = 1")
             (n_waiting,) = connection.execute(f"SELECT COUNT(*) FROM outgoing WHERE {_WAITING}").fetchone()  # noqa: S608 - as above
@@ -126,8 +177,7 @@ class Outbox:
                     f"UPDATE outgoing SET claimed = 1 WHERE sequence = (SELECT MIN(sequence) FROM outgoing"  # noqa: S608 - as above
                     f" WHERE {_WAITING} AND offered_at IS NULL) RETURNING update_id, steps"
                 ).fetchone()
-        with self._writing() as connection:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted is room for the chunks to come
+        self._database.rows("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted is room for the chunks to come
         return None if row is None else Dropped(row[0], tuple(msgpack.unpackb(row[1])))
 
     def check_room(self, n_bytes: int) -> None:
@@ -136,7 +186,7 @@ class Outbox:
         Raises:
             LocalStorageError: with what is free.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             self._sweep(connection, self._newest())
         (n_pages,), (page_bytes,) = self._read("PRAGMA freelist_count"), self._read("PRAGMA page_size")
         free = shutil.disk_usage(self._path.parent).free + n_pages * page_bytes
@@ -145,9 +195,9 @@ class Outbox:
                 f"{self._path}: {free} bytes are free, an update needs {n_bytes}; nothing was trained. Make room on its disk"
             )
 
-    def residual(self, layout: Layout, dropped: Dropped | None) -> "Residual":
+    def residual(self, layout: Layout, dropped: Dropped | None) -> Residual:
         """Return what the next update has to make up for."""
-        return Residual(self, self._newest(), layout, dropped)
+        return Residual(self._database, self._newest(), layout, dropped)
 
     def add_chunk(self, key: ChunkKey, data: bytes, values: NDArray[np.int8], residual: NDArray[np.float32]) -> None:
         """Store one chunk of an update: what is sent, what it says (int8[n]) and the residual it leaves (float32[n]).
@@ -158,7 +208,7 @@ class Outbox:
         quantised = zstandard.compress(values.tobytes(), level=1)
         left = residual.astype("<f4", copy=False).tobytes()
         self._leave_room(len(data) + len(quantised) + len(left))
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 "INSERT INTO chunk VALUES (?, ?, ?, ?, ?)", (key.update_id, key.position, key.start, data, quantised)
             )
@@ -172,7 +222,7 @@ class Outbox:
         ``epsilon`` is what was spent of any one record's privacy with it; None without differential privacy.
         """
         named = (update.sequence, update.update_id, update.base_version)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 "INSERT INTO outgoing (sequence, update_id, base_version, head, steps, epsilon) VALUES (?, ?, ?, ?, ?, ?)",
                 (*named, wire.pack(update), msgpack.packb(steps), epsilon),
@@ -189,7 +239,7 @@ class Outbox:
 
         One whose sending has begun is sent to its end, and refused by its region. Returns how many updates were dropped.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             dropped = connection.execute(
                 f"UPDATE outgoing SET claimed = 0, dropped_at = CURRENT_TIMESTAMP WHERE {_WAITING}"  # noqa: S608 - a constant
                 " AND offered_at IS NULL AND base_version < ? RETURNING update_id",
@@ -206,23 +256,31 @@ class Outbox:
 
     def last_trained(self) -> int:
         """Return the base version of the newest update, -1 for none."""
-        (newest,) = self._read("SELECT COALESCE(MAX(base_version), -1) FROM outgoing")
-        return int(newest)
+        query = (
+            "SELECT MAX(base_version) FROM (SELECT base_version FROM outgoing UNION SELECT base_version FROM restored)"
+        )
+        ((newest,),) = self._database.rows(query)
+        return -1 if newest is None else int(newest)
 
     def release(self) -> None:
         """No update is in the making: one that was to make room for it is sent like the others."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute("UPDATE outgoing SET claimed = 0 WHERE claimed = 1")
 
     def pending(self) -> list[Update]:
         """Return the updates that are not yet acknowledged by the bus, oldest first."""
         query = f"SELECT head FROM outgoing WHERE {_WAITING} ORDER BY sequence"  # noqa: S608 - a constant
-        return [self._unpacked(head) for (head,) in self._rows(query)]
+        return [self._unpacked(head) for (head,) in self._database.rows(query)]
 
     def newest(self, count: int) -> list[Update]:
         """Return the newest ``count`` updates that were stored, the newest first."""
         query = "SELECT head FROM outgoing ORDER BY sequence DESC LIMIT ?"
-        return [self._unpacked(head) for (head,) in self._rows(query, count)]
+        return [self._unpacked(head) for (head,) in self._database.rows(query, count)]
+
+    def newest_ledger_head(self) -> str:
+        """Return the record of the egress ledger that the newest update names whose sending has begun."""
+        query = "SELECT head FROM outgoing WHERE offered_at IS NOT NULL ORDER BY sequence DESC LIMIT 1"
+        return next((self._unpacked(head).ledger_head for (head,) in self._database.rows(query)), NO_RECORD)
 
     def counts(self) -> dict[str, int]:
         """Return how many updates wait, were sent and were dropped."""
@@ -237,7 +295,7 @@ class Outbox:
         ``ledger_head`` is the newest record of the egress ledger: it goes into the head when an update is offered for the
         first time, and stays there, so that what is sent again is the same to the bit.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             row = connection.execute(
                 "SELECT head, sent_chunks, offered_at FROM outgoing"
                 " WHERE update_id = ? AND claimed = 0 AND dropped_at IS NULL",
@@ -258,36 +316,36 @@ class Outbox:
         """Yield the chunks of an update in order, from number ``first`` on."""
         query = "SELECT data FROM chunk WHERE update_id = ? AND position = ?"
         position = first  # one query each: no statement stays open while the worker writes
-        while rows := self._rows(query, update_id, position):
+        while rows := self._database.rows(query, update_id, position):
             yield rows[0][0]
             position += 1
 
     def epsilon(self, update_id: str) -> float | None:
         """Return what was spent when an update was made; None without differential privacy."""
         query = "SELECT epsilon FROM outgoing WHERE update_id = ?"
-        ((epsilon,),) = self._rows(query, update_id)
+        ((epsilon,),) = self._database.rows(query, update_id)
         return None if epsilon is None else float(epsilon)
 
     def n_bytes(self, update_id: str, first: int = 0) -> int:
         """Return the size of the chunks of an update from number ``first`` on."""
         query = "SELECT COALESCE(SUM(LENGTH(data)), 0) FROM chunk WHERE update_id = ? AND position >= ?"
-        ((n_bytes,),) = self._rows(query, update_id, first)
+        ((n_bytes,),) = self._database.rows(query, update_id, first)
         return int(n_bytes)
 
     def note_sent_chunks(self, update_id: str, n_chunks: int) -> None:
         """The bus has the first ``n_chunks`` in writing."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute("UPDATE outgoing SET sent_chunks = ? WHERE update_id = ?", (n_chunks, update_id))
 
     def mark_sent(self, update_id: str) -> None:
         """The bus has the whole update in writing: keep the head as a record, drop the chunks."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             connection.execute("UPDATE outgoing SET sent_at = CURRENT_TIMESTAMP WHERE update_id = ?", (update_id,))
             connection.execute("DELETE FROM chunk WHERE update_id = ?", (update_id,))
 
     def close(self) -> None:
         """Close the file."""
-        self._connection.close()
+        self._database.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -299,48 +357,9 @@ class Outbox:
         )
         connection.execute("DELETE FROM residual WHERE sequence <> ?", (newest,))
 
-    def stored_residual(self, sequence: int, part: slice) -> NDArray[np.float32] | None:
-        """Return what update ``sequence`` left of ``part``, float32, None if it left nothing there."""
-        query = "SELECT start, data FROM residual WHERE sequence = ? AND start < ? ORDER BY start DESC"
-        return self._part(query, (sequence, part.stop), part, lambda data: np.frombuffer(data, "<f4"))
-
-    def quantised(self, update_id: str, part: slice) -> NDArray[np.float32] | None:
-        """Return what an update says of ``part`` in steps of its grid, float32 of integers."""
-        query = "SELECT start, quantised FROM chunk WHERE update_id = ? AND start < ? ORDER BY start DESC"
-        return self._part(
-            query,
-            (update_id, part.stop),
-            part,
-            lambda data: np.frombuffer(zstandard.decompress(data), np.int8).astype(np.float32),
-        )
-
-    def _part(
-        self,
-        query: str,
-        key: tuple[int | str, int],
-        part: slice,
-        decode: Callable[[bytes], NDArray[np.float32]],
-    ) -> NDArray[np.float32] | None:
-        values = np.zeros(part.stop - part.start, np.float32)
-        found = 0
-        for start, data in self._connection.execute(query, key):
-            stored = decode(data)
-            stop = start + len(stored)
-            if stop <= part.start:
-                break
-            low, high = max(start, part.start), min(stop, part.stop)
-            values[low - part.start : high - part.start] = stored[low - start : high - start]
-            found += high - low
-        if found not in {0, len(values)}:
-            raise LocalDataError(
-                f"{self._path} covers {found} of the parameters {part.start} to {part.stop}: it belongs to another model;"
-                " give the new run a state_dir of its own"
-            )
-        return values if found else None
-
     def _refuse_deleted(self) -> None:
         """With updates gone their numbers would be given again, and refused."""
-        with self._transaction() as connection:  # the other process may be storing one
+        with self._database.transaction() as connection:  # the other process may be storing one
             rows = connection.execute("SELECT sequence, update_id FROM outgoing ORDER BY sequence").fetchall()
             wrong = difference(read_chain(connection, UPDATES_TABLE), RowChain().extended(rows))
         if wrong:
@@ -363,11 +382,8 @@ class Outbox:
         return int(newest)
 
     def _read(self, query: str) -> tuple[int, ...]:
-        return self._rows(query)[0]
-
-    def _rows(self, query: str, *parameters: str | int) -> list[tuple[Any, ...]]:
-        with self._writing() as connection:
-            return connection.execute(query, parameters).fetchall()
+        found: tuple[int, ...] = self._database.rows(query)[0]
+        return found
 
     def _leave_room(self, n_bytes: int) -> None:
         """Refuse to fill the disk with half an update: what is in the log must fit into the file, or it stays for ever."""
@@ -378,54 +394,6 @@ class Outbox:
                 f"{self._path}: {free} bytes are free, the next chunk of an update needs {log + 2 * n_bytes}; nothing was"
                 " written. Make room on its disk"
             )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Write all or nothing; durable at the end. Raises as `_writing`."""
-        with self._writing():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """Name the file and the remedy.
-
-        Raises:
-            LocalStorageError: the disk is full or broken; nothing of it was written.
-        """
-        try:
-            yield self._connection
-        except sqlite3.OperationalError as error:
-            raise storage_error(self._path, error, "nothing was written. Make room on its disk") from error
-
-
-class Residual:
-    """What rounding and dropping left out so far, float32[n], added up where it is read."""
-
-    def __init__(self, outbox: Outbox, sequence: int, layout: Layout, dropped: Dropped | None) -> None:
-        self._outbox = outbox
-        self._sequence = sequence
-        self._layout = layout
-        self._dropped = dropped
-
-    def __len__(self) -> int:
-        return self._layout.n_parameters
-
-    def __getitem__(self, part: slice) -> NDArray[np.float32]:
-        """Return values ``part.start`` to ``part.stop``; raises LocalDataError if the outbox is another model's."""
-        stored = self._outbox.stored_residual(self._sequence, part)
-        values = np.zeros(part.stop - part.start, np.float32) if stored is None else stored
-        if self._dropped is not None:
-            quantised = self._outbox.quantised(self._dropped.update_id, part)
-            if quantised is not None:
-                values = values + quantised * self._layout.steps(self._dropped.steps, part.start, part.stop)
-        return values
 
 
 def outbox_file(state_dir: Path) -> Path:

@@ -56,6 +56,11 @@ class Taken:
     """As of `Made`."""
 
 
+def became(taken: Taken) -> str:
+    """Return what became of a contribution, in words."""
+    return f"refused: {taken.reason}" if taken.fate is Fate.REFUSED else taken.fate.value
+
+
 @dataclass
 class Made:
     """One sum that a node set out to make; at the hub, one version."""

@@ -31,23 +31,20 @@ from pathlib import Path
 
 from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
-from fednats.protocol.compositions import without_digests
 from fednats.protocol.coordinator import RunRecord, RunState
 from fednats.protocol.sums import head_of, weigh
 from fednats.storage.checkpoints import Checkpoint, checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.outbox import outbox_file
 from fednats.storage.tensor_file import TensorFile, digest_of
 from fednats.subjects import HUB
-from fednats.testbed.book import Book, Fate, Taken
+from fednats.testbed.book import Book, Fate, Taken, became
 from fednats.testbed.egress_check import check_nodes, check_site
+from fednats.testbed.outbox_check import check_outbox
 from fednats.testbed.run_folder import JOURNAL, RunFolder
-from fednats.testbed.sent import Sent, read_outbox
+from fednats.testbed.sent import Sent, read_gaps, read_outbox
 
 OVERTAKEN_S = 30.0
 """An unacknowledged delivery comes again after 8 s; so long after a later one came, an earlier one is not under way."""
-
-DAMAGED = {Reason.CHECKSUM, Reason.CIPHERTEXT}
-"""Reasons that an honest update is never refused for."""
 
 TOO_LATE = {Reason.TOO_STALE, Reason.EARLIER_RUN}
 """Reasons that an honest sum is refused for: its model is no longer the one that is trained."""
@@ -119,11 +116,11 @@ def verify(directory: Path) -> Ledger:
                 books[region] = Book(region, file)
             else:
                 ledger.findings.append(f"{file} is missing: what region {region} summed cannot be verified")
-    outboxes = {
-        (region, site): read_outbox(outbox_file(folder.site(site)))
-        for region, book in books.items()
-        for site in sorted(book.sites)
+    files = {
+        (region, site): outbox_file(folder.site(site)) for region, book in books.items() for site in sorted(book.sites)
     }
+    outboxes = {key: read_outbox(file) for key, file in files.items()}
+    gaps = {key: read_gaps(file) for key, file in files.items() if outboxes[key] is not None}
     ledger.runs = [_line(run) for run in books[HUB].runs]
     ledger.findings += [problem for book in books.values() for problem in book.problems]
     for book in books.values():
@@ -132,9 +129,11 @@ def verify(directory: Path) -> Ledger:
         ledger.notes += notes
     ledger.findings += _wrong_weights(folder.coordinator)
     for (region, site), outbox in outboxes.items():
-        ledger.findings += check_site(folder.site(site), site, outbox or (), books[region].taken)
+        findings, notes = check_site(folder.site(site), site, outbox or (), books[region].taken)
+        ledger.findings += findings
+        ledger.notes += notes
     ledger.findings += check_nodes(folder)
-    _Audit(ledger, books, parents, outboxes).run(before, after)
+    _Audit(ledger, books, parents, outboxes, gaps).run(before, after)
     return ledger
 
 
@@ -162,11 +161,13 @@ class _Audit:
         books: dict[str, Book],
         parents: dict[str, str],
         outboxes: dict[tuple[str, str], list[Sent] | None],
+        gaps: dict[tuple[str, str], list[range]],
     ) -> None:
         self._ledger = ledger
         self._books = books
         self._parents = parents
         self._outboxes = outboxes
+        self._gaps = gaps
         self._lost: set[str] = set()
 
     def run(self, before: Checkpoint | None, after: Checkpoint | None) -> None:
@@ -260,38 +261,11 @@ class _Audit:
             if arrived:
                 self._find(f"site-{site}/outbox.sqlite is missing: the updates of {site} cannot be verified")
             return
-        self._check_outbox(site, outbox, arrived)
+        findings, notes = check_outbox(book.node, site, outbox, self._gaps[book.node, site], arrived)
+        self._ledger.findings += findings
+        self._ledger.notes += notes
         sent = [item.update_id for item in outbox if item.head and (item.is_sent or item.update_id in arrived)]
         self._note_sent(self._ledger.updates, sent, book, f"update {{}} of {site}")
-
-    def _check_outbox(self, site: str, outbox: list[Sent], arrived: dict[str, Taken]) -> None:
-        own = {item.update_id: item for item in outbox}
-        sequences = [item.sequence for item in outbox]
-        if unread := [item for item in outbox if item.head is None]:
-            self._find(
-                f"unreadable: {len(unread)} updates in the outbox of {site}, such as {unread[0].update_id}:"
-                f" {unread[0].problem}; verify them with the release of their sender"
-            )
-        if sequences and sequences != list(range(sequences[0], sequences[0] + len(sequences))):
-            self._find(f"outbox: the updates of {site} are numbered {sequences}, with a gap")
-        for identity, taken in arrived.items():
-            item = own.get(identity)
-            if item is None:
-                self._ledger.notes.append(
-                    f"update {identity} came in the name of {site}, whose outbox does not know it: {_became(taken)}"
-                )
-            elif (
-                item.head is not None
-                and item.head != taken.head
-                and not (taken.is_noted and _as_noted(item.head) == taken.head)
-            ):
-                self._find(f"altered: update {identity} of {site} is not what its outbox has")
-            elif item.is_dropped and taken.fate is Fate.SUMMED:
-                self._find(
-                    f"twice: update {identity} of {site} was dropped, its changes stay at the site, and is summed"
-                )
-            elif taken.reason in DAMAGED:
-                self._find(f"damaged: update {identity} of {site} was sent whole and refused: {taken.reason}")
 
     # --- both ---------------------------------------------------------------------------------------------------------
 
@@ -320,7 +294,7 @@ class _Audit:
             self._find(f"twice: {what} is in {', '.join(taken.sums)}")
 
     def _tally(self, counts: Counter[str], all_taken: Iterable[Taken]) -> None:
-        counts.update(_became(taken) for taken in all_taken)
+        counts.update(became(taken) for taken in all_taken)
 
     def _count(self) -> None:
         """Follow every accepted update upwards."""
@@ -353,20 +327,12 @@ def _restorations(book: Book) -> tuple[list[str], list[str]]:
     return findings, [note]
 
 
-def _as_noted(head: Update) -> Update:
-    return head.model_copy(update={"payload": without_digests(head.payload)})
-
-
 def _line(run: RunRecord) -> str:
     """Return which versions are of ``run``, and what became of it."""
     became = f"closed: {run.reason}" if run.state is RunState.CLOSED else run.state.name.lower()
     went_on = run.opening.opened_at > run.opening.first_version
     extended = f", extended at version {run.opening.opened_at}" if went_on else ""
     return f"run {run.opening.name}: versions {run.opening.first_version} to {run.last_version}{extended}, {became}"
-
-
-def _became(taken: Taken) -> str:
-    return f"refused: {taken.reason}" if taken.fate is Fate.REFUSED else taken.fate.value
 
 
 def _missing(sent: list[str], receiver: Book) -> tuple[set[str], set[str]]:

@@ -22,6 +22,8 @@ class Sent:
     """The bus has acknowledged all of it."""
     is_dropped: bool
     """A full outbox gave it up unsent; its changes went back into the site's residual."""
+    is_given_up: bool = False
+    """It waited in an outbox that was put back from a backup, and may have been sent since the backup."""
     problem: str = ""
     """Why it cannot be read."""
 
@@ -37,14 +39,28 @@ def read_outbox(file: Path) -> list[Sent] | None:
     connection = open_read_only(file)
     connection.row_factory = sqlite3.Row
     try:
-        return [_sent(row) for row in connection.execute("SELECT * FROM outgoing ORDER BY sequence").fetchall()]
+        (own,) = connection.execute("SELECT COALESCE(MAX(own), 0) FROM restored").fetchone()
+        rows = connection.execute("SELECT * FROM outgoing ORDER BY sequence").fetchall()
+        return [_sent(row, own) for row in rows]
     except sqlite3.Error as error:
         raise ConfigError(f"{file}: cannot be read as an outbox ({error}); restore it") from error
     finally:
         connection.close()
 
 
-def _sent(row: sqlite3.Row) -> Sent:
+def read_gaps(file: Path) -> list[range]:
+    """Return the numbers that an outbox lacks because it was put back from a backup. Raises as `read_outbox`."""
+    connection = open_read_only(file)
+    try:
+        rows = connection.execute("SELECT own, first FROM restored ORDER BY first").fetchall()
+    except sqlite3.Error as error:
+        raise ConfigError(f"{file}: cannot be read as an outbox ({error}); restore it") from error
+    finally:
+        connection.close()
+    return [range(own + 1, first) for own, first in rows]
+
+
+def _sent(row: sqlite3.Row, own: int) -> Sent:
     head, problem = None, ""
     try:
         head = wire.unpack(row["head"], Update)
@@ -56,5 +72,6 @@ def _sent(row: sqlite3.Row) -> Sent:
         head=head,
         is_sent=row["sent_at"] is not None,
         is_dropped=row["dropped_at"] is not None,
+        is_given_up=row["sent_at"] is None and row["dropped_at"] is None and row["sequence"] <= own,
         problem=problem,
     )

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -232,7 +231,9 @@ class CoordinatorNode:
                 deltas[head.aggregate_id] = self._decoder.mean(chunks, head.total_weight, layout, by_id[head.grid_id])
         norms = {identity: float(np.linalg.norm(delta)) for identity, delta in deltas.items()}
         quarantined = self._machine.outliers(combination, norms)
-        parts = tuple(part for part in combination.parts if contribution_id(part.head) not in quarantined)
+        if quarantined:
+            combination = self._machine.without(combination, quarantined)
+        parts = combination.parts
         heads = [part.head for part in parts if isinstance(part.head, Aggregate)]
         total = sum(part.mass for part in parts)
         mean = np.zeros(layout.n_parameters, np.float32)
@@ -245,7 +246,7 @@ class CoordinatorNode:
             n_steps=current.number,
             statistics=layout.of_statistics(0, layout.n_parameters),
         )
-        self.combined.append(replace(combination, parts=parts))
+        self.combined.append(combination)
         self.norms.update(norms)
         now_s = self._world.clock.now_s
         self.versions.append(Version(current.number + 1, now_s, weights, self._adapt(current.grids, heads, mean)))

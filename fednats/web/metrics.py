@@ -50,6 +50,16 @@ class Metrics:
         self.failing = Gauge(
             "fednats_failing", "Sites, this one or those below, whose training fails.", registry=self.registry
         )
+        self.claims_bounded = Gauge(
+            "fednats_claims_bounded",
+            "Sites and regions below that claim more cases, or more mass, than they are believed to have.",
+            registry=self.registry,
+        )
+        self.norm_jumps = Counter(
+            "fednats_delta_norm_jumps",
+            "Deltas, this site's own or the coordinator's mean, with a hundred times the usual norm.",
+            registry=self.registry,
+        )
         self.waiting = Counter(
             "fednats_waiting_for_sites",
             "Times that fewer distinct sites than a sum must have were there, at once or at a deadline.",

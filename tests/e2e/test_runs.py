@@ -98,6 +98,8 @@ async def test_kits_serve_run_after_run_and_nobody_is_given_new_keys(
         refused = await run(output, "start", order_file(tmp_path, delta={"value_bits": 4}), code=1)
         assert "delta.value_bits = 4" in refused
         assert "Set them as the kits were made with, 8 and 500" in refused
+        plain = await run(output, "start", order_file(tmp_path, delta={"cipher": "none"}), code=1)
+        assert 'delta.cipher is "none", but the kits have keys' in plain
         assert "stepz" in await run(output, "start", order_file(tmp_path, stepz=1), code=1)
         other = tmp_path / "other.safetensors"
         save_file({**first_best, "0.weight": np.zeros((16, 29), np.float32)}, other)

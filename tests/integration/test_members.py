@@ -4,14 +4,16 @@ import asyncio
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import structlog
 
+from fednats import subjects
 from fednats.config import AggregatorSettings, load
+from fednats.errors import BusError
 from fednats.protocol.events import Configured
 from fednats.provision import authority
 from fednats.provision.authority import CERTIFICATE_FILE
@@ -98,7 +100,17 @@ async def test_a_hospital_joins_without_a_restart_and_one_that_is_revoked_is_tol
                 return daemon.sources["site"]["present"] == ["c"]
 
             await until(is_there)
+
+            async def is_heard() -> bool:
+                """Whether its stream was made, and what is in it is taken in: no signature, so it is refused."""
+                with suppress(BusError):
+                    await site.publish(subjects.head(subjects.update(RUN, REGION, "c")), b"unsigned", "m")
+                return b'fednats_refused_total{reason="signature"} 1.0' in daemon.metrics.text()
+
+            await until(is_heard)
             await provision_again(servers, ("a", "b"), revoke=("site.c",))
+            accounts = (servers.kits.server(REGION) / "accounts.conf").read_text()
+            assert f"$JS.ACK.{subjects.updates_stream(RUN, REGION, 'c')}.>" in accounts, "it may still be in work"
 
             async def refused() -> bool:
                 return site.refusal is not None

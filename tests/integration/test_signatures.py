@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 import structlog
 import tomli_w
+from structlog.testing import capture_logs
 
 from fednats import subjects, wire
 from fednats.codec.layout import Layout
@@ -23,6 +24,7 @@ from fednats.crypto.signers import read_roster
 from fednats.crypto.signing import Signer
 from fednats.delta.encode import encoder
 from fednats.errors import BusError
+from fednats.learning.entries import frozen_digests
 from fednats.learning.flat import initial_model, parameters_of
 from fednats.learning.task_code import make_task
 from fednats.messages import (
@@ -269,12 +271,13 @@ async def test_nobody_speaks_for_a_region(bus: ConnectedBus, tmp_path: Path) -> 
 
 # --- a site -----------------------------------------------------------------------------------------------------------
 
-TASK = f"{Path(__file__).parents[1] / 'e2e' / 'own_task.py'}:MyTask"
+TASK = f"{Path(__file__).parents[1] / 'e2e' / 'normed'}:Normed"
 
 
 def manifest(version: int) -> ModelManifest:
     """Return a manifest that fits the task's model, with frames that are nowhere."""
-    layout = Layout(parameters_of(initial_model(make_task(TASK, {}), seed=0)))
+    model = initial_model(make_task(TASK, {}), seed=0)
+    layout = Layout(parameters_of(model))
     delta = DeltaSettings(cipher="none")
     return ModelManifest(
         run=RUN,
@@ -284,6 +287,7 @@ def manifest(version: int) -> ModelManifest:
         seed=0,
         parameters=layout.parameters,
         weights_digest=bytes(16),
+        frozen_digests=frozen_digests(model),
         frames=(),
         grid=Grid(grid_id="g0", steps=tuple(0.5 for _ in layout.parameters)),
         grid_ids=("g0",),
@@ -352,6 +356,15 @@ async def test_a_site_takes_models_and_control_of_the_coordinator_only(bus: Conn
         await until(seen)
         await bus.coordinator.publish(MODEL, signed(bus, "coordinator", HUB, MODEL, manifest(2)), "v2 again")
         await refused(daemon, "replayed", 1)
+        others = manifest(4).frozen_digests[:-1] + b"\0"
+        with capture_logs() as logs:
+            other = manifest(4).model_copy(update={"frozen_digests": others})
+            await bus.coordinator.publish(MODEL, signed(bus, "coordinator", HUB, MODEL, other), "v4")
+            await refused(daemon, "wrong_shape", 1)
+        (said,) = (log["detail"] for log in logs if log["event"] == "model_refused")
+        assert said.startswith(
+            "the frozen tensor 1.num_batches_tracked differs from the coordinator's: does model() load"
+        )
         assert daemon.metrics.registry.get_sample_value("fednats_model_version") == 3.0
     ledger = audit(tmp_path / "state" / EGRESS_FILE, [read_roster(bus.servers.signers_file("site", "a"))])
     assert ledger.findings == []

@@ -141,7 +141,7 @@ def test_a_case_that_fails_costs_one_pass_at_most(make: Make) -> None:
             failed += 1
     assert failed >= 39  # of three batches with half of the cases each, hardly one is without it
     worker._outbox.close()
-    with Outbox(settings.state_dir / "outbox.sqlite")._transaction() as connection:
+    with Outbox(settings.state_dir / "outbox.sqlite")._database.transaction() as connection:
         (n_stored,) = connection.execute("SELECT COUNT(*) FROM outgoing").fetchone()
     assert n_charged(settings) <= n_stored + 1
 

@@ -5,6 +5,7 @@ from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector, State
+from fednats.protocol.early import MAX_AHEAD
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -17,6 +18,7 @@ from fednats.protocol.events import (
     EvaluationArrived,
     EvaluationsSummed,
     Refuse,
+    ReportBounded,
     Settle,
     StartTimer,
     SumEvaluations,
@@ -249,6 +251,30 @@ def test_a_flush_that_failed_is_no_participation() -> None:
     second = combination(arrive(machine, update("a", 2), update("c", 2)))
     mass = {part.head.site: part.mass for part in second.parts if isinstance(part.head, Update)}
     assert mass["a"] == pytest.approx(2 * mass["c"])  # it was in every second flush so far
+
+
+def test_a_claim_of_many_cases_is_bounded_and_reported_once() -> None:
+    machine = collector()
+    machine.handle(announcement())
+    said, masses = [], []
+    for number in range(1, 4):
+        commands = arrive(machine, update("a", number, n_samples=100), update("b", number, n_samples=10**12))
+        said += [command for command in commands if isinstance(command, ReportBounded)]
+        made = combination(commands)
+        masses.append([part.mass for part in made.parts])
+        machine.handle(Combined(combination_id=made.combination_id))
+    assert masses == [[100.0, 300.0]] * 3
+    assert said == [ReportBounded("b", 1e12, 300.0)]
+    assert machine.bounded == {"b": said[0]}
+    arrive(machine, update("a", 9, n_samples=100), update("b", 9, n_samples=250))
+    assert machine.bounded == {}
+
+
+@pytest.mark.parametrize("version", [MAX_AHEAD + 1, 2**40])
+def test_a_version_that_cannot_have_been_made_is_refused(version: int) -> None:
+    machine = collector()
+    machine.handle(announcement())
+    assert refusal(arrive(machine, update("a", version=version))) is Reason.TOO_NEW
 
 
 def test_a_restarted_machine_asks_again_for_what_was_under_way() -> None:

@@ -1,4 +1,5 @@
 from fednats.config import AggregationSettings
+from fednats.errors import Reason
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
@@ -14,6 +15,7 @@ from fednats.protocol.events import (
     EverySiteFails,
     FinalEvaluationOverdue,
     KeepBest,
+    Refuse,
     RunFailed,
     Settle,
     SumEvaluations,
@@ -239,10 +241,86 @@ def test_a_run_whose_next_version_is_impossible_ends_and_says_why() -> None:
     evaluate(machine, 0, 0.6)
     (combine,) = machine.handle(ContributionArrived(head=aggregate("fjord", 1, version=0)))
     assert isinstance(combine, Combine)
-    commands = machine.handle(RunFailed(reason="version 1 would not be a model: weight is not finite"))
-    assert commands == [CloseRun(FIRST, 0, "version 1 would not be a model: weight is not finite")]
+    machine.handle(RunFailed(reason="version 1 would not be a model: weight is not finite"))
     assert machine.failed
     failed = CombineFailed(combination_id=combine.combination.combination_id, refused={})
-    assert machine.handle(failed) == [Settle(("fjord-1",))]
-    assert machine.outstanding()[-1] == commands[0]
+    close = CloseRun(FIRST, 0, "version 1 would not be a model: weight is not finite")
+    assert machine.handle(failed) == [Settle(("fjord-1",)), close]
+    assert machine.outstanding()[-1] == close
     assert machine.in_flight is None
+
+
+def in_flight(machine: Coordinator) -> str:
+    (combine,) = machine.handle(
+        ContributionArrived(head=aggregate("fjord", machine.version + 1, version=machine.version))
+    )
+    assert isinstance(combine, Combine)
+    return combine.combination.combination_id
+
+
+def closes(commands: list[Command]) -> list[int]:
+    return [command.version for command in commands if isinstance(command, CloseRun)]
+
+
+def test_a_run_that_ends_while_a_version_is_in_flight_ends_with_that_version_evaluated() -> None:
+    machine = coordinator()
+    evaluate(machine, 0, 0.6)
+    identity = in_flight(machine)
+    assert closes(machine.handle(WallTimeReached())) == []
+    machine.handle(version(1))
+    assert closes(machine.handle(Combined(combination_id=identity))) == []
+    assert machine.state is RunState.FINISHING
+    assert closes(evaluate(machine, 1, 0.7)) == [1]
+
+
+def test_evaluations_that_came_before_the_last_version_was_announced_here_end_the_run() -> None:
+    machine = coordinator()
+    evaluate(machine, 0, 0.6)
+    identity = in_flight(machine)
+    machine.handle(WallTimeReached())
+    early = [each for each in evaluate(machine, 1, 0.7) if isinstance(each, SumEvaluations)]
+    told = machine.handle(version(1))
+    machine.handle(Combined(combination_id=identity))
+    assert early or any(isinstance(command, SumEvaluations) for command in told)
+
+
+def test_a_run_ends_without_a_version_that_came_to_nothing() -> None:
+    machine = coordinator()
+    evaluate(machine, 0, 0.6)
+    identity = in_flight(machine)
+    machine.handle(WallTimeReached())
+    assert closes(machine.handle(CombineFailed(combination_id=identity, refused={}))) == [0]
+
+
+def test_the_final_evaluation_is_waited_for_from_when_its_version_is_there() -> None:
+    machine = coordinator()
+    evaluate(machine, 0, 0.6)
+    identity = in_flight(machine)
+    machine.handle(WallTimeReached())
+    assert closes(machine.handle(FinalEvaluationOverdue())) == []
+    machine.handle(version(1))
+    commands = machine.handle(Combined(combination_id=identity))
+    assert [type(command) for command in commands if not isinstance(command, Settle)] == [AwaitFinalEvaluation]
+    assert closes(machine.handle(FinalEvaluationOverdue())) == [1]
+
+
+def test_a_run_in_which_every_site_fails_ends_as_soon_as_nothing_is_in_flight() -> None:
+    machine = coordinator()
+    identity = in_flight(machine)
+    assert closes(machine.handle(EverySiteFails(why="task: KeyError"))) == []
+    machine.handle(version(1))
+    assert closes(machine.handle(Combined(combination_id=identity))) == [1]
+
+
+def test_what_spoils_the_last_combination_of_a_closed_run_is_refused_by_its_reason() -> None:
+    machine = coordinator()
+    identity = in_flight(machine)
+    machine.handle(WallTimeReached())
+    refused = {"fjord-1": (Reason.CHECKSUM, "chunk 0 is damaged")}
+    (refusal,) = [
+        command
+        for command in machine.handle(CombineFailed(combination_id=identity, refused=refused))
+        if isinstance(command, Refuse | Settle)
+    ]
+    assert refusal == Refuse("fjord-1", Reason.CHECKSUM, "chunk 0 is damaged")
+    assert machine.known(ContributionArrived(head=aggregate("fjord", 1))) == [refusal], "delivered again"

@@ -46,7 +46,7 @@ def test_one_site_s_updates_from_the_future_are_not_in_the_way_of_others(machine
     assert arrive(machine, update("b", version=1, grid="g1")) == []
     commands = machine.handle(announcement(1, grids=("g0", "g1")))
     assert [command.combination.n_sites for command in commands if isinstance(command, Combine)] == [2]
-    assert refusals(commands) == {f"c-{number}": Reason.WRONG_GRID for number in FLOOD[:MAX_EARLY]}  # for good
+    assert refusals(commands) == {f"c-{number}": Reason.TOO_NEW for number in FLOOD[:MAX_EARLY]}  # for good
 
 
 def test_who_does_not_report_here_is_not_waited_with(machine: Collector) -> None:

@@ -371,6 +371,20 @@ def test_show_prints_every_record(ledger: Path, monkeypatch: pytest.MonkeyPatch)
     assert "the chain is whole" in output
 
 
+def test_show_says_of_which_run_a_version_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    ledger = opened(tmp_path / "egress-ledger.jsonl")
+    ledger.append(Entry("started"), Entry("run", 0, "pilot"), Entry("update", 0, "u0"), Entry("update", 4, "u4"))
+    ledger.append(Entry("run", 5, "trial"), Entry("update", 5, "u5"), Entry("update", 4, "u6"), Entry("other"))
+    ledger.close()
+    found = audit(tmp_path / "egress-ledger.jsonl")
+    runs = ["", "pilot", "pilot", "pilot", "trial", "trial", "pilot", ""]
+    assert [found.run_of(record.version) for record in found.records] == runs
+    _, output = run("show", tmp_path / "egress-ledger.jsonl")
+    shown = re.findall(r"│ update *│ (\w+) *│ *(\d) │ (u\d) ", output)
+    assert shown == [("pilot", "0", "u0"), ("pilot", "4", "u4"), ("trial", "5", "u5"), ("pilot", "4", "u6")]
+
+
 def test_the_page_has_totals_days_epsilon_and_all_records_and_loads_nothing(ledger: Path, tmp_path: Path) -> None:
     html = tmp_path / "ledger.html"
     code, output = run("show", ledger, "--html", html)

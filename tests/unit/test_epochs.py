@@ -19,12 +19,14 @@ from fednats.crypto import sealing, secret
 from fednats.crypto.public import key_id
 from fednats.delta import scheme
 from fednats.delta.encode import encoder
-from fednats.errors import ConfigError, RefusedError
+from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.services.aggregator_worker import AggregatorWorker
 from fednats.services.coordinator_worker import CoordinatorWorker
 from fednats.services.keys import held, read_keys
+from fednats.services.site_worker import SiteWorker
 from tests.makers import FIRST, aggregate
 from tests.participants import seed
+from tests.unit.test_privacy_account import manifest, site
 
 BUS = BusSettings(url="tls://127.0.0.1:4222")
 
@@ -77,6 +79,27 @@ def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, byt
     assert worker.fit(DeltaSettings(), AggregationSettings(), 100, key_id(pairs[2][1])).key_id != key_id(pairs[2][1])
 
 
+def test_whoever_has_a_key_refuses_a_run_without_encryption(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
+    (key,) = files(tmp_path, [pairs[0][1]])
+    plain = DeltaSettings(cipher="none")
+    region = AggregatorWorker(
+        AggregatorSettings(
+            run="r",
+            state_dir=tmp_path,
+            signers_file=tmp_path / "signers.toml",
+            region="north",
+            bus=BUS.model_copy(update={"nkey_seed_file": seed_file(tmp_path)}),
+            uplink=BUS,
+            public_key_file=key,
+        )
+    )
+    with pytest.raises(RefusedError, match="not encrypted, but this region has a public_key_file") as of_region:
+        region.fit(plain, AggregationSettings(), 100, "none")
+    with pytest.raises(RefusedError, match="not encrypted, but this site has a public_key_file") as of_site:
+        SiteWorker(site(tmp_path, public_key_file=key)).check(manifest())
+    assert of_region.value.reason is of_site.value.reason is Reason.POLICY
+
+
 def test_the_coordinator_decrypts_what_either_key_is_for(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
     old, new = files(tmp_path, [pairs[0][0], pairs[1][0]])
     model_key = tmp_path / "model.key"
@@ -104,7 +127,9 @@ def test_the_coordinator_decrypts_what_either_key_is_for(pairs: list[tuple[bytes
         encode = encoder(DeltaSettings(), public)
         residual = np.zeros(layout.n_parameters, np.float32)
         chunks = list(encode.encode(delta, residual, layout, grid, np.random.default_rng(0)))
-        head = aggregate("north", total_weight=1).model_copy(update={"key_id": encode.key_id, "grid_id": grid.grid_id})
+        head = aggregate("north", n_sites=1, total_weight=1).model_copy(
+            update={"key_id": encode.key_id, "grid_id": grid.grid_id}
+        )
         worker.begin()
         for position, chunk in enumerate(chunks):
             worker.decrypt(head, 1.0, position, chunk.data)

@@ -260,7 +260,9 @@ async def test_the_end_of_a_run_waits_for_what_is_under_way(run: SmallRun) -> No
         pytest.param("north", with_head(2, n_samples=999), "weights: sum", id="so the sum weighs more"),
         pytest.param("hub", with_head(2, mass=5.0), "mass is 5.0, the region's", id="a sum weighs less above"),
         pytest.param("hub", with_head(2, total_weight=7), "total_weight is 7, the", id="a sum is divided by less"),
-        pytest.param("hub", with_head(2, staleness_max=3), "staleness_max is 3, the", id="a sum is older above"),
+        pytest.param(
+            "hub", with_head(2, staleness_max=3, staleness_sum=3), "staleness_max is 3, the", id="a sum is older above"
+        ),
         pytest.param("hub", with_head(2, aggregate_id="x"), "unknown: hub took in sum x", id="a sum nobody made"),
         pytest.param("north", until("combined", 1), "unknown: hub took in sum", id="the region's journal is old"),
         pytest.param("hub", until("combined", 4), "which the journal does not say", id="the hub's journal is old"),
@@ -311,7 +313,7 @@ def test_a_sum_may_be_refused_above_for_its_age_only(run: SmallRun, reason: Reas
 
 def test_an_update_that_the_outbox_dropped_must_not_count(run: SmallRun) -> None:
     """What it changed went back into the site's residual and is in the site's next update."""
-    outbox = run.outboxes["a"]._connection
+    outbox = run.outboxes["a"]._database.connection
     if "dropped_at" not in [column[1] for column in outbox.execute("PRAGMA table_info(outgoing)")]:
         outbox.execute("ALTER TABLE outgoing ADD COLUMN dropped_at TEXT")
     outbox.execute("UPDATE outgoing SET sent_at = NULL, dropped_at = 'now' WHERE sequence = 2")
@@ -320,7 +322,7 @@ def test_an_update_that_the_outbox_dropped_must_not_count(run: SmallRun) -> None
 
 
 def test_an_outbox_with_a_gap_is_found(run: SmallRun) -> None:
-    run.outboxes["a"]._connection.execute("DELETE FROM outgoing WHERE sequence = 2")
+    run.outboxes["a"]._database.connection.execute("DELETE FROM outgoing WHERE sequence = 2")
     ledger = found(run)
     assert ledger.findings == ["outbox: the updates of a are numbered [1, 3], with a gap"]
     assert ledger.notes == ["update a-2 came in the name of a, whose outbox does not know it: in a sum"]
@@ -490,7 +492,9 @@ def test_a_journal_of_another_release_is_named_and_the_others_are_verified(run: 
 
 def test_updates_of_another_release_are_named_and_the_others_are_verified(run: SmallRun) -> None:
     n_applied = verify(run.directory).accepted[APPLIED]
-    run.outboxes["a"]._connection.execute("UPDATE outgoing SET head = ?", (b"a message that this release cannot read",))
+    run.outboxes["a"]._database.connection.execute(
+        "UPDATE outgoing SET head = ?", (b"a message that this release cannot read",)
+    )
     found = verify(run.directory)
     assert len(found.findings) == 1
     assert re.match(r"unreadable: \d updates in the outbox of a, such as a-1: ", found.findings[0])

@@ -1,5 +1,6 @@
 """The outbox as worker and daemon use it: nothing is lost, nothing is in two updates."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from fednats.codec.layout import Layout
 from fednats.errors import ConfigError, LocalDataError, LocalStorageError
 from fednats.messages import ParameterSpec
-from fednats.storage.outbox import ChunkKey, Dropped, Outbox
+from fednats.storage.outbox import ChunkKey, Outbox, Restored
+from fednats.storage.residual import Dropped
 from tests.makers import update
 
 LAYOUT = Layout([ParameterSpec(name="w", shape=(4,))])
@@ -140,13 +142,13 @@ def test_a_residual_of_another_model_is_refused(outbox: Outbox) -> None:
 
 def test_a_full_disk_is_an_error_with_a_remedy_and_loses_nothing(outbox: Outbox) -> None:
     store(outbox, [1, 2, 3, 4], 0.5)
-    (pages,) = outbox._connection.execute("PRAGMA page_count").fetchone()
-    outbox._connection.execute(f"PRAGMA max_page_count = {pages}")
+    (pages,) = outbox._database.connection.execute("PRAGMA page_count").fetchone()
+    outbox._database.connection.execute(f"PRAGMA max_page_count = {pages}")
     key = ChunkKey("a-2", 2, 0, 0)
     with pytest.raises(LocalStorageError, match=r"outbox\.sqlite: .*full.*Make room"):
         outbox.add_chunk(key, bytes(100_000), np.zeros(2, np.int8), np.zeros(2, np.float32))
     assert residual(outbox) == [0.5] * 4
-    outbox._connection.execute("PRAGMA max_page_count = 100000")
+    outbox._database.connection.execute("PRAGMA max_page_count = 100000")
     store(outbox, [1, 2, 3, 4], 0.25)
     assert [head.update_id for head in outbox.pending()] == ["a-1", "a-2"]
 
@@ -164,7 +166,7 @@ def test_an_update_names_the_ledger_s_newest_record_from_its_first_offer_on(outb
 def test_an_outbox_with_updates_deleted_is_refused_by_name(outbox: Outbox, tmp_path: Path) -> None:
     store(outbox, [1, 2, 3, 4], 0.5)
     store(outbox, [1, 2, 3, 4], 0.5)
-    outbox._connection.execute("DELETE FROM outgoing WHERE sequence = 2")
+    outbox._database.connection.execute("DELETE FROM outgoing WHERE sequence = 2")
     with pytest.raises(ConfigError, match=r"outbox\.sqlite: updates were deleted.* 2 rows were written, 1 are there"):
         Outbox(tmp_path / "outbox.sqlite")
 
@@ -181,3 +183,39 @@ def test_another_run_begins_without_what_waits_and_what_rounding_left_of_the_one
     assert outbox.begin_run(first_version=3) == 0, "a restart drops nothing of the run that goes on"
     assert residual(outbox) == [0.25] * 4
     assert outbox.counts() == {"waiting": 2, "sent": 0, "dropped": 1}
+
+
+def test_threads_take_turns(outbox: Outbox) -> None:
+    """The daemon asks from several threads at once: what waits, how far sending has come, what is in the way."""
+    store(outbox, [1, 2, 3, 4], 0.5)
+
+    def use(number: int) -> None:
+        for turn in range(100):
+            outbox.note_sent_chunks("a-1", number)
+            if turn % 10 == 0:
+                outbox.release()
+            assert list(outbox.chunks("a-1")) == [b"chunk0", b"chunk1"]
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(use, number) for number in range(4)]:
+            done.result()
+
+
+def test_an_outbox_from_a_backup_goes_on_above_what_its_region_knows(outbox: Outbox, tmp_path: Path) -> None:
+    """What waited may have been sent since, and the updates sent since have made up for the residual."""
+    store(outbox, [1, 2, 3, 4], 0.5)
+    store(outbox, [1, 2, 3, 4], 0.25)
+    outbox.mark_sent("a-1")
+    assert (outbox.newest_number(), outbox.restored()) == (2, None)
+    found = Restored(first=8, own=2, signed=6, known=6, base_version=6)
+    outbox.go_above(found)
+    again = Outbox(tmp_path / "outbox.sqlite", first=1)
+    assert again.restored() == found
+    assert (again.newest_number(), again.next_sequence(), again.last_trained()) == (7, 8, 6)
+    assert again.pending() == []
+    assert again.counts() == {"waiting": 0, "sent": 1, "dropped": 0}
+    assert residual(again) == [0.0] * 4
+    assert store(again, [5, 5, 5, 5], 0.125, max_waiting=1) is None, "what was given up makes no room"
+    assert [head.sequence for head in again.pending()] == [8]
+    assert residual(again) == [0.125] * 4
+    assert (again.next_sequence(), again.newest_charged()) == (9, 0)

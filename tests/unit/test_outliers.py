@@ -17,7 +17,7 @@ from fednats.protocol.events import (
     Refuse,
     Settle,
 )
-from fednats.protocol.outliers import ALL_FLOOR, MIN_HISTORY, OWN_FLOOR, START, NormHistory
+from fednats.protocol.outliers import ALARM, ALL_FLOOR, MIN_HISTORY, OWN_FLOOR, START, NormAlarm, NormHistory
 from tests.makers import aggregate, announcement, opened
 
 
@@ -93,6 +93,13 @@ def test_empty_sums_are_no_outliers_and_do_not_count() -> None:
     assert limit.n == MIN_HISTORY
 
 
+def test_a_norm_that_grows_a_hundredfold_is_an_alarm() -> None:
+    alarm = NormAlarm()
+    assert [alarm.median_if_jumped(norm) for norm in [2.0] * (MIN_HISTORY - 1) + [1e6]] == [None] * MIN_HISTORY
+    assert alarm.median_if_jumped(ALARM * 2.0 - 1.0) is None
+    assert alarm.median_if_jumped(ALARM * 2.0) == 2.0
+
+
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
@@ -114,8 +121,9 @@ class Run:
     def announce(self, version: int) -> None:
         self.feed(announcement(version, settings=self._settings, capacity=None))
 
-    def arrive(self, region: str, number: int) -> Combination | None:
-        commands = self.feed(ContributionArrived(head=aggregate(region, number, version=self.machine.version)))
+    def arrive(self, region: str, number: int, mass: float = 200.0) -> Combination | None:
+        head = aggregate(region, number, version=self.machine.version, mass=mass)
+        commands = self.feed(ContributionArrived(head=head))
         return next((command.combination for command in commands if isinstance(command, Combine)), None)
 
     def apply(self, combination: Combination, norms: dict[str, float]) -> list[Command]:
@@ -159,6 +167,45 @@ def test_what_came_with_an_outlier_is_settled_as_ever() -> None:
     assert settle == Settle(("north-99",))
     assert isinstance(refuse, Refuse)
     assert refuse.contribution_id == "south-99"
+
+
+def test_what_is_left_out_is_neither_in_the_masses_nor_in_the_step_nor_in_what_follows() -> None:
+    """A coordinator that got a poisoned sum of much mass, and one that never did, weigh alike from then on."""
+    runs = [Run(), Run()]
+    for run in runs:
+        run.rounds(MIN_HISTORY)
+        south = run.arrive("south", 0)
+        assert south is not None
+        run.apply(south, {"south-0": 1.0})
+    poisoned = runs[0]
+    for number in range(90, 93):
+        poison = poisoned.arrive("south", number, mass=400.0)
+        assert poison is not None
+        left = poisoned.machine.without(poison, {f"south-{number}"})
+        assert (left.parts, left.scale) == ((), 1.0)
+        poisoned.apply(poison, {f"south-{number}": 50.0})
+    made, scales = [], []
+    for run in runs:
+        following = run.arrive("north", 99)
+        assert following is not None
+        made.append([part.mass for part in following.parts])
+        scales.append(following.scale)
+    assert made[0] == made[1]
+    assert scales[0] >= scales[1]  # who is left out is not waited for
+
+
+def test_what_came_with_an_outlier_is_weighed_as_if_it_had_come_alone() -> None:
+    weighed = []
+    for region_goal in (2, 1):
+        run = Run(region_goal=region_goal)
+        if region_goal == 2:
+            assert run.arrive("south", 0, mass=600.0) is None
+        both = run.arrive("north", 0)
+        assert both is not None
+        left = run.machine.without(both, {"south-0"})
+        weighed.append(([(part.head, part.mass) for part in left.parts], left.scale, left.n_sites))
+        assert len(both.parts) == region_goal
+    assert weighed[0] == weighed[1]
 
 
 def test_the_distribution_is_that_of_before_a_restart_and_outliers_do_not_move_it() -> None:

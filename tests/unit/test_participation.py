@@ -127,3 +127,25 @@ def test_what_an_absent_source_had_sent_still_counts() -> None:
     participation.expect(["a"])
     weighed = participation.weigh([offer("a"), offer("b")])
     assert weighed.masses == (100.0, 100.0)
+
+
+def test_who_is_there_and_contributes_nothing_holds_the_others_back_for_a_while_only() -> None:
+    participation = expecting("a", "large")
+    for _ in range(10):
+        participation.record([offer("a"), offer("large", 900.0)])
+    scales = []
+    for _ in range(60):
+        scales.append(participation.weigh([offer("a")]).scale)
+        participation.record([offer("a")])
+    assert scales[0] == pytest.approx(0.1)
+    assert scales[-1] == pytest.approx(1.0)
+
+
+def test_a_limit_holds_for_what_was_believed_before() -> None:
+    """A region that was alone when it lied does not shorten every step since."""
+    participation = expecting("a", "liar")
+    participation.record([offer("liar", 1e15)])
+    limits = {"a": 1e16, "liar": 900.0}
+    weighed = participation.weigh([offer("a")], limits)
+    assert weighed.masses == (200.0,)  # the first of two flushes was made without it
+    assert weighed.scale == pytest.approx(200.0 / 1000.0)

@@ -178,8 +178,8 @@ def test_a_budget_without_an_account_that_outlives_the_kit_is_refused(tmp_path: 
 def test_a_run_without_noise_at_a_site_without_budget_keeps_no_account(tmp_path: Path) -> None:
     guard = Guard(site(tmp_path), NO_POLICY)
     guard.check_pass(manifest(), 0.2, LAYOUT)
-    guard.charge_pass(manifest(), 0.2, 0)
-    guard.charge_update(manifest(), LAYOUT, dp_sgd=False)
+    guard.charge_pass(manifest(), 0.2, 0, 1)
+    guard.charge_update(manifest(), LAYOUT, 1, dp_sgd=False)
     assert guard.spending(manifest()) is None
     assert not account_file(site(tmp_path), NO_POLICY).exists()
 
@@ -189,8 +189,8 @@ def test_a_run_without_noise_is_not_trained_in_at_a_site_with_a_budget(tmp_path:
     with pytest.raises(BudgetSpentError, match="the run adds no noise"):
         guard.check_pass(manifest(), 0.2, LAYOUT)
     with pytest.raises(BudgetSpentError, match="the run adds no noise"):
-        guard.charge_update(manifest(), LAYOUT, dp_sgd=False)
-    guard.charge_update(manifest(), LAYOUT, dp_sgd=True)  # the noise is in it already
+        guard.charge_update(manifest(), LAYOUT, 1, dp_sgd=False)
+    guard.charge_update(manifest(), LAYOUT, 1, dp_sgd=True)  # the noise is in it already
     with pytest.raises(BudgetSpentError, match="has no bound"):
         guard.check_pass(manifest(training={"dp": {"noise_multiplier": 0.0}}), 0.2, LAYOUT)
 
@@ -198,9 +198,9 @@ def test_a_run_without_noise_is_not_trained_in_at_a_site_with_a_budget(tmp_path:
 def test_noise_on_the_whole_delta_also_hides_a_record_at_twice_the_distance(tmp_path: Path) -> None:
     guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(delta=SKELLAM)
-    guard.charge_pass(run, 0.2, 0)
+    guard.charge_pass(run, 0.2, 0, 1)
     assert guard.spending(run).record.epsilon == 0.0  # type: ignore[union-attr]  # nothing is released yet
-    guard.charge_update(run, LAYOUT, dp_sgd=False)
+    guard.charge_update(run, LAYOUT, 1, dp_sgd=False)
     spent = guard.spending(run)
     assert spent is not None
     assert spent.site is not None
@@ -215,8 +215,8 @@ def test_with_both_a_record_is_charged_for_dp_sgd_alone(tmp_path: Path) -> None:
     """What comes after DP-SGD, noise included, tells no more of a record."""
     guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(training=DP_SGD, delta=SKELLAM)
-    guard.charge_pass(run, 0.2, 0)
-    guard.charge_update(run, LAYOUT, dp_sgd=True)
+    guard.charge_pass(run, 0.2, 0, 1)
+    guard.charge_update(run, LAYOUT, 1, dp_sgd=True)
     spent = guard.spending(run)
     assert spent is not None
     assert spent.record.epsilon == pytest.approx(rdp.epsilon(3 * rdp.sampled_gaussian(4.0, 0.2), 1e-5))
@@ -227,7 +227,7 @@ def test_with_both_a_record_is_charged_for_dp_sgd_alone(tmp_path: Path) -> None:
 def test_no_bound_is_null_in_json(tmp_path: Path) -> None:
     guard = Guard(site(tmp_path), NO_POLICY)
     run = manifest(training={"dp": {"noise_multiplier": 0.0}})
-    guard.charge_pass(run, 0.2, 0)
+    guard.charge_pass(run, 0.2, 0, 1)
     spent = guard.spending(run)
     assert spent is not None
     assert math.isinf(spent.record.epsilon)

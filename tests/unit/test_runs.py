@@ -11,9 +11,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fednats.cli import app
-from fednats.config import CoordinatorSettings, Extension, RunSettings, StopSettings, parse
-from fednats.crypto import sealing
-from fednats.errors import ConfigError
+from fednats.config import CoordinatorSettings, DeltaSettings, Extension, RunSettings, StopSettings, parse
+from fednats.crypto import sealing, secret
+from fednats.delta import scheme
+from fednats.errors import ConfigError, TaskError
 from fednats.learning.flat import read_vector
 from fednats.learning.initial_weights import load_weights
 from fednats.messages import Opening
@@ -22,6 +23,7 @@ from fednats.services.runs import extended
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint
 from tests.makers import FIRST
 
+NORMED = {"path": f"{Path(__file__).parents[1] / 'e2e' / 'normed'}:Normed"}
 SECOND = Opening(name="second", first_version=1, opened_at=1)
 
 
@@ -60,7 +62,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         load_weights(nn.Linear(2, 3), tmp_path / "w.safetensors")
 
 
-def worker(folder: Path, **settings: object) -> CoordinatorWorker:
+def worker(folder: Path, **changes: object) -> CoordinatorWorker:
     (folder / "model.key").write_bytes(sealing.generate())
     raw: dict[str, Any] = {
         "run": "r",
@@ -70,7 +72,8 @@ def worker(folder: Path, **settings: object) -> CoordinatorWorker:
         "regions": ["north"],
         "bus": {"url": "tls://h:1"},
         "task": {"path": "breast-cancer"},
-        "settings": {"name": "r", "delta": {"cipher": "none"}, **settings},
+        "settings": {"name": "r", "delta": {"cipher": "none"}},
+        **changes,
     }
     (folder / "state").mkdir(exist_ok=True)
     return CoordinatorWorker(parse(raw, CoordinatorSettings, source="test"), 2**20)
@@ -108,7 +111,7 @@ def test_another_seed_gives_another_model(tmp_path: Path) -> None:
 
 def test_an_extension_goes_on_with_model_grid_and_optimiser(tmp_path: Path) -> None:
     adam = {"optimizer": "adam"}
-    working = worker(tmp_path, server=adam)
+    working = worker(tmp_path)
     working.open_run(FIRST, settings("r", server=adam), None)
     working.begin()
     working._mean += 0.01
@@ -124,8 +127,23 @@ def test_an_extension_goes_on_with_model_grid_and_optimiser(tmp_path: Path) -> N
 
 
 def test_a_federation_of_two_levels_is_given_no_run_for_one(tmp_path: Path) -> None:
-    working = worker(tmp_path, delta={"cipher": "none", "tiers": 2})
+    working = worker(tmp_path, settings={"name": "r", "delta": {"cipher": "none", "tiers": 2}})
     with pytest.raises(ConfigError, match=r"delta.tiers is 1, the federation has 2: set it to that"):
+        working.prepare_run(settings("second"))
+
+
+def test_a_run_with_noise_is_not_started_for_a_model_that_cannot_be_trained_with_it(tmp_path: Path) -> None:
+    working = worker(tmp_path, task=NORMED)
+    working.prepare_run(settings("plain"))
+    with pytest.raises(TaskError, match=r"1 \(BatchNorm1d\): use nn\.GroupNorm"):
+        working.prepare_run(settings("second", training={"dp": {"noise_multiplier": 1.0}}))
+
+
+def test_kits_with_keys_are_given_no_run_without_encryption(tmp_path: Path) -> None:
+    (tmp_path / "epoch-1.secret").write_bytes(secret.generate(scheme.bfv(DeltaSettings()).parameters)[0])
+    working = worker(tmp_path, secret_key_file=tmp_path / "epoch-1.secret", settings={"name": "r"})
+    working.prepare_run(settings("second", delta={}))
+    with pytest.raises(ConfigError, match=r'delta\.cipher is "none", but the kits have keys, .* leave it out'):
         working.prepare_run(settings("second"))
 
 

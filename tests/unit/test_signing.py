@@ -129,7 +129,7 @@ async def test_a_daemon_notices_a_change_and_survives_a_damaged_file(
     identity = them.identity("site.a")
     with structlog.testing.capture_logs() as lines:
         following = asyncio.create_task(identity.follow_signers(structlog.get_logger()))
-        them.file.write_text("run = ")
+        them.replace("run = ")
 
         async def logged(event: str) -> bool:
             return any(line["event"] == event for line in lines)

@@ -40,8 +40,8 @@ class Refusing:
     async def wait_connected(self) -> None:
         await asyncio.sleep(0)
 
-    async def api(self, verb: str, _body: object = None) -> dict[str, Any]:
-        return {"config": SPEC.config(self.max_payload)} if verb.startswith("STREAM.INFO") else {}
+    async def api(self, _verb: str, _body: object = None) -> dict[str, Any]:
+        return {"config": SPEC.config(self.max_payload), "ack_floor": {"stream_seq": 0}}
 
     async def emit(self, subject: str, _data: bytes, reply: str = "") -> None:
         self.emitted[subject] += 1

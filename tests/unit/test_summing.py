@@ -81,6 +81,39 @@ async def test_what_is_damaged_or_lost_is_left_out(chunks: tuple[bytes, ...]) ->
     np.testing.assert_array_equal(total.flat(), (OWN["a"] + OWN["c"]).flat())
 
 
+@pytest.mark.parametrize("who", "ad")
+async def test_what_names_more_chunks_than_its_counts_have_is_not_read(who: str) -> None:
+    """All of it would be in memory: a site may store gigabytes of chunks, and name them all."""
+    read: list[str] = []
+
+    async def note(part: Part) -> AsyncGenerator[bytes, None]:
+        assert isinstance(part, Evaluation)
+        read.append(part.site)
+        yield b""
+
+    much = head(who)
+    much = much.model_copy(update={"payload": much.payload.model_copy(update={"digests": (bytes(16),) * 65_536})})
+    summing = Summing(note, count, (KEY_ID,), 2, 1000, structlog.get_logger())
+    made, total = await summing.run(SumEvaluations(0, (much, head("b"), head("c"))))
+    assert (sites_of(made), total, read) == (2, 2, ["b", "c"])
+
+
+async def test_what_has_larger_chunks_than_its_counts_can_have_is_left_out_and_not_read_on() -> None:
+    n_read = 0
+
+    async def endless(part: Part) -> AsyncGenerator[bytes, None]:
+        nonlocal n_read
+        yield b""
+        while isinstance(part, Evaluation) and part.site == "a":
+            n_read += 1
+            yield bytes(2**20)
+
+    summing = Summing(endless, count, (KEY_ID,), 2, 1000, structlog.get_logger())
+    made, _ = await summing.run(SumEvaluations(0, tuple(map(head, "abc"))))
+    assert [part.site for part in made if isinstance(part, Evaluation)] == ["b", "c"]
+    assert n_read == 2
+
+
 async def test_other_keys_and_other_classes_than_most_are_left_out() -> None:
     parts = [head("a"), head("b"), head("c", key_id="unknown"), head("d", n_classes=3)]
     names, _, left_out = await summed(parts)

@@ -19,8 +19,11 @@ from fednats.config import (
     TrainingSettings,
 )
 from fednats.errors import Reason
+from fednats.learning.baseline import Pooled
+from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector, parameters_of, read_vector, write_vector
 from fednats.learning.task import Examples, Task
+from fednats.learning.tasks.breast_cancer import BreastCancer
 from fednats.learning.trainer import Trainer
 from fednats.messages import ParameterSpec
 from fednats.testbed.virtual_time import VirtualFederation, VirtualSite
@@ -65,15 +68,16 @@ class Digits(Task):
 
 
 class Hospital:
-    """Trains on its own digits."""
+    """Trains on its own cases."""
 
-    def __init__(self, task: Digits) -> None:
+    def __init__(self, task: Task, training: TrainingSettings = TRAINING) -> None:
+        self._training = training
         self._model = task.model()
         self._trainer = Trainer(task, self._model)
         self.n_samples = self._trainer.n_samples
 
     def learn(self, weights: Weights, seed: int) -> Weights:
-        self._trainer.train(weights, TRAINING, seed)
+        self._trainer.train(weights, self._training, seed)
         return read_vector(self._model) - weights
 
 
@@ -213,3 +217,18 @@ def test_virtual_time_adds_plain_integers_only() -> None:
     settings = run_settings(delta=DeltaSettings())
     with pytest.raises(ValueError, match="cipher is 'bfv'"):
         VirtualFederation(settings, {}, [], np.zeros(0, np.float32))
+
+
+def test_server_adam_trains_with_the_rate_that_it_has_by_default() -> None:
+    """With 0.3, which suits SGD, these versions have accuracy 0.90 to 0.91."""
+    tasks = [BreastCancer(**options) for options in BreastCancer.sites(5, 2).values()]
+    training = BreastCancer.recommended.training
+    sites = {
+        f"hospital-{number}": VirtualSite("north" if number < 3 else "south", Hospital(task, training), 1.0 + number)
+        for number, task in enumerate(tasks)
+    }
+    settings = run_settings(seed=2, training=training, server={"optimizer": "adam"})
+    together = VirtualFederation(settings, sites, parameters_of(tasks[0].model()), initial_vector(tasks[0], 2), DELAY_S)
+    together.run(60.0)
+    accuracies = [evaluate(Pooled(tasks), version.weights).metrics["accuracy"] for version in together.versions[-5:]]
+    assert min(accuracies) > 0.95
