@@ -164,7 +164,7 @@ class NatsServer:
             before = (await self.monitor("/varz"))["config_load_time"]
             self._process.send_signal(signal.SIGHUP)
             async with asyncio.timeout(START_TIMEOUT_S):
-                while (await self.monitor("/varz"))["config_load_time"] == before:
+                while (await self.monitor("/varz"))["config_load_time"] == before:  # noqa: ASYNC110 -- it has no event
                     await asyncio.sleep(_POLL_S)
 
     async def wipe(self) -> None:

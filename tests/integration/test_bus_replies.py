@@ -34,7 +34,7 @@ PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
 PRESENCE, STATE = subjects.presence_bucket(RUN), subjects.state_bucket(RUN)
 MODEL = subjects.model(RUN)
 OWN_HEAD = b'{"keep": 0}'
-"""What a region's own head says: read as a request, to keep nothing."""
+"""What an attacker's own message says: read as a request, to keep nothing."""
 
 
 @dataclass
@@ -123,7 +123,7 @@ async def seed_region(made: Seeded, region: RegionPlan) -> None:
     for site in region.sites:
         member = made.bus.sites[site]
         updates, receipts = subjects.updates_stream(RUN, name, site), subjects.receipts_stream(RUN, name)
-        await made.keep(member, aggregator, updates, subjects.head(subjects.update(RUN, name, site)))
+        await made.keep(member, aggregator, updates, subjects.head(subjects.update(RUN, name, site)), OWN_HEAD)
         await made.keep(member, aggregator, updates, subjects.evaluation(RUN, name, site))
         await made.keep(aggregator, member, receipts, subjects.receipt(RUN, name, site))
         await made.keep(member, aggregator, f"KV_{PRESENCE}", f"$KV.{PRESENCE}.site.{site}")

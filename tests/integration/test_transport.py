@@ -214,6 +214,26 @@ async def test_buckets_keep_the_newest_value_and_forget_what_is_not_renewed(bus:
         assert await anext(states) == {}
 
 
+async def test_a_watch_of_many_keys_asks_for_none_that_is_renewed(bus: ConnectedBus) -> None:
+    bucket, names, rounds = subjects.state_bucket(RUN), [f"key.{i}" for i in range(100)], 5
+
+    async def put_all(value: bytes) -> None:
+        for name in names:
+            await bus.coordinator.put(bucket, name, value)
+
+    await put_all(b"0")
+    async with aclosing(bus.observer.watch(bucket)) as states, asyncio.timeout(30):
+        assert len(await anext(states)) >= len(names)
+        before = bus.observer.sent[0]
+        for number in range(1, rounds + 1):
+            value = str(number).encode()
+            await put_all(value)
+            async for state in states:
+                if all(state[name] == value for name in names):
+                    break
+        assert bus.observer.sent[0] - before < rounds * len(names) / 10
+
+
 async def test_a_service_shows_as_a_micro_service(bus: ConnectedBus) -> None:
     status = subjects.status(RUN, "coordinator", HUB)
     await bus.coordinator.serve("coordinator", "1.2.3", "steps the model", {"run": RUN}, status, lambda: {"version": 7})

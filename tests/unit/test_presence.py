@@ -1,10 +1,18 @@
 """What a peer says of itself is bounded, and counts for what is its own."""
 
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import cast
+
+import pytest
 import structlog
 
 from fednats.messages import Presence
+from fednats.protocol.events import Event, PresenceChanged
+from fednats.services import presence as service
 from fednats.services.lifecycle import Daemon
-from fednats.services.presence import note_said, said_by
+from fednats.services.presence import Attendance, note_said, said_by
+from fednats.transport.bus import Bus
 
 LIES = Presence(
     release="0",
@@ -51,3 +59,42 @@ def test_sites_that_say_much_do_not_silence_their_region() -> None:
     assert (len(presence.failing), presence.n_sites) == (100, 100)
     note_said(daemon, "site", said[:3])
     assert len(daemon.presence.failing["site.0"]) == 1000, "where few say something, nothing is cut"
+
+
+class SlowMachine:
+    """A machine that has been told and has not taken note yet, as while its journal is written."""
+
+    present: frozenset[str] = frozenset()
+    short_of_sites = False
+
+
+class OneState:
+    """A bus on which a bucket is what it is, for ever."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    async def watch(self, _bucket: str) -> AsyncIterator[Mapping[str, bytes]]:
+        yield {self._key: Presence(release="0").model_dump_json().encode()}
+        await asyncio.Event().wait()
+
+
+async def test_roles_that_change_at_once_are_both_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node with sites and regions below it watches two buckets; neither erases what the other has seen."""
+    monkeypatch.setattr(service, "PAUSE_S", 0.0)
+    told: list[Event] = []
+
+    async def feed(event: Event) -> None:
+        told.append(event)
+
+    attendance = Attendance(Daemon("aggregator", "europe", "r", structlog.get_logger()), SlowMachine(), feed)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        watching = [
+            group.create_task(attendance.watch(cast(Bus, OneState("site.a")), "site", ("a", "b"))),
+            group.create_task(attendance.watch(cast(Bus, OneState("aggregator.north")), "aggregator", ("north",))),
+        ]
+        while len(told) < len(watching):  # noqa: ASYNC110 -- the machine has no event
+            await asyncio.sleep(0)
+        for task in watching:
+            task.cancel()
+    assert told == [PresenceChanged(present=("a",)), PresenceChanged(present=("a", "north"))]
