@@ -134,7 +134,7 @@ def site(run: str, region: str, name: str) -> Permissions:
 def aggregator(run: str, region: str, sites: Sequence[str]) -> Permissions:
     """An aggregator in its region's private account: makes the streams, reads and purges updates, sends receipts.
 
-    ``sites`` are those of now, and those whose key was revoked: what they sent may still be in work.
+    ``sites`` are the present sites and the revoked ones, whose last updates may still be in use.
     """
     models = subjects.models_stream(run, region)
     updates = [subjects.updates_stream(run, region, site) for site in sites]

@@ -103,9 +103,9 @@ class Collector:
         return self._short
 
     def known(self, event: Event) -> list[Command] | None:
-        """Return what is to be done about an event that changes nothing, such as a second delivery; None for any other.
+        """Return the commands that answer a known event, such as a second delivery; None if the event is new.
 
-        It need not be handled, and a journal need not have it.
+        A known event does not change the machine, so it is neither handled nor journalled.
         """
         if isinstance(event, EvaluationArrived):
             return self.evaluations.known(event.evaluation, self.current)

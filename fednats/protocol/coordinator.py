@@ -117,7 +117,7 @@ class Coordinator:
         return self.collector.n_buffered
 
     def known(self, event: Event) -> list[Command] | None:
-        """Return what is to be done about an event that changes nothing; see `Collector.known`."""
+        """Return the commands that answer a known event, or None; see `Collector.known`."""
         return self.collector.known(event)
 
     def handle(self, event: Event) -> list[Command]:

@@ -6,7 +6,7 @@ MAX_EARLY = 100
 """Contributions, and evaluations, of one sender that are held; more are refused."""
 
 MAX_AHEAD = 1000
-"""What is of a version so far ahead of the announced one is of none: it is neither held nor taken in."""
+"""A version this far ahead of the announced one cannot exist yet: its contributions are refused."""
 
 T = TypeVar("T")
 

@@ -74,7 +74,7 @@ class Evaluations:
         return self._give_out(self._tally.add(evaluation, current.settings.min_sites))
 
     def known(self, evaluation: Evaluation | EvaluationSum, current: VersionAnnounced | None) -> list[Command] | None:
-        """Return what is to be done about an evaluation that changes nothing; None for any other."""
+        """Return the commands that answer a known or unwanted evaluation; None if it is new and has to be handled."""
         identity, source = evaluation_id(evaluation), evaluated_by(evaluation)
         is_ours = evaluation.run == self._roster.run and source in self._roster.sources
         if not is_ours or evaluation.version < self._first_version:

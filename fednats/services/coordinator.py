@@ -146,6 +146,8 @@ class CoordinatorService:
         """Held while the mean is in the worker process: other jobs may end the process."""
         self._evaluations = EvaluationReader(identity, self._tier.chunks, worker, self._stepping, daemon.log)
         self._alarm = NormAlarm()
+        self._jumped: dict[str, Any] | None = None
+        """The newest version whose mean delta set off the alarm."""
         self._quarantined: deque[dict[str, Any]] = deque(maxlen=SHOWN_QUARANTINED)
         daemon.n_sites = {"aggregator": 0}
         daemon.status = self._status
@@ -242,6 +244,7 @@ class CoordinatorService:
                 region: None if (limit := machine.norms.limit(region)) is None else asdict(limit)
                 for region in self._settings.regions
             },
+            "delta_norm_jumped": self._jumped,
             "best": None if best is None else {"version": best.version, "metrics": best.metrics},
             "target_metric": machine.target_metric,
             "reached_target_at": machine.reached_target_at,
@@ -330,7 +333,8 @@ class CoordinatorService:
         median = self._alarm.median_if_jumped(version.delta_norm)
         if median is not None:
             self._daemon.metrics.norm_jumps.inc()
-            self._log.warning("delta_norm_jumped", version=version.version, norm=version.delta_norm, median=median)
+            self._jumped = {"version": version.version, "norm": version.delta_norm, "median": median}
+            self._log.warning("delta_norm_jumped", **self._jumped)
         return version
 
     def _say_quarantined(self, parts: Mapping[str, Part], norms: Mapping[str, float], why: Mapping[str, str]) -> None:

@@ -48,7 +48,7 @@ class Machine(Protocol):
         """Take in what happened, return what is to be done."""
 
     def known(self, event: Event) -> list[Command] | None:
-        """Return what is to be done about an event that changes nothing; None if it is to be handled."""
+        """Return the commands that answer a known event; None if the event is new and has to be handled."""
 
     def outstanding(self) -> list[Command]:
         """Return what a restarted daemon has to do."""

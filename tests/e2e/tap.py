@@ -59,16 +59,15 @@ async def tapped(servers: BusServers) -> AsyncIterator[Tap]:
                 seed_file = file.with_name(f"tap-{account}.nk")
                 seed_file.write_text(seed)
 
-                client = await until(partial(_connected, server.url, seed_file, servers.kits.server(HUB) / CA_FILE))
+                authority = servers.kits.server(HUB) / CA_FILE
+                client = await until(partial(_listening, server.url, seed_file, authority, tap))
                 assert client is not None
                 stack.push_async_callback(client.close)
-                await client.subscribe(">", cb=tap.keep)
-                await client.flush()
         yield tap
 
 
-async def _connected(url: str, seed_file: Path, authority: Path) -> Client | None:
-    """Connect; None as long as the server has not read its configuration again."""
+async def _listening(url: str, seed_file: Path, authority: Path, tap: Tap) -> Client | None:
+    """Connect and listen; None as long as the server has not read its configuration again, which cuts connections."""
     client = Client()
     try:
         await client.connect(
@@ -79,7 +78,10 @@ async def _connected(url: str, seed_file: Path, authority: Path) -> Client | Non
             allow_reconnect=False,
             error_cb=_ignore,
         )
+        await client.subscribe(">", cb=tap.keep)
+        await client.flush(timeout=2)
     except (OSError, nats.errors.Error):
+        await client.close()
         return None
     return client
 

@@ -61,19 +61,23 @@ def seed_file(folder: Path) -> Path:
     return file
 
 
+def region_worker(tmp_path: Path, **keys: Path) -> AggregatorWorker:
+    return AggregatorWorker(
+        AggregatorSettings(
+            run="r",
+            state_dir=tmp_path,
+            signers_file=tmp_path / "signers.toml",
+            region="north",
+            bus=BUS.model_copy(update={"nkey_seed_file": seed_file(tmp_path)}),
+            uplink=BUS,
+            **keys,
+        )
+    )
+
+
 def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
     old, new = files(tmp_path, [pairs[0][1], pairs[1][1]])
-    settings = AggregatorSettings(
-        run="r",
-        state_dir=tmp_path,
-        signers_file=tmp_path / "signers.toml",
-        region="north",
-        bus=BUS.model_copy(update={"nkey_seed_file": seed_file(tmp_path)}),
-        uplink=BUS,
-        public_key_file=new,
-        older_public_key_file=old,
-    )
-    worker = AggregatorWorker(settings)
+    worker = region_worker(tmp_path, public_key_file=new, older_public_key_file=old)
     for _, public in pairs[:2]:
         assert worker.fit(DeltaSettings(), AggregationSettings(), 100, key_id(public)).key_id == key_id(public)
     assert worker.fit(DeltaSettings(), AggregationSettings(), 100, key_id(pairs[2][1])).key_id != key_id(pairs[2][1])
@@ -82,17 +86,7 @@ def test_a_region_takes_runs_for_either_of_its_keys(pairs: list[tuple[bytes, byt
 def test_whoever_has_a_key_refuses_a_run_without_encryption(pairs: list[tuple[bytes, bytes]], tmp_path: Path) -> None:
     (key,) = files(tmp_path, [pairs[0][1]])
     plain = DeltaSettings(cipher="none")
-    region = AggregatorWorker(
-        AggregatorSettings(
-            run="r",
-            state_dir=tmp_path,
-            signers_file=tmp_path / "signers.toml",
-            region="north",
-            bus=BUS.model_copy(update={"nkey_seed_file": seed_file(tmp_path)}),
-            uplink=BUS,
-            public_key_file=key,
-        )
-    )
+    region = region_worker(tmp_path, public_key_file=key)
     with pytest.raises(RefusedError, match="not encrypted, but this region has a public_key_file") as of_region:
         region.fit(plain, AggregationSettings(), 100, "none")
     with pytest.raises(RefusedError, match="not encrypted, but this site has a public_key_file") as of_site:
