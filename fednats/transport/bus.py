@@ -26,6 +26,7 @@ from fednats.config import BusSettings
 from fednats.transport import bucket as buckets
 from fednats.transport import payload
 from fednats.transport.answer import AwayError, NobodyError, answer
+from fednats.transport.cancellation import cancellable
 from fednats.transport.connection import Connection, connection
 from fednats.transport.consumer import Consumer, Delivery
 from fednats.transport.fence import Fence
@@ -325,10 +326,10 @@ class Bus:
         config = ServiceConfig(name=name, version=version, description=description, metadata=dict(metadata))
         service = Service(self._connection.client, config)
         try:
-            await service.start()
+            await cancellable(service.start())
         except nats.errors.FlushTimeoutError:  # the link broke meanwhile: what it subscribed to is renewed
             self._connection.log.debug("service_not_confirmed", name=name)
-        await service.add_endpoint(name="status", subject=subject, handler=respond)
+        await cancellable(service.add_endpoint(name="status", subject=subject, handler=respond))
 
     async def answer(self, subject: str, respond: Callable[[bytes], Awaitable[bytes | None]]) -> None:
         """Answer questions on ``subject``, one after the other, until the connection closes.

@@ -21,6 +21,7 @@ from nats.errors import NotJSMessageError
 
 from fednats.errors import BusError
 from fednats.transport.answer import AwayError
+from fednats.transport.cancellation import end
 from fednats.transport.connection import Connection
 
 ACK_WAIT_S = 8.0
@@ -122,8 +123,7 @@ class Consumer:
                     yield delivery
         finally:
             self.connection.wakers.discard(self._restart)
-            in_work.cancel()
-            await asyncio.gather(in_work, return_exceptions=True)
+            await end(in_work)
             await self.connection.unsubscribe(subscription)
 
     async def _next(self) -> Delivery | None:
