@@ -307,6 +307,6 @@ async def test_what_one_region_stores_at_the_hub_is_no_other_regions(tmp_path: P
         await until(has_arrived)
 
         async def is_full() -> bool:
-            return await bus.coordinator.used(spec.name) > 0.6
+            return (await bus.coordinator.usage(spec.name)).share > 0.6
 
         await until(is_full)
