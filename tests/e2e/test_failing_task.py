@@ -49,7 +49,7 @@ WHY = "training failed: ValueError (in loss, failing.py line 25)"
 JUMPED = "delta_norm_jumped"
 
 
-async def test_a_run_whose_sites_all_jump_and_fail_ends_with_the_reason_and_only_their_own_logs_quote_the_record(
+async def test_a_run_whose_sites_all_fail_ends_with_the_reason_and_only_their_own_logs_quote_the_record(
     make_federation: MakeFederation, tmp_path: Path
 ) -> None:
     code = tmp_path / "failing.py"
