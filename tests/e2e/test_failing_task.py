@@ -40,9 +40,9 @@ class Failing(Task):
 
     def loss(self, model, inputs, targets):
         self.n_batches += 1
-        if self.n_batches > 60:  # one a pass
+        if self.n_batches > 26:  # one a pass
             float(Path(self.records).read_text())
-        jump = 1e4 * sum(weights.sum() for weights in model.parameters()) if self.n_batches > 20 else 0.0
+        jump = 1e4 * sum(weights.sum() for weights in model.parameters()) if self.n_batches > 14 else 0.0
         return super().loss(model, inputs, targets) + jump
 """
 WHY = "training failed: ValueError (in loss, failing.py line 25)"
@@ -64,7 +64,7 @@ async def test_a_run_whose_sites_all_fail_ends_with_the_reason_and_only_their_ow
         delta={"cipher": "none"},
         training={"local_steps": 1, "batch_size": 4, "learning_rate": 0.05},
         defence={"quarantine": False},
-        stop={"all_failing_s": 0.5},
+        stop={"all_failing_s": 0.5, "max_versions": 10_000},
     )
     output = tmp_path / "out"
     async with running(federation, output) as now, tapped(now.servers) as tap:
