@@ -147,7 +147,8 @@ class LyingSite:
             min_sites=2,
             payload=payload_of(self._site, manifest.version, chunks),
         )
-        await self._bus.publish_payload(subject, evaluation.payload.payload_id, chunks)
+        prefix = subjects.update("small", self._region, self._site)
+        await self._bus.publish_payload(prefix, evaluation.payload.payload_id, chunks)
         signed = self._identity.sign(subject, evaluation)
         await self._bus.publish(subject, signed, wire.message_id(signed))
 

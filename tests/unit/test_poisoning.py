@@ -29,9 +29,10 @@ def test_nothing_is_quarantined_without_an_attack() -> None:
 
 @pytest.mark.parametrize("attack", ["flipped x 10", "x 100", "noise"])
 def test_a_gross_attack_that_begins_later_is_stopped(attack: str) -> None:
+    """Measured over ten versions: a sum just below the limit costs a twentieth of the accuracy, for two or three versions."""
     found, n_left_out = encrypted(attack, honest=20, quarantine=True)
     assert n_left_out > 5
-    assert found > 0.85
+    assert found > 0.88
     unchecked, _ = encrypted(attack, honest=20, quarantine=False)
     assert unchecked < 0.3
 
@@ -108,4 +109,4 @@ def test_a_flipped_delta_gains_little_by_a_lie_that_does_not_last(claim: str) ->
 
 def test_a_flipped_delta_that_counts_three_times_does_harm() -> None:
     """What remains without registered cases: three of seven are flipped, the others' step is a seventh of an honest one."""
-    assert 0.5 < learned(lying("1e12", "flipped")) < 0.8
+    assert 0.4 < learned(lying("1e12", "flipped")) < 0.8
