@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednats import subjects
 from fednats.config import AggregatorSettings
-from fednats.errors import Reason, RefusedError
+from fednats.errors import Reason, RefusedError, UnknownCommandError
 from fednats.messages import Aggregate, Control, Evaluation, EvaluationSum, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
@@ -52,7 +52,7 @@ from fednats.services.roster import changed_settings, renewed
 from fednats.services.sent_evaluations import SentEvaluations
 from fednats.services.sent_sums import SentSums
 from fednats.services.server_limit import follow_server_limit
-from fednats.services.tier import Handled, Tier, unknown
+from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker
 from fednats.storage.chunk_file import read_chunks
 from fednats.storage.journal import Journal
@@ -338,7 +338,7 @@ class AggregatorService:
 
     async def _execute(self, command: Command) -> None:
         if not isinstance(command, SumEvaluations):
-            raise unknown(command, "aggregator")
+            raise UnknownCommandError(type(command).__name__, "aggregator")
         self._evaluations.add(command)
 
     async def _combine(self, combination: Combination) -> list[Event]:
