@@ -177,8 +177,9 @@ class AggregatorService:
         self._log.info("restored", n_events=n_events)
         await self._catch_up()
         self._tier.take_up()
-        if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
-            await self._tier.feed(Configured(sites=s.sites, regions=s.regions))
+        configured = Configured(sites=s.sites, regions=s.regions, n_samples=s.n_samples)
+        if self._machine.roster != self._machine.roster.configured(configured):
+            await self._tier.feed(configured)
         self._daemon.ready, self._daemon.doing = True, ""
         tasks = {
             "follow models": self._follow(),
@@ -243,12 +244,13 @@ class AggregatorService:
 
     async def _follow_settings(self, config: Path) -> None:
         """Take the sites that the settings file names from now on; journalled, so that a replay decides alike."""
-        async for sites in changed_settings(self._log, config, self._settings):
-            before = self._machine.roster.sites
-            await self._tier.feed(Configured(sites=sites, regions=tuple(self._settings.regions)))
+        async for now in changed_settings(self._log, config, self._settings):
+            before, sites, registered = self._machine.roster.sites, now.sites, now.n_samples
+            await self._tier.feed(Configured(sites=sites, regions=self._settings.regions, n_samples=registered))
             self._of_sites.expect(sites)
             self._sites_changed.set()
-            self._log.info("sites_changed", added=sorted(set(sites) - before), removed=sorted(before - set(sites)))
+            added, removed = sorted(set(sites) - before), sorted(before - set(sites))
+            self._log.info("sites_changed", added=added, removed=removed, registered=registered)
 
     def _status(self) -> dict[str, Any]:
         current = self._machine.current

@@ -179,8 +179,9 @@ class CoordinatorService:
             await self._tier.feed(missed)
         self._tier.take_up()
         self._log.info("restored", n_events=n_events, version=-1 if version is None else version.version)
-        settings = self._settings.settings.model_copy(update={"initial_model": None})
-        await self._tier.feed(Configured(sites=(), regions=self._settings.regions, settings=settings))
+        s = self._settings
+        first_run = s.settings.model_copy(update={"initial_model": None})
+        await self._tier.feed(Configured(sites=(), regions=s.regions, settings=first_run, n_samples=s.n_samples))
         if self._machine.opening is None:
             await self._runs.open_first(version)
         elif self._machine.opening.opened_at > 0:
