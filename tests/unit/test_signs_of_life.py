@@ -40,7 +40,7 @@ class Refusing:
     async def wait_connected(self) -> None:
         await asyncio.sleep(0)
 
-    async def api(self, _verb: str, _body: object = None, *, prefix: str = "") -> dict[str, Any]:  # noqa: ARG002
+    async def api(self, _verb: str, _body: object = None, prefix: str = "") -> dict[str, Any]:  # noqa: ARG002
         return {"config": SPEC.config(self.max_payload), "ack_floor": {"stream_seq": 0}}
 
     async def emit(self, subject: str, _data: bytes, reply: str = "") -> None:
