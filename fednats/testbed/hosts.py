@@ -8,12 +8,12 @@ from fednats.errors import ConfigError
 
 
 def fill_disk(pid: int) -> None:
-    """Have the kernel refuse whatever a process and its children write to files, as a full disk would (Linux)."""
+    """Have the kernel refuse whatever a process and those below it write to files, as a full disk would (Linux)."""
     _limit_files(pid, 0)
 
 
 def free_disk(pid: int) -> None:
-    """Let a process and its children write again."""
+    """Let a process and those below it write again."""
     _limit_files(pid, resource.RLIM_INFINITY)
 
 
@@ -30,7 +30,7 @@ def clock_off(offset: str) -> Mapping[str, str]:
 
 
 def _limit_files(pid: int, n_bytes: int) -> None:
-    for process in (pid, *_children(pid)):
+    for process in (pid, *_below(pid)):
         try:
             _, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
             resource.prlimit(process, resource.RLIMIT_FSIZE, (n_bytes, hard))
@@ -38,9 +38,13 @@ def _limit_files(pid: int, n_bytes: int) -> None:
             continue  # it has ended, and its disk with it
 
 
-def _children(pid: int) -> Iterator[int]:
+def _below(pid: int) -> Iterator[int]:
+    """Yield the children of a process, theirs, and so on."""
     for threads in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            yield from map(int, threads.read_text(encoding="ascii").split())
+            children = [int(child) for child in threads.read_text(encoding="ascii").split()]
         except OSError:
             continue  # the thread has ended
+        for child in children:
+            yield child
+            yield from _below(child)
