@@ -36,12 +36,13 @@ class DaemonProcess:
     (`warm`), unless ``environment`` is set: then it is an interpreter of its own with these variables.
     """
 
+    environment: Mapping[str, str] | None = None
+
     def __init__(self, role: str, name: str, settings: DaemonSettings) -> None:
         self.role = role
         self.name = name
         self.state_dir = settings.state_dir
         self.settings = settings
-        self.environment: Mapping[str, str] | None = None
         self._process: asyncio.subprocess.Process | warm.ForkedProcess | None = None
 
     @property
@@ -66,6 +67,7 @@ class DaemonProcess:
         config.write_text(tomli_w.dumps(settings), encoding="utf-8")
         arguments = [self.role, "--config", str(config.absolute())]
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("FEDNATS_")}
+        self.log_file.touch()
         if self.environment is None:
             self._process = await warm.fork(arguments, self.log_file.absolute(), inherited)
             return
