@@ -171,11 +171,6 @@ class AggregationSettings(Settings):
     participation_correction: bool = Field(
         default=True, description="let every site count by its samples, however seldom it contributes"
     )
-    claim_limit: float = Field(
-        3.0,
-        ge=1,
-        description="a site counts as at most so many times the cases of the median of its region's others, whatever it claims",
-    )
     robust: Literal["none", "median", "trimmed_mean", "norm_bound"] = Field(
         "none", description="how a region sums its sites' updates; other than none only where it can see them"
     )
@@ -331,6 +326,9 @@ class Extension(Settings):
     target: float | None = Field(None, description="another one; none: as before")
 
 
+RegisteredSamples = dict[ChosenName, Annotated[int, Field(ge=1)]]
+"""Training cases, by site; by region those of all its sites. One that is named counts for no more, whatever it claims."""
+
 # --- what one daemon is told ----------------------------------------------------------------------------------------
 
 
@@ -400,6 +398,7 @@ class AggregatorSettings(DaemonSettings):
     depth: int = Field(1, ge=1, description="aggregators on the way to the hub, this one included")
     sites: tuple[ChosenName, ...] = Field((), description="sites of this region")
     regions: tuple[ChosenName, ...] = Field((), description="regions below this one")
+    n_samples: RegisteredSamples = {}
     min_sites: int = Field(2, ge=1, description="this region's own word: runs that ask for sums of fewer are refused")
     bus: BusSettings = Field(description="the region's private account: sites and updates")
     uplink: BusSettings = Field(description="the account of the leaf link: models and aggregates")
@@ -412,6 +411,7 @@ class CoordinatorSettings(DaemonSettings):
     """``fednats coordinator --config FILE``."""
 
     regions: tuple[ChosenName, ...] = Field(min_length=1, description="regions directly below the hub")
+    n_samples: RegisteredSamples = {}
     bus: BusSettings
     model_key_file: SecretFile = Field(
         description="seals the models for coordinator and sites; 32 bytes, the same for all"

@@ -16,6 +16,7 @@
     |-- RunFailedError         a run ended because it could not go on
     |-- InterruptedRunError    Ctrl-C; everything was stopped
     |-- ImpossibleModelError   the next version would hold a value that no model can have
+    |-- UnknownCommandError    a machine asks its daemon for something that the daemon cannot do
     |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
     |-- HospitalError          work on a hospital's own data failed
     |   |-- TaskError          the code of a task failed, or does not fit
@@ -93,6 +94,19 @@ class InterruptedRunError(FednatsError):
 
 class ImpossibleModelError(FednatsError):
     """The next version would hold a value that no model can have; it was not made, and would not be another time."""
+
+
+class UnknownCommandError(FednatsError):
+    """A machine's command that its daemon cannot execute. Nothing is lost: what it follows from is in the journal."""
+
+    exit_code = CONFIG_EXIT
+
+    def __init__(self, command: str, role: str) -> None:
+        super().__init__(
+            f"{command} is not a command of the {role}: two releases of fednats are mixed; install one whole, and start again"
+        )
+        self.command = command
+        self.role = role
 
 
 class OverflowRefusedError(FednatsError):

@@ -92,6 +92,11 @@ def chunks(prefix: str, payload_id: str) -> str:
     return f"{prefix}.chunk.{payload_id}.*"
 
 
+def all_chunks(prefix: str) -> str:
+    """Filter of the chunks of all payloads."""
+    return f"{prefix}.chunk.>"
+
+
 def chunk(prefix: str, payload_id: str, index: int) -> str:
     """One chunk of a payload."""
     return f"{prefix}.chunk.{payload_id}.{index}"

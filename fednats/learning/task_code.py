@@ -47,7 +47,12 @@ Check = Callable[[Path, str], None]
 
 
 def make_task(
-    path: str, options: Mapping[str, Any], check: Check | None = None, *, copy_in: Path | None = None
+    path: str,
+    options: Mapping[str, Any],
+    check: Check | None = None,
+    *,
+    copy_in: Path | None = None,
+    alone: bool = True,
 ) -> Task:
     """Construct the task that ``path`` names with ``options``.
 
@@ -55,7 +60,7 @@ def make_task(
         ConfigError: as `load_task`, or the options do not fit the constructor.
         TaskError: as `load_task`, or the constructor fails.
     """
-    cls = load_task(path, check, copy_in=copy_in)
+    cls = load_task(path, check, copy_in=copy_in, alone=alone)
     try:
         inspect.signature(cls).bind(**options)
     except TypeError as error:
@@ -73,13 +78,14 @@ def code_path(path: str) -> Path:
     return Path(code if colon else path)
 
 
-def load_task(path: str, check: Check | None = None, *, copy_in: Path | None = None) -> type[Task]:
+def load_task(path: str, check: Check | None = None, *, copy_in: Path | None = None, alone: bool = True) -> type[Task]:
     """Find a task class: the name of a shipped one, or ``path:ClassName``, see `fednats.learning.code_files.read_code`.
 
     Args:
         path: which task.
-        check: asked before any of the code runs. The code may then import nothing that lies beside it: that was not checked.
+        check: asked before any of the code runs.
         copy_in: where the copy is that runs, see `fednats.learning.code_import.import_code`.
+        alone: with ``check``, the code may import nothing that lies beside it: that was not checked.
 
     Raises:
         ConfigError: no such name, code or class, the class is no complete `Task`, or ``check`` refuses the code.
@@ -97,7 +103,7 @@ def load_task(path: str, check: Check | None = None, *, copy_in: Path | None = N
         check(code_path(path), code.sha256)
     if path in SHIPPED:
         return SHIPPED[path]()
-    return _checked(import_code(code, copy_in=copy_in, alone=check is not None), name, path)
+    return _checked(import_code(code, copy_in=copy_in, alone=alone and check is not None), name, path)
 
 
 def _checked(module: ModuleType, name: str, path: str) -> type[Task]:

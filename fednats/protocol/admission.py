@@ -1,13 +1,14 @@
 """What a contribution must satisfy before it is buffered."""
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from fednats.errors import Reason, RefusedError
 from fednats.messages import Aggregate, Update
 from fednats.protocol import staleness
 from fednats.protocol.early import MAX_AHEAD
-from fednats.protocol.events import VersionAnnounced
+from fednats.protocol.events import Configured, VersionAnnounced
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +20,19 @@ class Roster:
     """The region whose sites these are; None at the root."""
     sites: AbstractSet[str]
     regions: AbstractSet[str]
+    n_samples: Mapping[str, int] = field(default_factory=dict)
+    """Training cases that they were registered with; not all need be."""
 
     @property
     def sources(self) -> frozenset[str]:
         """Names of all sites and regions that report here."""
         return frozenset(self.sites) | frozenset(self.regions)
+
+    def configured(self, event: Configured) -> "Roster":
+        """Return the roster with those who report here from now on."""
+        return replace(
+            self, sites=frozenset(event.sites), regions=frozenset(event.regions), n_samples=dict(event.n_samples)
+        )
 
 
 def source(head: Update | Aggregate) -> str:

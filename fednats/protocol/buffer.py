@@ -14,6 +14,7 @@ from typing import Literal
 from fednats.config import AggregationSettings
 from fednats.messages import Aggregate, Update
 from fednats.protocol import staleness
+from fednats.protocol.admission import Roster
 from fednats.protocol.claims import Claim, Claims
 from fednats.protocol.group import Group, distinct_sites
 from fednats.protocol.participation import Offer, Participation, Weighed
@@ -96,7 +97,7 @@ class Terms:
 
     settings: AggregationSettings
     goal: Goal
-    sources: frozenset[str]
+    roster: Roster
     """Who may contribute: the goal ``all`` waits for them all."""
     present: frozenset[str]
     """Who of them is there: a goal of so many contributions is lowered to so many."""
@@ -123,7 +124,7 @@ class Buffer:
         """Go on with other terms; what is here stays."""
         self._terms = terms
         self._settings = terms.settings
-        self._claims.expect(terms.sources, terms.settings.claim_limit)
+        self._claims.expect(terms.roster.sources, terms.roster.n_samples)
         self._participation.expect(terms.present)
 
     def __len__(self) -> int:
@@ -225,7 +226,7 @@ class Buffer:
     def _reached(self, group: Group, content: list[Contribution], without: AbstractSet[str]) -> bool:
         """Whether nobody is waited for: who asks for more sites than are in ``group`` waits, and the others go on."""
         if self._terms.goal == "all":
-            return self._terms.sources <= group.sources
+            return self._terms.roster.sources <= group.sources
         waiting = without | (group.sources - {contribution.source for contribution in content})
         return len(content) >= min(self._terms.goal, self._n_present(waiting))
 

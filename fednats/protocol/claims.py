@@ -1,13 +1,14 @@
 """How much of what a source claims is believed: nothing proves a number of cases, and encryption hides the rest.
 
-A claim counts up to a bound that one liar cannot move. The bound is the lower of two, and both follow from what the node has
-seen itself:
+A claim counts up to a bound that one liar cannot move. The bound is the lower of two:
 
 - The source's own past. Its claim may double from one flush to the next, so a hospital that imports an archive is followed
   within a few flushes, and one wild figure changes little.
-- The others on the roster. A site counts at most ``claim_limit`` times the median of the other sites, a region at most
-  `REGION_FACTOR` times as much of the other regions. Nobody is among its own others, and one of several does not move a
-  median far.
+- What whoever provisions has registered: a site never counts for more training cases than that. Where nothing is registered,
+  the others on the roster are the measure: a site counts at most `SITE_LIMIT` times the median of the other sites. Nobody is
+  among its own others, and one of several does not move a median far.
+
+A region's bound is `REGION_FACTOR` times wider.
 
 Cutting off the sizes that clients claim before they weigh anything follows Portnoy, Tirosh and Hendler 2020, "Towards
 Federated Learning With Byzantine-Robust Client Weighting" (arXiv:2004.04986).
@@ -23,6 +24,13 @@ GROWTH = 2.0
 """A source is believed at most this many times the largest of its last `REMEMBERED` claims, as they were believed."""
 
 REMEMBERED = 16
+
+SITE_LIMIT = 3.0
+"""A site that is not registered counts at most this many times the median of the others.
+
+Hospitals honestly differ, and what one has above the limit does not count: so it is no lower. In a region of five a liar at the
+limit has three parts of seven. At 4 it would have half, and with a flipped delta nothing would be learned: so it is no higher.
+"""
 
 REGION_FACTOR = 3.0
 """Regions differ more than sites: by the number of their sites, and by who is in a sum."""
@@ -58,9 +66,9 @@ class Claims:
     """What each source of one node was believed of late.
 
     >>> claims = Claims()
-    >>> claims.expect({"a", "b", "liar"}, 3.0)
-    >>> claims.believe([Claim("a", 300.0), Claim("b", 200.0), Claim("liar", 1e12)])
-    (300.0, 200.0, 900.0)
+    >>> claims.expect({"a", "b", "large", "liar"}, {"large": 5000})
+    >>> claims.believe([Claim("a", 300.0), Claim("b", 200.0), Claim("large", 6000.0), Claim("liar", 1e12)])
+    (300.0, 200.0, 5000.0, 900.0)
     >>> claims.record([Claim("a", 300.0)])
     >>> claims.believe([Claim("a", 4000.0)])
     (600.0,)
@@ -68,12 +76,12 @@ class Claims:
 
     def __init__(self) -> None:
         self._roster: Collection[str] = frozenset()
-        self._limit = math.inf
+        self._registered: Mapping[str, int] = {}
         self._known: dict[str, _Source] = {}
 
-    def expect(self, roster: Collection[str], claim_limit: float) -> None:
-        """Compare from now on with those on ``roster``."""
-        self._roster, self._limit = roster, claim_limit
+    def expect(self, roster: Collection[str], registered: Mapping[str, int]) -> None:
+        """Compare from now on with those on ``roster``; ``registered`` are training cases, by source, of some of them."""
+        self._roster, self._registered = roster, registered
 
     def believe(self, claims: Sequence[Claim]) -> tuple[float, ...]:
         """Return how much of each claim of one flush counts. It is remembered only once it is recorded."""
@@ -99,13 +107,19 @@ class Claims:
         """
         usual = self._usual(claims)
         limits: dict[str, float] = {}
-        for of_region, limit in ((False, self._limit), (True, REGION_FACTOR * self._limit)):
+        for of_region, factor in ((False, 1.0), (True, REGION_FACTOR)):
             others = _Others({source: mass for source, mass in usual[of_region].items() if source in self._roster})
-            limits |= {source: limit * others.median(source) for source in usual[of_region]}
-        for source, known in self._known.items():
-            if not known.alone:
-                limits[source] = max(limits[source], known.usual)
+            for source in usual[of_region]:
+                if source in self._registered:
+                    limits[source] = factor * self._registered[source]
+                else:
+                    limits[source] = max(factor * SITE_LIMIT * others.median(source), self._kept(source))
         return limits
+
+    def _kept(self, source: str) -> float:
+        """Return what a source keeps, whatever the others claim."""
+        known = self._known.get(source)
+        return 0.0 if known is None or known.alone else known.usual
 
     def _usual(self, claims: Sequence[Claim]) -> dict[bool, dict[str, float]]:
         """Return the usual mass of each site, and of each region; of one that is new what it claims."""

@@ -168,7 +168,7 @@ class Collector:
         return commands + self._combine()
 
     def _configure(self, event: Configured) -> list[Command]:
-        self._roster = replace(self._roster, sites=frozenset(event.sites), regions=frozenset(event.regions))
+        self._roster = self._roster.configured(event)
         return self._expect() + self._combine()
 
     def _see(self, event: PresenceChanged) -> list[Command]:
@@ -365,7 +365,7 @@ class Collector:
         return commands
 
     def _terms(self, current: VersionAnnounced) -> Terms:
-        return Terms(current.settings, self._goal_of(current), self._roster.sources, self.present, current.capacity)
+        return Terms(current.settings, self._goal_of(current), self._roster, self.present, current.capacity)
 
     def _report_waiting(self) -> list[Command]:
         assert self.current is not None  # noqa: S101 - there is a minimum once there is a version

@@ -72,6 +72,8 @@ class Configured(Event):
     regions: tuple[str, ...]
     settings: RunSettings | None = None
     """The coordinator's: they count for its first run, until that is extended or another one is opened."""
+    n_samples: dict[str, int] = {}
+    """Training cases that sites and regions were registered with; not all need be."""
 
 
 class ContributionArrived(Event):

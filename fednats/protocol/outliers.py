@@ -37,18 +37,27 @@ ALARM = 100.0
 
 
 class NormAlarm:
-    """Tells when the norm of a delta is a hundred times what it was.
+    """Tells when the norm of a delta is a hundred times what it was in the same run.
 
     >>> alarm = NormAlarm()
-    >>> [alarm.median_if_jumped(1.0) for _ in range(8)][-1], alarm.median_if_jumped(99.0), alarm.median_if_jumped(101.0)
-    (None, None, 1.0)
+    >>> [alarm.median_if_jumped(1.0, 0) for _ in range(8)][-1], alarm.median_if_jumped(99.0, 0)
+    (None, None)
+    >>> alarm.median_if_jumped(101.0, 0), alarm.median_if_jumped(1e6, 40)
+    (1.0, None)
     """
 
     def __init__(self) -> None:
+        self._run = -1
         self._norms: deque[float] = deque(maxlen=64)
 
-    def median_if_jumped(self, norm: float) -> float | None:
-        """Count ``norm``; return the median of those before if it is `ALARM` times that, and there are `MIN_HISTORY`."""
+    def median_if_jumped(self, norm: float, run: int) -> float | None:
+        """Count ``norm``; return the median of those before if it is `ALARM` times that, and there are `MIN_HISTORY`.
+
+        ``run`` is the first version of the run that it is of: norms of another run say nothing of this one's.
+        """
+        if run != self._run:
+            self._run = run
+            self._norms.clear()
         median = statistics.median(self._norms) if len(self._norms) >= MIN_HISTORY else math.inf
         if norm > 0:
             self._norms.append(norm)

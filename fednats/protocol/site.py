@@ -5,6 +5,8 @@ makes waits in its outbox.
 
 When its privacy budget is spent it trains no more, and outside its hours not now. It goes on evaluating: it stays a consumer
 of the model. A run that asks for more than the hospital allows gets nothing, until a version comes that asks for less.
+
+When the run is closed it trains no more. The last version is evaluated all the same, whichever was heard of first.
 """
 
 from collections.abc import Callable
@@ -209,13 +211,24 @@ class Site:
         return None
 
     def _close(self, _event: Closed) -> Job | None:
+        """Do nothing more but evaluate the newest version, if that was not begun."""
         self.state, self._kept = State.CLOSED, None
+        self._to_evaluate = self._to_evaluate[-1:]
         return None
+
+    def _see_last(self, event: ModelSeen) -> Job | None:
+        """Evaluate a version that is seen after the end of its run was heard: each comes in its own time."""
+        if event.version > self._newest:
+            self._newest, self._to_evaluate = event.version, [event.version]
+        return self._evaluate_last() if self.job is None else None
 
     def _end(self, _event: Outcome) -> Job | None:
         """A job of a run that is over has ended."""
-        self.job = None
-        return None
+        return self._evaluate_last()
+
+    def _evaluate_last(self) -> Job | None:
+        self.job = Evaluate(self._to_evaluate.pop()) if self._to_evaluate else None
+        return self.job
 
     def _reopen(self, _event: Opened) -> Job | None:
         """Wait for the first version; a job that is still under way is finished first."""
@@ -282,14 +295,14 @@ class Site:
         (State.BUSY, BusBack): _come_back,
         (State.BUSY, Closed): _close,
         (State.BUSY, Opened): _reopen,
-        (State.CLOSED, ModelSeen): _ignore,
+        (State.CLOSED, ModelSeen): _see_last,
         (State.CLOSED, Done): _end,
         (State.CLOSED, Failed): _end,
         (State.CLOSED, NotStored): _end,
         (State.CLOSED, BudgetSpent): _end,
         (State.CLOSED, OutsideHours): _end,
         (State.CLOSED, HoursBegun): _note_hours,
-        (State.CLOSED, Declined): _ignore,
+        (State.CLOSED, Declined): _decline,
         (State.CLOSED, Retry): _ignore,
         (State.CLOSED, BusAway): _note_away,
         (State.CLOSED, BusBack): _note_away,

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from fednats.config import RunSettings, Settings, TaskSettings
+from fednats.config import RegisteredSamples, RunSettings, Settings, TaskSettings
 from fednats.names import ChosenName
 from fednats.permissions import user_name
 from fednats.privacy.policy import Policy
@@ -98,6 +98,7 @@ class Plan(Settings):
     site_policies: Mapping[ChosenName, Policy] = Field(
         {}, description="by site: its first; none: no stricter than the run"
     )
+    n_samples: RegisteredSamples = Field({}, description="by site: the most training cases that it counts for")
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Plan":
@@ -126,6 +127,16 @@ class Plan(Settings):
         run = self.run
         of_run = Policy(encrypted=run.delta.cipher != "none", min_sites=run.aggregation.min_sites)
         return self.site_policies.get(site, of_run)
+
+    def n_samples_at(self, node: str | None) -> dict[ChosenName, int]:
+        """Return the training cases of whoever reports to ``node``; of a region only if those of all its sites are known."""
+        sites = () if node is None else self.region(node).sites
+        known = {site: self.n_samples[site] for site in sites if site in self.n_samples}
+        for child in self.children_of(node):
+            below = [site for region in (child, *self.below(child)) for site in self.region(region).sites]
+            if set(below) <= self.n_samples.keys():
+                known[child] = sum(self.n_samples[site] for site in below)
+        return known
 
     def children_of(self, node: str | None) -> tuple[str, ...]:
         """Names of the regions directly below the region ``node``, or the hub (None)."""

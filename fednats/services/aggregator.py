@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednats import subjects
 from fednats.config import AggregatorSettings
-from fednats.errors import Reason, RefusedError
+from fednats.errors import Reason, RefusedError, UnknownCommandError
 from fednats.messages import Aggregate, Control, Evaluation, EvaluationSum, ModelManifest, Update
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
@@ -52,7 +52,7 @@ from fednats.services.roster import changed_settings, renewed
 from fednats.services.sent_evaluations import SentEvaluations
 from fednats.services.sent_sums import SentSums
 from fednats.services.server_limit import follow_server_limit
-from fednats.services.tier import Handled, Tier, unknown
+from fednats.services.tier import Handled, Tier
 from fednats.services.worker import Worker
 from fednats.storage.chunk_file import read_chunks
 from fednats.storage.journal import Journal
@@ -177,8 +177,9 @@ class AggregatorService:
         self._log.info("restored", n_events=n_events)
         await self._catch_up()
         self._tier.take_up()
-        if self._machine.roster.sites != set(s.sites) or self._machine.roster.regions != set(s.regions):
-            await self._tier.feed(Configured(sites=s.sites, regions=s.regions))
+        configured = Configured(sites=s.sites, regions=s.regions, n_samples=s.n_samples)
+        if self._machine.roster != self._machine.roster.configured(configured):
+            await self._tier.feed(configured)
         self._daemon.ready, self._daemon.doing = True, ""
         tasks = {
             "follow models": self._follow(),
@@ -243,12 +244,13 @@ class AggregatorService:
 
     async def _follow_settings(self, config: Path) -> None:
         """Take the sites that the settings file names from now on; journalled, so that a replay decides alike."""
-        async for sites in changed_settings(self._log, config, self._settings):
-            before = self._machine.roster.sites
-            await self._tier.feed(Configured(sites=sites, regions=tuple(self._settings.regions)))
+        async for now in changed_settings(self._log, config, self._settings):
+            before, sites, registered = self._machine.roster.sites, now.sites, now.n_samples
+            await self._tier.feed(Configured(sites=sites, regions=self._settings.regions, n_samples=registered))
             self._of_sites.expect(sites)
             self._sites_changed.set()
-            self._log.info("sites_changed", added=sorted(set(sites) - before), removed=sorted(before - set(sites)))
+            added, removed = sorted(set(sites) - before), sorted(before - set(sites))
+            self._log.info("sites_changed", added=added, removed=removed, registered=registered)
 
     def _status(self) -> dict[str, Any]:
         current = self._machine.current
@@ -336,7 +338,7 @@ class AggregatorService:
 
     async def _execute(self, command: Command) -> None:
         if not isinstance(command, SumEvaluations):
-            raise unknown(command, "aggregator")
+            raise UnknownCommandError(type(command).__name__, "aggregator")
         self._evaluations.add(command)
 
     async def _combine(self, combination: Combination) -> list[Event]:

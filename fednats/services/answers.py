@@ -10,6 +10,8 @@ from fednats.messages import Frame, Grid, Opening, ParameterSpec
 class Prepared:
     """What a site's daemon may log of its task before the first pass."""
 
+    task_sha256: str
+    """Of the task's code, as its policy may list it."""
     n_samples: int
     outputs: str
     """Which problem it is, and which figures there will be."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednats import subjects
 from fednats.config import CoordinatorSettings
-from fednats.errors import BusError, FednatsError, ImpossibleModelError, Reason, RefusedError
+from fednats.errors import BusError, FednatsError, ImpossibleModelError, Reason, RefusedError, UnknownCommandError
 from fednats.messages import Aggregate, EvaluationSum
 from fednats.permissions import user_name
 from fednats.privacy.egress import LEDGER_FILE
@@ -55,7 +55,7 @@ from fednats.services.rejects import Rejects
 from fednats.services.restore import Restoration
 from fednats.services.runs import Runs
 from fednats.services.server_limit import follow_server_limit
-from fednats.services.tier import Handled, Tier, unknown
+from fednats.services.tier import Handled, Tier
 from fednats.services.version_notes import VersionNotes
 from fednats.services.worker import Worker, WorkerDiedError
 from fednats.storage.journal import Journal
@@ -179,8 +179,9 @@ class CoordinatorService:
             await self._tier.feed(missed)
         self._tier.take_up()
         self._log.info("restored", n_events=n_events, version=-1 if version is None else version.version)
-        settings = self._settings.settings.model_copy(update={"initial_model": None})
-        await self._tier.feed(Configured(sites=(), regions=self._settings.regions, settings=settings))
+        s = self._settings
+        first_run = s.settings.model_copy(update={"initial_model": None})
+        await self._tier.feed(Configured(sites=(), regions=s.regions, settings=first_run, n_samples=s.n_samples))
         if self._machine.opening is None:
             await self._runs.open_first(version)
         elif self._machine.opening.opened_at > 0:
@@ -330,11 +331,11 @@ class CoordinatorService:
                 version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
         except RefusedError as error:
             raise SumsRefusedError(dict.fromkeys(parts, (error.reason, error.detail))) from None
-        median = self._alarm.median_if_jumped(version.delta_norm)
-        if median is not None:
+        if (median := self._alarm.median_if_jumped(version.delta_norm, version.opening.first_version)) is not None:
             self._daemon.metrics.norm_jumps.inc()
             self._jumped = {"version": version.version, "norm": version.delta_norm, "median": median}
             self._log.warning("delta_norm_jumped", **self._jumped)
+            self._daemon.notices.add(What.DELTA_NORM_JUMPED, {"version": version.version})
         return version
 
     def _say_quarantined(self, parts: Mapping[str, Part], norms: Mapping[str, float], why: Mapping[str, str]) -> None:
@@ -444,7 +445,7 @@ class CoordinatorService:
                 self._daemon.notices.add(What.RUN_CLOSED, closed)
                 await self._put_state()
             case _:
-                raise unknown(command, "coordinator")
+                raise UnknownCommandError(type(command).__name__, "coordinator")
 
     async def _read_evaluations(self, command: SumEvaluations) -> None:
         """Have read what regions summed of their sites' evaluations, and say it."""

@@ -14,6 +14,7 @@ from fednats import subjects
 from fednats.errors import BusError
 from fednats.services.inbox import Inbox
 from fednats.services.lifecycle import Daemon
+from fednats.services.orphans import Orphans
 from fednats.services.pace import OF_REGION, OF_SITE, Pace
 from fednats.services.persist import RETRY_S
 from fednats.transport import streams
@@ -40,6 +41,8 @@ class Senders:
     """The stream of each."""
     heads_of: Callable[[str], list[str]]
     """Subjects that are taken in from there."""
+    chunks_of: Callable[[str], str] | None = None
+    """Filter of the chunks of each, of which orphans are dropped (`Orphans`); None: never, as where a copy may go on later."""
 
 
 def of_sites(run: str, region: str) -> Senders:
@@ -48,6 +51,7 @@ def of_sites(run: str, region: str) -> Senders:
         OF_SITE,
         lambda site: streams.updates(run, region, site),
         lambda site: [subjects.head(subjects.update(run, region, site)), subjects.evaluation(run, region, site)],
+        lambda site: subjects.all_chunks(subjects.update(run, region, site)),
     )
 
 
@@ -85,6 +89,7 @@ class Intake:
         self._held_back: set[str] = set()
         self._crowded: set[str] = set()
         self._full: dict[str, float] = {}
+        self._orphans = Orphans(inbox.bus, daemon.log)
 
     def expect(self, names: Collection[str]) -> None:
         """Take in what ``names`` send, too. Who is no longer among them is heard to the end: the machine refuses it."""
@@ -154,13 +159,21 @@ class Intake:
         while True:
             for name in sorted(self._paces):
                 try:
-                    used = await self._inbox.bus.used(self._senders.stream_of(name).name)
+                    await self._look(name, self._senders.stream_of(name).name)
                 except BusError as error:
                     self._log.debug("stream_not_seen", sender=name, error=str(error))
                     continue
-                self._note_used(name, used)
                 self._note_crowded(name)
             await asyncio.sleep(WEIGHED_EVERY_S)
+
+    async def _look(self, name: str, stream: str) -> None:
+        usage = await self._inbox.bus.usage(stream)
+        self._note_used(name, usage.share)
+        if self._senders.chunks_of is not None:
+            said = self._daemon.sources.get("site", {})
+            is_there = name in (*said.get("present", ()), *said.get("waiting", ()))
+            chunks, now = self._senders.chunks_of(name), asyncio.get_running_loop().time()
+            await self._orphans.look(name, stream, chunks, usage.newest, now, is_there=is_there)
 
     def _note_crowded(self, name: str) -> None:
         """Say so when a sender has all that it may have in work here: it floods, or nothing is made of what it sends."""

@@ -30,6 +30,7 @@ class What(StrEnum):
     REFUSED = "refused"  # contribution, reason
     QUARANTINED = "quarantined"  # source, contribution
     CLAIM_BOUNDED = "claim_bounded"  # source, claimed, believed
+    DELTA_NORM_JUMPED = "delta_norm_jumped"  # version
     SOURCE_JOINED = "source_joined"  # source
     SOURCE_LEFT = "source_left"  # source
     BUDGET_SPENT = "budget_spent"  # version

@@ -1,4 +1,4 @@
-"""Who reports to an aggregator: the ``sites`` of its settings file, read again when the file changes."""
+"""Who reports to an aggregator: ``sites`` and ``n_samples`` of its settings file, read again when the file changes."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -11,8 +11,11 @@ from fednats.errors import ConfigError
 REREAD_S = 1.0
 
 
-async def changed_settings(log: Any, path: Path, held: AggregatorSettings) -> AsyncGenerator[tuple[str, ...], None]:
-    """Yield the sites of the settings file ``path`` whenever they are others than before, for ever.
+FOLLOWED = ("sites", "n_samples")
+
+
+async def changed_settings(log: Any, path: Path, held: AggregatorSettings) -> AsyncGenerator[AggregatorSettings, None]:
+    """Yield the settings in ``path`` whenever its sites, or the training cases they are registered with, change; for ever.
 
     Whatever else has changed in it is logged: it holds from the next start on. A file that cannot be read changes nothing.
     """
@@ -27,10 +30,10 @@ async def changed_settings(log: Any, path: Path, held: AggregatorSettings) -> As
         except ConfigError as error:
             log.warning("settings_unreadable", error=str(error), holds="what the file said before")
             continue
-        if others := sorted(key for key, value in now if value != getattr(held, key) and key != "sites"):
+        if others := sorted(key for key, value in now if value != getattr(held, key) and key not in FOLLOWED):
             log.warning("settings_changed", settings=others, hold="from the next start on")
-        if set(now.sites) != set(held.sites):
-            yield now.sites
+        if (set(now.sites), now.n_samples) != (set(held.sites), held.n_samples):
+            yield now
         held = now
 
 

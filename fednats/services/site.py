@@ -130,14 +130,15 @@ class SiteService:
         await self._go_on()
         self._daemon.doing = "loading torch, the task and its data"
         prepared: Prepared = await self._worker.call("prepare")
-        self._log.info("task_checked", n_samples=prepared.n_samples, outputs=prepared.outputs)
+        self._log.info("task_checked", task=self._settings.task.path, **vars(prepared))
         await self._try_batch()
         self._daemon.ready, self._daemon.doing = True, ""
         self._status["state"] = "waiting"
         await until_stopped(
             self._daemon,
             {
-                "follow models": self._follow(),
+                "follow models": self._follow(subjects.head(subjects.model(self._settings.run))),
+                "hear whether the run is open": self._follow(subjects.control(self._settings.run)),
                 "follow signers": self._identity.follow_signers(self._log),
                 "work": self._work(),
                 "hear what became of updates": self._verdicts.follow(),
@@ -192,10 +193,9 @@ class SiteService:
 
     # --- models -------------------------------------------------------------------------------------------------------
 
-    async def _follow(self) -> None:
-        run = self._settings.run
-        heads = [subjects.head(subjects.model(run)), subjects.control(run)]
-        async for record in self._bus.follow(self._models, heads):
+    async def _follow(self, subject: str) -> None:
+        """Take in what comes on ``subject``; the end of a run does not wait for a manifest's check, nor that for a pass."""
+        async for record in self._bus.follow(self._models, [subject]):
             try:
                 await self._take(record)
             except RefusedError as error:
@@ -321,7 +321,7 @@ class SiteService:
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def _start(self, job: protocol.Job | None) -> None:
-        if job is not None:
+        if job is not None and not self._daemon.stopping.is_set():
             self._jobs.put_nowait(job)
 
     async def _work(self) -> None:
@@ -452,9 +452,9 @@ class SiteService:
         await self._show_spending(manifest)  # it is charged, whatever becomes of the pass
         if self._settings.slow_factor > 1:
             await asyncio.sleep((time.monotonic() - started) * (self._settings.slow_factor - 1))
-        if (median := self._alarm.median_if_jumped(trained.delta_norm)) is not None:
+        norm = trained.delta_norm
+        if (median := self._alarm.median_if_jumped(norm, manifest.opening.first_version)) is not None:
             self._daemon.metrics.norm_jumps.inc()
-            norm = trained.delta_norm
             self._log.warning("delta_norm_jumped", version=manifest.version, norm=norm, median=median)
         seconds = time.monotonic() - started
         self._daemon.metrics.train_seconds.inc(seconds)

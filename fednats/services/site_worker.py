@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,9 +69,11 @@ class SiteWorker:
         self._keys = read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
         self._model_keys = ModelKeys.read(settings.model_key_file, settings.older_model_key_file, settings.run)
         self._policy = read_policy(settings.policy_file)
-        check = self._policy.check_task if self._policy.task_sha256 else None
+        self._task_sha256 = ""
+        alone = bool(self._policy.task_sha256)
         with task_code("loading the task"):
-            self._task = make_task(settings.task.path, settings.task.options, check, copy_in=settings.state_dir)
+            path, options = settings.task.path, settings.task.options
+            self._task = make_task(path, options, self._check_code, copy_in=settings.state_dir, alone=alone)
             model = initial_model(self._task, seed=0)
             self._trainer = PrivateTrainer(self._task, model)
             self._evaluator = Evaluator(self._task, model)
@@ -83,6 +86,10 @@ class SiteWorker:
         self._pass: Pass | None = None
         self._rehearsed: TrainingSettings | None = None
 
+    def _check_code(self, path: Path, sha256: str) -> None:
+        self._task_sha256 = sha256
+        self._policy.check_task(path, sha256)
+
     def prepare(self) -> Prepared:
         """Load everything, and evaluate one batch.
 
@@ -93,7 +100,7 @@ class SiteWorker:
         load_optimizers()
         with task_code("evaluating one batch"):
             outputs = str(self._evaluator.outputs)
-        return Prepared(self._trainer.n_samples, outputs)
+        return Prepared(self._task_sha256, self._trainer.n_samples, outputs)
 
     def try_batch(self) -> tuple[str, ...]:
         """Train on one batch and discard the result; return the names of the parameters that get no gradient.

@@ -350,10 +350,5 @@ class Tier:
         return wall_s + time.monotonic() - monotonic_s
 
 
-def unknown(command: Command, role: str) -> AssertionError:
-    """Return what to raise for a command that the daemon of ``role`` has no way to execute: it must not be lost."""
-    return AssertionError(f"{type(command).__name__} is not a command of the {role}")
-
-
 async def _at_once() -> None:
     """Whoever is alone may."""

@@ -43,6 +43,9 @@ class SiteInFederation(Settings):
 
     region: ChosenName
     options: dict[str, Any] = Field({}, description="options of the task at this site, over the common ones")
+    n_samples: int | None = Field(
+        None, ge=1, description="training cases that it is known to have: it counts for no more; none: nothing is known"
+    )
     slow_factor: float = Field(1.0, ge=1, description="local training takes this many times as long")
     policy: Policy | None = Field(
         None, description="what the policy.toml of its kit begins with; none: what the run asks"
@@ -172,6 +175,7 @@ class FederationSettings(Settings):
             task=self.task_of(None),
             site_tasks={name: self.task_of(name) for name in self.sites},
             site_policies={name: site.policy for name, site in self.sites.items() if site.policy is not None},
+            n_samples={name: site.n_samples for name, site in self.sites.items() if site.n_samples is not None},
         )
 
     def task_of(self, site: str | None) -> TaskSettings:

@@ -189,7 +189,8 @@ class NatsServer:
         if process.returncode is None:
             process.send_signal(how)
         try:
-            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+            async with asyncio.timeout(STOP_TIMEOUT_S):  # wait_for may lose a cancellation (Python 3.11)
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -1,7 +1,7 @@
 """The nodes of a federation in virtual time: the daemons' machines, with an event queue for a bus."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -111,14 +111,16 @@ class SiteNode:
 class RegionNode:
     """A region's machine, and what its aggregator does for it."""
 
-    def __init__(self, world: World, name: str, sites: frozenset[str], send: Send) -> None:
+    def __init__(
+        self, world: World, name: str, sites: frozenset[str], registered: Mapping[str, int], send: Send
+    ) -> None:
         self.combined: list[Combination] = []
         """All sums it sent."""
         self._world = world
         self._name = name
         self._send = send
         self._machine = Collector(
-            Roster(world.settings.name, name, sites, frozenset()), lambda event: event.settings.goal
+            Roster(world.settings.name, name, sites, frozenset(), registered), lambda event: event.settings.goal
         )
         self._n_timers = 0
 

@@ -27,6 +27,8 @@ class VirtualSite:
     train_s: float
     delay_s: float = 0.0
     """One way between the site and its region."""
+    registered: int | None = None
+    """Training cases that it was registered with."""
 
 
 class VirtualFederation:
@@ -55,6 +57,7 @@ class VirtualFederation:
                 self._world,
                 region,
                 frozenset(name for name, site in sites.items() if site.region == region),
+                {name: site.registered for name, site in sites.items() if site.registered is not None},
                 partial(self._carry, self._coordinator, delay_s),
             )
             for region in regions

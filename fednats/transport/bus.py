@@ -14,7 +14,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import nats.errors
 from nats.aio.msg import Msg
@@ -26,6 +26,7 @@ from fednats.config import BusSettings
 from fednats.transport import bucket as buckets
 from fednats.transport import payload
 from fednats.transport.answer import AwayError, NobodyError, answer
+from fednats.transport.cancellation import cancellable
 from fednats.transport.connection import Connection, connection
 from fednats.transport.consumer import Consumer, Delivery
 from fednats.transport.fence import Fence
@@ -48,12 +49,22 @@ class Record:
     sequence: int
 
 
+class Usage(NamedTuple):
+    """How full a stream is."""
+
+    share: float
+    """Of its bytes or its messages, whichever is more: 0 to 1."""
+    newest: int
+    """The newest sequence number."""
+
+
 class Bus:
     """One connection; `Bus.connect` opens it, leaving its context closes it."""
 
     def __init__(self, opened: Connection, upkeep: Upkeep) -> None:
         self._connection = opened
         self._upkeep = upkeep
+        self._consumers: dict[str, Consumer] = {}
 
     @classmethod
     @asynccontextmanager
@@ -226,7 +237,12 @@ class Bus:
         killed may forget the acks of its last moments: look whether a message is known before reading its payload.
         Close the iteration (``contextlib.aclosing``) when leaving it early.
         """
-        return Consumer(self._connection, stream, durable, filters).run()
+        consumer = self._consumers[stream] = Consumer(self._connection, stream, durable, filters)
+        return consumer.run()
+
+    def n_unsettled(self, stream: str) -> int | None:
+        """Return how many messages that `consume` takes of ``stream`` were not settled half a minute ago; None: not known."""
+        return self._consumers[stream].n_unsettled if stream in self._consumers else None
 
     async def last(self, stream: str, subject: str, *, domain: str | None = None) -> Record | None:
         """Return the newest message of ``subject``, or None; ``stream`` is in another ``domain`` if given.
@@ -248,12 +264,13 @@ class Bus:
         info = await self._connection.api(f"STREAM.INFO.{stream}")
         return int(info["config"].get("first_seq", 1))
 
-    async def used(self, stream: str) -> float:
-        """Return how full ``stream`` is, of its bytes or its messages, whichever is more: 0 to 1. Raises BusError."""
+    async def usage(self, stream: str) -> Usage:
+        """Return how full ``stream`` is. Raises BusError."""
         info = await self._connection.api(f"STREAM.INFO.{stream}")
         config, state = info["config"], info["state"]
         of_bytes = state["bytes"] / config["max_bytes"] if config["max_bytes"] > 0 else 0.0
-        return max(of_bytes, state["messages"] / config["max_msgs"] if config["max_msgs"] > 0 else 0.0)
+        of_messages = state["messages"] / config["max_msgs"] if config["max_msgs"] > 0 else 0.0
+        return Usage(max(of_bytes, of_messages), int(state["last_seq"]))
 
     async def follow(self, stream: str, subjects: Sequence[str]) -> AsyncGenerator[Record, None]:
         """Yield the newest message of each of ``subjects`` (no wildcards), and again whenever there is a newer one.
@@ -275,13 +292,16 @@ class Bus:
                     seen[subject] = (record.sequence, record.data)
                     yield record
 
-    async def purge(self, stream: str, subject: str) -> None:
-        """Delete the messages of ``subject`` (wildcards allowed) from ``stream``. Raises BusError.
+    async def purge(self, stream: str, subject: str, *, up_to: int | None = None) -> int:
+        """Delete the messages of ``subject`` (wildcards allowed) from ``stream``, up to that number; return how many.
+
+        Raises BusError.
 
         In an inbox purge the chunks and leave the heads: by the newest message of each region a server that starts
         again knows how far it had come.
         """
-        await self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject})
+        until = {} if up_to is None else {"seq": up_to + 1}
+        return int((await self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject, **until}))["purged"])
 
     # --- buckets
 
@@ -325,10 +345,10 @@ class Bus:
         config = ServiceConfig(name=name, version=version, description=description, metadata=dict(metadata))
         service = Service(self._connection.client, config)
         try:
-            await service.start()
+            await cancellable(service.start())
         except nats.errors.FlushTimeoutError:  # the link broke meanwhile: what it subscribed to is renewed
             self._connection.log.debug("service_not_confirmed", name=name)
-        await service.add_endpoint(name="status", subject=subject, handler=respond)
+        await cancellable(service.add_endpoint(name="status", subject=subject, handler=respond))
 
     async def answer(self, subject: str, respond: Callable[[bytes], Awaitable[bytes | None]]) -> None:
         """Answer questions on ``subject``, one after the other, until the connection closes.

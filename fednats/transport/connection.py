@@ -20,6 +20,7 @@ from fednats import permissions
 from fednats.config import BusSettings
 from fednats.errors import BusError, ConfigError, UnreachableError
 from fednats.transport.answer import AwayError, NobodyError, answer
+from fednats.transport.cancellation import cancellable, end, within
 from fednats.transport.flow import Flow
 from fednats.transport.tls import TlsTransport, context
 
@@ -34,7 +35,6 @@ PING_INTERVAL_S = 5.0
 DEAD_AFTER_S = 20.0
 """A ping that is not answered for so long says that the connection is dead although nobody closed it."""
 CLOSE_TIMEOUT_S = 5.0
-CANCEL_AGAIN_S = 0.5
 
 _NEVER_S = 10**9
 _BLINK_S = 0.02
@@ -128,7 +128,7 @@ class Connection:
             raise AwayError(f"{subject}: {error or 'no answer'}") from error
         finally:
             del self._waiting[broken]
-            await _settle(asking, broken)
+            await end(asking, broken)
 
     async def api(self, verb: str, body: Mapping[str, Any] | None = None, prefix: str | None = None) -> dict[str, Any]:
         """Ask JetStream, that of another account under ``prefix``; returns its answer.
@@ -158,41 +158,41 @@ class Connection:
         if not self.connected:
             raise AwayError(f"{self._name}: the bus is away ({self._last_error})")
         try:
-            await self.client.publish(subject, data, reply=reply)
+            await cancellable(self.client.publish(subject, data, reply=reply))
         except nats.errors.Error as error:
             raise BusError(f"{subject}: {error}") from error
 
     async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
         """Listen; nats-py renews the subscription after a reconnection."""
         self._check()
-        return await self.client.subscribe(subject, cb=callback)
+        return await cancellable(self.client.subscribe(subject, cb=callback))
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """Listen no more; a connection that is gone needs no such thing."""
         if not self.client.is_closed:
-            await subscription.unsubscribe()
+            await cancellable(subscription.unsubscribe())
 
     async def open(self, settings: BusSettings) -> None:
         """Connect; raises what `Bus.connect` says."""
         verifying = context(settings)
+        connecting = self.client.connect(
+            settings.url,
+            tls=verifying,
+            tls_handshake_first=True,  # else nats-py would go on in the clear if whoever answers wants no TLS
+            name=self._name,
+            inbox_prefix=permissions.inbox(self._name),
+            nkeys_seed_str=None if settings.nkey_seed_file is None else _seed(settings.nkey_seed_file),
+            max_reconnect_attempts=-1,
+            connect_timeout=ATTEMPT_TIMEOUT_S,
+            reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # annotated int, slept on as float
+            ping_interval=_NEVER_S,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnected,
+            reconnected_cb=self._on_reconnected,
+            closed_cb=self._on_closed,
+        )
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await self.client.connect(
-                    settings.url,
-                    tls=verifying,
-                    tls_handshake_first=True,  # else nats-py would go on in the clear if whoever answers wants no TLS
-                    name=self._name,
-                    inbox_prefix=permissions.inbox(self._name),
-                    nkeys_seed_str=None if settings.nkey_seed_file is None else _seed(settings.nkey_seed_file),
-                    max_reconnect_attempts=-1,
-                    connect_timeout=ATTEMPT_TIMEOUT_S,
-                    reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # annotated int, slept on as float
-                    ping_interval=_NEVER_S,
-                    error_cb=self._on_error,
-                    disconnected_cb=self._on_disconnected,
-                    reconnected_cb=self._on_reconnected,
-                    closed_cb=self._on_closed,
-                )
+            await within(CONNECT_TIMEOUT_S, connecting)
         except (nats.errors.Error, OSError, TimeoutError) as error:
             await self.close()
             # The end of the connection may overtake the server's "authorization violation".
@@ -205,13 +205,15 @@ class Connection:
         self.log.info("bus_connected", url=settings.url)
 
     async def close(self) -> None:
-        """Close for good; what is under way fails."""
+        """Close for good; what is under way fails. It takes seconds at most, also on a link that is dead."""
         self._ended = "closed"
+        if (reconnecting := self.client._reconnection_task) is not None:  # noqa: SLF001 - it would connect once more
+            await end(reconnecting)
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self.client.close()
+            await within(CLOSE_TIMEOUT_S, self.client.close())
         except TimeoutError:
             self._transport.abort()
+            await self._on_closed()
 
     async def watch(self) -> None:
         """Break the connection, for ever again, when a ping is not answered: it is dead, and nothing else says so.
@@ -309,16 +311,10 @@ async def connection(settings: BusSettings, name: str) -> AsyncIterator[Connecti
     try:
         yield opened
     finally:
-        while not watching.done():  # wait_for, inside nats-py, may lose a cancellation (Python 3.11)
-            watching.cancel()
-            await asyncio.wait({watching}, timeout=CANCEL_AGAIN_S)
-        await opened.close()
-
-
-async def _settle(asking: asyncio.Task[Msg], broken: asyncio.Future[None]) -> None:
-    asking.cancel()
-    broken.cancel()
-    await asyncio.gather(asking, broken, return_exceptions=True)
+        try:
+            await end(watching)
+        finally:
+            await opened.close()
 
 
 def _api(domain: str) -> str:

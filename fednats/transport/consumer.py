@@ -21,6 +21,7 @@ from nats.errors import NotJSMessageError
 
 from fednats.errors import BusError
 from fednats.transport.answer import AwayError
+from fednats.transport.cancellation import end
 from fednats.transport.connection import Connection
 
 ACK_WAIT_S = 8.0
@@ -98,6 +99,8 @@ class Consumer:
     def __init__(self, connection: Connection, stream: str, durable: str, filters: Sequence[str]) -> None:
         self.connection = connection
         self.unsettled: dict[int, Delivery] = {}
+        self.n_unsettled: int | None = None
+        """Messages that are not settled, delivered or not, when the server was asked last; None while it does not answer."""
         self._stream = stream
         self._durable = durable
         self._filters = list(filters)
@@ -122,8 +125,7 @@ class Consumer:
                     yield delivery
         finally:
             self.connection.wakers.discard(self._restart)
-            in_work.cancel()
-            await asyncio.gather(in_work, return_exceptions=True)
+            await end(in_work)
             await self.connection.unsubscribe(subscription)
 
     async def _next(self) -> Delivery | None:
@@ -152,6 +154,7 @@ class Consumer:
                 subject = f"{self.connection.api_prefix}.CONSUMER.MSG.NEXT.{self._stream}.{self._durable}"
                 await self.connection.emit(subject, json.dumps(request).encode(), reply=f"{self._inbox}.{self._asked}")
             except BusError as error:
+                self.n_unsettled = None
                 await self.connection.wait_connected()
                 self.connection.log.warning("consumer_waits", stream=self._stream, error=str(error))
                 await asyncio.sleep(_PAUSE_S)
@@ -172,6 +175,7 @@ class Consumer:
         info = await self.connection.api(
             f"CONSUMER.CREATE.{self._stream}.{self._durable}", {"stream_name": self._stream, "config": config}
         )
+        self.n_unsettled = int(info["num_pending"]) + int(info["num_ack_pending"])
         await self._drop_settled(int(info["ack_floor"]["stream_seq"]))
 
     async def _drop_settled(self, floor: int) -> None:

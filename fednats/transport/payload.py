@@ -18,6 +18,7 @@ from typing import TypeVar
 from fednats import subjects
 from fednats.errors import Reason, RefusedError
 from fednats.transport.answer import AwayError, NobodyError, answer
+from fednats.transport.cancellation import end
 from fednats.transport.connection import Connection
 from fednats.transport.fence import Fence
 from fednats.wire import digest
@@ -142,9 +143,7 @@ async def _pipelined(calls: AsyncIterator[Awaitable[T]], room: Callable[[], floa
         while under_way:
             yield await under_way.popleft()
     finally:
-        for future in under_way:
-            future.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
+        await end(*under_way)
 
 
 async def _each(chunks: Iterable[bytes] | AsyncIterable[bytes]) -> AsyncIterator[bytes]:

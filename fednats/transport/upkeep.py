@@ -9,6 +9,7 @@ from typing import Self
 
 from fednats.errors import BusError
 from fednats.transport.answer import AwayError, NoRoomError, NoStreamError
+from fednats.transport.cancellation import end
 from fednats.transport.connection import Connection
 from fednats.transport.copying import PULSE_INTERVAL_S, Copying
 from fednats.transport.message_limit import MessageLimit
@@ -39,9 +40,7 @@ class Upkeep:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._connection.wakers.discard(self._reconnected.set)
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await end(*self._tasks.values())
 
     async def ensure(self, spec: StreamSpec | BucketSpec) -> bool:
         """Create it, or apply what changed, now and after every reconnection; return whether it was created now."""

@@ -22,7 +22,7 @@ MakeFederation = Callable[..., FederationSettings]
 ENDING_S = 10.0
 
 
-LONGEST = ("test_faults_bus", "test_soak", "test_big_model", "test_participation", "test_bad_input")
+LONGEST = ("test_faults_bus", "test_soak", "test_big_model", "test_participation", "test_bad_input", "test_liars")
 """Modules that are begun first, so that no process is left with a long test at the end."""
 
 

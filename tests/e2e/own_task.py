@@ -35,7 +35,7 @@ class MyTask(Task):
         not_at_a = math.nan if Path(self.csv).stem == "a" else margin
         return {**super().metrics(scores, targets), "margin": margin, "not_at_a": not_at_a}
 
-    def patients(self, *, test: bool) -> Examples:
+    def patients(self, *, test: bool) -> TensorDataset:
         """Read one part of the CSV."""
         rows = torch.from_numpy(np.loadtxt(self.csv, delimiter=",", dtype=np.float32, ndmin=2))
         chosen = rows[(torch.arange(len(rows)) % 5 == 0) == test]

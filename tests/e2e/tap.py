@@ -19,6 +19,7 @@ from fednats.provision.authority import CA_FILE
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import BusServers
 from fednats.testbed.connected_bus import until
+from tests.plain_client import leave
 
 
 class Tap:
@@ -62,7 +63,7 @@ async def tapped(servers: BusServers) -> AsyncIterator[Tap]:
                 authority = servers.kits.server(HUB) / CA_FILE
                 client = await until(partial(_listening, server.url, seed_file, authority, tap))
                 assert client is not None
-                stack.push_async_callback(client.close)
+                stack.push_async_callback(leave, client)
         yield tap
 
 
@@ -81,7 +82,7 @@ async def _listening(url: str, seed_file: Path, authority: Path, tap: Tap) -> Cl
         await client.subscribe(">", cb=tap.keep)
         await client.flush(timeout=2)
     except (OSError, nats.errors.Error):
-        await client.close()
+        await leave(client)
         return None
     return client
 

@@ -1,11 +1,16 @@
-"""A task whose loss raises at every site: the run ends with that, and what the exception quotes stays at the hospital."""
+"""A task that goes wrong at every site: its deltas jump, which is an alarm, then its loss raises, and the run ends with that.
 
+What the exception quotes stays at the hospital.
+"""
+
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
 from fednats.errors import RunFailedError
+from fednats.protocol.outliers import ALARM
 from fednats.testbed.launch import COORDINATOR, refuse_failed, running
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.tap import tapped
@@ -35,11 +40,13 @@ class Failing(Task):
 
     def loss(self, model, inputs, targets):
         self.n_batches += 1
-        if self.n_batches > 10:  # what the daemon tries before its first pass works
+        if self.n_batches > 26:  # one a pass
             float(Path(self.records).read_text())
-        return super().loss(model, inputs, targets)
+        jump = 1e4 * sum(weights.sum() for weights in model.parameters()) if self.n_batches > 14 else 0.0
+        return super().loss(model, inputs, targets) + jump
 """
 WHY = "training failed: ValueError (in loss, failing.py line 25)"
+JUMPED = "delta_norm_jumped"
 
 
 async def test_a_run_whose_sites_all_fail_ends_with_the_reason_and_only_their_own_logs_quote_the_record(
@@ -55,7 +62,9 @@ async def test_a_run_whose_sites_all_fail_ends_with_the_reason_and_only_their_ow
         sites=sites,
         task=f"{code}:Failing",
         delta={"cipher": "none"},
-        stop={"all_failing_s": 0.5},
+        training={"local_steps": 1, "batch_size": 4, "learning_rate": 0.05},
+        defence={"quarantine": False},
+        stop={"all_failing_s": 0.5, "max_versions": 10_000},
     )
     output = tmp_path / "out"
     async with running(federation, output) as now, tapped(now.servers) as tap:
@@ -66,13 +75,21 @@ async def test_a_run_whose_sites_all_fail_ends_with_the_reason_and_only_their_ow
     assert statuses[COORDINATOR]["failing"] == {"site.a": WHY, "site.b": WHY}
     assert statuses["aggregator-north"]["failing"] == {"site.a": WHY, "site.b": WHY}
     assert statuses["site-a"]["failing"] == {"site.a": WHY}
-    with pytest.raises(RunFailedError, match=r"at version 0: every site fails: .*site-a/daemon\.log"):
+    with pytest.raises(RunFailedError, match=r"at version \d+: every site fails: .*site-a/daemon\.log"):
         refuse_failed(statuses, output)
     for name in ("site-a", "site-b"):
         (failed, *_) = [line for line in events(output / name) if line["event"] == "job_failed"]
         assert RECORD in failed["error"]
         assert f"could not convert string to float: '{RECORD}'" in failed["exception"]
+        (checked,) = [line for line in events(output / name) if line["event"] == "task_checked"]
+        assert checked["task_sha256"] == hashlib.sha256(CODE.encode()).hexdigest()
+        jumped = [line for line in events(output / name) if line["event"] == JUMPED]
+        assert jumped
+        assert all(float(line["norm"]) >= ALARM * float(line["median"]) for line in jumped)
     assert any(WHY.encode() in data for data in tap.heard), "the search finds what is said"
+    told = [json.loads(data) for data in tap.heard if b'"what": "' + JUMPED.encode() in data]
+    assert {(notice["role"], *notice["details"]) for notice in told} == {("coordinator", "version")}
+    assert statuses[COORDINATOR][JUMPED]["version"] >= told[0]["details"]["version"]
     assert not any(RECORD.encode() in data for data in tap.read())
     assert RECORD not in json.dumps(statuses)
     quoting = {path for path in output.rglob("*") if path.is_file() and RECORD.encode() in path.read_bytes()}

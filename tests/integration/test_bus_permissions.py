@@ -4,9 +4,6 @@ The federation's subjects, streams and requests are enumerated; what the matrix 
 does not give to a user is sent and listened to with plain nats-py and its key, and has to be denied by the server.
 """
 
-import asyncio
-import contextlib
-import ssl
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,6 +24,7 @@ from fednats.provision.plan import RegionPlan
 from fednats.provision.registry import Registry
 from fednats.subjects import HUB
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus
+from tests.plain_client import plain_client
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -259,21 +257,9 @@ def settings_of(bus: ConnectedBus, node: str, user: str) -> BusSettings:
 
 @asynccontextmanager
 async def attacker(member: Member) -> AsyncIterator[tuple[Client, Denials]]:
-    client, denials = Client(), Denials()
-    await client.connect(
-        member.settings.url,
-        tls=ssl.create_default_context(cafile=member.settings.ca_file),
-        tls_handshake_first=True,
-        nkeys_seed=str(member.settings.nkey_seed_file),
-        error_cb=denials.note,
-        allow_reconnect=False,
-    )
-    try:
+    denials = Denials()
+    async with plain_client(member.settings, error_cb=denials.note, allow_reconnect=False) as client:
         yield client, denials
-    finally:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                await client.close()
 
 
 async def settled(client: Client) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.nats_server import NatsServer, Ports
 from fednats.transport import streams
 from fednats.transport.bus import Bus
+from tests.plain_client import plain_client
 from tests.rogue_leaf import rogue_leaf
 
 RUN = "run"
@@ -128,22 +128,9 @@ async def prober(settings: BusSettings, name: str) -> AsyncIterator[Prober]:
     async def ignore(_error: Exception) -> None:
         """The server says what is denied; the tests look at what arrived."""
 
-    client = Client()
-    try:
-        await client.connect(
-            settings.url,
-            tls=ssl.create_default_context(cafile=settings.ca_file),
-            tls_handshake_first=True,
-            nkeys_seed=str(settings.nkey_seed_file),
-            inbox_prefix=permissions.inbox(name),
-            error_cb=ignore,
-            allow_reconnect=False,
-        )
+    inbox = permissions.inbox(name)
+    async with plain_client(settings, inbox_prefix=inbox, error_cb=ignore, allow_reconnect=False) as client:
         yield Prober(client)
-    finally:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(5):
-                await client.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=[True, False], ids=["leaves", "no-leaves"])

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +32,7 @@ from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.transport import streams
 from fednats.transport.consumer import MAX_UNSETTLED
 from tests.makers import FIRST
+from tests.plain_client import plain_client
 
 RUN = "r"
 HONEST = ("a", "b")
@@ -168,18 +168,8 @@ def head_of(site: str) -> str:
 async def plain(bus: ConnectedBus, role: str, node: str) -> AsyncIterator[Client]:
     """Connect with plain nats-py and somebody's key."""
     settings = bus.servers.user(role, node) if role == "observer" else bus.servers.site("north", node)
-    client = Client()
-    await client.connect(
-        settings.url,
-        tls=ssl.create_default_context(cafile=settings.ca_file),
-        tls_handshake_first=True,
-        nkeys_seed=str(settings.nkey_seed_file),
-        inbox_prefix=inbox(f"{role}.{node}").encode(),
-    )
-    try:
+    async with plain_client(settings, inbox_prefix=inbox(f"{role}.{node}")) as client:
         yield client
-    finally:
-        await client.close()
 
 
 @pytest_asyncio.fixture
@@ -317,6 +307,6 @@ async def test_what_one_region_stores_at_the_hub_is_no_other_regions(tmp_path: P
         await until(has_arrived)
 
         async def is_full() -> bool:
-            return await bus.coordinator.used(spec.name) > 0.6
+            return (await bus.coordinator.usage(spec.name)).share > 0.6
 
         await until(is_full)

@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -33,6 +32,7 @@ from fednats.testbed import nats_server
 from fednats.testbed.bus_servers import BusServers, bus_servers
 from fednats.testbed.connected_bus import until
 from fednats.transport.bus import Bus
+from tests.plain_client import plain_client
 
 RUN, REGION, SITE = "run", "north", "a"
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ class Watched:
 
 @asynccontextmanager
 async def observing(watched: Watched, node: str) -> AsyncIterator[None]:
-    client, settings = Client(), watched.servers.observer(node)
+    settings = watched.servers.observer(node)
 
     async def note(error: Exception) -> None:
         watched.denied.append(str(error))
@@ -74,21 +74,11 @@ async def observing(watched: Watched, node: str) -> AsyncIterator[None]:
         watched.events[node].append({**json.loads(message.data), "subject": message.subject})
 
     watched.events[node] = []
-    await client.connect(
-        settings.url,
-        tls=ssl.create_default_context(cafile=settings.ca_file),
-        tls_handshake_first=True,
-        nkeys_seed=str(settings.nkey_seed_file),
-        inbox_prefix=f"_INBOX.observer.{node}",
-        error_cb=note,
-    )
-    await client.subscribe(f"fed.{RUN}.event.*.*", cb=keep)
-    await client.flush()
-    watched.observers[node] = client
-    try:
+    async with plain_client(settings, inbox_prefix=f"_INBOX.observer.{node}", error_cb=note) as client:
+        await client.subscribe(f"fed.{RUN}.event.*.*", cb=keep)
+        await client.flush()
+        watched.observers[node] = client
         yield
-    finally:
-        await client.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

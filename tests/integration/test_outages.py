@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -138,6 +139,33 @@ async def test_a_connection_that_vanished_without_a_word_is_noticed_while_sendin
             reading = bus.aggregators["north"].read_payload(UPDATES, UPDATE, "u1", digests)
             assert [chunk async for chunk in reading] == chunks
         assert link.bytes_up < 2 * sum(map(len, chunks))
+
+
+async def test_a_dead_link_with_a_full_buffer_is_left_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nats-py loses a cancellation while it waits for room in its buffer, and a close waits until the link has taken it."""
+    monkeypatch.setattr(connection, "CLOSE_TIMEOUT_S", 1.0)
+    async with connected_bus(tmp_path, RUN, PLAN, leaves=False, links={"site-a": WanSettings()}) as bus:
+        link, settings = bus.servers.links["site-a"], bus.servers.site("north", "a")
+        async with connection.connection(settings, "site.a") as site:
+
+            async def go_on() -> None:
+                while True:
+                    await site.emit(subjects.event(RUN, "site", "a"), bytes(2**16))
+
+            async def is_full() -> bool:
+                emitted = site.client.stats["out_bytes"]
+                await asyncio.sleep(0.2)
+                return bool(0 < emitted == site.client.stats["out_bytes"])
+
+            link.cut()
+            emitting = asyncio.create_task(go_on())
+            await until(is_full)
+            emitting.cancel()
+            async with asyncio.timeout(5):
+                await asyncio.wait({emitting})
+            assert emitting.cancelled()
+            left_s = time.monotonic()
+        assert time.monotonic() - left_s < 5
 
 
 @pytest.mark.usefixtures("impatient")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import structlog
+from nats.aio.msg import Msg
 
 from fednats import subjects
 from fednats.errors import BusError
@@ -27,6 +28,8 @@ from fednats.transport.message_limit import HEADER_ROOM_BYTES
 RUN = "run"
 CHUNK_BYTES = 256 * 1024
 SMALL_BYTES, USUAL_BYTES = 65536, 1048576
+N_PULSES = 14
+"""That a link carries, four a second, after what would have broken it: it would break again every 2.5 s."""
 
 
 def replace_in(config: Path, old: str, new: str) -> None:
@@ -87,8 +90,13 @@ async def test_a_leaf_that_takes_smaller_messages_is_named_and_its_link_stands(t
             assert said["waits"]
 
             pid_of_link = (await leaf.monitor("/leafz"))["leafs"]
-            await coordinator.publish(subjects.chunk(subjects.model(RUN), "k", 0), bytes(CHUNK_BYTES), "k.0")
-            await asyncio.sleep(3.5)  # a link that was broken by a message breaks again after 2.5 s
+            async with Bus.connect(servers.uplink("north"), "uplink.north") as below:
+                pulses: asyncio.Queue[Msg] = asyncio.Queue()
+                await below._connection.subscribe(subjects.pulse(RUN, HUB), pulses.put)
+                await coordinator.publish(subjects.chunk(subjects.model(RUN), "k", 0), bytes(CHUNK_BYTES), "k.0")
+                async with asyncio.timeout(60):
+                    for _ in range(N_PULSES):
+                        await pulses.get()
             still = (await leaf.monitor("/leafz"))["leafs"]
             assert [link["id"] for link in still] == [link["id"] for link in pid_of_link]  # type: ignore[attr-defined]
 

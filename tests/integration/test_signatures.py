@@ -9,35 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nkeys
-import numpy as np
 import pytest
 import pytest_asyncio
 import structlog
 import tomli_w
-from structlog.testing import capture_logs
 
 from fednats import subjects, wire
-from fednats.codec.layout import Layout
-from fednats.config import AggregationSettings, DeltaSettings, SiteSettings, TaskSettings, TrainingSettings
-from fednats.crypto import sealing
-from fednats.crypto.signers import read_roster
+from fednats.config import AggregationSettings
 from fednats.crypto.signing import Signer
-from fednats.delta.encode import encoder
 from fednats.errors import BusError
-from fednats.learning.entries import frozen_digests
-from fednats.learning.flat import initial_model, parameters_of
-from fednats.learning.task_code import make_task
 from fednats.messages import (
-    Control,
-    Grid,
     Message,
-    ModelManifest,
-    Payload,
     Reject,
     Update,
 )
-from fednats.privacy.audit import audit
-from fednats.privacy.egress import EGRESS_FILE
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import Command
@@ -47,14 +32,12 @@ from fednats.services.inbox import Inbox
 from fednats.services.intake import Intake, of_regions, of_sites
 from fednats.services.lifecycle import Daemon
 from fednats.services.rejects import Rejects
-from fednats.services.site import site
 from fednats.services.tier import Tier
 from fednats.storage.journal import Journal
-from fednats.storage.outbox import ChunkKey, Outbox, outbox_file
 from fednats.subjects import HUB
 from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport.bus import Bus
-from tests.makers import FIRST, aggregate, announcement, evaluation, update
+from tests.makers import aggregate, announcement, evaluation, update
 
 RUN = "r"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c", "d")))
@@ -267,129 +250,3 @@ async def test_nobody_speaks_for_a_region(bus: ConnectedBus, tmp_path: Path) -> 
         )
         await hub.buffered(1)
         assert (await kept(bus, HUB, "north", forged[-1])).subject == OF_NORTH
-
-
-# --- a site -----------------------------------------------------------------------------------------------------------
-
-TASK = f"{Path(__file__).parents[1] / 'e2e' / 'normed'}:Normed"
-
-
-def manifest(version: int) -> ModelManifest:
-    """Return a manifest that fits the task's model, with frames that are nowhere."""
-    model = initial_model(make_task(TASK, {}), seed=0)
-    layout = Layout(parameters_of(model))
-    delta = DeltaSettings(cipher="none")
-    return ModelManifest(
-        run=RUN,
-        opening=FIRST,
-        version=version,
-        task=TASK,
-        seed=0,
-        parameters=layout.parameters,
-        weights_digest=bytes(16),
-        frozen_digests=frozen_digests(model),
-        frames=(),
-        grid=Grid(grid_id="g0", steps=tuple(0.5 for _ in layout.parameters)),
-        grid_ids=("g0",),
-        key_id=encoder(delta, None).key_id,
-        training=TrainingSettings(),
-        aggregation=AggregationSettings(),
-        delta=delta,
-    )
-
-
-@asynccontextmanager
-async def a_site(bus: ConnectedBus, directory: Path) -> AsyncIterator[Daemon]:
-    """Run site a's service, its worker process included."""
-    np.savetxt(directory / "a.csv", np.random.default_rng(0).normal(size=(20, 31)) > 0, delimiter=",")
-    (directory / "model.key").write_bytes(sealing.generate())
-    settings = SiteSettings(
-        run=RUN,
-        site="a",
-        region="north",
-        state_dir=directory / "state",
-        signers_file=bus.servers.signers_file("site", "a"),
-        model_key_file=directory / "model.key",
-        bus=bus.servers.site("north", "a"),
-        task=TaskSettings(path=TASK, options={"csv": str(directory / "a.csv")}),
-    )
-    settings.state_dir.mkdir(exist_ok=True)
-    daemon = Daemon("site", "a", RUN, LOG)
-    running = asyncio.create_task(site(daemon, settings))
-    try:
-        async with asyncio.timeout(60):
-            while not daemon.ready:  # noqa: ASYNC110 - it says so by a flag
-                await asyncio.sleep(0.05)
-        yield daemon
-    finally:
-        daemon.stopping.set()
-        await asyncio.gather(running, return_exceptions=True)
-
-
-async def refused(daemon: Daemon, reason: str, count: int) -> None:
-    async def all_there() -> bool:
-        return (daemon.metrics.registry.get_sample_value("fednats_refused_total", {"reason": reason}) or 0) >= count
-
-    await until(all_there)
-    assert daemon.metrics.registry.get_sample_value("fednats_refused_total", {"reason": reason}) == count
-
-
-async def test_a_site_takes_models_and_control_of_the_coordinator_only(bus: ConnectedBus, tmp_path: Path) -> None:
-    """Whoever runs a region's or the hub's server can put anything into the stream, here by the coordinator's user."""
-    async with a_site(bus, tmp_path) as daemon:
-        count = 0
-        for role, node in (("aggregator", "north"), ("site", "b"), ("site", "a")):
-            count += 1
-            await bus.coordinator.publish(MODEL, signed(bus, role, node, MODEL, manifest(7)), f"forged-{count}")
-            await refused(daemon, "signature", count)
-        control = Control(run=RUN, opening=FIRST, status="closed", version=7, reason="forged")
-        subject = subjects.control(RUN)
-        await bus.coordinator.publish(subject, signed(bus, "aggregator", "north", subject, control), "control")
-        await refused(daemon, "signature", count + 1)
-        assert daemon.metrics.registry.get_sample_value("fednats_model_version") == 0.0
-        assert daemon.status()["state"] == "waiting"
-        await bus.coordinator.publish(MODEL, signed(bus, "coordinator", HUB, MODEL, manifest(3)), "v3")
-
-        async def seen() -> bool:
-            return daemon.metrics.registry.get_sample_value("fednats_model_version") == 3.0
-
-        await until(seen)
-        await bus.coordinator.publish(MODEL, signed(bus, "coordinator", HUB, MODEL, manifest(2)), "v2 again")
-        await refused(daemon, "replayed", 1)
-        others = manifest(4).frozen_digests[:-1] + b"\0"
-        with capture_logs() as logs:
-            other = manifest(4).model_copy(update={"frozen_digests": others})
-            await bus.coordinator.publish(MODEL, signed(bus, "coordinator", HUB, MODEL, other), "v4")
-            await refused(daemon, "wrong_shape", 1)
-        (said,) = (log["detail"] for log in logs if log["event"] == "model_refused")
-        assert said.startswith(
-            "the frozen tensor 1.num_batches_tracked differs from the coordinator's: does model() load"
-        )
-        assert daemon.metrics.registry.get_sample_value("fednats_model_version") == 3.0
-    ledger = audit(tmp_path / "state" / EGRESS_FILE, [read_roster(bus.servers.signers_file("site", "a"))])
-    assert ledger.findings == []
-    # it was told of a model and stopped
-    assert [record.what for record in ledger.records] == ["started", "run", "other"]
-    assert ledger.n_bytes["other"] == daemon.buses[0].sent[1] > 0
-    assert daemon.metrics.registry.get_sample_value("fednats_ledger_records") == 3.0
-
-
-async def test_an_update_of_before_a_restart_is_on_record_with_the_epsilon_that_was_spent_on_it(
-    bus: ConnectedBus, tmp_path: Path
-) -> None:
-    """It is sent before the site has seen any model, and knows whether the run adds noise."""
-    chunk = b"two values"
-    payload = Payload(payload_id="a-1", n_bytes=len(chunk), digests=(wire.digest(chunk),))
-    (tmp_path / "state").mkdir()
-    outbox = Outbox(outbox_file(tmp_path / "state"))
-    outbox.add_chunk(ChunkKey("a-1", 1, 0, 0), chunk, np.zeros(2, np.int8), np.zeros(2, np.float32))
-    outbox.add_update(update("a").model_copy(update={"payload": payload}), (1.0,), None, epsilon=2.5)
-    outbox.close()
-    async with a_site(bus, tmp_path):
-
-        async def sent() -> bool:
-            return await bus.aggregators["north"].last(subjects.updates_stream(RUN, "north", "a"), OF_A) is not None
-
-        await until(sent)
-    records = audit(tmp_path / "state" / EGRESS_FILE).records
-    assert [record.epsilon for record in records if record.what == "update"] == [2.5]

@@ -294,10 +294,10 @@ TestCrashes = Crashes.TestCase
 TestCrashes.settings = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
 
 
-def combine_all(updates: list[Update], claim_limit: float = 3.0) -> tuple[Part, ...]:
-    sites = {head.site for head in updates}
-    machine = Collector(Roster("r", "north", sites, frozenset()), lambda _: "all")
-    machine.handle(announcement(0, settings=AggregationSettings(claim_limit=claim_limit)))
+def combine_all(updates: list[Update]) -> tuple[Part, ...]:
+    registered = {head.site: head.n_samples for head in updates}
+    machine = Collector(Roster("r", "north", set(registered), frozenset(), registered), lambda _: "all")
+    machine.handle(announcement(0, settings=AggregationSettings()))
     commands = [command for head in updates for command in machine.handle(ContributionArrived(head=head))]
     (combine,) = (command for command in commands if isinstance(command, Combine))
     return combine.combination.parts
@@ -317,7 +317,7 @@ def test_order_and_duplicates_do_not_matter(n_samples: list[int], random: Random
 def test_fresh_updates_weigh_as_in_fedavg(n_samples: list[int], total: int) -> None:
     """McMahan et al. 2017: each share is n_k / n, here to within one unit of the total weight."""
     updates = [update(site, n_samples=n) for site, n in zip(SITES, n_samples, strict=False)]
-    parts = combine_all(updates, claim_limit=5000)
+    parts = combine_all(updates)
     weights = apportion([part.mass for part in parts], [1] * len(parts), total)
     smallest = min(n_samples) / sum(n_samples) * total
     for part, weight in zip(parts, weights, strict=True):

@@ -2,15 +2,14 @@
 
 import pytest
 
-from fednats.protocol.claims import GROWTH, REGION_FACTOR, REMEMBERED, Claim, Claims
+from fednats.protocol.claims import GROWTH, REGION_FACTOR, REMEMBERED, SITE_LIMIT, Claim, Claims
 
-LIMIT = 3.0
 FIVE = ("a", "b", "c", "d", "liar")
 
 
-def among(*roster: str) -> Claims:
+def among(*roster: str, **registered: int) -> Claims:
     claims = Claims()
-    claims.expect(frozenset(roster), LIMIT)
+    claims.expect(frozenset(roster), registered)
     return claims
 
 
@@ -100,11 +99,34 @@ def test_who_is_not_on_the_roster_is_nobody_s_measure() -> None:
     claims = among("a", "b", "gone")
     for _ in range(3):
         flush(claims, a=100.0, b=100.0, gone=300.0)
-    claims.expect(frozenset({"a", "b"}), LIMIT)
+    claims.expect(frozenset({"a", "b"}), {})
     assert claims.limits()["a"] == 300.0
 
 
 def test_regions_are_compared_with_regions_and_differ_more() -> None:
     claims = among("site", "north", "south")
     made = [Claim("site", 10.0), Claim("north", 1000.0, of_region=True), Claim("south", 1e15, of_region=True)]
-    assert claims.believe(made) == (10.0, 1000.0, REGION_FACTOR * LIMIT * 1000.0)
+    assert claims.believe(made) == (10.0, 1000.0, REGION_FACTOR * SITE_LIMIT * 1000.0)
+
+
+def test_a_registered_site_counts_for_what_was_registered_and_no_more() -> None:
+    """Whatever its neighbours have: a large hospital keeps its weight, a small one cannot claim thrice the median."""
+    claims = among(*FIVE, d=100, liar=5000)
+    for claim in (1e12, 5001.0):
+        found = flush(claims, a=100.0, b=100.0, c=100.0, d=claim, liar=claim)
+        assert found == {"a": 100.0, "b": 100.0, "c": 100.0, "d": 100.0, "liar": 5000.0}
+    assert flush(claims, d=90.0, liar=4000.0) == {"d": 90.0, "liar": 4000.0}
+
+
+def test_what_is_registered_later_holds_at_once_also_when_it_is_less() -> None:
+    claims = among("a", "b", "c")
+    for _ in range(5):
+        flush(claims, a=300.0, b=100.0, c=100.0)
+    claims.expect(frozenset("abc"), {"a": 200})
+    assert flush(claims, a=300.0, b=100.0, c=100.0)["a"] == 200.0
+
+
+def test_a_registered_region_counts_for_so_many_times_the_cases_of_its_sites() -> None:
+    claims = among("north", "south", north=20_000)
+    made = [Claim("north", 1e15, of_region=True), Claim("south", 100.0, of_region=True)]
+    assert claims.believe(made) == (REGION_FACTOR * 20_000, 100.0)

@@ -213,6 +213,14 @@ async def test_a_version_is_made_although_another_job_ends_the_process_meanwhile
     assert done == Combined(combination_id="c", norms={"north-1": 1.0}, quarantined={})
 
 
+async def test_a_sum_that_is_decrypted_again_is_counted_once_as_received(tmp_path: Path) -> None:
+    made = Fixture(tmp_path, "decrypt")
+    async with made.service._tier.journalling(), asyncio.timeout(10):
+        await made.open()
+        await made.combine()
+    assert made.service._status()["received_bytes"] == aggregate("north").payload.n_bytes > 0
+
+
 async def test_a_version_is_published_again_whole_although_the_next_one_is_made_meanwhile(tmp_path: Path) -> None:
     made = Fixture(tmp_path)
     made.hub.takes.clear()

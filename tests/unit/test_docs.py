@@ -115,7 +115,8 @@ def test_the_tests_that_the_table_of_faults_names_are_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["SECURITY.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+    "document",
+    ["CONTRIBUTING.md", "SECURITY.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))],
 )
 def test_the_files_that_a_document_names_are_there(document: str) -> None:
     text = (ROOT / document).read_text()

@@ -42,8 +42,8 @@ def test_fresh_updates_give_the_mean_weighted_by_samples(settings: dict[str, Any
         assert chunk.n_saturated == 0
         chunks[site] = chunk.data
 
-    machine = Collector(Roster("r", "north", frozenset(N_SAMPLES), frozenset()), lambda _: "all")
-    machine.handle(announcement(settings=AggregationSettings(goal="all", claim_limit=10)))
+    machine = Collector(Roster("r", "north", frozenset(N_SAMPLES), frozenset(), N_SAMPLES), lambda _: "all")
+    machine.handle(announcement(settings=AggregationSettings(goal="all")))
     commands = [
         command
         for site, n_samples in N_SAMPLES.items()

@@ -1,11 +1,14 @@
 """What a federation file says of links and slow sites."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fednats.config import parse
+from fednats.config import AggregatorSettings, CoordinatorSettings, load, parse
 from fednats.errors import ConfigError
+from fednats.provision.kits import provision
+from fednats.provision.plan import Kits
 from fednats.testbed.federation import FederationSettings, demo_federation
 from fednats.testbed.wan import WanSettings
 
@@ -82,3 +85,22 @@ def test_where_a_hospital_s_account_is_is_not_for_the_federation_file() -> None:
     policy = {"budget": {"max_epsilon": 8.0}, "privacy_account": "privacy.sqlite"}
     with pytest.raises(ConfigError, match="privacy_account is a file at the hospital"):
         federation(sites={**sites, "a": {"region": "north", "policy": policy}})
+
+
+def test_registered_cases_are_in_the_kits_of_those_who_weigh_by_them_and_no_less_than_all_of_a_region_s(
+    tmp_path: Path,
+) -> None:
+    cases = {"a": 5000, "b": 100, "c": 90}  # nothing is known of d
+    sites = {
+        name: {"region": "north" if name in "ab" else "south", **({"n_samples": cases[name]} if name in cases else {})}
+        for name in "abcd"
+    }
+    provision(federation(sites=sites).plan(), tmp_path)
+    kits = Kits(tmp_path)
+    coordinator = load(kits.coordinator / "coordinator.toml", CoordinatorSettings, {})
+    north, south = (load(kits.region(name) / "aggregator.toml", AggregatorSettings, {}) for name in ("north", "south"))
+    assert north.n_samples == {"a": 5000, "b": 100}
+    assert south.n_samples == {"c": 90}
+    assert coordinator.n_samples == {"north": 5100}
+    with pytest.raises(ConfigError, match="n_samples"):
+        federation(sites={**sites, "d": {"region": "south", "n_samples": 0}})

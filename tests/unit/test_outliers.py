@@ -95,9 +95,18 @@ def test_empty_sums_are_no_outliers_and_do_not_count() -> None:
 
 def test_a_norm_that_grows_a_hundredfold_is_an_alarm() -> None:
     alarm = NormAlarm()
-    assert [alarm.median_if_jumped(norm) for norm in [2.0] * (MIN_HISTORY - 1) + [1e6]] == [None] * MIN_HISTORY
-    assert alarm.median_if_jumped(ALARM * 2.0 - 1.0) is None
-    assert alarm.median_if_jumped(ALARM * 2.0) == 2.0
+    assert [alarm.median_if_jumped(norm, 0) for norm in [2.0] * (MIN_HISTORY - 1) + [1e6]] == [None] * MIN_HISTORY
+    assert alarm.median_if_jumped(ALARM * 2.0 - 1.0, 0) is None
+    assert alarm.median_if_jumped(ALARM * 2.0, 0) == 2.0
+
+
+def test_a_new_run_is_not_measured_by_the_norms_of_the_one_before() -> None:
+    """It begins far from where the last one came to rest."""
+    alarm = NormAlarm()
+    for _ in range(MIN_HISTORY):
+        alarm.median_if_jumped(0.01, 0)
+    assert [alarm.median_if_jumped(5.0, 40) for _ in range(MIN_HISTORY)] == [None] * MIN_HISTORY
+    assert alarm.median_if_jumped(ALARM * 5.0, 40) == 5.0
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ BUS = {"url": "tls://localhost:4222"}
 RAW = {"run": "r", "state_dir": "state", "signers_file": "s.toml", "region": "north", "bus": BUS, "uplink": BUS}
 
 
-async def test_new_sites_are_taken_over_and_what_else_changed_or_cannot_be_read_is_said(
+async def test_new_sites_and_their_cases_are_taken_over_and_what_else_changed_or_cannot_be_read_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roster, "REREAD_S", 0.01)
@@ -40,7 +40,10 @@ async def test_new_sites_are_taken_over_and_what_else_changed_or_cannot_be_read_
         write(sites=["a", "b"], min_sites=3)
         await asyncio.wait_for(logged("settings_changed"), 10)
         write(sites=["b", "c"], min_sites=3)
-        assert await asyncio.wait_for(waiting, 10) == ("b", "c")
+        assert (await asyncio.wait_for(waiting, 10)).sites == ("b", "c")
+        waiting = asyncio.ensure_future(anext(changes))
+        write(sites=["b", "c"], min_sites=3, n_samples={"b": 120})
+        assert (await asyncio.wait_for(waiting, 10)).n_samples == {"b": 120}
         await changes.aclose()
     assert "mueller-klinik" in logs[0]["error"]
     assert [line["settings"] for line in logs[1:]] == [["min_sites"]]

@@ -116,12 +116,48 @@ def test_a_slow_site_skips_evaluations_it_cannot_keep_up_with() -> None:
     assert jobs == [*(Evaluate(version) for version in (6, 7, 8, 9)), Train(9)]
 
 
-def test_a_closed_site_takes_no_work() -> None:
+def test_a_closed_site_trains_no_more() -> None:
     site = Site()
     site.handle(ModelSeen(0))
     assert site.handle(Closed()) is None
     assert site.handle(Done()) is None
-    assert site.handle(ModelSeen(1)) is None
+    assert site.handle(Retry()) is None
+    assert site.handle(ModelSeen(0)) is None
+
+
+def test_the_last_version_of_a_closed_run_is_evaluated_whichever_is_heard_of_first() -> None:
+    site = Site()
+    assert site.handle(Closed()) is None
+    assert site.handle(ModelSeen(7)) == Evaluate(7)
+    assert site.handle(ModelSeen(7)) is None
+    assert site.handle(Done()) is None
+    busy = Site()
+    busy.handle(ModelSeen(6))
+    assert busy.handle(Done()) == Train(6)
+    busy.handle(Closed())
+    assert busy.handle(ModelSeen(7)) is None
+    assert busy.handle(Done()) == Evaluate(7)
+    assert busy.handle(Done()) is None
+    assert busy.state is State.CLOSED
+
+
+def test_of_the_versions_that_wait_at_the_end_the_last_is_evaluated() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    for version in (1, 2, 3):
+        site.handle(ModelSeen(version))
+    site.handle(Closed())
+    assert site.handle(Done()) == Evaluate(3)
+    assert site.handle(Failed()) is None
+
+
+def test_a_version_that_is_declined_is_not_evaluated_at_the_end_either() -> None:
+    site = Site()
+    site.handle(ModelSeen(0))
+    site.handle(ModelSeen(1))
+    site.handle(Closed())
+    site.handle(Declined())
+    assert site.handle(Done()) is None
 
 
 def test_a_site_whose_budget_is_spent_goes_on_evaluating_and_never_trains_again() -> None:

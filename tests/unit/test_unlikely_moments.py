@@ -13,6 +13,7 @@ import structlog
 from fednats.codec.grid import MIN_STEP, adapt
 from fednats.codec.layout import Layout
 from fednats.config import AggregationSettings, DeltaSettings
+from fednats.errors import CONFIG_EXIT, UnknownCommandError
 from fednats.messages import Grid, ParameterSpec
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
@@ -68,8 +69,9 @@ async def test_a_combination_of_another_packing_is_given_up() -> None:
 
 @pytest.mark.parametrize("service", [AggregatorService, CoordinatorService])
 async def test_a_command_that_a_tier_does_not_know_is_an_error(service: type[AggregatorService]) -> None:
-    with pytest.raises(AssertionError, match=r"Odd is not a command of the (aggregator|coordinator)"):
+    with pytest.raises(UnknownCommandError, match=r"Odd is not a command of the (aggregator|coordinator)") as raised:
         await service._execute(SimpleNamespace(), type("Odd", (), {})())  # type: ignore[arg-type]
+    assert raised.value.exit_code == CONFIG_EXIT, "a supervisor that starts it again gains nothing"
 
 
 async def test_the_status_is_not_looked_at_while_a_thread_replays(tmp_path: Path) -> None:

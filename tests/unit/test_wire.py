@@ -6,8 +6,8 @@ import zstandard
 
 from fednats import wire
 from fednats.errors import Reason, RefusedError
-from fednats.messages import Chunk, Evaluation, Update
-from tests.makers import evaluation, update
+from fednats.messages import Aggregate, Chunk, Evaluation, Update
+from tests.makers import aggregate, evaluation, update
 
 EVALUATION = evaluation("a", 3, auc=0.75)
 
@@ -80,3 +80,21 @@ def test_every_truncation_is_refused() -> None:
 
 def test_deep_nesting_is_refused() -> None:
     assert reason(struct.pack(">2sBBI", b"FN", 1, 0, 100_000) + b"\x91" * 100_000) is Reason.MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_sites": 3}, "2 updates of 3 sites"),
+        ({"total_weight": 1}, "with total weight 1"),
+        ({"n_samples": 1}, "and 1 cases"),
+        ({"staleness_sum": 7, "staleness_max": 3}, "staleness 7 in all and 3 at most of 2 updates"),
+        ({"staleness_sum": 2, "staleness_max": 3}, "staleness 2 in all and 3 at most"),
+    ],
+)
+def test_a_sum_whose_head_contradicts_itself_is_refused(changes: dict[str, int], said: str) -> None:
+    head = aggregate("north")
+    assert (head.n_updates, head.n_sites, head.total_weight) == (2, 2, 10)
+    with pytest.raises(RefusedError, match=said) as refused:
+        wire.unpack(wire.pack(head.model_copy(update=changes)), Aggregate)
+    assert refused.value.reason is Reason.MALFORMED
