@@ -41,7 +41,8 @@ class Refusing:
         await asyncio.sleep(0)
 
     async def api(self, _verb: str, _body: object = None, prefix: str = "") -> dict[str, Any]:  # noqa: ARG002
-        return {"config": SPEC.config(self.max_payload), "ack_floor": {"stream_seq": 0}}
+        consumer = {"ack_floor": {"stream_seq": 0}, "num_pending": 0, "num_ack_pending": 0}
+        return {"config": SPEC.config(self.max_payload), **consumer}
 
     async def emit(self, subject: str, _data: bytes, reply: str = "") -> None:
         self.emitted[subject] += 1
