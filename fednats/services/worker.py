@@ -29,6 +29,9 @@ NICENESS = 10
 OF_THE_DAEMON = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C and a supervisor's SIGTERM reach the whole process group; the daemon decides, and ends its worker."""
 
+START_METHOD = "spawn"
+"""How a worker is started. A testbed's daemon, itself a fork, sets ``forkserver``."""
+
 _made: list[Any] = []
 _make: list[Callable[[], Any]] = []
 
@@ -90,7 +93,7 @@ class Worker(Generic[JobsT]):
                 await asyncio.sleep(RETRY_S)
 
     def _start(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         return ProcessPoolExecutor(1, mp_context=context, initializer=_initialise, initargs=(self._make, self._args))
 
 

@@ -4,33 +4,27 @@ import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fednats.errors import ConfigError
+import libfaketime
 
 
 def fill_disk(pid: int) -> None:
-    """Have the kernel refuse whatever a process and its children write to files, as a full disk would (Linux)."""
+    """Have the kernel refuse whatever a process and those below it write to files, as a full disk would (Linux)."""
     _limit_files(pid, 0)
 
 
 def free_disk(pid: int) -> None:
-    """Let a process and its children write again."""
+    """Let a process and those below it write again."""
     _limit_files(pid, resource.RLIM_INFINITY)
 
 
 def clock_off(offset: str) -> Mapping[str, str]:
-    """Return the environment of a process whose clock is off, such as by ``+1d``.
-
-    Raises:
-        ConfigError: libfaketime is not installed.
-    """
-    library = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
-    if library is None:
-        raise ConfigError("no libfaketime, which sets the clock of a process; install Debian's package faketime")
+    """Return the environment of a process whose clock is off, such as by ``+1d``."""
+    library = Path(libfaketime.__file__).parent / "vendor/libfaketime/src/libfaketime.so.1"
     return {"LD_PRELOAD": str(library), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 def _limit_files(pid: int, n_bytes: int) -> None:
-    for process in (pid, *_children(pid)):
+    for process in (pid, *_below(pid)):
         try:
             _, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
             resource.prlimit(process, resource.RLIMIT_FSIZE, (n_bytes, hard))
@@ -38,9 +32,13 @@ def _limit_files(pid: int, n_bytes: int) -> None:
             continue  # it has ended, and its disk with it
 
 
-def _children(pid: int) -> Iterator[int]:
+def _below(pid: int) -> Iterator[int]:
+    """Yield the children of a process, theirs, and so on."""
     for threads in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            yield from map(int, threads.read_text(encoding="ascii").split())
+            children = [int(child) for child in threads.read_text(encoding="ascii").split()]
         except OSError:
             continue  # the thread has ended
+        for child in children:
+            yield child
+            yield from _below(child)

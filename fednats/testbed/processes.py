@@ -16,6 +16,7 @@ import tomli_w
 
 from fednats.config import DaemonSettings
 from fednats.errors import FednatsError
+from fednats.testbed import warm
 from fednats.testbed.nats_server import die_with_parent
 from fednats.web.server import PORT_FILE
 
@@ -31,16 +32,18 @@ class DaemonDiedError(FednatsError):
 class DaemonProcess:
     """One ``fednats ROLE --config FILE``; its settings, log and state are in one folder.
 
-    ``settings`` may be changed; they are written at each start. So may ``environment``, what is set beyond this process's.
+    ``settings`` may be changed; they are written at each start. It is forked from a parent that has loaded what it needs
+    (`warm`), unless ``environment`` is set: then it is an interpreter of its own with these variables.
     """
+
+    environment: Mapping[str, str] | None = None
 
     def __init__(self, role: str, name: str, settings: DaemonSettings) -> None:
         self.role = role
         self.name = name
         self.state_dir = settings.state_dir
         self.settings = settings
-        self.environment: Mapping[str, str] = {}
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | warm.ForkedProcess | None = None
 
     @property
     def log_file(self) -> Path:
@@ -62,15 +65,20 @@ class DaemonProcess:
         config = self.state_dir / f"{self.role}.toml"
         settings = self.settings.model_dump(mode="json", exclude_none=True)
         config.write_text(tomli_w.dumps(settings), encoding="utf-8")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("FEDNATS_")}
+        arguments = [self.role, "--config", str(config.absolute())]
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("FEDNATS_")}
+        self.log_file.touch()
+        if self.environment is None:
+            self._process = await warm.fork(arguments, self.log_file.absolute(), inherited)
+            return
         with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "fednats", self.role, "--config", str(config),
+                sys.executable, "-m", "fednats", *arguments,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**environment, **self.environment},
+                env={**inherited, **self.environment},
                 preexec_fn=die_with_parent if sys.platform == "linux" else None,
             )  # fmt: skip
 

@@ -36,22 +36,25 @@ def _nothing_left_running(tmp_path: Path) -> Iterator[None]:
     """Assert that whatever a test started has ended with it, also what it killed the parent of."""
     yield
     deadline = time.monotonic() + ENDING_S
-    while left := _users_of(tmp_path):
+    while left := users_of(tmp_path):
         assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.05)
 
 
-def _users_of(folder: Path) -> list[str]:
-    """Command lines of other processes that have a file below ``folder`` open, as all daemons and servers have."""
-    users = []
+def users_of(folder: Path) -> dict[int, str]:
+    """Return other processes that have ``folder`` or a file below it open, as all daemons and servers have.
+
+    By process id: the command line.
+    """
+    users = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             files = [str(file.readlink()) for file in (process / "fd").iterdir()]
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue  # it has ended, or is not ours
-        if int(process.name) != os.getpid() and any(file.startswith(f"{folder}/") for file in files):
-            users.append(command)
+        if int(process.name) != os.getpid() and any(f"{file}/".startswith(f"{folder}/") for file in files):
+            users[int(process.name)] = command
     return users
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from tests.e2e.conftest import MakeFederation
+from tests.e2e.conftest import MakeFederation, users_of
 from tests.patients import write_german_csv
 
 HEART = Path(os.environ.get("HEART_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data" / "heart")
@@ -36,19 +36,6 @@ def run(arguments: Sequence[str], *, code: int = 0) -> subprocess.CompletedProce
     )
     assert done.returncode == code, done.stderr
     return done
-
-
-def left_running(output: Path) -> list[str]:
-    """Command lines of processes that were started for ``output``."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(output) in command and str(os.getpid()) != entry.parent.name:
-            found.append(command)
-    return found
 
 
 def logged(output: Path, site: str, event: str) -> list[dict[str, Any]]:
@@ -77,7 +64,7 @@ def test_a_federation_file_runs_to_the_table(make_federation: MakeFederation, tm
     assert min(passes_s(output, "b")) > 3 * min(passes_s(output, "a"))
     assert len(logged(output, "b", "update_stored")) == 2, "a pass that the end of the run came upon is not sent"
     assert "4 = applied 4" in run(["verify", str(output)]).stdout
-    assert not left_running(output)
+    assert not users_of(output)
     again = run(["run", str(file), "--output", str(output)], code=1)
     assert "holds a federation already" in again.stderr
 
@@ -93,12 +80,12 @@ async def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
     async with asyncio.timeout(LIMIT_S):
         first = await process.stdout.readline()  # the first version is evaluated: everything runs
         assert first.startswith(b"version 0")
-        assert len(left_running(output)) >= 3 + 7
+        assert len(users_of(output)) >= 3 + 7
         process.send_signal(signal.SIGINT)
         _, errors = await process.communicate()
     assert process.returncode == 130
     assert b"interrupted" in errors
-    assert not left_running(output)
+    assert not users_of(output)
 
 
 @pytest.mark.skipif(not HEART.is_dir(), reason="the UCI heart disease files are not at HEART_DATA")

@@ -1,9 +1,6 @@
 """A site whose disk is full, or whose clock is wrong: it goes on when there is room, and needs no clock."""
 
 import os
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import found, logged, outbox, outbox_of, wide
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import closed, reached, until
+from tests.small_disk import small_disk
 
 
 async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: MakeFederation, tmp_path: Path) -> None:
@@ -86,19 +84,6 @@ async def answers(state_dir: Path, page: str) -> int:
     port = int((state_dir / PORT_FILE).read_text(encoding="ascii"))
     async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/{page}") as response:
         return response.status
-
-
-@contextmanager
-def small_disk(folder: Path, n_bytes: int) -> Iterator[None]:
-    """Mount a file system of ``n_bytes`` at ``folder``."""
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={n_bytes},mode=0700", "fednats-test", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"this test fills a small disk and must be root to mount one: {done.stderr}"
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(ballast: Path, *, but_for: int) -> None:

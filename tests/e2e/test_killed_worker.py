@@ -16,6 +16,7 @@ from fednats.messages import Chunk, ModelManifest, Payload, Update
 from fednats.permissions import user_name
 from fednats.services.identity import Identity
 from fednats.testbed.launch import running
+from fednats.testbed.processes import DaemonProcess
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import outbox
@@ -66,7 +67,7 @@ async def test_a_ciphertext_that_kills_the_worker_is_refused_by_name_and_the_oth
     folder = tmp_path / "careless"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(CARELESS)
-    monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(__file__).parents[2]}")
+    monkeypatch.setattr(DaemonProcess, "environment", {"PYTHONPATH": f"{folder}:{Path(__file__).parents[2]}"})
     federation = make_federation({"north": ["a", "b", "c"]}, stop=ENDLESS)
     async with running(federation, tmp_path / "out") as federation_running:
         servers = federation_running.servers

@@ -12,7 +12,8 @@ from fednats.provision.plan import Kits
 from fednats.testbed import launch
 from fednats.testbed.launch import run_federation
 from fednats.testbed.ledger import verify
-from tests.e2e.conftest import MakeFederation
+from fednats.testbed.processes import LOG_FILE
+from tests.e2e.conftest import MakeFederation, users_of
 from tests.e2e.until import LIMIT_S
 
 STOP = {"max_versions": 14}
@@ -23,16 +24,16 @@ async def test_whatever_is_killed_under_fednats_run_is_started_again(
 ) -> None:
     output = tmp_path / "out"
     federation = make_federation({"north": ["a", "b"], "south": ["c", "d"]}, stop=STOP)
-    killed = {"site a": f"{output}/site-a/site.toml", "aggregator north": f"{output}/aggregator-north/aggregator.toml"}
-    killed |= {"nats-server south": str(Kits(output / launch.KITS).server("south") / "server.log")}
+    killed = {"site a": output / "site-a" / LOG_FILE, "aggregator north": output / "aggregator-north" / LOG_FILE}
+    killed |= {"nats-server south": Kits(output / launch.KITS).server("south") / "server.log"}
     run = asyncio.create_task(run_federation(federation, output))
     try:
         async with asyncio.timeout(LIMIT_S):
             while not (output / "coordinator" / "checkpoints").exists() or not verified(output):
                 assert not run.done(), run.exception()
                 await asyncio.sleep(0.2)
-            for named in killed.values():
-                os.kill(pid_of(named), signal.SIGKILL)
+            for log in killed.values():
+                os.kill(leader_of(log), signal.SIGKILL)
             summary = await run
     finally:
         run.cancel()
@@ -54,13 +55,6 @@ def verified(output: Path) -> bool:
         return False
 
 
-def pid_of(argument: str) -> int:
-    """Return the process that was started with an argument that ends so."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (process / "cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        if any(given.endswith(argument) for given in arguments):
-            return int(process.name)
-    raise AssertionError(f"nothing runs with {argument}")
+def leader_of(log: Path) -> int:
+    """Return the process that leads the session of those that write ``log``."""
+    return next(os.getsid(process) for process in users_of(log))

@@ -15,7 +15,7 @@ async def test_a_region_sums_by_the_rule_of_the_run(make_federation: MakeFederat
     federation = make_federation(
         {"north": ["a", "b", "c"]},
         delta={"cipher": "none"},
-        aggregation={"goal": 3, "robust": rule},
+        aggregation={"goal": "all", "robust": rule},
         stop={"max_versions": 6},
     )
     async with running(federation, tmp_path / "out") as federation_running:

@@ -7,7 +7,7 @@ stream as the place to answer. Then every stored message must still be the newes
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,11 +132,15 @@ async def seed_region(made: Seeded, region: RegionPlan) -> None:
 # --- the attack -------------------------------------------------------------------------------------------------------
 
 
-def targets(made: Seeded) -> list[str]:
-    """Where answers are to go: every stored subject, and requests that would take what is stored away."""
+def targets(made: Seeded, own_streams: Container[str]) -> list[str]:
+    """Where answers are to go: every stored subject, and requests that would take what is stored away.
+
+    ``own_streams``: of the attacker's account. It may empty them, and does not, so that the tests stay independent.
+    """
     wanted = {kept.subject for kept in made.stored}
     for stream, verb in ((s, v) for s in {kept.stream for kept in made.stored} for v in ("PURGE", "DELETE")):
-        wanted |= {f"{api}.STREAM.{verb}.{stream}" for api in ("$JS.API", f"$JS.{HUB}.API")}
+        apis = (f"$JS.{HUB}.API",) if stream in own_streams else ("$JS.API", f"$JS.{HUB}.API")
+        wanted |= {f"{api}.STREAM.{verb}.{stream}" for api in apis}
     return sorted(wanted)
 
 
@@ -176,9 +180,11 @@ async def ask_everything(client: Client, asked: Sequence[str], where: Sequence[s
             await client.flush(timeout=10)
 
 
-async def attack(made: Seeded, client: Client, allowed: Iterable[str], own: Iterable[str]) -> list[str]:
+async def attack(
+    made: Seeded, client: Client, allowed: Iterable[str], own: Iterable[str], own_streams: Container[str] = ()
+) -> list[str]:
     await made.note()
-    await ask_everything(client, questions(made, allowed), targets(made))
+    await ask_everything(client, questions(made, allowed), targets(made, own_streams))
     with suppress(nats.errors.Error):
         await client.flush(timeout=10)
     await asyncio.sleep(0.5)  # what the server does with the last of it
@@ -211,8 +217,13 @@ async def test_no_answer_lands_in_somebody_elses_stream(seeded: Seeded, who: str
     settings = seeded.bus.servers.user(role, "north" if role == "site" else node)
     seed = seeded.bus.servers.kits.seed_file(who)
     settings = settings.model_copy(update={"nkey_seed_file": seed})
+    streams = (
+        {kept.stream for kept in seeded.stored if kept.subject in own} if role in {"uplink", "aggregator"} else set()
+    )
+    if role == "uplink":
+        streams.add(subjects.models_stream(RUN, node))  # what it copies from above, and its aggregator from there
     async with prober(settings, who) as thief:
-        assert await attack(seeded, thief.client, allowed.publish, own) == []
+        assert await attack(seeded, thief.client, allowed.publish, own, streams) == []
 
 
 async def test_nor_does_what_comes_over_a_leaf_link(seeded: Seeded, tmp_path: Path) -> None:

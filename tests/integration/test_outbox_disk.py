@@ -1,6 +1,5 @@
 """An outbox on a disk of its own that is too small for an update."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from fednats.errors import LocalStorageError
 from fednats.storage.outbox import ChunkKey, Outbox
 from tests.makers import update
+from tests.small_disk import small_disk
 
 DISK_BYTES = 8 * 2**20
 N_VALUES = 40_000
@@ -18,11 +18,8 @@ N_VALUES = 40_000
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "fednats-test", str(tmp_path)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"this test fills a small disk and must be root to mount one: {done.stderr}"
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    with small_disk(tmp_path, DISK_BYTES):
+        yield tmp_path
 
 
 def store(outbox: Outbox, n_chunks: int) -> None:

@@ -40,8 +40,9 @@ class Refusing:
     async def wait_connected(self) -> None:
         await asyncio.sleep(0)
 
-    async def api(self, _verb: str, _body: object = None) -> dict[str, Any]:
-        return {"config": SPEC.config(self.max_payload), "ack_floor": {"stream_seq": 0}}
+    async def api(self, _verb: str, _body: object = None, prefix: str = "") -> dict[str, Any]:  # noqa: ARG002
+        consumer = {"ack_floor": {"stream_seq": 0}, "num_pending": 0, "num_ack_pending": 0}
+        return {"config": SPEC.config(self.max_payload), **consumer}
 
     async def emit(self, subject: str, _data: bytes, reply: str = "") -> None:
         self.emitted[subject] += 1

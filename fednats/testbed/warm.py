@@ -1,0 +1,115 @@
+"""Daemons forked from one parent that has loaded what they need, so that a testbed is up in seconds.
+
+In the field each daemon is an interpreter of its own, and loads for about three seconds with its worker. Here a fork
+runs the same command line in a session of its own, and forks its worker from itself as it was at its start.
+"""
+
+import asyncio
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from fednats.services import worker
+
+_PARENT = multiprocessing.get_context("forkserver")
+_PARENT.set_forkserver_preload(
+    [
+        "fednats.cli",
+        *(f"fednats.services.{role}" for role in ("site", "aggregator", "coordinator")),
+        *(f"fednats.services.{role}_worker" for role in ("site", "aggregator", "coordinator")),
+        "fednats.learning.tasks.breast_cancer",
+        "torch._dynamo",  # loaded by the first optimiser that is made
+    ]
+)
+
+
+class ForkedProcess:
+    """A process that `fork` started. It offers what `asyncio.subprocess.Process` does."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._loop.add_reader(process.sentinel, self._reap)
+
+    @property
+    def pid(self) -> int:
+        """Process id; it is also the id of the process group."""
+        return int(self._process.pid or 0)
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, negative for a signal; None while it runs."""
+        return self._ended.result() if self._ended.done() else None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, if it runs."""
+        if not self._ended.done():
+            os.kill(self.pid, number)
+
+    async def wait(self) -> int:
+        """Wait until it ends and return the exit code."""
+        return await asyncio.shield(self._ended)
+
+    def _reap(self) -> None:
+        self._loop.remove_reader(self._process.sentinel)
+        self._process.join()
+        self._ended.set_result(self._process.exitcode or 0)
+
+
+async def fork(arguments: list[str], log: Path, environment: Mapping[str, str]) -> ForkedProcess:
+    """Run ``fednats ARGUMENTS`` in a fork; what it prints is appended to ``log``, an absolute path."""
+    process = _PARENT.Process(target=_main, args=(arguments, log, dict(environment)))
+    await asyncio.to_thread(process.start)  # the first one waits until the parent has loaded everything
+    return ForkedProcess(process)
+
+
+def _main(arguments: list[str], log: Path, environment: Mapping[str, str]) -> None:
+    os.setsid()
+    with log.open("ab") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    _fork_workers_from_here()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.argv = ["fednats", *arguments]
+    runpy.run_module("fednats", run_name="__main__")
+
+
+def _fork_workers_from_here() -> None:
+    """Fork the process that the workers of this one will be forked from, while there is but one thread."""
+    address = multiprocessing.connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+    alive, mine = os.pipe()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(mine)
+                for number in worker.OF_THE_DAEMON:
+                    signal.signal(number, signal.SIG_IGN)
+                forkserver.main(listener.fileno(), alive, [])
+            finally:
+                os._exit(0)
+    os.close(alive)
+    server: Any = forkserver._forkserver  # noqa: SLF001 - it offers no way to adopt a server that runs
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, mine, pid  # noqa: SLF001
+    worker.START_METHOD = "forkserver"
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
