@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fednats.errors import ConfigError
-from fednats.services.lifecycle import configure_logging
+from fednats.services.daemon.lifecycle import configure_logging
 
 if TYPE_CHECKING:
     from fednats.testbed.federation import FederationSettings
@@ -72,7 +72,8 @@ def demo(
 @commands.command()
 def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="output folder of a run")]) -> None:
     """Replay the journals of a run: every accepted update is in one applied sum, or exit code 1; docs/reliability.md."""
-    from fednats.testbed import ledger, ledger_table  # noqa: PLC0415
+    from fednats.verify import joined as ledger  # noqa: PLC0415
+    from fednats.verify import table as ledger_table  # noqa: PLC0415
 
     found = asyncio.run(ledger.settled(directory.resolve()))
     Console().print(ledger_table.table(found))

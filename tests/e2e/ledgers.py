@@ -9,17 +9,17 @@ from pathlib import Path
 
 from fednats import subjects
 from fednats.crypto.sealing import ModelKeys
+from fednats.ledger.audit import audit
+from fednats.ledger.records import Record
 from fednats.permissions import user_name
-from fednats.privacy.audit import audit
-from fednats.privacy.egress import Record
 from fednats.storage.checkpoints import checkpoints_folder, frame_file, newest_checkpoint, weights_file
 from fednats.storage.chunk_file import read_chunks
 from fednats.subjects import HUB
-from fednats.testbed.book import Book
-from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import Running
-from fednats.testbed.ledger import Ledger, settled
 from fednats.transport.bus import Bus
+from fednats.verify.books import Book
+from fednats.verify.joined import Ledger, settled
+from tests.support.connected_bus import until as happens
 
 LIMIT_S = 60.0
 _POLL_S = 0.5

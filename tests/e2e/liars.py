@@ -21,9 +21,9 @@ from fednats.learning.evaluation import Evaluated, Evaluator
 from fednats.learning.flat import initial_model, initial_vector
 from fednats.learning.scores import Counts
 from fednats.messages import Evaluation, ModelManifest, Payload, Presence, Update
-from fednats.services.evaluations import payload_of
-from fednats.services.identity import Identity
-from fednats.services.lifecycle import PRESENCE_RENEWAL_S
+from fednats.services.daemon.identity import Identity
+from fednats.services.daemon.lifecycle import PRESENCE_RENEWAL_S
+from fednats.services.tier.evaluations import payload_of
 from fednats.storage.outbox import first_number
 from fednats.transport.bus import Bus
 from tests.e2e.own_task import MyTask

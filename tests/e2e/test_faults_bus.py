@@ -10,17 +10,17 @@ from fednats.config import parse
 from fednats.messages import Aggregate, Update
 from fednats.protocol.events import Combined, EvaluationsSummed
 from fednats.subjects import HUB
-from fednats.testbed.book import Book, Fate
-from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED, OVERTAKEN_S, Ledger, verify
 from fednats.testbed.nats_server import NatsServer
 from fednats.testbed.wan import WanSettings
+from fednats.verify.books import Book, Fate
+from fednats.verify.joined import APPLIED, OVERTAKEN_S, Ledger, verify
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import events, logged
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import LIMIT_S, end_after, reached, takes_part, until, version_now
+from tests.support.connected_bus import until as happens
 
 FAR = WanSettings(delay_ms=100)
 """Between each site and its region: paces the run, so that nobody has to train for long."""

@@ -22,8 +22,8 @@ from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.comparison import evaluate_pooled
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import run_federation, running
-from fednats.testbed.ledger import APPLIED
 from fednats.transport.bus import Bus
+from fednats.verify.joined import APPLIED
 from tests.e2e.conftest import NORMED, MakeFederation
 from tests.e2e.ledgers import assert_no_secret_is_logged, assert_sealed, audited, balanced
 from tests.e2e.until import closed, closed_at, reached, until

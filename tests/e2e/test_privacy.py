@@ -14,8 +14,8 @@ from fednats.privacy import rdp
 from fednats.privacy.account import Account, Place
 from fednats.privacy.policy import Budget, Policy
 from fednats.testbed.launch import run_federation, running
-from fednats.testbed.ledger import APPLIED
 from fednats.testbed.summary import spent
+from fednats.verify.joined import APPLIED
 from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import found, outbox

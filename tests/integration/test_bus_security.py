@@ -24,12 +24,12 @@ from fednats.provision.plan import Kits, LeafAddress, Plan, RegionPlan
 from fednats.provision.registry import Registry
 from fednats.provision.sharing import Account
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.nats_server import NatsServer, Ports
 from fednats.transport import streams
 from fednats.transport.bus import Bus
 from tests.plain_client import plain_client
 from tests.rogue_leaf import rogue_leaf
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))

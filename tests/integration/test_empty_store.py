@@ -11,10 +11,10 @@ from fednats import subjects
 from fednats.errors import BusError
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.nats_server import NatsServer
 from fednats.transport import consumer, streams
 from fednats.transport.bus import Bus, Record
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a",)),)

@@ -15,7 +15,7 @@ from fednats.messages import Grid, ModelManifest
 from fednats.privacy.account import Account
 from fednats.privacy.guard import account_file
 from fednats.privacy.policy import NO_POLICY
-from fednats.services.site_worker import SiteWorker
+from fednats.services.site.worker import SiteWorker
 from fednats.storage.local_model import model_folder
 from fednats.storage.outbox import Outbox
 from fednats.storage.tensor_file import TensorFile

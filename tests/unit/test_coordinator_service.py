@@ -25,11 +25,11 @@ from fednats.protocol.events import (
     Part,
     SumEvaluations,
 )
-from fednats.services.answers import Pooled, Version
-from fednats.services.coordinator import CoordinatorService
-from fednats.services.inbox import Head, Inbox
-from fednats.services.lifecycle import Daemon
-from fednats.services.worker import WorkerDiedError
+from fednats.services.coordinator.service import CoordinatorService
+from fednats.services.daemon.answers import Pooled, Version
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.daemon.worker import WorkerDiedError
+from fednats.services.tier.inbox import Head, Inbox
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import ChunkFile
 from fednats.transport.message_limit import Limit

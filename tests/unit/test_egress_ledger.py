@@ -21,12 +21,12 @@ from fednats import cli, wire
 from fednats.crypto.signers import Roster
 from fednats.crypto.signing import Signer
 from fednats.errors import ConfigError, LocalStorageError
+from fednats.ledger import records as egress
+from fednats.ledger.anchor import keep_anchor
+from fednats.ledger.audit import Audit, audit
+from fednats.ledger.page import page
+from fednats.ledger.records import BEGIN, EgressLedger, Entry, hash_of, line_of, parse
 from fednats.messages import Receipt, Verdict
-from fednats.privacy import egress
-from fednats.privacy.anchor import keep_anchor
-from fednats.privacy.audit import Audit, audit
-from fednats.privacy.egress import BEGIN, EgressLedger, Entry, hash_of, line_of, parse
-from fednats.privacy.ledger_page import page
 
 SIGNER = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
 OTHER = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
@@ -212,7 +212,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from fednats.crypto.signing import Signer
-from fednats.privacy.egress import EgressLedger, Entry
+from fednats.ledger.records import EgressLedger, Entry
 ledger = EgressLedger(Path(sys.argv[1]), Signer(sys.argv[2]), "site.a", "r")
 number = 0
 while True:

@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from fednats.cli import app
 from fednats.errors import ConfigError, Reason
-from fednats.privacy.egress import EGRESS_FILE, LEDGER_FILE
+from fednats.ledger.records import EGRESS_FILE, LEDGER_FILE
 from fednats.protocol import sequences
 from fednats.protocol import settled as settled_ids
 from fednats.protocol.compositions import composition_of
 from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached, Restored
-from fednats.services.recorder import entry_of
-from fednats.testbed import ledger as ledger_of_a_run
-from fednats.testbed.book import Book
-from fednats.testbed.ledger import APPLIED, OVERTAKEN_S, Ledger, settled, verify
+from fednats.services.daemon.recorder import entry_of
+from fednats.verify import joined as ledger_of_a_run
+from fednats.verify.books import Book
+from fednats.verify.joined import APPLIED, OVERTAKEN_S, Ledger, settled, verify
 from tests.makers import announcement, closed, update
 from tests.small_run import SETTINGS, SmallRun
 

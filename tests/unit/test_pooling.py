@@ -16,8 +16,8 @@ from fednats.errors import Reason, RefusedChunkError
 from fednats.learning.figures import flat_figures
 from fednats.learning.scores import Counts, n_counts
 from fednats.messages import EvaluationSum
-from fednats.services.answers import Pooled
-from fednats.services.pooling import pool
+from fednats.services.coordinator.pooling import pool
+from fednats.services.daemon.answers import Pooled
 from tests.makers import evaluation_sum
 
 BFV = DeltaSettings()

@@ -22,7 +22,7 @@ from fednats.privacy import rdp
 from fednats.privacy.account import Account, Charge, Place
 from fednats.privacy.guard import Guard, account_file
 from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
-from fednats.services.site_worker import SiteWorker
+from fednats.services.site.worker import SiteWorker
 from fednats.storage.local_model import model_folder
 from fednats.storage.outbox import Outbox, outbox_file
 from fednats.storage.tensor_file import TensorFile

@@ -11,20 +11,20 @@ from fednats import subjects, wire
 from fednats.config import SiteSettings
 from fednats.crypto.signing import Signer
 from fednats.errors import BudgetSpentError, OldAccountError
+from fednats.ledger.anchor import keep_anchor, missing_heads
+from fednats.ledger.audit import audit
+from fednats.ledger.records import BEGIN, EGRESS_FILE, EgressLedger, Entry
 from fednats.messages import ModelManifest, Opening, Receipt, Verdict
 from fednats.privacy import rdp
 from fednats.privacy.account import Account, Paid
-from fednats.privacy.anchor import keep_anchor, missing_heads
-from fednats.privacy.audit import audit
-from fednats.privacy.egress import BEGIN, EGRESS_FILE, EgressLedger, Entry
 from fednats.privacy.guard import Guard, Left, account_file
 from fednats.privacy.policy import NO_POLICY, Budget, Policy
 from fednats.privacy.skellam import LEAST_VARIANCE
 from fednats.protocol.events import Combined
 from fednats.protocol.refusals import newest_known
-from fednats.services.restore_site import gap_in
+from fednats.services.site.restore import gap_in
 from fednats.storage.outbox import Outbox, Restored, outbox_file
-from fednats.testbed.ledger import APPLIED, verify
+from fednats.verify.joined import APPLIED, verify
 from tests.makers import update
 from tests.participants import seed
 from tests.small_run import SmallRun

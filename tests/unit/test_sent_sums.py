@@ -6,8 +6,8 @@ import structlog
 
 from fednats import subjects
 from fednats.errors import BusError
-from fednats.services.above import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, Above
-from fednats.services.sent_sums import KEPT_BYTES, KEPT_SUMS, SentSums
+from fednats.services.aggregator.above import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, Above
+from fednats.services.aggregator.sent_sums import KEPT_BYTES, KEPT_SUMS, SentSums
 from fednats.transport.bus import Record
 
 RUN, REGION, ABOVE = "run", "north", "hub"

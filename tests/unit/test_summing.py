@@ -16,7 +16,7 @@ from fednats.errors import Reason, RefusedError
 from fednats.learning.scores import Counts, n_counts
 from fednats.messages import Evaluation
 from fednats.protocol.events import SumEvaluations
-from fednats.services.evaluations import Part, Summing, payload_of, sites_of, sum_of
+from fednats.services.tier.evaluations import Part, Summing, payload_of, sites_of, sum_of
 from tests.makers import PAYLOAD, evaluation, evaluation_sum
 
 BFV = DeltaSettings()

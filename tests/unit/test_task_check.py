@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from fednats.cli import app
 from fednats.errors import TaskError
 from fednats.learning.describe import describe
-from fednats.services.site_worker import SiteWorker
+from fednats.services.site.worker import SiteWorker
 from tests.unit.test_privacy_account import site
 
 CODE = """

@@ -19,7 +19,7 @@ from fednats.errors import ConfigError, LocalStorageError, Reason, RefusedError
 from fednats.learning.flat import FlatModel
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
-from fednats.services.next_version import LONGEST_CHAIN, Check, Made, NextVersion, Start, first_version
+from fednats.services.coordinator.next_version import LONGEST_CHAIN, Check, Made, NextVersion, Start, first_version
 from fednats.storage.checkpoints import KEPT_VERSIONS, Checkpoint, Checkpoints, frame_file, weights_file
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
