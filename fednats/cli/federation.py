@@ -25,7 +25,7 @@ Slow = Annotated[
 ]
 
 
-class Cipher(StrEnum):
+class CipherName(StrEnum):
     """How deltas travel."""
 
     BFV = "bfv"
@@ -45,7 +45,9 @@ def demo(
     sites: Annotated[int | None, typer.Option(help="number of hospitals  [default: 5; heart: its 4]")] = None,
     regions: Annotated[int, typer.Option(min=1, help="number of regions, each with its own nats-server")] = 2,
     seed: Annotated[int, typer.Option(help="seed of data, training and rounding")] = 7,
-    cipher: Annotated[Cipher, typer.Option(help="homomorphic encryption, or none (trusted networks)")] = Cipher.BFV,
+    cipher: Annotated[
+        CipherName, typer.Option(help="homomorphic encryption, or none (trusted networks)")
+    ] = CipherName.BFV,
     mode: Annotated[Mode, typer.Option(help="async: nobody waits; sync: every version waits for all")] = Mode.ASYNC,
     output: Output = Path("output"),
     data: Annotated[Path | None, typer.Option(help="folder or file with the task's real data")] = None,

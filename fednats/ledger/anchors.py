@@ -7,18 +7,18 @@ also the newest record that its site's ledger had.
 
 from collections.abc import Iterator, Sequence
 
-from fednats.crypto.signers import Roster
+from fednats.crypto.signers import SignersFile
 from fednats.crypto.signing import public_key, verified
 from fednats.errors import RefusedError
 from fednats.ledger.anchor import Anchor
-from fednats.ledger.records import BEGIN, Record
+from fednats.ledger.records import BEGIN, LedgerRecord
 from fednats.permissions import user_name
 
 _CUT = "the end of this ledger is missing, or it was made anew"
 _IN_GAP = "it left in a gap that this ledger says it has, or the end of the ledger is missing"
 
 
-def against_receipt(records: Sequence[Record], anchor: Anchor, rosters: Sequence[Roster]) -> Iterator[str]:
+def against_receipt(records: Sequence[LedgerRecord], anchor: Anchor, rosters: Sequence[SignersFile]) -> Iterator[str]:
     """Yield what the region's receipt shows; with ``rosters`` its signature has to be the region's."""
     region = user_name("aggregator", anchor.receipt.region)
     if rosters and not any(_is_signed(anchor, roster, region) for roster in rosters):
@@ -29,7 +29,7 @@ def against_receipt(records: Sequence[Record], anchor: Anchor, rosters: Sequence
         yield f"{region} has countersigned record {anchor.head[:16]}..., which is not here: {_CUT}"
 
 
-def against_ledger(records: Sequence[Record], other: Sequence[Record]) -> Iterator[str]:
+def against_ledger(records: Sequence[LedgerRecord], other: Sequence[LedgerRecord]) -> Iterator[str]:
     """Yield what of this ledger the node that wrote ``other`` accepted, and this ledger does not have."""
     senders = {f"from {by}" for by in {record.by for record in records}}
     left = {(record.name, record.digest) for record in records}
@@ -45,7 +45,7 @@ def against_ledger(records: Sequence[Record], other: Sequence[Record]) -> Iterat
             yield f"{where}, which named record {record.anchors[:16]}... as the newest here, and that is not here: {why}"
 
 
-def _is_signed(anchor: Anchor, roster: Roster, region: str) -> bool:
+def _is_signed(anchor: Anchor, roster: SignersFile, region: str) -> bool:
     keys = [roster.keys[region]] if region in roster.keys else []
     for nkey in (*keys, *roster.revoked.get(region, ())):
         try:

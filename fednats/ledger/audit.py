@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fednats.crypto.signers import Roster
+from fednats.crypto.signers import SignersFile
 from fednats.crypto.signing import is_signature, public_key
 from fednats.errors import ConfigError
 from fednats.ledger.anchor import read_anchor
 from fednats.ledger.anchors import against_ledger, against_receipt
-from fednats.ledger.records import BEGIN, DOMAIN, MAX_LINE_BYTES, Record, hash_of, parse
+from fednats.ledger.records import BEGIN, DOMAIN, MAX_LINE_BYTES, LedgerRecord, hash_of, parse
 
 _FIRST = b'{"sequence":'
 
@@ -28,7 +28,7 @@ class Audit:
     """What is in a ledger, and what is wrong with it."""
 
     path: Path
-    records: list[Record] = field(default_factory=list)
+    records: list[LedgerRecord] = field(default_factory=list)
     """Those that could be read."""
     findings: list[str] = field(default_factory=list)
     """Each with its line."""
@@ -71,7 +71,7 @@ class Audit:
         return f"{len(self.records)} records by {by}: {parts or 'none'}{spent}; {result}"
 
 
-def audit(path: Path, rosters: Sequence[Roster] = (), against: Sequence[Path] = ()) -> Audit:
+def audit(path: Path, rosters: Sequence[SignersFile] = (), against: Sequence[Path] = ()) -> Audit:
     """Read the ledger at ``path``; with ``rosters`` also compare who signed it with the run's signers.
 
     ``against`` are ledgers of nodes that accepted what left by this one.
@@ -94,7 +94,7 @@ def audit(path: Path, rosters: Sequence[Roster] = (), against: Sequence[Path] = 
     return found
 
 
-def read_ledger(path: Path, rosters: Sequence[Roster] = ()) -> Audit:
+def read_ledger(path: Path, rosters: Sequence[SignersFile] = ()) -> Audit:
     """Read a ledger and check its chain and its signatures, by itself. Raises as `audit`."""
     found = Audit(path)
     expected, previous = 1, BEGIN
@@ -134,7 +134,7 @@ def _is_cut_short(line: bytes) -> bool:
     return False
 
 
-def _problems(record: Record, expected: int, previous: str) -> Iterator[str]:
+def _problems(record: LedgerRecord, expected: int, previous: str) -> Iterator[str]:
     if hash_of(record.model_dump(exclude={"hash", "signature"})) != record.hash:
         yield "altered, its hash is of something else"
     elif not _is_signed(record):
@@ -147,7 +147,7 @@ def _problems(record: Record, expected: int, previous: str) -> Iterator[str]:
         yield f"record {record.sequence} does not follow the one before"
 
 
-def _is_signed(record: Record) -> bool:
+def _is_signed(record: LedgerRecord) -> bool:
     try:
         key = public_key(record.key)
     except ValueError:
@@ -155,7 +155,7 @@ def _is_signed(record: Record) -> bool:
     return is_signature(key, bytes.fromhex(record.signature), DOMAIN, record.by, bytes.fromhex(record.hash))
 
 
-def _check_signers(found: Audit, rosters: Sequence[Roster]) -> None:
+def _check_signers(found: Audit, rosters: Sequence[SignersFile]) -> None:
     """Say whose keys are not those of the run."""
     if not rosters:
         return

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fednats.ledger.audit import Audit
-from fednats.ledger.records import Record
+from fednats.ledger.records import LedgerRecord
 
 _COLUMNS = (
     "record",
@@ -92,7 +92,7 @@ def page(audit: Audit) -> str:
     )
 
 
-def _cells(audit: Audit, record: Record) -> tuple[str, ...]:
+def _cells(audit: Audit, record: LedgerRecord) -> tuple[str, ...]:
     return (
         str(record.sequence),
         record.at[:19].replace("T", " "),
@@ -117,7 +117,7 @@ def _verdict(audit: Audit) -> str:
     return f'<div class="{kind}"><strong>{head}.</strong> {escape(audit.line)}<ul>{items}</ul></div>'
 
 
-def _by_kind(records: Sequence[Record]) -> str:
+def _by_kind(records: Sequence[LedgerRecord]) -> str:
     count, n_messages, n_bytes = Counter[str](), Counter[str](), Counter[str]()
     for record in records:
         count[record.what] += 1
@@ -130,7 +130,7 @@ def _by_kind(records: Sequence[Record]) -> str:
     return _html_table(("what", "meaning", "records", "messages", "bytes"), rows)
 
 
-def _by_day(records: Sequence[Record]) -> str:
+def _by_day(records: Sequence[LedgerRecord]) -> str:
     kinds = sorted({record.what for record in records})
     days: dict[str, Counter[str]] = {}
     for record in records:
@@ -139,7 +139,7 @@ def _by_day(records: Sequence[Record]) -> str:
     return _html_table(("day", *(f"{kind}: bytes" for kind in kinds), "all: bytes"), rows)
 
 
-def _epsilon(records: Sequence[Record]) -> str:
+def _epsilon(records: Sequence[LedgerRecord]) -> str:
     """Draw epsilon over the records that spend some."""
     spent = [(record.at, record.epsilon) for record in records if record.epsilon is not None]
     if not spent:

@@ -1,6 +1,6 @@
 """The egress ledger: one signed record, chained to the one before, of everything that leaves.
 
-A line is a record: compact JSON in the order of `Record`'s fields. ``hash`` is SHA-256 of the line without ``hash`` and
+A line is a record: compact JSON in the order of `LedgerRecord`'s fields. ``hash`` is SHA-256 of the line without ``hash`` and
 ``signature``, ``previous`` the hash of the record before; the signature (Ed25519, the participant's nkey) is over the
 hash. So nobody without the key can alter, drop, insert or reorder records, and who has the key can do so only by making
 all records from there on anew.
@@ -46,7 +46,7 @@ _MOST = 2**60
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """What is to be recorded."""
 
     what: str
@@ -67,7 +67,7 @@ class Entry:
     detail: str = ""
 
 
-class Record(BaseModel):
+class LedgerRecord(BaseModel):
     """One line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -123,7 +123,7 @@ class EgressLedger:
         """Hash of the newest record."""
         return self._previous
 
-    def append(self, *entries: Entry) -> None:
+    def append(self, *entries: LedgerEntry) -> None:
         """Write a record of each; all are on the disk on return. Called from any thread.
 
         Raises:
@@ -152,7 +152,7 @@ class EgressLedger:
         with self._using:
             os.close(self._file)
 
-    def _record(self, sequence: int, previous: str, entry: Entry) -> Record:
+    def _record(self, sequence: int, previous: str, entry: LedgerEntry) -> LedgerRecord:
         content = {
             "sequence": sequence,
             "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -164,9 +164,9 @@ class EgressLedger:
         }
         digest = hash_of(content)
         signature = self._signer.signature(DOMAIN, self._by, bytes.fromhex(digest))
-        return Record.model_validate({**content, "hash": digest, "signature": signature.hex()})
+        return LedgerRecord.model_validate({**content, "hash": digest, "signature": signature.hex()})
 
-    def _mend(self) -> tuple[int, Record | None]:
+    def _mend(self) -> tuple[int, LedgerRecord | None]:
         """Cut off a line without an end; return how long it was, and the last record."""
         start = max(0, self.n_bytes - 2 * MAX_LINE_BYTES)
         tail = os.pread(self._file, self.n_bytes - start, start)
@@ -197,15 +197,15 @@ def hash_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(_compact(content)).hexdigest()
 
 
-def line_of(record: Record) -> bytes:
+def line_of(record: LedgerRecord) -> bytes:
     """Return a record as it is in the file."""
     return _compact(record.model_dump()) + b"\n"
 
 
-def parse(line: bytes) -> Record:
+def parse(line: bytes) -> LedgerRecord:
     """Read one line, with or without its end. Raises ValueError: it is not exactly what was written."""
     try:
-        record = Record.model_validate_json(line)
+        record = LedgerRecord.model_validate_json(line)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])

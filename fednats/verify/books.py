@@ -8,7 +8,7 @@ from pathlib import Path
 from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
-from fednats.protocol.collector import Collector, State
+from fednats.protocol.collector import Collector, CollectorState
 from fednats.protocol.compositions import combination_of
 from fednats.protocol.coordinator import Coordinator, RunRecord
 from fednats.protocol.events import (
@@ -25,7 +25,7 @@ from fednats.protocol.events import (
     VersionAnnounced,
     contribution_id,
 )
-from fednats.storage.journal import Entry, read_readable
+from fednats.storage.journal import JournalEntry, read_readable
 from fednats.subjects import HUB
 from fednats.verify.run_folder import shown
 
@@ -53,7 +53,7 @@ class Taken:
     sums: list[str] = field(default_factory=list)
     """The sums it is in: one, if all is well."""
     is_noted: bool = False
-    """As of `Made`."""
+    """As of `MadeSum`."""
 
 
 def became(taken: Taken) -> str:
@@ -62,7 +62,7 @@ def became(taken: Taken) -> str:
 
 
 @dataclass
-class Made:
+class MadeSum:
     """One sum that a node set out to make; at the hub, one version."""
 
     combination: Combination | None
@@ -80,7 +80,7 @@ class Book:
         self.node = node
         self.taken: dict[str, Taken] = {}
         """By id, in the order of arrival."""
-        self.made: dict[str, Made] = {}
+        self.made: dict[str, MadeSum] = {}
         """By id, in the order of making; without those that failed."""
         self.failed: set[str] = set()
         self.problems: list[str] = []
@@ -119,7 +119,7 @@ class Book:
     @property
     def is_closed(self) -> bool:
         """Whether the node knows that the run is closed: whatever it takes in from then on is left over."""
-        return self._collector.state is State.CLOSED
+        return self._collector.state is CollectorState.CLOSED
 
     @property
     def in_flight(self) -> Combination | None:
@@ -159,7 +159,7 @@ class Book:
             taken.fate = Fate.SUMMED
             taken.sums.append(identity)
 
-    def _replay(self, entries: list[Entry]) -> None:
+    def _replay(self, entries: list[JournalEntry]) -> None:
         expected = 1
         for entry in entries:
             if entry.sequence != expected:
@@ -174,7 +174,7 @@ class Book:
                 )
                 return
 
-    def _post(self, entry: Entry) -> None:
+    def _post(self, entry: JournalEntry) -> None:
         event, in_flight, before = entry.event, self.in_flight, self._version
         if isinstance(event, ContributionArrived):
             self.taken.setdefault(contribution_id(event.head), Taken(event.head, entry.at_s))
@@ -196,7 +196,7 @@ class Book:
         if self.node == HUB:
             self._check_versions(entry, before)
 
-    def _restore(self, entry: Entry, event: Restored) -> None:
+    def _restore(self, entry: JournalEntry, event: Restored) -> None:
         """Take in what was made since the backup; the rest of what waited was given up, and comes again if it is not settled."""
         self.restored_s = entry.at_s
         self._restored_to = event.version
@@ -211,9 +211,9 @@ class Book:
         opened = self._machine.opening if isinstance(self._machine, Coordinator) else None
         self.n_openings += sum(note.opening != opened for note in event.openings)
         for version in event.unknown:
-            self.made[f"unknown-{version}"] = Made(None, None, is_done=True, is_noted=True)
+            self.made[f"unknown-{version}"] = MadeSum(None, None, is_done=True, is_noted=True)
         for note in event.made:
-            self.made[note.made_by] = Made(combination_of(note), note.capacity, is_noted=True)
+            self.made[note.made_by] = MadeSum(combination_of(note), note.capacity, is_noted=True)
             for part in note.parts:
                 taken = Taken(part.head, entry.at_s, is_noted=True)
                 self.taken.setdefault(contribution_id(part.head), taken)
@@ -224,7 +224,7 @@ class Book:
             case Combine(combination):
                 self.failed.discard(combination.combination_id)
                 current = self._collector.current
-                self.made[combination.combination_id] = Made(combination, current.capacity if current else None)
+                self.made[combination.combination_id] = MadeSum(combination, current.capacity if current else None)
             case Refuse(identity, reason, _) if self._is_waiting(identity):
                 self.taken[identity].fate = Fate.REFUSED
                 self.taken[identity].reason = reason
@@ -254,7 +254,7 @@ class Book:
                     f"{self._name}: event {sequence}: quarantined {sorted(event.quarantined)}, by rule {sorted(by_rule)}"
                 )
 
-    def _check_versions(self, entry: Entry, before: int) -> None:
+    def _check_versions(self, entry: JournalEntry, before: int) -> None:
         """At the hub, a version follows the one before, and each sum of sums makes one."""
         event = entry.event
         if (

@@ -8,10 +8,12 @@ from fednats import wire
 from fednats.ledger.audit import audit
 from fednats.ledger.records import EGRESS_FILE, LEDGER_FILE
 from fednats.verify.run_folder import RunFolder, shown
-from fednats.verify.sent import Sent
+from fednats.verify.sent import SentUpdate
 
 
-def check_site(state: Path, site: str, outbox: Sequence[Sent], arrived: Container[str]) -> tuple[list[str], list[str]]:
+def check_site(
+    state: Path, site: str, outbox: Sequence[SentUpdate], arrived: Container[str]
+) -> tuple[list[str], list[str]]:
     """Return what is wrong with the egress ledger of ``site``, kept in ``state``: its chain, updates without a record.
 
     And, as notes, what it says of records that a backup did not have.

@@ -41,7 +41,7 @@ from fednats.verify.books import Book, Fate, Taken, became
 from fednats.verify.egress import check_nodes, check_site
 from fednats.verify.outbox import check_outbox
 from fednats.verify.run_folder import JOURNAL, RunFolder
-from fednats.verify.sent import Sent, read_gaps, read_outbox
+from fednats.verify.sent import SentUpdate, read_gaps, read_outbox
 
 OVERTAKEN_S = 30.0
 """An unacknowledged delivery comes again after 8 s; so long after a later one came, an earlier one is not under way."""
@@ -58,7 +58,7 @@ SENT = "sent"
 
 
 @dataclass
-class Ledger:
+class Books:
     """What `verify` found."""
 
     updates: Counter[str] = field(default_factory=Counter)
@@ -90,7 +90,7 @@ class Ledger:
         return f"accepted {total} = {' + '.join(terms) or 'applied 0'}; {self.n_weighed} sums weighed; {result}"
 
 
-def verify(directory: Path) -> Ledger:
+def verify(directory: Path) -> Books:
     """Verify the run in ``directory``, an output folder or that of the kits, while it runs or afterwards.
 
     Receivers are read before senders: what has been received has been written down by its sender.
@@ -99,7 +99,7 @@ def verify(directory: Path) -> Ledger:
         ConfigError: it holds no run.
     """
     folder = RunFolder(directory)
-    ledger = Ledger()
+    ledger = Books()
     before = newest_checkpoint(checkpoints_folder(folder.coordinator))
     books = {HUB: Book(HUB, folder.coordinator / JOURNAL)}
     after = newest_checkpoint(checkpoints_folder(folder.coordinator))
@@ -137,7 +137,7 @@ def verify(directory: Path) -> Ledger:
     return ledger
 
 
-async def settled(directory: Path) -> Ledger:
+async def settled(directory: Path) -> Books:
     """Verify a run, once the nodes that know that it is closed have taken in what was sent to them.
 
     They do so within seconds, as long as they live and the bus has it. What is undelivered after `OVERTAKEN_S` is a
@@ -157,10 +157,10 @@ class _Audit:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: Books,
         books: dict[str, Book],
         parents: dict[str, str],
-        outboxes: dict[tuple[str, str], list[Sent] | None],
+        outboxes: dict[tuple[str, str], list[SentUpdate] | None],
         gaps: dict[tuple[str, str], list[range]],
     ) -> None:
         self._ledger = ledger
@@ -248,7 +248,7 @@ class _Audit:
 
     # --- updates ------------------------------------------------------------------------------------------------------
 
-    def _check_site(self, book: Book, site: str, outbox: list[Sent] | None) -> None:
+    def _check_site(self, book: Book, site: str, outbox: list[SentUpdate] | None) -> None:
         arrived = {
             identity: taken
             for identity, taken in book.taken.items()

@@ -7,14 +7,14 @@ from fednats.errors import Reason
 from fednats.messages import Update
 from fednats.protocol.compositions import without_digests
 from fednats.verify.books import Fate, Taken, became
-from fednats.verify.sent import Sent
+from fednats.verify.sent import SentUpdate
 
 DAMAGED = {Reason.CHECKSUM, Reason.CIPHERTEXT}
 """Reasons that an honest update is never refused for."""
 
 
 def check_outbox(
-    region: str, site: str, outbox: Sequence[Sent], gaps: Sequence[range], arrived: dict[str, Taken]
+    region: str, site: str, outbox: Sequence[SentUpdate], gaps: Sequence[range], arrived: dict[str, Taken]
 ) -> tuple[list[str], list[str]]:
     """Return findings and notes on the outbox of ``site``; ``gaps`` are the numbers that it lacks since a backup."""
     findings = [*_unread(site, outbox), *_numbers(site, outbox, gaps)]
@@ -37,7 +37,7 @@ def check_outbox(
     return findings, notes
 
 
-def _unread(site: str, outbox: Sequence[Sent]) -> list[str]:
+def _unread(site: str, outbox: Sequence[SentUpdate]) -> list[str]:
     unread = [item for item in outbox if item.head is None]
     return [
         f"unreadable: {len(unread)} updates in the outbox of {site}, such as {item.update_id}: {item.problem};"
@@ -46,7 +46,7 @@ def _unread(site: str, outbox: Sequence[Sent]) -> list[str]:
     ]
 
 
-def _numbers(site: str, outbox: Sequence[Sent], gaps: Sequence[range]) -> list[str]:
+def _numbers(site: str, outbox: Sequence[SentUpdate], gaps: Sequence[range]) -> list[str]:
     sequences = [item.sequence for item in outbox]
     begun = {gap.stop for gap in gaps}
     if all(after == before + 1 or after in begun for before, after in pairwise(sequences)):
@@ -54,7 +54,7 @@ def _numbers(site: str, outbox: Sequence[Sent], gaps: Sequence[range]) -> list[s
     return [f"outbox: the updates of {site} are numbered {sequences}, with a gap"]
 
 
-def _not_in_backup(outbox: Sequence[Sent], gaps: Sequence[range], arrived: dict[str, Taken]) -> set[str]:
+def _not_in_backup(outbox: Sequence[SentUpdate], gaps: Sequence[range], arrived: dict[str, Taken]) -> set[str]:
     """Return which of what ``arrived`` was sent between a backup and the moment that it was put back."""
     given_up = {item.update_id for item in outbox if item.is_given_up}
     return {
@@ -64,7 +64,7 @@ def _not_in_backup(outbox: Sequence[Sent], gaps: Sequence[range], arrived: dict[
     }
 
 
-def _differs(item: Sent, taken: Taken) -> str | None:
+def _differs(item: SentUpdate, taken: Taken) -> str | None:
     """Return what is wrong with an update that its region took in; a format for its name."""
     head = item.head
     if head is not None and head != taken.head and not (taken.is_noted and _as_noted(head) == taken.head):

@@ -11,7 +11,7 @@ from fednats.storage.database import open_read_only
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class SentUpdate:
     """One update that a site made."""
 
     update_id: str
@@ -28,7 +28,7 @@ class Sent:
     """Why it cannot be read."""
 
 
-def read_outbox(file: Path) -> list[Sent] | None:
+def read_outbox(file: Path) -> list[SentUpdate] | None:
     """Return the updates in the outbox of a site that may be running, in order; None if it has none.
 
     Raises:
@@ -60,13 +60,13 @@ def read_gaps(file: Path) -> list[range]:
     return [range(own + 1, first) for own, first in rows]
 
 
-def _sent(row: sqlite3.Row, own: int) -> Sent:
+def _sent(row: sqlite3.Row, own: int) -> SentUpdate:
     head, problem = None, ""
     try:
         head = wire.unpack(row["head"], Update)
     except RefusedError as error:
         problem = error.detail
-    return Sent(
+    return SentUpdate(
         update_id=row["update_id"],
         sequence=row["sequence"],
         head=head,

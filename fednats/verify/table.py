@@ -3,12 +3,12 @@
 from rich.table import Table
 
 from fednats.verify.books import Fate
-from fednats.verify.joined import LOST, SENT, UNDER_WAY, Ledger
+from fednats.verify.joined import LOST, SENT, UNDER_WAY, Books
 
 _FIRST = (SENT, UNDER_WAY, LOST, Fate.WAITING.value, Fate.SUMMED.value, Fate.LEFT_OVER.value)
 
 
-def table(ledger: Ledger) -> Table:
+def table(ledger: Books) -> Table:
     """Return what became of updates at their regions, and of the regions' sums at the node above."""
     drawn = Table(title="ledger")
     drawn.add_column("")

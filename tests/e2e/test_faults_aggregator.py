@@ -15,7 +15,7 @@ from fednats.storage.journal import read_journal
 from fednats.subjects import HUB
 from fednats.testbed.launch import Running, running
 from fednats.testbed.wan import WanSettings
-from fednats.transport.bus import Bus, Record
+from fednats.transport.bus import Bus, StoredMessage
 from fednats.verify.books import Book, Fate
 from fednats.verify.joined import APPLIED
 from fednats.wire import MessageT
@@ -121,7 +121,7 @@ async def first(bus: Bus, subject: str, kind: type[MessageT]) -> MessageT:
     """Return the first message on ``subject``, as soon as the region's server has it."""
     stream = subjects.aggregates_stream(RUN, "north")
 
-    async def look() -> Record | None:
+    async def look() -> StoredMessage | None:
         try:
             return await bus.last(stream, subject)
         except BusError:  # the aggregator has not made the stream yet

@@ -15,7 +15,7 @@ from fednats.testbed.launch import Running, running
 from fednats.testbed.nats_server import NatsServer
 from fednats.testbed.wan import WanSettings
 from fednats.verify.books import Book, Fate
-from fednats.verify.joined import APPLIED, OVERTAKEN_S, Ledger, verify
+from fednats.verify.joined import APPLIED, OVERTAKEN_S, Books, verify
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import events, logged
 from tests.e2e.ledgers import balanced
@@ -45,7 +45,7 @@ async def version_grows(federation_running: Running, n_versions: int = 2) -> Non
     await until(federation_running, reached(version_now(federation_running) + n_versions))
 
 
-async def ends_well(federation_running: Running) -> Ledger:
+async def ends_well(federation_running: Running) -> Books:
     """End the run; every accepted update is in the model, but for those that waited when it closed."""
     statuses = await end_after(federation_running, 3)
     ledger = await balanced(federation_running.output)

@@ -19,7 +19,7 @@ from fednats.protocol.events import Combined, CombineFailed, ContributionArrived
 from fednats.services.daemon.recorder import entry_of
 from fednats.verify import joined as ledger_of_a_run
 from fednats.verify.books import Book
-from fednats.verify.joined import APPLIED, OVERTAKEN_S, Ledger, settled, verify
+from fednats.verify.joined import APPLIED, OVERTAKEN_S, Books, settled, verify
 from tests.makers import announcement, closed, update
 from tests.small_run import SETTINGS, SmallRun
 
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> SmallRun:
     return made
 
 
-def found(run: SmallRun) -> Ledger:
+def found(run: SmallRun) -> Books:
     return verify(run.directory)
 
 
@@ -169,7 +169,7 @@ def test_a_contribution_that_the_stream_lost_may_come_again(run: SmallRun) -> No
 # --- what is lost -----------------------------------------------------------------------------------------------------
 
 
-def after_a_gap(run: SmallRun, wait_s: float) -> Ledger:
+def after_a_gap(run: SmallRun, wait_s: float) -> Books:
     """The fourth update of a is sent and never comes; its fifth does, and the region goes on for a while."""
     run.send("north", "a")
     node = run.regions["north"]

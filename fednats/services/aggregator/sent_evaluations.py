@@ -14,7 +14,7 @@ from fednats.services.daemon.identity import Identity
 from fednats.services.daemon.recorder import Recorder, entry_of
 from fednats.services.daemon.worker import Worker
 from fednats.services.tier.compositions import Compositions
-from fednats.services.tier.evaluations import Part, Read, Summing, cases_of, payload_of, sites_of, sum_of
+from fednats.services.tier.evaluations import EvaluationPart, Read, Summing, cases_of, payload_of, sites_of, sum_of
 
 if TYPE_CHECKING:
     from fednats.services.aggregator.worker import AggregatorWorker
@@ -104,11 +104,11 @@ class SentEvaluations:
                 await self._published.drop(published.payload.payload_id)  # the node above has it
         return EvaluationsSummed(version=command.version, n_sites=sites_of(parts), n_samples=cases_of(parts))
 
-    async def _sum(self, command: SumEvaluations, fit: Fit) -> tuple[list[Part], tuple[bytes, ...]]:
+    async def _sum(self, command: SumEvaluations, fit: Fit) -> tuple[list[EvaluationPart], tuple[bytes, ...]]:
         current = self._machine.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced here
 
-        async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> tuple[bytes, ...]:
+        async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[EvaluationPart]) -> tuple[bytes, ...]:
             n_sites, like = [sites_of([part]) for part in parts], parts[0]
             summed: tuple[bytes, ...] = await self._worker.call(
                 "sum_counts", fit, inputs, n_sites, like.n_classes, like.arrangement

@@ -11,7 +11,7 @@ from fednats.delta.sum import Summer, summer
 from fednats.errors import Reason, RefusedError
 from fednats.learning.figures import n_integers
 from fednats.services.daemon.answers import Fit
-from fednats.services.daemon.keys import held, key_id_of, read_keys
+from fednats.services.daemon.keys import checked_key_id, held, read_keys
 
 DITHER = b"dither of sums"
 
@@ -32,7 +32,7 @@ class AggregatorWorker:
         public_key = held(self._keys, announced)
         if public_key is not None and delta.cipher == "none":
             raise RefusedError(Reason.POLICY, "the run is not encrypted, but this region has a public_key_file")
-        key_id = key_id_of(lambda: summer(delta, public_key).key_id)
+        key_id = checked_key_id(lambda: summer(delta, public_key).key_id)
         add = summer(delta, public_key)
         levels = max(1, delta.tiers - self._depth + 1)
         return Fit(

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fednats.protocol.events import EvaluationsSummed, SumEvaluations, VersionAnnounced
-from fednats.services.daemon.answers import Pooled
+from fednats.services.daemon.answers import PooledEvaluation
 from fednats.services.daemon.identity import Identity
 from fednats.services.daemon.worker import Worker
-from fednats.services.tier.evaluations import Part, Read, Summing, evaluations_summed
+from fednats.services.tier.evaluations import EvaluationPart, Read, Summing, evaluations_summed
 
 if TYPE_CHECKING:
     from fednats.services.coordinator.worker import CoordinatorWorker
@@ -32,9 +32,9 @@ class EvaluationReader:
         """Decrypt what regions summed; sums of versions of an earlier run are not read."""
         least = current.settings.min_sites
 
-        async def pool(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> Pooled:
+        async def pool(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[EvaluationPart]) -> PooledEvaluation:
             async with self._lock:
-                pooled: Pooled = await self._worker.call("pool", inputs, parts, least)
+                pooled: PooledEvaluation = await self._worker.call("pool", inputs, parts, least)
             return pooled
 
         key_ids = (current.key_id, *current.older_key_ids)

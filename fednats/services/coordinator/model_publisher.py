@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from fednats import subjects, wire
 from fednats.config import CoordinatorSettings
 from fednats.errors import BusError, ConfigError
-from fednats.ledger.records import Entry
+from fednats.ledger.records import LedgerEntry
 from fednats.messages import DIGEST_BYTES, Control, Frame, ModelManifest, Opening
-from fednats.services.daemon.answers import Version
+from fednats.services.daemon.answers import CurrentVersion
 from fednats.services.daemon.identity import Identity
 from fednats.services.daemon.lifecycle import Daemon
 from fednats.services.daemon.off_loop import off_loop
@@ -37,7 +37,7 @@ class ModelPublisher:
         recorder: Recorder,
         bus: Bus,
         lease: HeldLease,
-        note: Callable[[Version], Awaitable[None]],
+        note: Callable[[CurrentVersion], Awaitable[None]],
     ) -> None:
         """Publish under ``lease``; ``note`` stores what a version is made of, before it is announced."""
         self._daemon = daemon
@@ -58,7 +58,7 @@ class ModelPublisher:
         """Payload ids of the frames that are in the stream."""
         self.sent_bytes = 0
 
-    async def publish(self, version: Version) -> ModelManifest:
+    async def publish(self, version: CurrentVersion) -> ModelManifest:
         """Publish ``version``; returns when everybody can have it."""
         async with self.publishing:
             return await self._publish(version)
@@ -73,7 +73,7 @@ class ModelPublisher:
         run = self._settings.run
         await self._tell(Control(run=run, opening=opening, status="closed", version=version, reason=reason))
 
-    async def publish_again(self, current: Callable[[], Awaitable[Version | None]]) -> None:
+    async def publish_again(self, current: Callable[[], Awaitable[CurrentVersion | None]]) -> None:
         """Publish the ``current`` version again whenever the hub had lost its streams, for ever.
 
         It is asked for here: the next one may just have been made.
@@ -90,7 +90,7 @@ class ModelPublisher:
                     if self._control is not None:
                         await self._publish_control(self._control)
 
-    async def _publish(self, version: Version) -> ModelManifest:
+    async def _publish(self, version: CurrentVersion) -> ModelManifest:
         manifest = self._manifest(version)
         signed = self._identity.sign(subjects.head(self._prefix), manifest)
         self._say_largest(manifest.delta.chunk_bytes, version.n_update_chunks, len(signed))
@@ -131,7 +131,7 @@ class ModelPublisher:
         sent = 0
         if record is None or wire.digest(record.data) != payload.digests[last]:
             await self._recorder.record(
-                Entry(
+                LedgerEntry(
                     "frame",
                     version=frame.version,
                     name=payload.payload_id,
@@ -172,7 +172,7 @@ class ModelPublisher:
             lambda fence: self._bus.publish(subject, signed, wire.message_id(signed), fence=fence)
         )
 
-    def _manifest(self, version: Version) -> ModelManifest:
+    def _manifest(self, version: CurrentVersion) -> ModelManifest:
         run = version.settings
         return ModelManifest(
             run=self._settings.run,

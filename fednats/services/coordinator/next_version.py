@@ -35,7 +35,7 @@ _LISTED_FRAME_BYTES = 128
 
 
 @dataclass(frozen=True)
-class Made:
+class Provenance:
     """What a version is made of."""
 
     combination_id: str
@@ -81,7 +81,7 @@ class NextVersion:
         self._check = check
 
     def make(
-        self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], made: Made, grids: tuple[Grid, ...]
+        self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], made: Provenance, grids: tuple[Grid, ...]
     ) -> Checkpoint:
         """Step along ``mean_delta`` float32[n], round the way to the result, commit; durable on return.
 
@@ -126,7 +126,7 @@ class NextVersion:
         """Whether the newest keyframe cannot be read by who has the newest key alone."""
         keyframe = next(frame for frame in reversed(self._current.frames) if frame.is_keyframe)
         sealed = next(self._checkpoints.frame(keyframe.payload.payload_id))
-        return sealing.key_id_of(sealed) != self._keys.newest
+        return sealing.sealing_key_id(sealed) != self._keys.newest
 
     def _step(
         self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], before: TensorFile, after: TensorFile

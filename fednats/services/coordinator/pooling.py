@@ -13,7 +13,7 @@ from fednats.errors import Reason, RefusedChunkError, RefusedError
 from fednats.learning.figures import Share, known_names, n_integers, read_figures
 from fednats.learning.scores import Counts, n_counts
 from fednats.messages import EvaluationSum
-from fednats.services.daemon.answers import Pooled
+from fednats.services.daemon.answers import PooledEvaluation
 
 MAX_CONFUSION_CLASSES = 30
 MAX_ROC_CLASSES = 10
@@ -31,7 +31,7 @@ def pool(
     inputs: Sequence[Sequence[bytes]],
     heads: Sequence[EvaluationSum],
     min_sites: int,
-) -> Pooled:
+) -> PooledEvaluation:
     """Decrypt the chunks of several regions' sums, and work out the figures of all their test cases.
 
     Class counts give figures of the cases pooled, sums of figures give means over the hospitals. One that fewer than
@@ -60,9 +60,9 @@ def pool(
     n_samples = sum(head.n_samples for head in heads)
     means = {name: share.value for name, share in shares.items() if share.n_sites >= min_sites}
     if not counts:
-        return Pooled(n_samples, {}, means, [], {})
+        return PooledEvaluation(n_samples, {}, means, [], {})
     pooled = reduce(operator.add, counts)
-    return Pooled(
+    return PooledEvaluation(
         n_samples=n_samples,
         metrics=pooled.metrics(),
         means=means,

@@ -17,7 +17,7 @@ from fednats.errors import RefusedError, RestoreError
 from fednats.messages import Composition, Control, Frame, ModelManifest, OpeningNote
 from fednats.protocol.coordinator import Coordinator
 from fednats.protocol.events import Restored
-from fednats.services.daemon.answers import Version
+from fednats.services.daemon.answers import CurrentVersion
 from fednats.services.daemon.identity import Identity
 from fednats.services.daemon.off_loop import chunk_file
 from fednats.services.daemon.retry import ask
@@ -63,7 +63,7 @@ class Restoration:
         self._prefix = subjects.model(settings.run)
         self._is_on_bus = False
 
-    async def brought_up(self, own: Version | None) -> Version | None:
+    async def brought_up(self, own: CurrentVersion | None) -> CurrentVersion | None:
         """Return the version to go on from: ``own``, or a newer one on the bus, which is durable then.
 
         Raises:
@@ -87,7 +87,7 @@ class Restoration:
         grids = tuple(note.grid for note in notes if note.grid is not None)
         made = newest if isinstance(newest, Composition) else None
         try:
-            taken: Version = await self._worker.call("adopt", manifest, settings, fetched, made, grids)
+            taken: CurrentVersion = await self._worker.call("adopt", manifest, settings, fetched, made, grids)
         except RefusedError as error:
             raise RestoreError(
                 f"version {manifest.version} is the newest on the bus, the state here is at {own_version}, and"
@@ -96,7 +96,7 @@ class Restoration:
         self._log.warning("newest_version_taken_up", version=taken.version, server_optimizer="begins anew")
         return taken
 
-    async def missed(self, machine: Coordinator, version: Version | None) -> Restored | None:
+    async def missed(self, machine: Coordinator, version: CurrentVersion | None) -> Restored | None:
         """Return what the journal of ``machine`` misses up to ``version``, the newest checkpoint; None if it is whole.
 
         Raises:
@@ -137,7 +137,7 @@ class Restoration:
 
     # --- what the bus has ---------------------------------------------------------------------------------------------
 
-    async def _newest(self, own: Version | None) -> ModelManifest | None:
+    async def _newest(self, own: CurrentVersion | None) -> ModelManifest | None:
         """Return the newest manifest of this coordinator's, None if there is none, or none that matters.
 
         Raises:
@@ -176,7 +176,7 @@ class Restoration:
             return False
         return True
 
-    async def _settings_of(self, manifest: ModelManifest, own: Version | None) -> RunSettings:
+    async def _settings_of(self, manifest: ModelManifest, own: CurrentVersion | None) -> RunSettings:
         """Return the settings of the run that ``manifest`` is of."""
         opening = manifest.opening
         if own is not None and own.opening == opening:
@@ -209,7 +209,7 @@ class Restoration:
                 following = note
         return tuple(reversed(notes)), tuple(reversed(unknown))
 
-    async def _closed(self, version: Version) -> str | None:
+    async def _closed(self, version: CurrentVersion) -> str | None:
         """Return why the run was closed at ``version``, None if the bus does not say so."""
         subject = subjects.control(self._settings.run)
         record = await ask(self._log, lambda: self._bus.last(self._stream, subject))
@@ -229,7 +229,7 @@ def _contradicts(note: Note, following: Note | None) -> bool:
     return following.previous not in {"", note.made_by}
 
 
-def _follows(version: Version, machine: Coordinator) -> bool:
+def _follows(version: CurrentVersion, machine: Coordinator) -> bool:
     """Whether ``version`` is what the journal was about to announce: made, or opened, before the daemon was killed."""
     if version.version != machine.version + 1:
         return False
@@ -238,7 +238,7 @@ def _follows(version: Version, machine: Coordinator) -> bool:
     return machine.in_flight is not None and machine.in_flight.combination_id == version.made_by
 
 
-def _is_newer(manifest: ModelManifest, own: Version | None) -> bool:
+def _is_newer(manifest: ModelManifest, own: CurrentVersion | None) -> bool:
     """Whether others know a version that ``own`` would contradict."""
     if own is None:
         return True

@@ -14,7 +14,7 @@ from fednats.errors import ConfigError, FednatsError
 from fednats.messages import MAX_RUNS, Opening, RunAnswer, RunOrder, RunRow
 from fednats.protocol.coordinator import Coordinator, RunRecord, RunState
 from fednats.protocol.events import CloseRun, OpenRun, Restored, RunOpened, WallTimeReached
-from fednats.services.daemon.answers import Version
+from fednats.services.daemon.answers import CurrentVersion
 from fednats.services.daemon.identity import Identity
 from fednats.services.daemon.worker import Worker
 from fednats.services.tier.tier import Handled, Tier
@@ -75,7 +75,7 @@ class Runs:
             return RunState.FINISHING.name.lower()
         return self._machine.state.name.lower()
 
-    async def open_first(self, version: Version | None) -> None:
+    async def open_first(self, version: CurrentVersion | None) -> None:
         """Open the run in the daemon's own settings; with a ``version`` on disk the journal is lost, and it goes on.
 
         Raises:

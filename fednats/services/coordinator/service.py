@@ -41,7 +41,7 @@ from fednats.services.coordinator.model_publisher import ModelPublisher
 from fednats.services.coordinator.restore import Restoration
 from fednats.services.coordinator.runs import Runs
 from fednats.services.coordinator.version_notes import VersionNotes
-from fednats.services.daemon.answers import Version
+from fednats.services.daemon.answers import CurrentVersion
 from fednats.services.daemon.certificates import watch_certificates
 from fednats.services.daemon.failing import give_up_when_all_fail
 from fednats.services.daemon.identity import Identity
@@ -260,7 +260,7 @@ class CoordinatorService:
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
-    async def _announce(self, version: "Version") -> VersionAnnounced:
+    async def _announce(self, version: "CurrentVersion") -> VersionAnnounced:
         """Publish ``version`` and the frames that lead to it; doing it again changes nothing."""
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         manifest = await self._publisher.publish(version)
@@ -277,7 +277,7 @@ class CoordinatorService:
             settings=version.settings.aggregation,
         )
 
-    async def _note_version(self, version: Version) -> None:
+    async def _note_version(self, version: CurrentVersion) -> None:
         await self._notes.write(version, self._machine.in_flight)
 
     async def _combine(self, combination: Combination) -> list[Event]:
@@ -286,7 +286,7 @@ class CoordinatorService:
         A version is made even if nothing is left: sites that wait for one go on.
         """
         identity = combination.combination_id
-        version: Version = await self._worker.persist(self._log, "current")
+        version: CurrentVersion = await self._worker.persist(self._log, "current")
         if older := sum(part.head.key_id != version.key_id for part in combination.parts):
             self._log.info("older_key_in_use", n_sums=older)  # it has not drained yet
         if version.made_by != identity:  # else it was applied before a restart, and only the publishing is left
@@ -305,7 +305,7 @@ class CoordinatorService:
         self._daemon.notices.add(What.VERSION_MADE, {"version": version.version})
         return [announced, done]
 
-    async def _step(self, combination: Combination) -> Version:
+    async def _step(self, combination: Combination) -> CurrentVersion:
         """Make the next version of what is sound and no outlier.
 
         Raises:
@@ -325,7 +325,7 @@ class CoordinatorService:
             await self._decrypt(list(parts.values()))
         heads = [part.head for part in parts.values() if isinstance(part.head, Aggregate)]
         await self._recorder.record(*map(accepted, heads))
-        version: Version
+        version: CurrentVersion
         try:
             async with self._publisher.publishing:
                 version = await self._worker.call("apply", identity, heads, combination.scale, norms, quarantined)
@@ -415,7 +415,7 @@ class CoordinatorService:
         if self._ending is not None:
             self._ending.cancel()  # of the run before
         async with self._publisher.publishing, self._stepping:
-            version: Version = await self._worker.persist(
+            version: CurrentVersion = await self._worker.persist(
                 self._log, "open_run", opening, command.settings, command.initial_digest
             )
         await self._recorder.record(run_begins(opening))

@@ -4,7 +4,7 @@ from fednats import subjects
 from fednats.messages import OpeningNote
 from fednats.protocol.compositions import composition_of
 from fednats.protocol.events import Combination
-from fednats.services.daemon.answers import Version
+from fednats.services.daemon.answers import CurrentVersion
 from fednats.services.tier.compositions import Compositions
 
 
@@ -20,7 +20,7 @@ class VersionNotes:
         """Keep in mind what the newest version was made of, now or before a restart."""
         self._made = [*self._made[-1:], combination]
 
-    async def write(self, version: Version, in_flight: Combination | None) -> None:
+    async def write(self, version: CurrentVersion, in_flight: Combination | None) -> None:
         """Store what ``version`` is made of; it is stored already, or the first one, where this does not know."""
         if not version.made_by:
             note = OpeningNote(

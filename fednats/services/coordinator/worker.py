@@ -28,9 +28,9 @@ from fednats.learning.task_code import make_task
 from fednats.learning.task_errors import task_code
 from fednats.learning.whole_model import write_whole_model
 from fednats.messages import Aggregate, Composition, EvaluationSum, Frame, Grid, ModelManifest, Opening
-from fednats.services.coordinator.next_version import Made, NextVersion, Start, first_version, still_of_use
+from fednats.services.coordinator.next_version import NextVersion, Provenance, Start, first_version, still_of_use
 from fednats.services.coordinator.pooling import pool
-from fednats.services.daemon.answers import Pooled, Version
+from fednats.services.daemon.answers import CurrentVersion, PooledEvaluation
 from fednats.services.daemon.keys import read_keys
 from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder, frame_file, newest_checkpoint
 from fednats.storage.local_disk import local_disk
@@ -94,7 +94,7 @@ class CoordinatorWorker:
         partial.rename(self._initial)
         return digest_of(weights)
 
-    def open_run(self, opening: Opening, run: RunSettings, initial_digest: bytes | None) -> Version:
+    def open_run(self, opening: Opening, run: RunSettings, initial_digest: bytes | None) -> CurrentVersion:
         """Make the version that ``opening`` begins with, unless it is there; durable on return.
 
         Raises:
@@ -199,13 +199,13 @@ class CoordinatorWorker:
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
-    def current(self) -> Version | None:
+    def current(self) -> CurrentVersion | None:
         """Return the current version, None before the first run is opened."""
         return None if self._current is None else self._version()
 
-    def _version(self) -> Version:
+    def _version(self) -> CurrentVersion:
         current = self._newest
-        return Version(
+        return CurrentVersion(
             version=current.version,
             opening=current.opening,
             settings=self._run,
@@ -256,7 +256,7 @@ class CoordinatorWorker:
         scale: float,
         norms: Mapping[str, float],
         quarantined: Mapping[str, str],
-    ) -> Version:
+    ) -> CurrentVersion:
         """Step the model along ``scale`` times the mean of the decrypted deltas of ``heads``; durable on return.
 
         ``norms`` and ``quarantined`` are kept with the version, for a daemon that is killed before it can write them down.
@@ -281,7 +281,7 @@ class CoordinatorWorker:
             self._hollow.check,
         )
         with local_disk(self._state_dir):
-            made = Made(combination_id, dict(norms), dict(quarantined))
+            made = Provenance(combination_id, dict(norms), dict(quarantined))
             try:
                 self._current = making.make(self._optimizer, self._mean, made, adapted)
             except RefusedError as error:
@@ -299,7 +299,7 @@ class CoordinatorWorker:
         fetched: Sequence[Frame],
         note: Composition | None,
         noted_grids: Sequence[Grid],
-    ) -> Version:
+    ) -> CurrentVersion:
         """Take up the version of ``manifest``, whose ``fetched`` frames are on the disk, in place of an older one.
 
         The optimiser begins anew: its state was nowhere but here. Durable on return.
@@ -340,7 +340,9 @@ class CoordinatorWorker:
         self._delta_norm = 0.0
         return self._version()
 
-    def pool(self, inputs: Sequence[Sequence[bytes]], heads: Sequence[EvaluationSum], min_sites: int) -> Pooled:
+    def pool(
+        self, inputs: Sequence[Sequence[bytes]], heads: Sequence[EvaluationSum], min_sites: int
+    ) -> PooledEvaluation:
         """Decrypt what several regions summed; see `fednats.services.coordinator.pooling.pool`."""
         return pool(self._decoders[heads[0].key_id].decode_counts, self._run.delta, inputs, heads, min_sites)
 

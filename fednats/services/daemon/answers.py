@@ -45,7 +45,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Pooled:
+class PooledEvaluation:
     """What sums of several sites' evaluations say of all their test cases."""
 
     n_samples: int
@@ -73,7 +73,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Version:
+class CurrentVersion:
     """The current model version, as far as the daemon needs it."""
 
     version: int

@@ -36,7 +36,7 @@ def held(public_keys: Sequence[bytes], announced: str) -> bytes | None:
     return next((key for key in public_keys if key_id(key) == announced), public_keys[0] if public_keys else None)
 
 
-def key_id_of(find: Callable[[], str]) -> str:
+def checked_key_id(find: Callable[[], str]) -> str:
     """Return the key id that ``find`` gives; a key that does not fit the announced settings refuses the run, not more.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fednats import wire
 from fednats.crypto.signing import SIGNATURE_BYTES
-from fednats.ledger.records import EgressLedger, Entry
+from fednats.ledger.records import EgressLedger, LedgerEntry
 from fednats.messages import Aggregate, Message, Opening, Payload, Update
 from fednats.permissions import user_name
 from fednats.protocol import admission
@@ -25,20 +25,20 @@ INTERVAL_S = 60.0
 SUMMED_UP = f"presence, status answers, notices, requests to the bus and acknowledgements are summed up as 'other' every {INTERVAL_S:.0f} s"
 
 
-class Sent(NamedTuple):
+class Traffic(NamedTuple):
     """How much has been sent."""
 
     n_messages: int
     n_bytes: int
     """Of payload."""
 
-    def less(self, other: "Sent") -> "Sent":
+    def less(self, other: "Traffic") -> "Traffic":
         """Return what is beyond ``other``."""
-        return Sent(self.n_messages - other.n_messages, self.n_bytes - other.n_bytes)
+        return Traffic(self.n_messages - other.n_messages, self.n_bytes - other.n_bytes)
 
-    def more(self, other: "Sent") -> "Sent":
+    def more(self, other: "Traffic") -> "Traffic":
         """Return both together."""
-        return Sent(self.n_messages + other.n_messages, self.n_bytes + other.n_bytes)
+        return Traffic(self.n_messages + other.n_messages, self.n_bytes + other.n_bytes)
 
 
 class Recorder:
@@ -48,8 +48,8 @@ class Recorder:
         """Open the ledger at ``path``. Raises as `EgressLedger`."""
         self._daemon = daemon
         self._ledger = EgressLedger(path, identity.signer, identity.name, daemon.run)
-        self._covered = Sent(0, 0)
-        self._summed = Sent(0, 0)
+        self._covered = Traffic(0, 0)
+        self._summed = Traffic(0, 0)
 
     @property
     def head(self) -> str:
@@ -66,33 +66,33 @@ class Recorder:
         cut = (
             f"a record that was cut short after {removed} bytes was removed, nothing had left for it" if removed else ""
         )
-        await self.record(Entry("started", detail="; ".join(filter(None, (detail, cut)))))
+        await self.record(LedgerEntry("started", detail="; ".join(filter(None, (detail, cut)))))
 
-    async def record(self, *entries: Entry) -> None:
+    async def record(self, *entries: LedgerEntry) -> None:
         """Write ``entries``. Raises LocalStorageError: they are not on the disk, and must not leave."""
         await asyncio.to_thread(self._ledger.append, *entries)
         self._daemon.metrics.ledger_records.set(self._ledger.n_records)
         self._daemon.metrics.ledger_bytes.set(self._ledger.n_bytes)
 
     @asynccontextmanager
-    async def sending(self, bus: Bus, entry: Entry) -> AsyncIterator[None]:
+    async def sending(self, bus: Bus, entry: LedgerEntry) -> AsyncIterator[None]:
         """Record ``entry``, then count what leaves meanwhile as recorded, up to what the entry says. Raises as `record`."""
         await self.record(entry)
-        before = Sent(*bus.sent)
+        before = Traffic(*bus.sent)
         try:
             yield
         finally:
-            sent = Sent(*bus.sent).less(before)
+            sent = Traffic(*bus.sent).less(before)
             self._covered = self._covered.more(
-                Sent(min(sent.n_messages, entry.n_messages), min(sent.n_bytes, entry.n_bytes))
+                Traffic(min(sent.n_messages, entry.n_messages), min(sent.n_bytes, entry.n_bytes))
             )
 
     async def sum_up(self, bus: Bus) -> None:
         """Record what has left over ``bus`` without a record of its own since this was last called; not while sending."""
-        rest = Sent(*bus.sent).less(self._covered).less(self._summed)
+        rest = Traffic(*bus.sent).less(self._covered).less(self._summed)
         if rest.n_messages > 0 or rest.n_bytes > 0:
-            rest = Sent(max(0, rest.n_messages), max(0, rest.n_bytes))
-            await self.record(Entry("other", n_messages=rest.n_messages, n_bytes=rest.n_bytes, detail=SUMMED_UP))
+            rest = Traffic(max(0, rest.n_messages), max(0, rest.n_bytes))
+            await self.record(LedgerEntry("other", n_messages=rest.n_messages, n_bytes=rest.n_bytes, detail=SUMMED_UP))
             self._summed = self._summed.more(rest)
 
 
@@ -105,10 +105,10 @@ def entry_of(
     payload: Payload | None = None,
     epsilon: float | None = None,
     detail: str = "",
-) -> Entry:
+) -> LedgerEntry:
     """Return the entry of a signed message and, if it is a head, of its ``payload``."""
     packed = wire.pack(message)
-    return Entry(
+    return LedgerEntry(
         what,
         version=version,
         name=name,
@@ -120,12 +120,12 @@ def entry_of(
     )
 
 
-def run_begins(opening: Opening) -> Entry:
+def run_begins(opening: Opening) -> LedgerEntry:
     """Return the entry that says of which run versions are from the first one of ``opening`` on; nothing leaves with it."""
-    return Entry("run", version=opening.first_version, name=opening.name)
+    return LedgerEntry("run", version=opening.first_version, name=opening.name)
 
 
-def accepted(head: Update | Aggregate) -> Entry:
+def accepted(head: Update | Aggregate) -> LedgerEntry:
     """Return the entry of a contribution that goes into a sum or a version."""
     sender = user_name("site" if isinstance(head, Update) else "aggregator", admission.source(head))
     entry = entry_of(

@@ -15,13 +15,13 @@ from fednats import subjects
 from fednats.config import SiteSettings
 from fednats.errors import CopiedSiteError, RefusedError, RestoreError
 from fednats.ledger.anchor import missing_heads
-from fednats.ledger.records import Entry
+from fednats.ledger.records import LedgerEntry
 from fednats.messages import MAX_COUNT, Update
 from fednats.services.daemon.identity import Identity
 from fednats.services.daemon.lifecycle import PRESENCE_RENEWAL_S
 from fednats.services.daemon.retry import find
-from fednats.storage.outbox import Outbox, Restored, first_number
-from fednats.transport.bus import Bus, Record
+from fednats.storage.outbox import Outbox, RestoredOutbox, first_number
+from fednats.transport.bus import Bus, StoredMessage
 
 WATCHED_S = 2 * PRESENCE_RENEWAL_S
 """A process that is there renews its presence within so long."""
@@ -33,7 +33,7 @@ _HIGHEST = MAX_COUNT // 2
 
 async def brought_up(
     bus: Bus, identity: Identity, settings: SiteSettings, outbox: Outbox, told: int, log: Any
-) -> Restored | None:
+) -> RestoredOutbox | None:
     """Let ``outbox`` go on above what the bus has of this site; return what was found, None if nothing is newer there.
 
     ``told`` is the newest number that the region has named.
@@ -54,7 +54,7 @@ async def brought_up(
         )
     await _refuse_rival(bus, settings, own, known, log)
     base_version = -1 if newest is None else newest.base_version
-    found = Restored(
+    found = RestoredOutbox(
         first=max(first_number(time.time()), known + 2), own=own, signed=signed, known=known, base_version=base_version
     )
     await asyncio.to_thread(outbox.go_above, found)
@@ -62,7 +62,7 @@ async def brought_up(
     return found
 
 
-async def gap_in(ledger: Path, outbox: Outbox, found: Restored | None) -> Entry | None:
+async def gap_in(ledger: Path, outbox: Outbox, found: RestoredOutbox | None) -> LedgerEntry | None:
     """Return what goes on ``ledger`` if it lacks what left since a backup; None if it lacks nothing, or says so already."""
     newest = await asyncio.to_thread(outbox.newest_ledger_head)
     missing = await asyncio.to_thread(missing_heads, ledger, newest)
@@ -70,7 +70,7 @@ async def gap_in(ledger: Path, outbox: Outbox, found: Restored | None) -> Entry 
         return None
     numbers = "" if found is None else f"; updates {found.own + 1} to {found.known} of this site may be among it"
     named = f"; records that were named and are not here: {', '.join(missing)}" if missing else ""
-    return Entry(
+    return LedgerEntry(
         "restored",
         detail=f"this ledger, or the state beside it, is from a backup: what left since is not here{numbers}{named}",
     )
@@ -96,7 +96,7 @@ async def _refuse_rival(bus: Bus, settings: SiteSettings, own: int, known: int, 
     bucket = subjects.presence_bucket(settings.run)
     key = f"$KV.{bucket}.{subjects.presence_key('site', settings.site)}"
 
-    async def presence() -> Record | None:
+    async def presence() -> StoredMessage | None:
         return await find(log, lambda: bus.last(f"KV_{bucket}", key))
 
     before = await presence()

@@ -8,7 +8,7 @@ from typing import Any
 from fednats import subjects, wire
 from fednats.config import SiteSettings
 from fednats.errors import BusError, LocalStorageError
-from fednats.ledger.records import Entry
+from fednats.ledger.records import LedgerEntry
 from fednats.messages import Evaluation, Opening, Update
 from fednats.services.daemon.identity import Identity
 from fednats.services.daemon.lifecycle import Daemon
@@ -57,7 +57,7 @@ class Sender:
         await asyncio.to_thread(self._outbox.release)
         self._to_send.set()
 
-    async def record(self, entry: Entry) -> None:
+    async def record(self, entry: LedgerEntry) -> None:
         """Put on record what leaves by itself, or says something of the ledger. Raises LocalStorageError."""
         await self._recorder.record(entry)
 
@@ -144,7 +144,7 @@ class Sender:
         await self._bus.publish_payload(self._prefix, update.update_id, chunks, first=first, stored=note)
         await self._bus.publish(subjects.head(self._prefix), head, wire.message_id(head))
 
-    async def _entry(self, update: Update, first: int) -> Entry:
+    async def _entry(self, update: Update, first: int) -> LedgerEntry:
         """Return what the ledger says of an attempt to send an update from chunk number ``first`` on."""
         n_bytes = await asyncio.to_thread(self._outbox.n_bytes, update.update_id, first)
         left = update.payload.model_copy(update={"n_bytes": n_bytes, "digests": update.payload.digests[first:]})

@@ -47,7 +47,7 @@ from fednats.storage.chunk_file import keep_sound
 from fednats.storage.local_disk import local_disk
 from fednats.storage.local_model import LocalModel, model_folder
 from fednats.storage.outbox import Outbox, outbox_file
-from fednats.transport.bus import Bus, Record
+from fednats.transport.bus import Bus, StoredMessage
 
 if TYPE_CHECKING:
     from fednats.services.site.worker import SiteWorker
@@ -203,7 +203,7 @@ class SiteService:
                 if error.reason is Reason.POLICY:
                     self._decline(error.detail)
 
-    async def _take(self, record: Record) -> None:
+    async def _take(self, record: StoredMessage) -> None:
         if record.subject == subjects.control(self._settings.run):
             self._hear(self._identity.open(record.subject, record.data, Control))
             return
@@ -335,7 +335,7 @@ class SiteService:
                 if isinstance(came_to, protocol.Done) and not isinstance(job, protocol.Evaluate):
                     self._failures.clear()
                     self._show_failing()
-                is_closed = self._machine.state is protocol.State.CLOSED
+                is_closed = self._machine.state is protocol.SiteState.CLOSED
                 self._status["state"] = "closed" if is_closed else self._resting
             if isinstance(came_to, protocol.Failed | protocol.NotStored) and not isinstance(job, protocol.Evaluate):
                 asyncio.get_running_loop().call_later(self._failures.pause_s, self._retry)
@@ -368,7 +368,7 @@ class SiteService:
             asyncio.get_running_loop().call_later(min(wait_s, LONGEST_NAP_S), self._await_hours)
             return
         self._start(self._machine.handle(protocol.HoursBegun()))
-        if self._machine.state is protocol.State.IDLE:
+        if self._machine.state is protocol.SiteState.IDLE:
             self._status["state"] = self._resting
 
     def _retry(self) -> None:

@@ -16,7 +16,7 @@ from fednats.services.daemon.identity import Identity
 from fednats.services.daemon.lifecycle import Daemon
 from fednats.services.daemon.retry import find
 from fednats.storage.outbox import Outbox, first_number
-from fednats.transport.bus import Bus, Record
+from fednats.transport.bus import Bus, StoredMessage
 
 LOOKED_AT = 4 * MAX_VERDICTS
 """Newest own updates that verdicts are compared with: more than one receipt names."""
@@ -95,7 +95,7 @@ class Verdicts:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _opened(self, record: Record) -> Receipt | None:
+    def _opened(self, record: StoredMessage) -> Receipt | None:
         try:
             return self._identity.open(record.subject, record.data, Receipt)
         except RefusedError as error:

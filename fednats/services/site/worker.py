@@ -34,7 +34,7 @@ from fednats.privacy.skellam import SkellamRounding
 from fednats.privacy.spending import Spending
 from fednats.privacy.trainer import PrivateTrainer
 from fednats.services.daemon.answers import Prepared, Scored, Trained
-from fednats.services.daemon.keys import held, key_id_of, read_keys
+from fednats.services.daemon.keys import checked_key_id, held, read_keys
 from fednats.storage.local_disk import local_disk
 from fednats.storage.local_model import LocalModel, model_folder, read_or_drop
 from fednats.storage.outbox import ChunkKey, Outbox, first_number, outbox_file
@@ -126,7 +126,7 @@ class SiteWorker:
         public_key = held(self._keys, manifest.key_id)
         if public_key is not None and manifest.delta.cipher == "none":
             raise RefusedError(Reason.POLICY, "the run is not encrypted, but this site has a public_key_file")
-        key_id = key_id_of(lambda: encoder(manifest.delta, public_key).key_id)
+        key_id = checked_key_id(lambda: encoder(manifest.delta, public_key).key_id)
         if manifest.key_id != key_id:
             raise RefusedError(Reason.WRONG_KEY, f"announced for key {manifest.key_id}, public_key_file holds {key_id}")
         if len(manifest.grid.steps) != len(manifest.parameters):

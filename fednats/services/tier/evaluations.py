@@ -12,12 +12,12 @@ from fednats.learning.figures import known_names, n_integers
 from fednats.learning.scores import pooled_names
 from fednats.messages import MAX_COUNT, Evaluation, EvaluationSum, Payload
 from fednats.protocol.events import EvaluationsSummed, SumEvaluations, evaluation_id
-from fednats.services.daemon.answers import Pooled
+from fednats.services.daemon.answers import PooledEvaluation
 from fednats.services.daemon.worker import WorkerDiedError
 from fednats.services.tier.inbox import VanishedError
 
-Part = Evaluation | EvaluationSum
-Read = Callable[[Part], AsyncGenerator[bytes, None]]
+EvaluationPart = Evaluation | EvaluationSum
+Read = Callable[[EvaluationPart], AsyncGenerator[bytes, None]]
 Kind = tuple[int, int | None, str]
 """Classes, arrangement and key: only what has the same of all three adds up."""
 
@@ -34,11 +34,11 @@ COUNT_BYTES, MORE_BYTES = 16, 2**20
 class Loaded:
     """An evaluation and its chunks."""
 
-    part: Part
+    part: EvaluationPart
     chunks: tuple[bytes, ...]
 
 
-Add = Callable[[Sequence[tuple[bytes, ...]], Sequence[Part]], Awaitable[Sum]]
+Add = Callable[[Sequence[tuple[bytes, ...]], Sequence[EvaluationPart]], Awaitable[Sum]]
 """Takes the chunks of evaluations, and their heads: all have the same classes, arrangement and key."""
 
 
@@ -66,7 +66,7 @@ class Summing(Generic[Sum]):
         self._n_hospitals = n_hospitals
         self._log = log
 
-    async def run(self, summing: SumEvaluations) -> tuple[list[Part], Sum | None]:
+    async def run(self, summing: SumEvaluations) -> tuple[list[EvaluationPart], Sum | None]:
         """Return the evaluations that were summed, and the sum; none where they are of too few sites."""
         loaded = await self._load(summing)
         while sites_of([each.part for each in loaded]) >= self._min_sites:
@@ -90,7 +90,7 @@ class Summing(Generic[Sum]):
                 self._leave_out(part, error)
         return loaded
 
-    async def _read_all(self, part: Part) -> tuple[bytes, ...]:
+    async def _read_all(self, part: EvaluationPart) -> tuple[bytes, ...]:
         """Return its chunks; as many bytes as can be meant are in memory, however many its sender has stored."""
         most, n_bytes, read = _n_counts(part) * COUNT_BYTES + MORE_BYTES, 0, []
         async with aclosing(self._read(part)) as chunks:
@@ -101,7 +101,7 @@ class Summing(Generic[Sum]):
                 read.append(chunk)
         return tuple(read)
 
-    def _check(self, part: Part, kind: Kind | None) -> None:
+    def _check(self, part: EvaluationPart, kind: Kind | None) -> None:
         if part.key_id not in self._key_ids:
             known = " or ".join(self._key_ids)
             raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {part.key_id}, this is {known}")
@@ -134,16 +134,16 @@ class Summing(Generic[Sum]):
             pass  # refused by name when all are summed
         return True
 
-    def _leave_out(self, part: Part, error: FednatsError) -> None:
+    def _leave_out(self, part: EvaluationPart, error: FednatsError) -> None:
         self._log.warning("evaluation_left_out", evaluation=evaluation_id(part), detail=str(error))
 
 
-def _n_counts(part: Part) -> int:
+def _n_counts(part: EvaluationPart) -> int:
     """Return how many counts an evaluation has at most."""
     return n_integers(part.n_classes, part.arrangement, FEWEST_BITS)
 
 
-def _kind(part: Part) -> Kind:
+def _kind(part: EvaluationPart) -> Kind:
     return part.n_classes, part.arrangement, part.key_id
 
 
@@ -158,7 +158,7 @@ def payload_of(source: str, version: int, chunks: Sequence[bytes]) -> Payload:
     return Payload(payload_id=name, n_bytes=sum(map(len, chunks)), digests=digests)
 
 
-def sum_of(run: str, region: str, parts: Sequence[Part], payload: Payload) -> EvaluationSum:
+def sum_of(run: str, region: str, parts: Sequence[EvaluationPart], payload: Payload) -> EvaluationSum:
     """Return the head of the sum of ``parts``, which are of one version and at least one."""
     return EvaluationSum(
         run=run,
@@ -176,30 +176,32 @@ def sum_of(run: str, region: str, parts: Sequence[Part], payload: Payload) -> Ev
     )
 
 
-def sites_of(parts: Sequence[Part]) -> int:
+def sites_of(parts: Sequence[EvaluationPart]) -> int:
     """Count the distinct sites in ``parts``."""
     return min(sum(1 if isinstance(part, Evaluation) else part.n_sites for part in parts), MAX_COUNT)
 
 
-def cases_of(parts: Sequence[Part]) -> int:
+def cases_of(parts: Sequence[EvaluationPart]) -> int:
     """Count the test cases that metrics are of."""
     return min(sum(part.n_samples for part in parts), MAX_COUNT)
 
 
-def figures_of(parts: Sequence[Part]) -> tuple[str, ...]:
+def figures_of(parts: Sequence[EvaluationPart]) -> tuple[str, ...]:
     """Return the names of the figures that are summed in ``parts``, which are of one arrangement."""
     arrangement = parts[0].arrangement
     return () if arrangement is None else known_names([part.figures for part in parts], arrangement)
 
 
-def mean_metrics(parts: Sequence[Part]) -> dict[str, float]:
+def mean_metrics(parts: Sequence[EvaluationPart]) -> dict[str, float]:
     """Return the means, weighted by number of samples, of the metrics that all of ``parts`` give."""
     n_samples = sum(part.n_samples for part in parts)
     names = set.intersection(*(set(part.metrics) for part in parts)) if n_samples else set()
     return {name: sum(part.metrics[name] * part.n_samples for part in parts) / n_samples for name in sorted(names)}
 
 
-def evaluations_summed(version: int, parts: Sequence[Part], pooled: Pooled | None) -> EvaluationsSummed:
+def evaluations_summed(
+    version: int, parts: Sequence[EvaluationPart], pooled: PooledEvaluation | None
+) -> EvaluationsSummed:
     """Return what is known at the root of ``parts``, given what was decrypted of them; of none where they were too few."""
     if pooled is None:
         return EvaluationsSummed(version=version, n_sites=0, n_samples=0)

@@ -18,7 +18,7 @@ PAUSE_S = 1.0
 """After a change of who is there: each is journalled, and one that comes and goes is to leave no more than these."""
 
 
-class Machine(Protocol):
+class PresenceMachine(Protocol):
     """What is told who is there."""
 
     @property
@@ -37,7 +37,7 @@ class Attendance:
     roles that change at once are both told.
     """
 
-    def __init__(self, daemon: Daemon, machine: Machine, feed: Callable[[Event], Awaitable[None]]) -> None:
+    def __init__(self, daemon: Daemon, machine: PresenceMachine, feed: Callable[[Event], Awaitable[None]]) -> None:
         """Tell ``machine``, by ``feed``. What depends on others and is short of them says so by its own presence."""
         self._daemon = daemon
         self._machine = machine

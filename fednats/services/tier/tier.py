@@ -41,7 +41,7 @@ MAX_BATCH = 256
 """Events that are journalled in one transaction, and handled before anything else has its turn."""
 
 
-class Machine(Protocol):
+class TierMachine(Protocol):
     """A collector, or a machine around one."""
 
     def handle(self, event: Event) -> list[Command]:
@@ -87,7 +87,7 @@ class Tier:
     """
 
     def __init__(
-        self, daemon: Daemon, journal: Journal, machine: Machine, rejects: Rejects, note: Callable[[Handled], None]
+        self, daemon: Daemon, journal: Journal, machine: TierMachine, rejects: Rejects, note: Callable[[Handled], None]
     ) -> None:
         self.daemon = daemon
         self.log = daemon.log
