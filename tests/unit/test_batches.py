@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import RecordPrivacySettings, TrainingSettings
 from fednats.errors import ConfigError, TaskError
 from fednats.learning.baseline import PooledTask, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_model, initial_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.task_errors import task_code
 from fednats.learning.trainer import Trainer, train
 from fednats.privacy.trainer import PrivateTrainer

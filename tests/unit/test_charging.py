@@ -25,7 +25,7 @@ N_CASES = 60
 CODE = f"""
 import torch
 from torch import nn
-from fednats.learning.task import Task
+from fednats import Task
 
 class Tied(nn.Module):
     def __init__(self):

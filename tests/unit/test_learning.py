@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import ServerSettings, TrainingSettings
 from fednats.errors import ConfigError, LocalDataError
 from fednats.learning.baseline import PooledTask, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector, parameters_of, read_vector, write_vector
 from fednats.learning.server_optimizer import OPTIMIZERS, ServerOptimizer
-from fednats.learning.task import Examples, Task
 
 torch.set_num_threads(1)
 Vector = NDArray[np.float32]

@@ -16,7 +16,7 @@ from tests.unit.test_privacy_account import site
 CODE = """
 import torch
 from torch import nn
-from fednats.learning.task import Task
+from fednats import Task
 
 class Patients(torch.utils.data.TensorDataset):
     patients = ["p1", "p2", "p3", "p3"]

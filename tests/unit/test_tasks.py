@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fednats import Examples, Task
 from fednats.errors import ConfigError, DataError
 from fednats.learning.baseline import PooledTask, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.task_code import SHIPPED, load_task, make_task
 from fednats.learning.tasks.breast_cancer import BreastCancer, share_patients
 from fednats.learning.tasks.ct_nodule import CTNodule

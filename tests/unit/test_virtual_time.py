@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import (
     DeltaSettings,
     RunSettings,
@@ -22,7 +23,6 @@ from fednats.errors import Reason
 from fednats.learning.baseline import PooledTask
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector, parameters_of, read_vector, write_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.tasks.breast_cancer import BreastCancer
 from fednats.learning.trainer import Trainer
 from fednats.messages import ParameterSpec

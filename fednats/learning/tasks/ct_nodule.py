@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Recommended, Task
 from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
 from fednats.data.dicom import Slice, refuse_mixed, resampled
 from fednats.data.dicom_folder import open_slices, patients_of
 from fednats.data.index import INDEX, read_index
 from fednats.data.table import Classes
 from fednats.errors import ConfigError, DataError
-from fednats.learning.task import Examples, Recommended, Task
 from fednats.learning.tasks.ct_patches import HOSPITALS, SIZE, synthetic_patches
 
 WINDOW_CENTER_HU, WINDOW_WIDTH_HU = -400, 1500
