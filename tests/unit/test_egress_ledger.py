@@ -212,12 +212,12 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from fednats.crypto.signing import Signer
-from fednats.ledger.records import EgressLedger, Entry
+from fednats.ledger.records import EgressLedger, LedgerEntry
 ledger = EgressLedger(Path(sys.argv[1]), Signer(sys.argv[2]), "site.a", "r")
 number = 0
 while True:
     number += 1
-    ledger.append(Entry("update", number, f"u{number}", 1, 1, "ab" * 32))
+    ledger.append(LedgerEntry("update", number, f"u{number}", 1, 1, "ab" * 32))
     print(number, flush=True)
 """
 

@@ -60,8 +60,8 @@ def test_a_charge_is_on_the_disk_before_it_returns(tmp_path: Path) -> None:
     """A process is killed right after charging, before whatever it charged for."""
     file = tmp_path / "privacy.sqlite"
     program = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom fednats.privacy.account import Account, Charge\n"
-        "Account(Path(sys.argv[1])).charge('r', 0, [Charge('record', 'gaussian', 4.0, 0.2, 20)], None)\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom fednats.privacy.account import Charge, PrivacyAccount\n"
+        "PrivacyAccount(Path(sys.argv[1])).charge('r', 0, [Charge('record', 'gaussian', 4.0, 0.2, 20)], None)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(file)], timeout=60, check=False)
