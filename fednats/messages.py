@@ -59,7 +59,7 @@ Arrangement = Annotated[int, Field(ge=0, le=2**16)] | None
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Release = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,64}$")]
 LedgerHead = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-"""Hash of the newest record of a ledger (`fednats.privacy.egress`), hexadecimal SHA-256."""
+"""Hash of the newest record of a ledger (`fednats.ledger.records`), hexadecimal SHA-256."""
 
 
 class Message(BaseModel):

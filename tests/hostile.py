@@ -66,9 +66,9 @@ from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import Combine, ContributionArrived, EvaluationArrived, SumEvaluations, VersionAnnounced
 from fednats.protocol.sums import head_of, weigh
-from fednats.services.evaluations import sum_of
-from fednats.services.inbox import Inbox
-from fednats.services.presence import said_by
+from fednats.services.tier.evaluations import sum_of
+from fednats.services.tier.inbox import Inbox
+from fednats.services.tier.presence import said_by
 from fednats.storage.checkpoints import Checkpoint, newest_checkpoint
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel

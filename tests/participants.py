@@ -7,7 +7,7 @@ import nkeys
 import tomli_w
 
 from fednats.crypto.signing import Signer
-from fednats.services.identity import Identity
+from fednats.services.daemon.identity import Identity
 
 
 def seed() -> str:

@@ -14,8 +14,8 @@ from fednats.provision import nkey
 from fednats.provision.authority import CA_FILE
 from fednats.provision.plan import LeafAddress, Plan, RegionPlan
 from fednats.provision.servers import server_conf
-from fednats.testbed.connected_bus import ConnectedBus
 from fednats.testbed.nats_server import NatsServer, Ports
+from tests.support.connected_bus import ConnectedBus
 
 
 def all_powerful(name: str, folder: Path, *, leaf: bool = False) -> User:

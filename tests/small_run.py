@@ -12,8 +12,8 @@ import nkeys
 
 from fednats.config import AggregationSettings, RunSettings, StalenessSettings
 from fednats.crypto.signing import Signer
+from fednats.ledger.records import EGRESS_FILE, EgressLedger
 from fednats.messages import Aggregate, Opening, ParameterSpec, Update
-from fednats.privacy.egress import EGRESS_FILE, EgressLedger
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.coordinator import Coordinator
@@ -29,7 +29,7 @@ from fednats.protocol.events import (
     WallTimeReached,
 )
 from fednats.protocol.sums import head_of, weigh
-from fednats.services.recorder import entry_of
+from fednats.services.daemon.recorder import entry_of
 from fednats.storage.checkpoints import Checkpoint, Checkpoints, checkpoints_folder
 from fednats.storage.journal import EVENTS_TABLE, Journal
 from fednats.storage.outbox import Outbox

@@ -9,7 +9,7 @@ from rich.console import Console
 from fednats.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fednats.privacy.audit import Audit
+    from fednats.ledger.audit import Audit
 
 commands = typer.Typer()
 audit = typer.Typer(help="What left a hospital: check its ledger, and read it.", no_args_is_help=True)
@@ -45,7 +45,7 @@ def audit_show(
     signers: SignersFiles = None,
 ) -> None:
     """Print what is on record, or write it as a page: totals by kind and day, epsilon over time, all records."""
-    from fednats.privacy import ledger_page  # noqa: PLC0415
+    from fednats.ledger import page as ledger_page  # noqa: PLC0415
 
     found = _audit(ledger, signers)
     if html is None:
@@ -62,6 +62,6 @@ def audit_show(
 
 def _audit(ledger: Path, signers: list[Path] | None, against: list[Path] | None = None) -> "Audit":
     from fednats.crypto.signers import read_roster  # noqa: PLC0415
-    from fednats.privacy.audit import audit as read_and_verify  # noqa: PLC0415
+    from fednats.ledger.audit import audit as read_and_verify  # noqa: PLC0415
 
     return read_and_verify(ledger, [read_roster(file) for file in signers or ()], against or ())

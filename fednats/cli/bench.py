@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fednats.cli.rows import print_rows
-from fednats.services.lifecycle import configure_logging
+from fednats.services.daemon.lifecycle import configure_logging
 
 commands = typer.Typer()
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)

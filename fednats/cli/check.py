@@ -13,7 +13,7 @@ from fednats.errors import ConfigError
 
 if TYPE_CHECKING:
     from fednats.learning.task_code import Check
-    from fednats.services.task_check import Step
+    from fednats.services.site.task_check import Step
 
 commands = typer.Typer()
 
@@ -45,7 +45,7 @@ def check(
 ) -> None:
     """Try a task on this machine: data, one batch, one evaluation, one update. Nothing is sent; docs/tasks.md."""
     from fednats.provision.epochs import throwaway_public_key  # noqa: PLC0415 - torch and TenSEAL
-    from fednats.services.task_check import TaskCheck  # noqa: PLC0415
+    from fednats.services.site.task_check import TaskCheck  # noqa: PLC0415
 
     failed = 0
     for one in _targets(target, options or [], dp=dp):
@@ -92,7 +92,7 @@ def _of_task(title: str, task: TaskSettings, *, dp: bool, check_code: "Check | N
 
 def _of_site(settings: SiteSettings, *, dp: bool) -> Target:
     from fednats.privacy.policy import read_policy  # noqa: PLC0415
-    from fednats.services.keys import read_keys  # noqa: PLC0415
+    from fednats.services.daemon.keys import read_keys  # noqa: PLC0415
 
     read_keys(settings.public_key_file, settings.older_public_key_file, "public_key_file")
     policy = read_policy(settings.policy_file)

@@ -29,8 +29,8 @@ def supervised() -> Iterator[None]:
 @commands.command()
 def site(config: ConfigFile) -> None:
     """Run a hospital's daemon."""
-    from fednats.services import lifecycle  # noqa: PLC0415
-    from fednats.services import site as service  # noqa: PLC0415
+    from fednats.services.daemon import lifecycle  # noqa: PLC0415
+    from fednats.services.site import service  # noqa: PLC0415
 
     with supervised():
         settings = load(config, SiteSettings)
@@ -40,8 +40,8 @@ def site(config: ConfigFile) -> None:
 @commands.command()
 def aggregator(config: ConfigFile) -> None:
     """Run a region's daemon."""
-    from fednats.services import aggregator as service  # noqa: PLC0415
-    from fednats.services import lifecycle  # noqa: PLC0415
+    from fednats.services.aggregator import service  # noqa: PLC0415
+    from fednats.services.daemon import lifecycle  # noqa: PLC0415
 
     with supervised():
         settings = load(config, AggregatorSettings)
@@ -55,8 +55,8 @@ def aggregator(config: ConfigFile) -> None:
 @commands.command()
 def coordinator(config: ConfigFile) -> None:
     """Run the daemon at the root."""
-    from fednats.services import coordinator as service  # noqa: PLC0415
-    from fednats.services import lifecycle  # noqa: PLC0415
+    from fednats.services.coordinator import service  # noqa: PLC0415
+    from fednats.services.daemon import lifecycle  # noqa: PLC0415
     from fednats.subjects import HUB  # noqa: PLC0415
 
     with supervised():

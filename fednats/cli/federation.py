@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fednats.errors import ConfigError
-from fednats.services.lifecycle import configure_logging
+from fednats.services.daemon.lifecycle import configure_logging
 
 if TYPE_CHECKING:
     from fednats.testbed.federation import FederationSettings
@@ -25,7 +25,7 @@ Slow = Annotated[
 ]
 
 
-class Cipher(StrEnum):
+class CipherName(StrEnum):
     """How deltas travel."""
 
     BFV = "bfv"
@@ -45,7 +45,9 @@ def demo(
     sites: Annotated[int | None, typer.Option(help="number of hospitals  [default: 5; heart: its 4]")] = None,
     regions: Annotated[int, typer.Option(min=1, help="number of regions, each with its own nats-server")] = 2,
     seed: Annotated[int, typer.Option(help="seed of data, training and rounding")] = 7,
-    cipher: Annotated[Cipher, typer.Option(help="homomorphic encryption, or none (trusted networks)")] = Cipher.BFV,
+    cipher: Annotated[
+        CipherName, typer.Option(help="homomorphic encryption, or none (trusted networks)")
+    ] = CipherName.BFV,
     mode: Annotated[Mode, typer.Option(help="async: nobody waits; sync: every version waits for all")] = Mode.ASYNC,
     output: Output = Path("output"),
     data: Annotated[Path | None, typer.Option(help="folder or file with the task's real data")] = None,
@@ -72,7 +74,8 @@ def demo(
 @commands.command()
 def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="output folder of a run")]) -> None:
     """Replay the journals of a run: every accepted update is in one applied sum, or exit code 1; docs/reliability.md."""
-    from fednats.testbed import ledger, ledger_table  # noqa: PLC0415
+    from fednats.verify import joined as ledger  # noqa: PLC0415
+    from fednats.verify import table as ledger_table  # noqa: PLC0415
 
     found = asyncio.run(ledger.settled(directory.resolve()))
     Console().print(ledger_table.table(found))

@@ -99,7 +99,7 @@ def _public_key(text: str) -> tuple[str, str]:
 
 
 def _he_public(file: Path | None) -> bytes | None:
-    from fednats.services.keys import read_key  # noqa: PLC0415
+    from fednats.services.daemon.keys import read_key  # noqa: PLC0415
 
     return read_key(file, "--he-public")
 

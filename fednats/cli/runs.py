@@ -14,11 +14,11 @@ from fednats.cli.arguments import FederationFile
 from fednats.cli.daemons import ConfigFile
 from fednats.cli.federation import Output, Slow, Wan, run_here
 from fednats.config import CoordinatorSettings, Extension, RunSettings, load
-from fednats.services.lifecycle import configure_logging
+from fednats.services.daemon.lifecycle import configure_logging
 
 if TYPE_CHECKING:
     from fednats.messages import RunRow
-    from fednats.services.run_orders import Orders
+    from fednats.services.coordinator.run_orders import Orders
 
 HERE = "here"
 
@@ -92,7 +92,7 @@ def list_runs(config: ConfigFile) -> None:
 
 
 def _order(config: Path, give: "Callable[[Orders], Awaitable[Any]]") -> Any:
-    from fednats.services.run_orders import giving_orders  # noqa: PLC0415
+    from fednats.services.coordinator.run_orders import giving_orders  # noqa: PLC0415
 
     settings = load(config, CoordinatorSettings)
 

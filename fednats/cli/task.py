@@ -11,7 +11,7 @@ task = typer.Typer(help="Write a task of your own, or print a task's hash.", no_
 commands.add_typer(task, name="task")
 
 
-class Source(StrEnum):
+class DataSource(StrEnum):
     """What a hospital's data is."""
 
     CSV = "csv"
@@ -22,7 +22,7 @@ class Source(StrEnum):
 @task.command("new")
 def task_new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="of the task, such as ward_7: it makes ward_7.py")],
-    source: Annotated[Source, typer.Option("--from", help="what your data is")],
+    source: Annotated[DataSource, typer.Option("--from", help="what your data is")],
     data: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a CSV with a header: its columns become the task's schema")
     ] = None,

@@ -58,7 +58,7 @@ class ModelKeys:
         Raises:
             RefusedError: ``wrong_key``: it was sealed with another key; ``seal``: it is not that chunk, or was altered.
         """
-        sealed_with, nonce = key_id_of(sealed), sealed[KEY_ID_BYTES : KEY_ID_BYTES + NONCE_BYTES]
+        sealed_with, nonce = sealing_key_id(sealed), sealed[KEY_ID_BYTES : KEY_ID_BYTES + NONCE_BYTES]
         what = f"chunk {position} of {payload_id}"
         if len(sealed) < OVERHEAD_BYTES:
             raise RefusedError(Reason.SEAL, f"{what}: {len(sealed)} bytes, shorter than a seal")
@@ -85,7 +85,7 @@ def key_id(key: bytes) -> bytes:
     return hashlib.blake2b(key, digest_size=KEY_ID_BYTES, person=b"fednats model id").digest()
 
 
-def key_id_of(sealed: bytes) -> bytes:
+def sealing_key_id(sealed: bytes) -> bytes:
     """Return the id of the key that a chunk is sealed with."""
     return sealed[:KEY_ID_BYTES]
 

@@ -24,7 +24,7 @@ def _is_public_key(nkey: str) -> str:
 PublicNkey = Annotated[str, AfterValidator(_is_public_key)]
 
 
-class Roster(Settings):
+class SignersFile(Settings):
     """``signers.toml``: participants, ``site.NAME``, ``aggregator.REGION``, ``coordinator.hub``, each with its public nkey."""
 
     run: Token
@@ -51,7 +51,7 @@ class Signers:
         self._take(_read(path, run))
 
     @property
-    def roster(self) -> Roster:
+    def roster(self) -> SignersFile:
         """What the file says."""
         return self._roster
 
@@ -81,7 +81,7 @@ class Signers:
             raise RefusedError(Reason.SIGNATURE, f"{signer} is {known}")
         return verified(key, subject, data)
 
-    def _take(self, roster: Roster) -> None:
+    def _take(self, roster: SignersFile) -> None:
         self._roster = roster
         self._keys: dict[str, Ed25519PublicKey] = {
             name: public_key(nkey) for name, nkey in roster.keys.items() if nkey not in roster.refused
@@ -101,12 +101,12 @@ def signer_of(subject: str) -> str:
     return user_name("aggregator" if of_region else "site", name)
 
 
-def read_roster(path: Path) -> Roster:
+def read_roster(path: Path) -> SignersFile:
     """Read a ``signers.toml``. Raises ConfigError naming what is wrong with it."""
-    return load(path, Roster, environment={})
+    return load(path, SignersFile, environment={})
 
 
-def _read(path: Path, run: str) -> Roster:
+def _read(path: Path, run: str) -> SignersFile:
     roster = read_roster(path)
     if roster.run != run:
         raise ConfigError(f"signers_file: {path} is of run {roster.run!r}, this is {run!r}; give this run's")

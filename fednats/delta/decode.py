@@ -17,7 +17,7 @@ from fednats.errors import Reason, RefusedError
 from fednats.messages import Chunk, Grid
 
 
-class Cipher(Protocol):
+class Decrypter(Protocol):
     """The parts of a chunk to weighted sums of quantised values."""
 
     def sums(self, parts: tuple[bytes, ...], total_weight: int, n_values: int) -> NDArray[np.int32]:
@@ -30,7 +30,7 @@ class Cipher(Protocol):
 class Decoder:
     """Decodes sums for one run."""
 
-    def __init__(self, settings: DeltaSettings, cipher: Cipher, key_id: str) -> None:
+    def __init__(self, settings: DeltaSettings, cipher: Decrypter, key_id: str) -> None:
         self.values_per_chunk = scheme.values_per_chunk(settings)
         self._counts_per_chunk = scheme.counts_per_chunk(settings)
         self.key_id = key_id

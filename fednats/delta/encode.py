@@ -42,7 +42,7 @@ class EncodedChunk:
     """Values that the grid clipped."""
 
 
-class Cipher(Protocol):
+class Encrypter(Protocol):
     """Quantised values to the parts of a chunk."""
 
     def parts(self, values: NDArray[np.int8]) -> tuple[bytes, ...]:
@@ -62,7 +62,7 @@ class Rounding(Protocol):
 class Encoder:
     """Encodes deltas for one run."""
 
-    def __init__(self, settings: DeltaSettings, cipher: Cipher, key_id: str) -> None:
+    def __init__(self, settings: DeltaSettings, cipher: Encrypter, key_id: str) -> None:
         self.values_per_chunk = scheme.values_per_chunk(settings)
         self._counts_per_chunk = scheme.counts_per_chunk(settings)
         self.key_id = key_id

@@ -14,7 +14,7 @@ from fednats.learning.task import Examples, Task
 from fednats.learning.trainer import trained
 
 
-class Pooled(Task):
+class PooledTask(Task):
     """Several hospitals' data in one place, learned as the first one's task.
 
     ``evaluate(Pooled(tasks), weights, seed)`` scores everybody's test cases together.

@@ -31,7 +31,7 @@ Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Entry:
+class StateEntry:
     """One tensor that travels."""
 
     name: str
@@ -61,7 +61,7 @@ class Entry:
         deltas then vanishes near the mean of their variances, not at a geometric mean, which one hospital with a
         constant feature (variance 0) would draw to nothing.
 
-        >>> variance = Entry("running_var.log", torch.ones(2), statistic=True, eps=0.0)
+        >>> variance = StateEntry("running_var.log", torch.ones(2), statistic=True, eps=0.0)
         >>> variance.moved(np.log(np.float32([0.5, 8])), np.log(np.float32([1, 4]))).round(4)
         array([-0.5   ,  0.6931], dtype=float32)
         """
@@ -69,7 +69,7 @@ class Entry:
         return delta if self.eps is None else np.where(delta < 0, np.expm1(delta), delta)
 
 
-def entries_of(model: nn.Module) -> tuple[Entry, ...]:
+def entries_of(model: nn.Module) -> tuple[StateEntry, ...]:
     """Return what travels, in the order of the state dict.
 
     Raises:
@@ -77,17 +77,17 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
     """
     _refuse_unsuitable(model)
     gathers = {id(layer) for layer in gathering(model)}
-    found: dict[int, Entry] = {}
+    found: dict[int, StateEntry] = {}
     for path, layer in model.named_modules():
         prefix = f"{path}." if path else ""
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.requires_grad:
-                found.setdefault(id(parameter), Entry(prefix + name, parameter))
+                found.setdefault(id(parameter), StateEntry(prefix + name, parameter))
         if isinstance(layer, _NormBase) and id(layer) in gathers:
             mean, variance, eps = layer.running_mean, layer.running_var, max(layer.eps, SMALLEST_EPS)
             if mean is not None and variance is not None:
-                found[id(mean)] = Entry(f"{prefix}running_mean", mean, statistic=True)
-                found[id(variance)] = Entry(f"{prefix}running_var{LOG_SUFFIX}", variance, statistic=True, eps=eps)
+                found[id(mean)] = StateEntry(f"{prefix}running_mean", mean, statistic=True)
+                found[id(variance)] = StateEntry(f"{prefix}running_var{LOG_SUFFIX}", variance, statistic=True, eps=eps)
     if not any(not entry.statistic and entry.tensor.numel() for entry in found.values()):
         raise ConfigError("the model has no trainable parameters; set requires_grad on what is to be trained")
     return tuple(found.values())

@@ -30,7 +30,7 @@ MAX_SCORES_BYTES = 2**31
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class LocalEvaluation:
     """Metrics by name, and how many test cases they are of."""
 
     metrics: dict[str, float]
@@ -100,7 +100,7 @@ class Evaluator:
             raise ConfigError(f"{type(self._task).__name__}: {error}") from None
         return found
 
-    def evaluate(self, weights: Vector, batch_size: int = BATCH_SIZE) -> Evaluated:
+    def evaluate(self, weights: Vector, batch_size: int = BATCH_SIZE) -> LocalEvaluation:
         """Score every test case with ``weights`` float32[n], ``batch_size`` at a time.
 
         A metric that is not finite is left out. What the task's own ``metrics()`` raises is told as ``problem``.
@@ -178,12 +178,12 @@ class _Tally:
         self.scores.append(scores)
         self.targets.append(targets)
 
-    def evaluated(self, task: Task) -> Evaluated:
+    def evaluated(self, task: Task) -> LocalEvaluation:
         found, problem = self._figures(task)
         metrics = {name: value for name, value in found.items() if abs(value) <= MAX_METRIC}
         told = set(self.outputs.pooled)
         means = tuple(name for name in (found if self.own else self.outputs.means) if name not in told)
-        return Evaluated(metrics, self.n_seen, self.counts, means if self.own or not told else None, problem)
+        return LocalEvaluation(metrics, self.n_seen, self.counts, means if self.own or not told else None, problem)
 
     def _figures(self, task: Task) -> tuple[dict[str, float], str]:
         if self._scoring is not None:
@@ -204,7 +204,7 @@ def _counts(scores: Tensor, targets: Tensor, n_classes: int) -> Counts:
     return Counts.of(logits, classes)
 
 
-def evaluate(task: Task, weights: Vector, batch_size: int = BATCH_SIZE, seed: int = 0) -> Evaluated:
+def evaluate(task: Task, weights: Vector, batch_size: int = BATCH_SIZE, seed: int = 0) -> LocalEvaluation:
     """Metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`.
 
     What is frozen is made from ``seed``.

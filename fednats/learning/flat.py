@@ -12,7 +12,7 @@ from torch import nn
 
 from fednats.codec.layout import Vector, blocks
 from fednats.errors import LocalDataError, Reason, RefusedError
-from fednats.learning.entries import Entry, entries_of
+from fednats.learning.entries import StateEntry, entries_of
 from fednats.learning.task import Task
 from fednats.messages import ParameterSpec
 
@@ -109,7 +109,7 @@ class FlatModel:
             delta[outside] = entry.moved(now, entry.encoded(entry.decoded(start[outside])))
         return delta
 
-    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[Entry, slice, slice]]:
+    def _overlaps(self, start: int, stop: int) -> Iterator[tuple[StateEntry, slice, slice]]:
         """Yield each tensor that has values of ``start`` to ``stop``, which of its own, and where they lie in the part."""
         for index in range(bisect_right(self._ends, start), len(self._entries)):
             entry = self._entries[index]
@@ -133,7 +133,7 @@ class _Delta:
         return self._model.moved(part, self._start[part])
 
 
-def _possible(entry: Entry, values: NDArray[np.float32]) -> torch.Tensor:
+def _possible(entry: StateEntry, values: NDArray[np.float32]) -> torch.Tensor:
     """Return what the tensor holds for ``values``. Raises as `FlatModel.check`."""
     held = entry.decoded(values)
     if not bool(torch.isfinite(held).all()):
@@ -151,7 +151,7 @@ def _possible(entry: Entry, values: NDArray[np.float32]) -> torch.Tensor:
     return held
 
 
-def _type_of(entry: Entry) -> str:
+def _type_of(entry: StateEntry) -> str:
     return str(entry.tensor.dtype).removeprefix("torch.")
 
 

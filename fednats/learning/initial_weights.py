@@ -7,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fednats.errors import ConfigError
-from fednats.learning.entries import LOG_SUFFIX, Entry, entries_of, frozen_of
+from fednats.learning.entries import LOG_SUFFIX, StateEntry, entries_of, frozen_of
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -35,7 +35,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
         raise ConfigError(f"initial_model: {file} cannot be read ({error}); give a safetensors file") from error
 
 
-def _load(entry: Entry, tensors: safe_open, names: set[str], file: Path) -> None:
+def _load(entry: StateEntry, tensors: safe_open, names: set[str], file: Path) -> None:
     shape = tuple(entry.tensor.shape)
     whole = entry.name.removesuffix(LOG_SUFFIX) if entry.eps is not None else entry.name
     if not {entry.name, whole} & names:

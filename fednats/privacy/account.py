@@ -81,7 +81,7 @@ class Paid:
     """Updates that were charged afterwards, as much as each can have cost: the account that knew of them was lost."""
 
 
-class Account:
+class PrivacyAccount:
     """All charges on one hospital's data."""
 
     def __init__(self, path: Path) -> None:

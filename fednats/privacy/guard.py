@@ -13,7 +13,7 @@ from fednats.privacy.policy import Policy
 from fednats.privacy.spending import LevelSpent, Spending
 
 if TYPE_CHECKING:
-    from fednats.privacy.account import Account, Charge, Level, Paid, Place
+    from fednats.privacy.account import Charge, Level, Paid, Place, PrivacyAccount
 
 
 def account_file(settings: SiteSettings, policy: Policy) -> Path:
@@ -38,7 +38,7 @@ class Guard:
         self._federation, self._site = settings.run, settings.site
         self._file = account_file(settings, policy)
         self._budget = policy.budget
-        self._opened: Account | None = None
+        self._opened: PrivacyAccount | None = None
         self._last: dict[Level, float] = {}
 
     def concerns(self, manifest: ModelManifest) -> bool:
@@ -133,11 +133,11 @@ class Guard:
         )
 
     @property
-    def _account(self) -> "Account":
+    def _account(self) -> "PrivacyAccount":
         if self._opened is None:
-            from fednats.privacy.account import Account  # noqa: PLC0415 - as below
+            from fednats.privacy.account import PrivacyAccount  # noqa: PLC0415 - as below
 
-            self._opened = Account(self._file)
+            self._opened = PrivacyAccount(self._file)
         return self._opened
 
     def _refuse_unknown(self, manifest: ModelManifest, paid: "Paid | None", left: Left) -> None:

@@ -48,7 +48,7 @@ from fednats.protocol.settled import Settled
 _NONE_CLOSED = RunClosed(reason="", opened_at=-1, version=-1)
 
 
-class State(Enum):
+class CollectorState(Enum):
     """What a collector is doing."""
 
     WAITING = auto()
@@ -63,7 +63,7 @@ class Collector:
     """Collect for one node: the ``roster`` says from whom, ``goal_of`` picks this tier's goal from the settings."""
 
     def __init__(self, roster: Roster, goal_of: Callable[[VersionAnnounced], Goal]) -> None:
-        self.state = State.WAITING
+        self.state = CollectorState.WAITING
         self.current: VersionAnnounced | None = None
         self.in_flight: Combination | None = None
         self._ids_in_flight: frozenset[str] = frozenset()
@@ -123,9 +123,9 @@ class Collector:
         if self.in_flight is not None:
             commands.append(Combine(self.in_flight))
         commands += self.evaluations.outstanding
-        if self.state is not State.CLOSED and self._buffer:
+        if self.state is not CollectorState.CLOSED and self._buffer:
             commands += self._start_timer()
-        if self._short and self.state is not State.CLOSED:
+        if self._short and self.state is not CollectorState.CLOSED:
             commands += self._report_waiting()
         return commands
 
@@ -209,7 +209,7 @@ class Collector:
     def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:
         if not self._buffer or self.current is None:
             return []
-        if self.state is State.COMBINING:
+        if self.state is CollectorState.COMBINING:
             return self._start_timer()
         commands = self._combine(deadline=True)
         if not commands and self._short:
@@ -260,8 +260,8 @@ class Collector:
         self._early.take()
         if self._buffer is not None:
             self._buffer.clear()
-        if self.state is State.COMBINING:
-            self.state = State.COLLECTING
+        if self.state is CollectorState.COMBINING:
+            self.state = CollectorState.COLLECTING
         for composition in event.made:
             self._count_made(composition)
         self.evaluations.restore(event)
@@ -277,7 +277,7 @@ class Collector:
         """Give up what is buffered; a combination under way is finished. Another run, or an extension, may follow."""
         if self.current is not None and event.opened_at < self.current.opening.opened_at:
             return []  # the end of an earlier one
-        self.state = State.CLOSED
+        self.state = CollectorState.CLOSED
         self._closed = event
         return self._give_up(event.version)
 
@@ -327,7 +327,7 @@ class Collector:
             commands += self.evaluations.begin(event.opening.first_version)
             self.bounded = {}
         self._short = False
-        self.state = State.COLLECTING if self.in_flight is None else State.COMBINING
+        self.state = CollectorState.COLLECTING if self.in_flight is None else CollectorState.COMBINING
         return commands
 
     def _give_up(self, version: int) -> list[Command]:
@@ -360,7 +360,7 @@ class Collector:
         was_short = self._short
         # each region sends sums of enough sites, or says itself that it cannot
         self._short = not self.present & self._roster.regions and len(self.present) < self.current.settings.min_sites
-        if self._short and not was_short and self.state is not State.CLOSED:
+        if self._short and not was_short and self.state is not CollectorState.CLOSED:
             commands += self._report_waiting()
         return commands
 
@@ -392,7 +392,7 @@ class Collector:
         return self._start_timer() if was_empty else []
 
     def _combine(self, *, deadline: bool = False) -> list[Command]:
-        if self.state is not State.COLLECTING or self._buffer is None or self.current is None:
+        if self.state is not CollectorState.COLLECTING or self._buffer is None or self.current is None:
             return []
         version = self.current.version
         flush = None
@@ -404,7 +404,7 @@ class Collector:
         self._flush = flush
         self.in_flight = self._combination(flush, version)
         self._ids_in_flight = frozenset(each.contribution_id for each in flush.contributions)
-        self.state = State.COMBINING
+        self.state = CollectorState.COMBINING
         return [*self._report_bounded(flush), Combine(self.in_flight)]
 
     def _report_bounded(self, flush: Flush) -> list[Command]:
@@ -431,8 +431,8 @@ class Collector:
         if combination is None or combination.combination_id != combination_id:
             raise AssertionError(f"combination {combination_id} ended that was not under way")
         self.in_flight, self._ids_in_flight = None, frozenset()
-        if self.state is State.COMBINING:
-            self.state = State.COLLECTING
+        if self.state is CollectorState.COMBINING:
+            self.state = CollectorState.COLLECTING
         return combination
 
     def _refuse_expired(self, contribution: Contribution, version: int) -> Refuse:
@@ -455,45 +455,45 @@ class Collector:
             return []
         return [StartTimer(self.current.settings.deadline_s)]
 
-    _TRANSITIONS: ClassVar[dict[tuple[State, type[Event]], Callable[[Any, Any], list[Command]]]] = {
-        (State.WAITING, VersionAnnounced): _announce,
-        (State.WAITING, ContributionArrived): _arrive_early,
-        (State.WAITING, Configured): _configure,
-        (State.WAITING, PresenceChanged): _see,
-        (State.WAITING, EvaluationArrived): _evaluate,
-        (State.WAITING, EvaluationsSummed): _summed,
-        (State.WAITING, DeadlineReached): _ignore,
-        (State.WAITING, Restored): _restore,
-        (State.WAITING, RunClosed): _close,
-        (State.COLLECTING, Configured): _configure,
-        (State.COLLECTING, PresenceChanged): _see,
-        (State.COLLECTING, VersionAnnounced): _announce,
-        (State.COLLECTING, ContributionArrived): _arrive,
-        (State.COLLECTING, EvaluationArrived): _evaluate,
-        (State.COLLECTING, EvaluationsSummed): _summed,
-        (State.COLLECTING, DeadlineReached): _reach_deadline,
-        (State.COLLECTING, Restored): _restore,
-        (State.COLLECTING, RunClosed): _close,
-        (State.COMBINING, Configured): _configure,
-        (State.COMBINING, PresenceChanged): _see,
-        (State.COMBINING, VersionAnnounced): _announce,
-        (State.COMBINING, ContributionArrived): _arrive,
-        (State.COMBINING, EvaluationArrived): _evaluate,
-        (State.COMBINING, EvaluationsSummed): _summed,
-        (State.COMBINING, DeadlineReached): _reach_deadline,
-        (State.COMBINING, Combined): _combined,
-        (State.COMBINING, CombineFailed): _combine_failed,
-        (State.COMBINING, Restored): _restore,
-        (State.COMBINING, RunClosed): _close,
-        (State.CLOSED, Configured): _configure,
-        (State.CLOSED, PresenceChanged): _see,
-        (State.CLOSED, VersionAnnounced): _announce_closed,
-        (State.CLOSED, ContributionArrived): _arrive_closed,
-        (State.CLOSED, EvaluationArrived): _evaluate,
-        (State.CLOSED, EvaluationsSummed): _summed,
-        (State.CLOSED, DeadlineReached): _ignore,
-        (State.CLOSED, Combined): _combined_closed,
-        (State.CLOSED, CombineFailed): _combine_failed_closed,
-        (State.CLOSED, Restored): _restore,
-        (State.CLOSED, RunClosed): _close_again,
+    _TRANSITIONS: ClassVar[dict[tuple[CollectorState, type[Event]], Callable[[Any, Any], list[Command]]]] = {
+        (CollectorState.WAITING, VersionAnnounced): _announce,
+        (CollectorState.WAITING, ContributionArrived): _arrive_early,
+        (CollectorState.WAITING, Configured): _configure,
+        (CollectorState.WAITING, PresenceChanged): _see,
+        (CollectorState.WAITING, EvaluationArrived): _evaluate,
+        (CollectorState.WAITING, EvaluationsSummed): _summed,
+        (CollectorState.WAITING, DeadlineReached): _ignore,
+        (CollectorState.WAITING, Restored): _restore,
+        (CollectorState.WAITING, RunClosed): _close,
+        (CollectorState.COLLECTING, Configured): _configure,
+        (CollectorState.COLLECTING, PresenceChanged): _see,
+        (CollectorState.COLLECTING, VersionAnnounced): _announce,
+        (CollectorState.COLLECTING, ContributionArrived): _arrive,
+        (CollectorState.COLLECTING, EvaluationArrived): _evaluate,
+        (CollectorState.COLLECTING, EvaluationsSummed): _summed,
+        (CollectorState.COLLECTING, DeadlineReached): _reach_deadline,
+        (CollectorState.COLLECTING, Restored): _restore,
+        (CollectorState.COLLECTING, RunClosed): _close,
+        (CollectorState.COMBINING, Configured): _configure,
+        (CollectorState.COMBINING, PresenceChanged): _see,
+        (CollectorState.COMBINING, VersionAnnounced): _announce,
+        (CollectorState.COMBINING, ContributionArrived): _arrive,
+        (CollectorState.COMBINING, EvaluationArrived): _evaluate,
+        (CollectorState.COMBINING, EvaluationsSummed): _summed,
+        (CollectorState.COMBINING, DeadlineReached): _reach_deadline,
+        (CollectorState.COMBINING, Combined): _combined,
+        (CollectorState.COMBINING, CombineFailed): _combine_failed,
+        (CollectorState.COMBINING, Restored): _restore,
+        (CollectorState.COMBINING, RunClosed): _close,
+        (CollectorState.CLOSED, Configured): _configure,
+        (CollectorState.CLOSED, PresenceChanged): _see,
+        (CollectorState.CLOSED, VersionAnnounced): _announce_closed,
+        (CollectorState.CLOSED, ContributionArrived): _arrive_closed,
+        (CollectorState.CLOSED, EvaluationArrived): _evaluate,
+        (CollectorState.CLOSED, EvaluationsSummed): _summed,
+        (CollectorState.CLOSED, DeadlineReached): _ignore,
+        (CollectorState.CLOSED, Combined): _combined_closed,
+        (CollectorState.CLOSED, CombineFailed): _combine_failed_closed,
+        (CollectorState.CLOSED, Restored): _restore,
+        (CollectorState.CLOSED, RunClosed): _close_again,
     }

@@ -8,7 +8,7 @@ from fednats.config import DefenceSettings, RunSettings, StopSettings
 from fednats.messages import Composition, Opening, OpeningNote
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
-from fednats.protocol.evaluated import Evaluated, usual_population
+from fednats.protocol.evaluated import EvaluatedVersion, usual_population
 from fednats.protocol.events import (
     AwaitFinalEvaluation,
     CloseRun,
@@ -63,7 +63,7 @@ class RunRecord:
     reason: str
     """Why it ended."""
     target_metric: str | None
-    best: Evaluated | None
+    best: EvaluatedVersion | None
     reached_target_at: int | None
 
 
@@ -86,8 +86,8 @@ class Coordinator:
         self.past: list[RunRecord] = []
         """The runs before it."""
         self._initial_digest: bytes | None = None
-        self.evaluated: dict[int, Evaluated] = {}
-        self.best: Evaluated | None = None
+        self.evaluated: dict[int, EvaluatedVersion] = {}
+        self.best: EvaluatedVersion | None = None
         self.reached_target_at: int | None = None
         """First version whose target metric reached the target."""
         self.reason = ""
@@ -297,7 +297,7 @@ class Coordinator:
     def _record(self, summed: EvaluationsSummed) -> list[Command]:
         if self.opening is None or summed.version < self.opening.first_version:
             return []  # of an earlier run, whose end did not wait for it
-        evaluated = Evaluated(summed.version, summed.n_sites, summed.n_samples, summed.metrics, summed.means)
+        evaluated = EvaluatedVersion(summed.version, summed.n_sites, summed.n_samples, summed.metrics, summed.means)
         self.evaluated[summed.version] = evaluated
         if self.target_metric is None and (unknown := self._choose_target((*summed.metrics, *summed.undefined))):
             self.failed = True
@@ -317,7 +317,7 @@ class Coordinator:
         self.target_metric = asked or (USUAL_METRIC if USUAL_METRIC in figures else figures[0])
         return ""
 
-    def _compare(self, evaluated: Evaluated) -> list[Command]:
+    def _compare(self, evaluated: EvaluatedVersion) -> list[Command]:
         """Note whether a version is the best so far, or reaches the target."""
         metric, usual = self.target_metric, usual_population(self.evaluated.values())
         value = None if metric is None else evaluated.metrics.get(metric)

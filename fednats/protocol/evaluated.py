@@ -21,7 +21,7 @@ class Population(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class EvaluatedVersion:
     """Metrics of one version over all the sites that reported on it."""
 
     version: int
@@ -37,13 +37,13 @@ class Evaluated:
         return self.n_sites == population.n_sites and difference <= ALIKE * population.n_samples
 
 
-def usual_population(evaluated: Iterable[Evaluated]) -> Population:
+def usual_population(evaluated: Iterable[EvaluatedVersion]) -> Population:
     """Return what figures must be of to be compared: the most hospitals, and the number of cases that is usual with them.
 
     The median: one odd number of cases makes no difference.
 
-    >>> recent = [Evaluated(v, 5, n, {}, ()) for v, n in enumerate([150, 150, 33552])]
-    >>> usual_population([*recent, Evaluated(3, 2, 62, {}, ())])
+    >>> recent = [EvaluatedVersion(v, 5, n, {}, ()) for v, n in enumerate([150, 150, 33552])]
+    >>> usual_population([*recent, EvaluatedVersion(3, 2, 62, {}, ())])
     Population(n_sites=5, n_samples=150)
     """
     recent = list(evaluated)[-COVERAGE_VERSIONS:]

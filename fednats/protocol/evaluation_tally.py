@@ -18,11 +18,11 @@ MAX_CHANGE = 2
 FORGOTTEN_VERSIONS = 20
 """So far behind, a version's evaluations are given up."""
 
-Part = Evaluation | EvaluationSum
+EvaluationPart = Evaluation | EvaluationSum
 
 
 @dataclass(frozen=True, slots=True)
-class Closed:
+class ClosedTally:
     """What becomes of evaluations of a version: some are summed, or none; the others are given up."""
 
     version: int
@@ -41,7 +41,7 @@ class EvaluationTally:
 
     def __init__(self, sources: AbstractSet[str]) -> None:
         self.expect(sources, sources)
-        self._open: dict[int, dict[str, Part]] = {}
+        self._open: dict[int, dict[str, EvaluationPart]] = {}
         self._cohorts = Cohorts()
         self._newest = 0
         self._done_below = 0
@@ -71,7 +71,7 @@ class EvaluationTally:
                 " give it the same test data again, or start another run",
             )
 
-    def has(self, evaluation: Part) -> bool:
+    def has(self, evaluation: EvaluationPart) -> bool:
         """Whether this very evaluation waits here."""
         return self._open.get(evaluation.version, {}).get(evaluated_by(evaluation)) == evaluation
 
@@ -81,19 +81,19 @@ class EvaluationTally:
         given_up = [version for version in self._open if version < below]
         return [evaluation_id(part) for version in given_up for part in self._open.pop(version).values()]
 
-    def add(self, evaluation: Part, min_sites: int) -> list[Closed]:
+    def add(self, evaluation: EvaluationPart, min_sites: int) -> list[ClosedTally]:
         """Count ``evaluation``, of a version that is not closed; return what that completes."""
         self._newest = max(self._newest, evaluation.version)
         self._open.setdefault(evaluation.version, {})[evaluated_by(evaluation)] = evaluation
         return self.complete(min_sites)
 
-    def again(self, version: int, parts: Collection[Part], min_sites: int) -> list[Closed]:
+    def again(self, version: int, parts: Collection[EvaluationPart], min_sites: int) -> list[ClosedTally]:
         """Take ``parts`` in again: nothing came of the sum that they were given out for, because of others in it."""
         if parts:
             self._open[version] = {evaluated_by(part): part for part in parts}
         return self.complete(min_sites)
 
-    def complete(self, min_sites: int) -> list[Closed]:
+    def complete(self, min_sites: int) -> list[ClosedTally]:
         """Return what is complete."""
         closed = (self._close(version, min_sites) for version in sorted(self._open))
         return [each for each in closed if each is not None]
@@ -115,7 +115,7 @@ class EvaluationTally:
         """Go on from blocks as they were noted."""
         self._cohorts = Cohorts(map(frozenset, noted.blocks), dict(noted.asked))
 
-    def _close(self, version: int, min_sites: int) -> Closed | None:
+    def _close(self, version: int, min_sites: int) -> ClosedTally | None:
         """Give ``version`` out, or up; None if it is worth waiting for others."""
         reported, n_behind = self._open[version], self._newest - version
         sites = {source: part for source, part in reported.items() if isinstance(part, Evaluation)}
@@ -133,10 +133,10 @@ class EvaluationTally:
         del self._open[version]
         self._finish(version)
         if not enough:
-            return Closed(version, None, tuple(map(evaluation_id, reported.values())))
+            return ClosedTally(version, None, tuple(map(evaluation_id, reported.values())))
         self._cohorts.give_out(cohort, asked)
         left_out = tuple(evaluation_id(part) for part in reported.values() if part not in parts)
-        return Closed(version, SumEvaluations(version, parts), left_out)
+        return ClosedTally(version, SumEvaluations(version, parts), left_out)
 
     def _finish(self, version: int) -> None:
         self._done.add(version)
@@ -145,5 +145,5 @@ class EvaluationTally:
             self._done_below += 1
 
 
-def _n_sites(parts: Collection[Part]) -> int:
+def _n_sites(parts: Collection[EvaluationPart]) -> int:
     return sum(1 if isinstance(part, Evaluation) else part.n_sites for part in parts)

@@ -7,7 +7,7 @@ from fednats.errors import RefusedError
 from fednats.messages import Evaluation, EvaluationBlocks, EvaluationSum
 from fednats.protocol.admission import Roster
 from fednats.protocol.early import MAX_AHEAD, Early
-from fednats.protocol.evaluation_tally import Closed, EvaluationTally
+from fednats.protocol.evaluation_tally import ClosedTally, EvaluationTally
 from fednats.protocol.events import (
     Command,
     EvaluationsSummed,
@@ -123,7 +123,7 @@ class Evaluations:
         if event.blocks is not None:
             self._tally.restore_blocks(event.blocks)
 
-    def _give_out(self, closed: list[Closed]) -> list[Command]:
+    def _give_out(self, closed: list[ClosedTally]) -> list[Command]:
         """Have evaluations summed; they are settled once that is done."""
         commands: list[Command] = []
         for each in closed:

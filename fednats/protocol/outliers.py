@@ -65,7 +65,7 @@ class NormAlarm:
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class NormLimit:
     """The largest norm that passes, and what it follows from."""
 
     norm: float
@@ -120,7 +120,7 @@ class NormHistory:
                 )
         return found
 
-    def limit(self, region: str) -> Limit | None:
+    def limit(self, region: str) -> NormLimit | None:
         """Return the lower of a region's own limit and that of all; None if nothing is said."""
         if not self._settings.quarantine:
             return None
@@ -128,11 +128,11 @@ class NormHistory:
         of_all = self._limit(self._all, ALL_FLOOR, "all regions")
         return min((limit for limit in (own, of_all) if limit is not None), key=lambda one: one.norm, default=None)
 
-    def _limit(self, logs: deque[float], floor: float, of: str) -> Limit | None:
+    def _limit(self, logs: deque[float], floor: float, of: str) -> NormLimit | None:
         if len(logs) < MIN_HISTORY:
             return None
         median = statistics.median(logs)
         deviation = MAD_TO_DEVIATION * statistics.median(abs(value - median) for value in logs)
         above = max(self._settings.outlier_threshold * deviation, math.log(floor))
         highest = max(median + above, self._at_start)
-        return Limit(math.exp(min(highest, 700.0)), math.exp(median), len(logs), of)
+        return NormLimit(math.exp(min(highest, 700.0)), math.exp(median), len(logs), of)

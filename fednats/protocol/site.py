@@ -118,7 +118,7 @@ Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack 
 Job = Evaluate | Train | Store
 
 
-class State(Enum):
+class SiteState(Enum):
     """What a site is doing."""
 
     IDLE = auto()
@@ -133,7 +133,7 @@ class Site:
     """
 
     def __init__(self, last_trained: int = -1) -> None:
-        self.state = State.IDLE
+        self.state = SiteState.IDLE
         self.job: Job | None = None
         self._last_trained = last_trained
         self._trained_before = last_trained
@@ -159,7 +159,7 @@ class Site:
         if event.version > self._newest:
             self._newest = event.version
             self._to_evaluate = [*self._to_evaluate, event.version][-MAX_EVALUATIONS:]
-        return self._next() if self.state is State.IDLE else None
+        return self._next() if self.state is SiteState.IDLE else None
 
     def _done(self, _event: Done) -> Job | None:
         self._kept = None
@@ -176,7 +176,7 @@ class Site:
 
     def _keep(self, _event: NotStored) -> Job | None:
         self._kept = None if self.job is None else self.job.version
-        self.state, self.job = State.IDLE, None
+        self.state, self.job = SiteState.IDLE, None
         return None
 
     def _postpone(self, _event: OutsideHours) -> Job | None:
@@ -186,7 +186,7 @@ class Site:
 
     def _open(self, _event: HoursBegun) -> Job | None:
         self.within_hours = True
-        return self._next() if self.state is State.IDLE else None
+        return self._next() if self.state is SiteState.IDLE else None
 
     def _decline(self, _event: Declined) -> Job | None:
         self._declined = True
@@ -200,11 +200,11 @@ class Site:
 
     def _retry(self, _event: Retry) -> Job | None:
         self._pauses = False
-        return self._next() if self.state is State.IDLE else None
+        return self._next() if self.state is SiteState.IDLE else None
 
     def _leave(self, _event: BusAway) -> Job | None:
         self._away = True
-        return self._next() if self.state is State.IDLE else None
+        return self._next() if self.state is SiteState.IDLE else None
 
     def _come_back(self, _event: BusBack) -> Job | None:
         self._away = False
@@ -212,7 +212,7 @@ class Site:
 
     def _close(self, _event: Closed) -> Job | None:
         """Do nothing more but evaluate the newest version, if that was not begun."""
-        self.state, self._kept = State.CLOSED, None
+        self.state, self._kept = SiteState.CLOSED, None
         self._to_evaluate = self._to_evaluate[-1:]
         return None
 
@@ -232,7 +232,7 @@ class Site:
 
     def _reopen(self, _event: Opened) -> Job | None:
         """Wait for the first version; a job that is still under way is finished first."""
-        self.state = State.IDLE if self.job is None else State.BUSY
+        self.state = SiteState.IDLE if self.job is None else SiteState.BUSY
         self.trains, self._declined, self._pauses = True, False, False
         self._newest, self._to_evaluate, self._kept = -1, [], None
         return None
@@ -252,7 +252,7 @@ class Site:
         """Forget that it was trained on: the same version is taken again, or a newer one."""
         if isinstance(self.job, Store) or (isinstance(self.job, Train) and not self.job.goes_on):
             self._last_trained = self._trained_before
-        self.state, self._kept = State.IDLE, None
+        self.state, self._kept = SiteState.IDLE, None
         self.job = None
 
     def _next(self) -> Job | None:
@@ -268,44 +268,44 @@ class Site:
             self.job = Train(self._newest, goes_on=True)
         else:
             self.job = None
-            self.state = State.IDLE
+            self.state = SiteState.IDLE
             return None
-        self.state = State.BUSY
+        self.state = SiteState.BUSY
         return self.job
 
-    _TRANSITIONS: ClassVar[dict[tuple[State, type[Event]], Callable[[Any, Any], Job | None]]] = {
-        (State.IDLE, ModelSeen): _see,
-        (State.IDLE, HoursBegun): _open,
-        (State.IDLE, Declined): _decline,
-        (State.IDLE, Retry): _retry,
-        (State.IDLE, BusAway): _leave,
-        (State.IDLE, BusBack): _come_back,
-        (State.IDLE, Closed): _close,
-        (State.IDLE, Opened): _reopen,
-        (State.BUSY, ModelSeen): _see,
-        (State.BUSY, Done): _done,
-        (State.BUSY, Failed): _fail,
-        (State.BUSY, NotStored): _keep,
-        (State.BUSY, BudgetSpent): _spend,
-        (State.BUSY, OutsideHours): _postpone,
-        (State.BUSY, HoursBegun): _open,
-        (State.BUSY, Declined): _decline,
-        (State.BUSY, Retry): _retry,
-        (State.BUSY, BusAway): _leave,
-        (State.BUSY, BusBack): _come_back,
-        (State.BUSY, Closed): _close,
-        (State.BUSY, Opened): _reopen,
-        (State.CLOSED, ModelSeen): _see_last,
-        (State.CLOSED, Done): _end,
-        (State.CLOSED, Failed): _end,
-        (State.CLOSED, NotStored): _end,
-        (State.CLOSED, BudgetSpent): _end,
-        (State.CLOSED, OutsideHours): _end,
-        (State.CLOSED, HoursBegun): _note_hours,
-        (State.CLOSED, Declined): _decline,
-        (State.CLOSED, Retry): _ignore,
-        (State.CLOSED, BusAway): _note_away,
-        (State.CLOSED, BusBack): _note_away,
-        (State.CLOSED, Closed): _ignore,
-        (State.CLOSED, Opened): _reopen,
+    _TRANSITIONS: ClassVar[dict[tuple[SiteState, type[Event]], Callable[[Any, Any], Job | None]]] = {
+        (SiteState.IDLE, ModelSeen): _see,
+        (SiteState.IDLE, HoursBegun): _open,
+        (SiteState.IDLE, Declined): _decline,
+        (SiteState.IDLE, Retry): _retry,
+        (SiteState.IDLE, BusAway): _leave,
+        (SiteState.IDLE, BusBack): _come_back,
+        (SiteState.IDLE, Closed): _close,
+        (SiteState.IDLE, Opened): _reopen,
+        (SiteState.BUSY, ModelSeen): _see,
+        (SiteState.BUSY, Done): _done,
+        (SiteState.BUSY, Failed): _fail,
+        (SiteState.BUSY, NotStored): _keep,
+        (SiteState.BUSY, BudgetSpent): _spend,
+        (SiteState.BUSY, OutsideHours): _postpone,
+        (SiteState.BUSY, HoursBegun): _open,
+        (SiteState.BUSY, Declined): _decline,
+        (SiteState.BUSY, Retry): _retry,
+        (SiteState.BUSY, BusAway): _leave,
+        (SiteState.BUSY, BusBack): _come_back,
+        (SiteState.BUSY, Closed): _close,
+        (SiteState.BUSY, Opened): _reopen,
+        (SiteState.CLOSED, ModelSeen): _see_last,
+        (SiteState.CLOSED, Done): _end,
+        (SiteState.CLOSED, Failed): _end,
+        (SiteState.CLOSED, NotStored): _end,
+        (SiteState.CLOSED, BudgetSpent): _end,
+        (SiteState.CLOSED, OutsideHours): _end,
+        (SiteState.CLOSED, HoursBegun): _note_hours,
+        (SiteState.CLOSED, Declined): _decline,
+        (SiteState.CLOSED, Retry): _ignore,
+        (SiteState.CLOSED, BusAway): _note_away,
+        (SiteState.CLOSED, BusBack): _note_away,
+        (SiteState.CLOSED, Closed): _ignore,
+        (SiteState.CLOSED, Opened): _reopen,
     }

@@ -8,7 +8,7 @@ from fednats.permissions import Permissions, User
 from fednats.provision import sharing
 from fednats.provision.plan import Plan, RegionPlan
 from fednats.provision.registry import Registry
-from fednats.provision.sharing import Account, Share
+from fednats.provision.sharing import BusAccount, Grant
 from fednats.subjects import HUB
 
 HUB_ACCOUNT = "HUB"
@@ -23,8 +23,8 @@ class Accounts:
 
     plan: Plan
     registry: Registry
-    accounts: list[Account] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
+    accounts: list[BusAccount] = field(default_factory=list)
+    shares: list[Grant] = field(default_factory=list)
 
     def render(self, region: str = "") -> str:
         """Return ``accounts.conf``; see `sharing.render`."""
@@ -40,7 +40,7 @@ class Accounts:
         name = permissions.user_name(role, node)
         key = self.registry.keys.get(name)
         users = () if key is None else (User(name, key, allowed, leaf=role == "link"),)
-        self.accounts.append(Account(account, users, streams))
+        self.accounts.append(BusAccount(account, users, streams))
 
     def add_observer(self, node: str, owner: str, account: str) -> None:
         """Add the account of the observer of ``node``, whose own account is ``owner``."""
@@ -57,10 +57,10 @@ class Accounts:
                 self.add(uplink, "link", child, allowed, streams=False)
             else:
                 self.add(uplink, "uplink", child, permissions.uplink(run, child))
-            self.accounts.append(Account(sharing.down_to(child), ()))
+            self.accounts.append(BusAccount(sharing.down_to(child), ()))
             self.shares += sharing.of_child(run, node or HUB, owner, observer, child, below, leaves=plan.leaves)
 
-    def add_private(self, region: RegionPlan, models: Sequence[Share], suffix: str = "") -> None:
+    def add_private(self, region: RegionPlan, models: Sequence[Grant], suffix: str = "") -> None:
         """Add a region's private account, its observer's, and one for each site; ``models``: what it copies them by."""
         run, name = self.plan.name, region.name
         private, observer = f"{REGION_ACCOUNT}{suffix}", f"{OBSERVER_ACCOUNT}{suffix}"
@@ -103,5 +103,5 @@ def of_leaf(plan: Plan, region: RegionPlan, registry: Registry) -> Accounts:
     return made
 
 
-def _models(owner: str, private: str, stream: str, region: str) -> list[Share]:
+def _models(owner: str, private: str, stream: str, region: str) -> list[Grant]:
     return sharing.copying(owner, private, stream, permissions.UPLINK_API, permissions.deliver(region))

@@ -3,7 +3,7 @@
 A server answers where a request's reply subject says, a consumer delivers where its maker says, and neither is checked
 against anybody's permissions. Both stay within one account. So who is not to write into a stream is not in its account:
 it has an account of its own, without streams, that *imports* what it may ask for. Answers go back through the import, to
-the asker's account, where nothing is stored (`Share.service`).
+the asker's account, where nothing is stored (`Grant.service`).
 """
 
 import json
@@ -20,7 +20,7 @@ _CONSUMER_VERBS_DENIED = ("DURABLE", "DELETE", "INFO", "LIST", "NAMES", "MSG", "
 
 
 @dataclass(frozen=True)
-class Account:
+class BusAccount:
     """One account of a server; ``streams``: it may have some."""
 
     name: str
@@ -29,7 +29,7 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Share:
+class Grant:
     """One thing that account ``owner`` lets account ``user`` have; ``to`` is its name there, if another one."""
 
     owner: str
@@ -54,52 +54,52 @@ class Share:
 # --- what is shared ---------------------------------------------------------------------------------------------------
 
 
-def copying(owner: str, user: str, stream: str, api: str, deliver: str, api_there: str = "$JS.API") -> list[Share]:
+def copying(owner: str, user: str, stream: str, api: str, deliver: str, api_there: str = "$JS.API") -> list[Grant]:
     """A stream in ``user`` copies ``stream`` of ``owner``, which it asks under ``api`` and gets below ``deliver``."""
     asked = zip(permissions.copied(api_there, stream), permissions.copied(api, stream), strict=True)
     return [
-        *(Share.service(owner, user, there, here, streamed=True) for there, here in asked),
-        Share.service(owner, user, f"$JS.FC.{stream}.>"),
-        Share.stream(owner, user, f"{deliver}.>"),
+        *(Grant.service(owner, user, there, here, streamed=True) for there, here in asked),
+        Grant.service(owner, user, f"$JS.FC.{stream}.>"),
+        Grant.stream(owner, user, f"{deliver}.>"),
     ]
 
 
-def of_site(run: str, region: str, private: str, observer: str, site: str, account: str) -> list[Share]:
+def of_site(run: str, region: str, private: str, observer: str, site: str, account: str) -> list[Grant]:
     """What a site has of its region's private account, and that of the observer."""
     allowed, receipt = permissions.site(run, region, site), subjects.receipt(run, region, site)
     answers = permissions.answer_observer(region)
     heard = (subjects.head(subjects.model(run)), subjects.control(run), receipt)
     return [
-        *(Share.service(private, account, subject) for subject in allowed.publish if subject != answers),
-        *(Share.stream(private, account, subject) for subject in heard),
+        *(Grant.service(private, account, subject) for subject in allowed.publish if subject != answers),
+        *(Grant.stream(private, account, subject) for subject in heard),
         *asked_by_observer(observer, account, region, [subjects.status(run, "site", site)]),
     ]
 
 
-def of_observer(run: str, node: str, owner: str, account: str) -> list[Share]:
+def of_observer(run: str, node: str, owner: str, account: str) -> list[Grant]:
     """What an observer has of the account that it observes, and lets that answer."""
     allowed = permissions.observer(run, node)
     asked = [subject for subject in allowed.publish if subject.startswith("$JS.API.")]
     role = "coordinator" if node == HUB else "aggregator"
     own = f"{permissions.inbox(permissions.user_name('observer', node))}.>"
     return [
-        *(Share.service(owner, account, subject) for subject in asked),
-        *(Share.stream(owner, account, subject) for subject in allowed.subscribe if subject != own),
+        *(Grant.service(owner, account, subject) for subject in asked),
+        *(Grant.stream(owner, account, subject) for subject in allowed.subscribe if subject != own),
         *asked_by_observer(account, owner, node, [subjects.status(run, role, node)]),
     ]
 
 
-def asked_by_observer(above: str, account: str, node: str, statuses: Sequence[str]) -> list[Share]:
+def asked_by_observer(above: str, account: str, node: str, statuses: Sequence[str]) -> list[Grant]:
     """What services in ``account`` hear of the observer of ``node``, through account ``above``, and where they answer."""
     return [
-        *(Share.stream(above, account, subject) for subject in ("$SRV.>", *statuses)),
-        Share.service(above, account, permissions.answer_observer(node)),
+        *(Grant.stream(above, account, subject) for subject in ("$SRV.>", *statuses)),
+        Grant.service(above, account, permissions.answer_observer(node)),
     ]
 
 
 def of_child(
     run: str, node: str, owner: str, observer: str, child: str, below: Sequence[str], *, leaves: bool
-) -> list[Share]:
+) -> list[Grant]:
     """What a node, with its account ``owner``, shares with the region ``child`` directly below it.
 
     The models are handed down from an account of their own for each child, because who may make a consumer may have
@@ -118,16 +118,16 @@ def of_child(
     return [
         *copying(owner, down, run_models, permissions.above_api(), permissions.hand_down(child)),
         *(
-            Share.service(
+            Grant.service(
                 down, owner, f"$JS.API.STREAM.{verb}.{handed}", f"{permissions.down_api(child)}.STREAM.{verb}.{handed}"
             )
             for verb in permissions.MADE
         ),
         *(copying(down, uplink, handed, "$JS.API", permissions.deliver(child)) if leaves else ()),
         *copying(uplink, owner, aggregates, permissions.below_api(child), permissions.lift(child), theirs),
-        *(Share.service(owner, uplink, subject) for subject in (*presences, *events, subjects.pulse(run, child))),
-        *(Share.service(owner, uplink, f"$JS.API.{asked}") for asked in taken),
-        Share.stream(owner, uplink, subjects.pulse(run, node)),
+        *(Grant.service(owner, uplink, subject) for subject in (*presences, *events, subjects.pulse(run, child))),
+        *(Grant.service(owner, uplink, f"$JS.API.{asked}") for asked in taken),
+        Grant.stream(owner, uplink, subjects.pulse(run, node)),
         *asked_by_observer(observer, uplink, HUB, statuses),
     ]
 
@@ -145,7 +145,7 @@ def down_to(child: str) -> str:
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 
-def render(accounts: Iterable[Account], shares: Iterable[Share] = (), *, region: str = "") -> str:
+def render(accounts: Iterable[BusAccount], shares: Iterable[Grant] = (), *, region: str = "") -> str:
     """Return ``accounts.conf`` of one server; a leaf's also says what is denied to those above its ``region``."""
     shared = tuple(shares)
     named = {account.name: _account(account, shared) for account in accounts}
@@ -160,7 +160,7 @@ def denied_from_above(region: str) -> list[str]:
     return [f"{api}.INFO", *whole, *(f"{api}.CONSUMER.{verb}.>" for verb in _CONSUMER_VERBS_DENIED)]
 
 
-def _account(account: Account, shares: Sequence[Share]) -> Mapping[str, object]:
+def _account(account: BusAccount, shares: Sequence[Grant]) -> Mapping[str, object]:
     shared = {"exports": _exports(account.name, shares), "imports": _imports(account.name, shares)}
     return {
         **({"jetstream": "enabled"} if account.streams else {}),
@@ -169,7 +169,7 @@ def _account(account: Account, shares: Sequence[Share]) -> Mapping[str, object]:
     }
 
 
-def _exports(name: str, shares: Sequence[Share]) -> list[Mapping[str, object]]:
+def _exports(name: str, shares: Sequence[Grant]) -> list[Mapping[str, object]]:
     users: dict[tuple[str, str, bool], list[str]] = {}
     for share in shares:
         if share.owner == name:
@@ -180,7 +180,7 @@ def _exports(name: str, shares: Sequence[Share]) -> list[Mapping[str, object]]:
     ]
 
 
-def _imports(name: str, shares: Sequence[Share]) -> list[Mapping[str, object]]:
+def _imports(name: str, shares: Sequence[Grant]) -> list[Mapping[str, object]]:
     return [
         {share.kind: {"account": share.owner, "subject": share.subject}, **({"to": share.to} if share.to else {})}
         for share in shares

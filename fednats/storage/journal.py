@@ -25,7 +25,7 @@ CREATE TABLE IF NOT EXISTS written_by (first_sequence INTEGER PRIMARY KEY, relea
 """
 
 
-class Entry(NamedTuple):
+class JournalEntry(NamedTuple):
     """One event as it was journalled."""
 
     sequence: int
@@ -63,7 +63,7 @@ class Journal:
             )
             raise storage_error(self._path, error, remedy) from error
 
-    def replay(self) -> Iterator[Entry]:
+    def replay(self) -> Iterator[JournalEntry]:
         """Yield all entries in the order they were appended.
 
         Raises:
@@ -92,7 +92,7 @@ class Journal:
         self._release_noted = True
 
 
-def read_journal(path: Path) -> list[Entry]:
+def read_journal(path: Path) -> list[JournalEntry]:
     """Return all entries of the journal of a daemon that may be running.
 
     Raises:
@@ -104,14 +104,14 @@ def read_journal(path: Path) -> list[Entry]:
     return entries
 
 
-def read_readable(path: Path) -> tuple[list[Entry], ConfigError | None]:
+def read_readable(path: Path) -> tuple[list[JournalEntry], ConfigError | None]:
     """Return the entries of a journal up to the first one that cannot be read, and what is wrong with it, if anything.
 
     Raises:
         ConfigError: there is no journal.
     """
     connection = open_read_only(path)
-    entries: list[Entry] = []
+    entries: list[JournalEntry] = []
     try:
         names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         if "event" in names and "row_chain" not in names:
@@ -130,14 +130,14 @@ def read_readable(path: Path) -> tuple[list[Entry], ConfigError | None]:
     return entries, None
 
 
-def _entries(connection: sqlite3.Connection, path: Path) -> Iterator[Entry]:
+def _entries(connection: sqlite3.Connection, path: Path) -> Iterator[JournalEntry]:
     sequence, found = 0, RowChain()
     try:
         for sequence, at_s, kind, body in connection.execute(
             "SELECT sequence, at_s, kind, body FROM event ORDER BY sequence"
         ):
             found = found.extended([(at_s, kind, body)])
-            yield Entry(sequence, at_s, EVENTS[kind].model_validate(unpack_values(body)))
+            yield JournalEntry(sequence, at_s, EVENTS[kind].model_validate(unpack_values(body)))
         wrong = difference(read_chain(connection, EVENTS_TABLE), found)
     except (sqlite3.Error, ValueError, TypeError, KeyError, RefusedError) as error:  # pydantic's are ValueErrors
         raise ConfigError(

@@ -53,7 +53,7 @@ _WAITING = "sent_at IS NULL AND dropped_at IS NULL AND sequence > (SELECT COALES
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoredOutbox:
     """What was found when this outbox, put back from a backup, was older than what its region had of the site."""
 
     first: int
@@ -116,7 +116,7 @@ class Outbox:
 
     # --- after a backup was put back ----------------------------------------------------------------------------------
 
-    def go_above(self, found: Restored) -> None:
+    def go_above(self, found: RestoredOutbox) -> None:
         """Number what comes from ``found.first`` on, and give up what waits: it may have been sent since the backup.
 
         The residual is void as well: the updates sent since the backup have made up for it.
@@ -127,10 +127,10 @@ class Outbox:
             connection.execute("DELETE FROM chunk")
             connection.execute("DELETE FROM residual")
 
-    def restored(self) -> Restored | None:
+    def restored(self) -> RestoredOutbox | None:
         """Return what was found when this outbox was last put back from a backup that was older than the bus."""
         rows = self._database.rows(f"SELECT {_RESTORED} FROM restored ORDER BY first DESC LIMIT 1")  # noqa: S608 - a constant
-        return Restored(*rows[0]) if rows else None
+        return RestoredOutbox(*rows[0]) if rows else None
 
     def note_cost_nothing(self, first_version: int) -> None:
         """The run that began with ``first_version`` adds no noise: note it of the updates since the backup if they are of it."""

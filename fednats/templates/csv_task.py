@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from fednats import Examples, Task
 from fednats.data.table import Category, Classes, Number, Table
-from fednats.learning.task import Examples, Task
 
 # Number: mean and scale are what is usual in the field, not your own; low and high are what is possible.
 # indicator=True lets a value be missing, impute=60 puts 60 in its place; without either it is refused.

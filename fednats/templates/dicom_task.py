@@ -2,9 +2,9 @@
 
 from torch import nn
 
+from fednats import Examples, Task
 from fednats.data.dicom_folder import DicomFolder
 from fednats.data.table import Classes
-from fednats.learning.task import Examples, Task
 
 # The folder has a labels.csv with the columns file,label; frame where a file has several, patient where PatientID is gone.
 # CT is read in Hounsfield units: low and high are what is seen. X-rays: ("CR", "DX"), low=0, high=1, no spacing_mm.

@@ -2,9 +2,9 @@
 
 from torch import nn
 
+from fednats import Examples, Task
 from fednats.data.images import Images
 from fednats.data.table import Classes
-from fednats.learning.task import Examples, Task
 
 # Images lie in folders named as these values; or a labels.csv (file,label and, if known, patient) says what is what.
 # size is rows and columns; resize=True shrinks or enlarges images of other sizes; channels=3 keeps colours.

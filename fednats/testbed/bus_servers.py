@@ -25,7 +25,7 @@ from fednats.provision.authority import CA_FILE
 from fednats.provision.kits import provision
 from fednats.provision.plan import Kits, LeafAddress, Plan, RegionPlan, ServerAddress
 from fednats.provision.services import SIGNERS_FILE
-from fednats.services.identity import Identity
+from fednats.services.daemon.identity import Identity
 from fednats.subjects import HUB
 from fednats.testbed.nats_server import NatsServer, Ports
 from fednats.testbed.wan import Wan, WanSettings

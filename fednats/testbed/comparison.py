@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fednats.errors import FednatsError, HospitalError
-from fednats.learning.baseline import Pooled, train_alone
+from fednats.learning.baseline import PooledTask, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.task import Task
 from fednats.learning.task_code import make_task
@@ -108,7 +108,7 @@ class _Alone:
     n_steps: int
 
     def __call__(self) -> Metrics:
-        task = Pooled(_tasks(self.federation, self.sites))
+        task = PooledTask(_tasks(self.federation, self.sites))
         weights = train_alone(task, self.federation.training, self.n_steps, self.federation.seed)
         return evaluate_pooled(self.federation, weights)
 
@@ -143,4 +143,4 @@ def evaluate_pooled(federation: FederationSettings, weights: NDArray[np.float32]
     """Return the metrics of ``weights``, float32[n], on the test cases of all hospitals together."""
     with task_code("evaluating"):
         tasks = _tasks(federation, tuple(federation.sites))
-        return evaluate(Pooled(tasks), weights, seed=federation.seed).metrics
+        return evaluate(PooledTask(tasks), weights, seed=federation.seed).metrics

@@ -25,7 +25,6 @@ from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.bus_servers import BusServers, region_link, serving
 from fednats.testbed.comparison import Comparison, Measure
 from fednats.testbed.federation import FederationSettings
-from fednats.testbed.ledger import settled
 from fednats.testbed.links import serving_links
 from fednats.testbed.processes import LOG_FILE, DaemonProcess, Daemons
 from fednats.testbed.progress import Progress
@@ -34,6 +33,7 @@ from fednats.testbed.summary import Statuses, Summary, run_figures, summarise, w
 from fednats.testbed.supervisor import Supervisor
 from fednats.testbed.timeline import Timeline
 from fednats.testbed.wan import Wan, WanSettings
+from fednats.verify.joined import settled
 
 POLL_S = 0.5
 COORDINATOR = "coordinator"

@@ -62,7 +62,7 @@ class SiteFigures(_Figures):
     """Whether it stopped training because its budget allowed no further pass."""
 
 
-class Cases(_Figures):
+class PooledCases(_Figures):
     """How the test cases of all hospitals pooled were scored by the version evaluated last."""
 
     version: int = -1
@@ -110,7 +110,7 @@ class RunFigures(_Figures):
     """Coordinator's clock when the first version that met the target was published; none: not reached."""
     history: list[dict[str, Any]]
     """Per evaluated version: version, published_s, evaluated_s, n_sites, n_samples, metrics, means."""
-    cases: Cases = Cases()
+    cases: PooledCases = PooledCases()
     timeline: dict[str, list[Seen]] = {}
     """What each site had done by when."""
     site_figures: dict[str, SiteFigures]
@@ -230,7 +230,7 @@ def run_figures(
         target=federation.stop.target,
         time_to_target_s=next((entry["published_s"] for entry in history if entry["version"] == reached), None),
         history=history,
-        cases=Cases(**coordinator["cases"]),
+        cases=PooledCases(**coordinator["cases"]),
         timeline={} if timeline is None else timeline.shown(),
         site_figures={
             name: SiteFigures(

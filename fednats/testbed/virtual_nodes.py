@@ -33,7 +33,7 @@ from fednats.protocol.events import (
     contribution_id,
 )
 from fednats.protocol.sums import head_of, weigh
-from fednats.testbed.virtual_world import Version, Weights, World
+from fednats.testbed.virtual_world import PublishedVersion, Weights, World
 
 Send = Callable[[Event], None]
 
@@ -60,11 +60,11 @@ class SiteNode:
         self._train_s = train_s
         self._send = send
         self._machine = protocol.Site()
-        self._newest: Version | None = None
+        self._newest: PublishedVersion | None = None
         self._sent = 0
         self._residual = np.zeros(world.layout.n_parameters, np.float32)
 
-    def see(self, version: Version) -> None:
+    def see(self, version: PublishedVersion) -> None:
         """Take up a new version."""
         self._newest = version
         self._start(self._machine.handle(protocol.ModelSeen(version.number)))
@@ -75,7 +75,7 @@ class SiteNode:
         if job is not None and self._newest is not None:
             self._world.clock.after(self._train_s, partial(self._trained, self._newest))
 
-    def _trained(self, base: Version) -> None:
+    def _trained(self, base: PublishedVersion) -> None:
         world = self._world
         grid = (self._newest or base).grids[-1]
         self._sent += 1
@@ -124,7 +124,7 @@ class RegionNode:
         )
         self._n_timers = 0
 
-    def see(self, version: Version) -> None:
+    def see(self, version: PublishedVersion) -> None:
         """Take up a new version."""
         self.feed(self._world.announcement(version, capacity=self._world.settings.delta.max_total_weight))
 
@@ -185,7 +185,7 @@ class CoordinatorNode:
     """The coordinator's machine, and what its daemon does for it."""
 
     def __init__(
-        self, world: World, regions: Sequence[str], weights: Weights, spread: Callable[[Version], None]
+        self, world: World, regions: Sequence[str], weights: Weights, spread: Callable[[PublishedVersion], None]
     ) -> None:
         self.combined: list[Combination] = []
         """What each version after the first was made of."""
@@ -199,7 +199,7 @@ class CoordinatorNode:
         self._optimizer = ServerOptimizer(world.settings.server, synchronous=world.settings.aggregation.synchronous)
         self._slots = {name: np.zeros_like(weights) for name in self._optimizer.slots}
         first = grids.initial(world.layout, weights, self._decoder.qmax)
-        self.versions = [Version(0, 0.0, weights, (first,))]
+        self.versions = [PublishedVersion(0, 0.0, weights, (first,))]
 
     def start(self) -> None:
         """Publish the first version."""
@@ -219,7 +219,7 @@ class CoordinatorNode:
                 case _:
                     pass
 
-    def _publish(self, version: Version) -> None:
+    def _publish(self, version: PublishedVersion) -> None:
         self.feed(self._world.announcement(version, capacity=None))
         self._spread(version)
 
@@ -251,7 +251,9 @@ class CoordinatorNode:
         self.combined.append(combination)
         self.norms.update(norms)
         now_s = self._world.clock.now_s
-        self.versions.append(Version(current.number + 1, now_s, weights, self._adapt(current.grids, heads, mean)))
+        self.versions.append(
+            PublishedVersion(current.number + 1, now_s, weights, self._adapt(current.grids, heads, mean))
+        )
         self._publish(self.versions[-1])
         self.feed(Combined(combination_id=combination.combination_id, norms=norms, quarantined=quarantined))
 

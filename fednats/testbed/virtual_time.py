@@ -15,7 +15,7 @@ from fednats.config import RunSettings
 from fednats.messages import ParameterSpec, Update
 from fednats.protocol.events import Event, Refuse
 from fednats.testbed.virtual_nodes import CoordinatorNode, Learner, RegionNode, SiteNode
-from fednats.testbed.virtual_world import Version, Weights, World
+from fednats.testbed.virtual_world import PublishedVersion, Weights, World
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class VirtualFederation:
         return self.versions[-1].weights
 
     @property
-    def versions(self) -> Sequence[Version]:
+    def versions(self) -> Sequence[PublishedVersion]:
         """All versions that were published."""
         return self._coordinator.versions
 
@@ -106,7 +106,7 @@ class VirtualFederation:
         )
         return Counter(part.head.update_id for made in applied for part in made.parts if isinstance(part.head, Update))
 
-    def _spread(self, version: Version) -> None:
+    def _spread(self, version: PublishedVersion) -> None:
         clock = self._world.clock
         for region in self._regions.values():
             clock.after(self._delay_s, partial(region.see, version))

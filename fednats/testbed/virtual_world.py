@@ -18,7 +18,7 @@ Weights = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Version:
+class PublishedVersion:
     """One published version of the model."""
 
     number: int
@@ -69,7 +69,7 @@ class World:
         self.refused.append(refusal)
         self.payloads.pop(refusal.contribution_id, None)
 
-    def announcement(self, version: Version, capacity: int | None) -> VersionAnnounced:
+    def announcement(self, version: PublishedVersion, capacity: int | None) -> VersionAnnounced:
         """Return what a collector is told of ``version``."""
         add = summer(self.settings.delta, None)
         return VersionAnnounced(

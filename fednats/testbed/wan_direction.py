@@ -28,7 +28,7 @@ class Hold(Enum):
     CUT = "the link is cut"
 
 
-class Sender(Protocol):
+class ByteSource(Protocol):
     """What gives bytes to a link, and can be held back."""
 
     def hold(self, why: Hold) -> None:
@@ -64,11 +64,11 @@ class Direction:
         self._under_way_bytes = 0
         self._idle_at = 0.0  # when the transmitter has sent all that it was given
         self._last_arrival = 0.0
-        self._held: dict[Sender, None] = {}
+        self._held: dict[ByteSource, None] = {}
         self._arrival: asyncio.TimerHandle | None = None
         self._room: asyncio.TimerHandle | None = None
 
-    def carry(self, sender: Sender, n_bytes: int, arrive: Callable[[], None]) -> None:
+    def carry(self, sender: ByteSource, n_bytes: int, arrive: Callable[[], None]) -> None:
         """Call ``arrive`` when ``n_bytes`` given now have crossed; never, if the link is cut by then."""
         if self._is_cut:
             return

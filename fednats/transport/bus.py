@@ -30,18 +30,18 @@ from fednats.transport.cancellation import cancellable
 from fednats.transport.connection import Connection, connection
 from fednats.transport.consumer import Consumer, Delivery
 from fednats.transport.fence import Fence
-from fednats.transport.message_limit import HEADER_ROOM_BYTES, Limit
+from fednats.transport.message_limit import HEADER_ROOM_BYTES, SizeLimit
 from fednats.transport.streams import BucketSpec, StreamSpec
 from fednats.transport.upkeep import Upkeep
 
-__all__ = ["Bus", "Delivery", "Record"]
+__all__ = ["Bus", "Delivery", "StoredMessage"]
 
 POLL_INTERVAL_S = 5.0
 """How often `Bus.follow` looks although nothing was announced."""
 
 
 @dataclass(frozen=True)
-class Record:
+class StoredMessage:
     """One stored message."""
 
     subject: str
@@ -107,12 +107,12 @@ class Bus:
         """Largest ``data`` that may be published: what this server takes in a message, less room for headers."""
         return self._connection.client.max_payload - HEADER_ROOM_BYTES
 
-    def need(self, n_bytes: int) -> Limit:
+    def need(self, n_bytes: int) -> SizeLimit:
         """Say how large a ``data`` the run publishes; it goes on with the pulse. Return it beside what the server takes."""
         self._upkeep.limit.need(n_bytes + HEADER_ROOM_BYTES)
         return self._upkeep.limit.now
 
-    def limits(self) -> AsyncGenerator[Limit, None]:
+    def limits(self) -> AsyncGenerator[SizeLimit, None]:
         """Yield what the run needs and what the server takes, now, whenever either has changed, and after reconnections.
 
         What is needed is what `need` was told, or what the node above says. Nothing is copied from there while the server
@@ -244,7 +244,7 @@ class Bus:
         """Return how many messages that `consume` takes of ``stream`` were not settled half a minute ago; None: not known."""
         return self._consumers[stream].n_unsettled if stream in self._consumers else None
 
-    async def last(self, stream: str, subject: str, *, domain: str | None = None) -> Record | None:
+    async def last(self, stream: str, subject: str, *, domain: str | None = None) -> StoredMessage | None:
         """Return the newest message of ``subject``, or None; ``stream`` is in another ``domain`` if given.
 
         Raises:
@@ -253,7 +253,7 @@ class Bus:
         message = await self._connection.direct(stream, subject, domain=domain)
         if message is None:
             return None
-        return Record(subject, message.data, int((message.headers or {}).get("Nats-Sequence", 0)))
+        return StoredMessage(subject, message.data, int((message.headers or {}).get("Nats-Sequence", 0)))
 
     async def first_sequence(self, stream: str) -> int:
         """Return the number that ``stream`` began with; those of a lost stream of its name are below it.
@@ -272,7 +272,7 @@ class Bus:
         of_messages = state["messages"] / config["max_msgs"] if config["max_msgs"] > 0 else 0.0
         return Usage(max(of_bytes, of_messages), int(state["last_seq"]))
 
-    async def follow(self, stream: str, subjects: Sequence[str]) -> AsyncGenerator[Record, None]:
+    async def follow(self, stream: str, subjects: Sequence[str]) -> AsyncGenerator[StoredMessage, None]:
         """Yield the newest message of each of ``subjects`` (no wildcards), and again whenever there is a newer one.
 
         Messages overtaken by a newer one of the same subject may be skipped. Survives restarts by itself.

@@ -17,7 +17,7 @@ HEADER_ROOM_BYTES = 4096
 _MAX_DIGITS = 10
 
 
-class Limit(NamedTuple):
+class SizeLimit(NamedTuple):
     """Both sides of the comparison."""
 
     needed_bytes: int
@@ -48,9 +48,9 @@ class MessageLimit:
         self._changed = asyncio.Event()
 
     @property
-    def now(self) -> Limit:
+    def now(self) -> SizeLimit:
         """The two as they are."""
-        return Limit(self._needed_bytes, self._connection.client.max_payload)
+        return SizeLimit(self._needed_bytes, self._connection.client.max_payload)
 
     @property
     def pulse(self) -> bytes:
@@ -68,7 +68,7 @@ class MessageLimit:
         if pulse.isdigit() and len(pulse) <= _MAX_DIGITS:
             self.need(min(int(pulse), MAX_MESSAGE_BYTES + HEADER_ROOM_BYTES))
 
-    async def changes(self) -> AsyncGenerator[Limit, None]:
+    async def changes(self) -> AsyncGenerator[SizeLimit, None]:
         """Yield the two now, whenever either has changed, and after reconnections."""
         self._connection.wakers.add(self._changed.set)
         try:

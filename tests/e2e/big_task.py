@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fednats.learning.task import Examples, Task
+from fednats import Examples, Task
 
 
 class Big(Task):

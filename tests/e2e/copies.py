@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fednats.services.state_dir import LOCK_FILE
+from fednats.services.daemon.state_dir import LOCK_FILE
 from fednats.testbed.launch import Running
 from fednats.testbed.processes import LOG_FILE, DaemonProcess
 from fednats.web.server import PORT_FILE

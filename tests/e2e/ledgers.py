@@ -9,23 +9,23 @@ from pathlib import Path
 
 from fednats import subjects
 from fednats.crypto.sealing import ModelKeys
+from fednats.ledger.audit import audit
+from fednats.ledger.records import LedgerRecord
 from fednats.permissions import user_name
-from fednats.privacy.audit import audit
-from fednats.privacy.egress import Record
 from fednats.storage.checkpoints import checkpoints_folder, frame_file, newest_checkpoint, weights_file
 from fednats.storage.chunk_file import read_chunks
 from fednats.subjects import HUB
-from fednats.testbed.book import Book
-from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import Running
-from fednats.testbed.ledger import Ledger, settled
 from fednats.transport.bus import Bus
+from fednats.verify.books import Book
+from fednats.verify.joined import Books, settled
+from tests.support.connected_bus import until as happens
 
 LIMIT_S = 60.0
 _POLL_S = 0.5
 
 
-async def balanced(output: Path) -> Ledger:
+async def balanced(output: Path) -> Books:
     """Return the ledger once all that was sent has been taken in, and assert that nothing is wrong with it."""
     try:
         async with asyncio.timeout(LIMIT_S):
@@ -68,7 +68,7 @@ async def all_settled(running: Running, node: str, copies: int = 1) -> None:
     await happens(settled)
 
 
-def audited(output: Path) -> dict[str, list[Record]]:
+def audited(output: Path) -> dict[str, list[LedgerRecord]]:
     """Assert that ``fednats audit verify`` passes on every ledger of a run; return the records by participant's folder."""
     ledgers = sorted(output.glob("**/*ledger.jsonl"))
     assert {file.parent.name for file in ledgers} == {

@@ -17,13 +17,13 @@ from fednats.crypto.signing import unsigned
 from fednats.delta.encode import Encoder, encoder
 from fednats.delta.scheme import count_bits
 from fednats.delta.sum import summer
-from fednats.learning.evaluation import Evaluated, Evaluator
+from fednats.learning.evaluation import Evaluator, LocalEvaluation
 from fednats.learning.flat import initial_model, initial_vector
 from fednats.learning.scores import Counts
 from fednats.messages import Evaluation, ModelManifest, Payload, Presence, Update
-from fednats.services.evaluations import payload_of
-from fednats.services.identity import Identity
-from fednats.services.lifecycle import PRESENCE_RENEWAL_S
+from fednats.services.daemon.identity import Identity
+from fednats.services.daemon.lifecycle import PRESENCE_RENEWAL_S
+from fednats.services.tier.evaluations import payload_of
 from fednats.storage.outbox import first_number
 from fednats.transport.bus import Bus
 from tests.e2e.own_task import MyTask
@@ -47,23 +47,23 @@ class Lie:
     """Training cases in the head of an update."""
     registered: int
     """Test cases in the head of an evaluation."""
-    counts: Callable[[Evaluated, int], Flat] = Evaluated.flat
+    counts: Callable[[LocalEvaluation, int], Flat] = LocalEvaluation.flat
     """What it encrypts as its counts, given the honest ones and the bits of a count."""
 
 
-def made_up(found: Evaluated, bits: int) -> Flat:
+def made_up(found: LocalEvaluation, bits: int) -> Flat:
     """A model without a fault, on very many cases."""
     return replace(found, counts=FAULTLESS, n_samples=MADE_UP).flat(bits)
 
 
-def negative(found: Evaluated, bits: int) -> Flat:
+def negative(found: LocalEvaluation, bits: int) -> Flat:
     """Fewer than no cases with the lowest score."""
     flat = found.flat(bits)
     flat[0] -= 1000
     return flat
 
 
-def moved(found: Evaluated, bits: int) -> Flat:
+def moved(found: LocalEvaluation, bits: int) -> Flat:
     """As many cases as ever, all of class 1; by the histograms they are still of both."""
     counts = found.counts
     assert counts is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fednats.learning.task import Examples, Task
+from fednats import Examples, Task
 
 
 class MyTask(Task):

@@ -18,8 +18,8 @@ from fednats.provision import nkey
 from fednats.provision.authority import CA_FILE
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import BusServers
-from fednats.testbed.connected_bus import until
 from tests.plain_client import leave
+from tests.support.connected_bus import until
 
 
 class Tap:

@@ -16,14 +16,14 @@ from fednats.errors import CONFIG_EXIT
 from fednats.messages import Chunk, Message, ModelManifest, Payload, Reject, Update
 from fednats.permissions import user_name
 from fednats.protocol.events import evaluation_id
-from fednats.services.identity import Identity
-from fednats.testbed.connected_bus import until as happens
+from fednats.services.daemon.identity import Identity
 from fednats.testbed.launch import running
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import OWN_TASK, MakeFederation
 from tests.e2e.ledgers import all_settled, balanced
 from tests.e2e.until import Statuses, end_after, reached, until
 from tests.makers import evaluation
+from tests.support.connected_bus import until as happens
 
 BUS_README = Path(__file__).parents[2] / "bus" / "README.md"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from fednats.learning.task import Task
+from fednats import Task
 
 class Failing(Task):
     def __init__(self, records=""):

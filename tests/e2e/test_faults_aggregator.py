@@ -13,17 +13,17 @@ from fednats.permissions import user_name
 from fednats.protocol.events import Combined, EvaluationsSummed
 from fednats.storage.journal import read_journal
 from fednats.subjects import HUB
-from fednats.testbed.again import send_coordinator_again, send_region_again, send_site_again
-from fednats.testbed.book import Book, Fate
-from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED
 from fednats.testbed.wan import WanSettings
-from fednats.transport.bus import Bus, Record
+from fednats.transport.bus import Bus, StoredMessage
+from fednats.verify.books import Book, Fate
+from fednats.verify.joined import APPLIED
 from fednats.wire import MessageT
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import all_settled, audited, balanced, figures
 from tests.e2e.until import closed, reached, until
+from tests.support.again import send_coordinator_again, send_region_again, send_site_again
+from tests.support.connected_bus import until as happens
 
 RUN = "small"
 NORTH = "aggregator-north"
@@ -121,7 +121,7 @@ async def first(bus: Bus, subject: str, kind: type[MessageT]) -> MessageT:
     """Return the first message on ``subject``, as soon as the region's server has it."""
     stream = subjects.aggregates_stream(RUN, "north")
 
-    async def look() -> Record | None:
+    async def look() -> StoredMessage | None:
         try:
             return await bus.last(stream, subject)
         except BusError:  # the aggregator has not made the stream yet

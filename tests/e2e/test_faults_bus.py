@@ -10,17 +10,17 @@ from fednats.config import parse
 from fednats.messages import Aggregate, Update
 from fednats.protocol.events import Combined, EvaluationsSummed
 from fednats.subjects import HUB
-from fednats.testbed.book import Book, Fate
-from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED, OVERTAKEN_S, Ledger, verify
 from fednats.testbed.nats_server import NatsServer
 from fednats.testbed.wan import WanSettings
+from fednats.verify.books import Book, Fate
+from fednats.verify.joined import APPLIED, OVERTAKEN_S, Books, verify
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import events, logged
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import LIMIT_S, end_after, reached, takes_part, until, version_now
+from tests.support.connected_bus import until as happens
 
 FAR = WanSettings(delay_ms=100)
 """Between each site and its region: paces the run, so that nobody has to train for long."""
@@ -45,7 +45,7 @@ async def version_grows(federation_running: Running, n_versions: int = 2) -> Non
     await until(federation_running, reached(version_now(federation_running) + n_versions))
 
 
-async def ends_well(federation_running: Running) -> Ledger:
+async def ends_well(federation_running: Running) -> Books:
     """End the run; every accepted update is in the model, but for those that waited when it closed."""
     statuses = await end_after(federation_running, 3)
     ledger = await balanced(federation_running.output)

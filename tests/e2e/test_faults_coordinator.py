@@ -11,9 +11,9 @@ from fednats.permissions import user_name
 from fednats.protocol.events import VersionAnnounced
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED
 from fednats.testbed.wan import WanSettings
 from fednats.transport.bus import Bus
+from fednats.verify.joined import APPLIED
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import events, found, logged, wide
 from tests.e2e.ledgers import balanced

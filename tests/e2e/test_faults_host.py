@@ -7,15 +7,15 @@ from typing import Any
 import aiohttp
 import pytest
 
-from fednats.testbed.hosts import clock_off
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED
+from fednats.verify.joined import APPLIED
 from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import found, logged, outbox, outbox_of, wide
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import closed, reached, until
 from tests.small_disk import small_disk
+from tests.support.hosts import clock_off
 
 
 async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: MakeFederation, tmp_path: Path) -> None:

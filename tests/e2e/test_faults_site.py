@@ -10,8 +10,8 @@ from fednats.messages import Update
 from fednats.protocol.events import ContributionArrived
 from fednats.storage.local_model import model_folder
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED
 from fednats.testbed.wan import WanSettings
+from fednats.verify.joined import APPLIED
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import events, found, in_state, logged, outbox, outbox_of, wide
 from tests.e2e.ledgers import audited, balanced

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fednats import subjects
-from fednats.learning.evaluation import Evaluated, evaluate
+from fednats.learning.evaluation import LocalEvaluation, evaluate
 from fednats.learning.task_code import make_task
 from fednats.provision import servers
 from fednats.provision.servers import config_file
@@ -22,8 +22,8 @@ from fednats.storage.tensor_file import TensorFile
 from fednats.testbed.comparison import evaluate_pooled
 from fednats.testbed.federation import FederationSettings
 from fednats.testbed.launch import run_federation, running
-from fednats.testbed.ledger import APPLIED
 from fednats.transport.bus import Bus
+from fednats.verify.joined import APPLIED
 from tests.e2e.conftest import NORMED, MakeFederation
 from tests.e2e.ledgers import assert_no_secret_is_logged, assert_sealed, audited, balanced
 from tests.e2e.until import closed, closed_at, reached, until
@@ -139,7 +139,7 @@ async def test_a_federation_without_leaves_is_the_same_federation(
     assert last["metrics"]["accuracy"] == pytest.approx(exact["accuracy"])
 
 
-def evaluated_at(federation: FederationSettings, site: str, output: Path) -> Evaluated:
+def evaluated_at(federation: FederationSettings, site: str, output: Path) -> LocalEvaluation:
     task = federation.task_of(site)
     return evaluate(make_task(task.path, task.options), last_weights(output))
 

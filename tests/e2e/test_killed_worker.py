@@ -14,7 +14,7 @@ import tenseal as ts
 from fednats import subjects, wire
 from fednats.messages import Chunk, ModelManifest, Payload, Update
 from fednats.permissions import user_name
-from fednats.services.identity import Identity
+from fednats.services.daemon.identity import Identity
 from fednats.testbed.launch import running
 from fednats.testbed.processes import DaemonProcess
 from fednats.transport.bus import Bus

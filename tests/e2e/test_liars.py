@@ -19,11 +19,11 @@ from fednats.permissions import user_name
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint, weights_file
 from fednats.storage.tensor_file import TensorFile
 from fednats.subjects import HUB
-from fednats.testbed.book import Book
 from fednats.testbed.launch import COORDINATOR, Running, running
-from fednats.testbed.ledger import settled
 from fednats.testbed.processes import DaemonProcess
 from fednats.transport.bus import Bus
+from fednats.verify.books import Book
+from fednats.verify.joined import settled
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.liars import MADE_UP, LyingSite, made_up, moved, negative, send_sum
 from tests.e2e.own_task import MyTask

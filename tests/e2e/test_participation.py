@@ -8,14 +8,14 @@ from typing import Any
 
 import aiohttp
 
-from fednats.testbed.connected_bus import until as happens
 from fednats.testbed.launch import Running, running
-from fednats.testbed.ledger import APPLIED
 from fednats.testbed.processes import DaemonProcess
+from fednats.verify.joined import APPLIED
 from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import ENDLESS, Statuses, end_after, reached, until
+from tests.support.connected_bus import until as happens
 
 PATIENCE_S = 60.0
 """For a daemon to start, or for its presence to run out."""

@@ -11,11 +11,11 @@ import pytest
 
 from fednats.errors import TaskError
 from fednats.privacy import rdp
-from fednats.privacy.account import Account, Place
+from fednats.privacy.account import Place, PrivacyAccount
 from fednats.privacy.policy import Budget, Policy
 from fednats.testbed.launch import run_federation, running
-from fednats.testbed.ledger import APPLIED
 from fednats.testbed.summary import spent
+from fednats.verify.joined import APPLIED
 from fednats.web.server import PORT_FILE
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import found, outbox
@@ -116,12 +116,14 @@ async def test_two_daemons_on_one_account_keep_one_budget_though_one_is_killed_i
         return all(statuses.get(f"site-{name}", {}).get("state") == "spent" for name in "ab")
 
     async with running(federation, tmp_path / "out") as now:
-        await found(now, lambda: (account.exists() and Account(account).n_unfinished(Place("small", "a", 0))) or None)
+        await found(
+            now, lambda: (account.exists() and PrivacyAccount(account).n_unfinished(Place("small", "a", 0))) or None
+        )
         await now.daemons["site-a"].kill()  # its pass is charged and will send nothing
         await now.daemons["site-a"].start()
         statuses = await until(now, both_spent)
         n_stored = sum(int(outbox(now, name, "SELECT COUNT(*) FROM outgoing")[0][0]) for name in "ab")
-    assert Account(account).n_charges("record") == allowed
+    assert PrivacyAccount(account).n_charges("record") == allowed
     assert n_stored == allowed - 1
     for name in "ab":
         privacy = statuses[f"site-{name}"]["privacy"]

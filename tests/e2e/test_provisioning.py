@@ -20,9 +20,9 @@ from fednats.privacy.policy import Policy
 from fednats.provision.kits import provision, provisioned, rotate
 from fednats.provision.plan import Kits
 from fednats.testbed.launch import COORDINATOR, Running, running
-from fednats.testbed.ledger import APPLIED
 from fednats.testbed.processes import DaemonProcess
 from fednats.transport.bus import Bus
+from fednats.verify.joined import APPLIED
 from tests.e2e.conftest import NORMED, MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import Statuses, closed, end_after, reached, until, version_now

@@ -11,7 +11,7 @@ from fednats.delta.sum import summer
 from fednats.messages import ModelManifest, Payload
 from fednats.permissions import user_name
 from fednats.protocol.outliers import MIN_HISTORY
-from fednats.services.identity import Identity
+from fednats.services.daemon.identity import Identity
 from fednats.testbed.launch import running
 from fednats.transport.bus import Bus
 from tests.e2e.conftest import MakeFederation

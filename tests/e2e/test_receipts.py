@@ -9,12 +9,12 @@ from datetime import datetime
 from pathlib import Path
 
 from fednats.errors import CONFIG_EXIT
-from fednats.privacy.anchor import read_anchor
-from fednats.privacy.egress import EGRESS_FILE
+from fednats.ledger.anchor import read_anchor
+from fednats.ledger.records import EGRESS_FILE
 from fednats.protocol.refusals import FIRST_PAUSE_S
 from fednats.testbed.launch import running
-from fednats.testbed.ledger import APPLIED, settled
 from fednats.testbed.processes import DaemonProcess
+from fednats.verify.joined import APPLIED, settled
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.faults import logged
 from tests.e2e.until import LIMIT_S, end_after, reached, until

@@ -11,8 +11,8 @@ from fednats.errors import ConfigError
 from fednats.provision.plan import Kits
 from fednats.testbed import launch
 from fednats.testbed.launch import run_federation
-from fednats.testbed.ledger import verify
 from fednats.testbed.processes import LOG_FILE
+from fednats.verify.joined import verify
 from tests.e2e.conftest import MakeFederation, users_of
 from tests.e2e.until import LIMIT_S
 

@@ -8,17 +8,17 @@ from typer.testing import CliRunner
 from fednats import subjects
 from fednats.cli import app
 from fednats.errors import CONFIG_EXIT
+from fednats.ledger.records import EGRESS_FILE
 from fednats.messages import Update
 from fednats.permissions import user_name
-from fednats.privacy.egress import EGRESS_FILE
 from fednats.protocol.events import Restored
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint
 from fednats.storage.outbox import outbox_file
 from fednats.subjects import HUB
-from fednats.testbed.book import Book, Fate
 from fednats.testbed.launch import Running, running
-from fednats.testbed.sent import read_outbox
 from fednats.transport.bus import Bus
+from fednats.verify.books import Book, Fate
+from fednats.verify.sent import read_outbox
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.copies import LEFT_OUT, copied, puts_in_place_of
 from tests.e2e.faults import events, found, logged, outbox

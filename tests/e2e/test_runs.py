@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from fednats.storage.checkpoints import BEST_FILE, checkpoints_folder, weights_file
 from fednats.testbed.launch import COORDINATOR, Running, running
-from fednats.testbed.ledger import APPLIED
+from fednats.verify.joined import APPLIED
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import audited, balanced
 from tests.e2e.until import Statuses, closed_at, until

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from fednats.testbed.chaos import Chaos
 from fednats.testbed.launch import running
-from fednats.testbed.ledger import APPLIED
 from fednats.testbed.wan import WanSettings
+from fednats.verify.joined import APPLIED
 from tests.e2e.conftest import MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import end_after, reached, takes_part, until
+from tests.support.chaos import Chaos
 
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 FAR = WanSettings(delay_ms=50)

@@ -8,8 +8,8 @@ from fednats.config import CoordinatorSettings
 from fednats.messages import Aggregate
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint
 from fednats.subjects import HUB
-from fednats.testbed.book import Book, Fate
 from fednats.testbed.launch import COORDINATOR, Running
+from fednats.verify.books import Book, Fate
 
 Statuses = Mapping[str, Mapping[str, Any]]
 

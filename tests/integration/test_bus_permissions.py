@@ -23,8 +23,8 @@ from fednats.provision.kits import provisioned
 from fednats.provision.plan import RegionPlan
 from fednats.provision.registry import Registry
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus
 from tests.plain_client import plain_client
+from tests.support.connected_bus import ConnectedBus, connected_bus
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

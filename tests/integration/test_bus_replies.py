@@ -22,10 +22,10 @@ from fednats.errors import BusError
 from fednats.permissions import Permissions
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport.bus import Bus
 from tests.integration.test_bus_security import prober
 from tests.rogue_leaf import rogue_leaf
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -22,14 +22,14 @@ from fednats.provision.authority import CA_FILE
 from fednats.provision.kits import provision
 from fednats.provision.plan import Kits, LeafAddress, Plan, RegionPlan
 from fednats.provision.registry import Registry
-from fednats.provision.sharing import Account
+from fednats.provision.sharing import BusAccount
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.nats_server import NatsServer, Ports
 from fednats.transport import streams
 from fednats.transport.bus import Bus
 from tests.plain_client import plain_client
 from tests.rogue_leaf import rogue_leaf
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
@@ -312,7 +312,7 @@ async def test_a_hub_that_allows_everything_still_cannot_change_a_region(tmp_pat
     root, link = (
         User(name, registry.keys[name], everything, leaf="link" in name) for name in ("coordinator.hub", "link.north")
     )
-    (kits.server(HUB) / "accounts.conf").write_text(sharing.render([Account(accounts.HUB_ACCOUNT, (root, link))]))
+    (kits.server(HUB) / "accounts.conf").write_text(sharing.render([BusAccount(accounts.HUB_ACCOUNT, (root, link))]))
     above, below = (NatsServer(plan.server(node), kits.server(node), ports[node]) for node in ports)
     uplink, ca_file = "uplink.north", kits.server(HUB) / CA_FILE
     region = BusSettings(url=below.url, ca_file=ca_file, nkey_seed_file=kits.seed_file(uplink))

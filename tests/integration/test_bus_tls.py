@@ -16,9 +16,9 @@ from fednats.provision.files import Files
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import BusServers, bus_servers
-from fednats.testbed.connected_bus import until
 from fednats.transport import connection
 from fednats.transport.bus import Bus
+from tests.support.connected_bus import until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))

@@ -13,10 +13,10 @@ from fednats.permissions import user_name
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import bus_servers
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport import streams
 from fednats.transport.bus import Bus
 from fednats.wire import digest
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 MODEL = subjects.model(RUN)

@@ -11,10 +11,10 @@ from fednats import subjects
 from fednats.errors import BusError
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.nats_server import NatsServer
 from fednats.transport import consumer, streams
-from fednats.transport.bus import Bus, Record
+from fednats.transport.bus import Bus, StoredMessage
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a",)),)
@@ -42,7 +42,7 @@ async def say(bus: Bus, subject: str, name: str) -> None:
     await until(said)
 
 
-async def heard(records: AsyncIterator[Record], name: str) -> None:
+async def heard(records: AsyncIterator[StoredMessage], name: str) -> None:
     async with asyncio.timeout(30):
         while (await anext(records)).data != name.encode():
             pass

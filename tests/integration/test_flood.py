@@ -23,16 +23,16 @@ from fednats.messages import Evaluation, Grid, ModelManifest, ParameterSpec, Pay
 from fednats.permissions import inbox
 from fednats.protocol.events import ContributionArrived, EvaluationArrived, Event, PresenceChanged
 from fednats.provision.plan import RegionPlan
-from fednats.services.pace import BURST
-from fednats.services.presence import PAUSE_S
+from fednats.services.tier.pace import BURST
+from fednats.services.tier.presence import PAUSE_S
 from fednats.storage.journal import read_journal
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.processes import DaemonProcess, Daemons
 from fednats.transport import streams
 from fednats.transport.consumer import MAX_UNSETTLED
 from tests.makers import FIRST
 from tests.plain_client import plain_client
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "r"
 HONEST = ("a", "b")

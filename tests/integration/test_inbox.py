@@ -16,11 +16,11 @@ from fednats.errors import BusError, Reason, RefusedError
 from fednats.messages import Message, Payload, Reject, Update
 from fednats.protocol.events import ContributionArrived
 from fednats.provision.plan import RegionPlan
-from fednats.services.inbox import Arrived, Inbox, VanishedError
-from fednats.services.rejects import MAX_DATA_BYTES, MAX_DETAIL, Rejects
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
+from fednats.services.tier.inbox import Arrived, Inbox, VanishedError
+from fednats.services.tier.rejects import MAX_DATA_BYTES, MAX_DETAIL, Rejects
 from fednats.transport.bus import Bus, Delivery
 from tests.makers import update
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "r"
 STREAM = subjects.updates_stream(RUN, "north", "a")

@@ -12,14 +12,14 @@ from fednats import subjects
 from fednats.errors import FencedError, RivalError
 from fednats.permissions import user_name
 from fednats.provision.plan import RegionPlan
-from fednats.services import lease
-from fednats.services.lease import HeldLease
-from fednats.services.lifecycle import Daemon
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.tier import lease
+from fednats.services.tier.lease import HeldLease
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import BusServers, bus_servers
-from fednats.testbed.connected_bus import until
 from fednats.transport import streams
 from fednats.transport.bus import Bus
+from tests.support.connected_bus import until
 
 RUN = "run"
 PREFIX = subjects.model(RUN)

@@ -13,10 +13,10 @@ from fednats.errors import BusError, ConfigError, FednatsError
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import bus_servers, link_names
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.links import ask, serving_links
 from fednats.testbed.wan import Wan, WanSettings
 from fednats.transport.bus import Bus
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a", "b")),)

@@ -19,18 +19,18 @@ from fednats.provision import authority
 from fednats.provision.authority import CERTIFICATE_FILE
 from fednats.provision.kits import provision, provisioned
 from fednats.provision.plan import RegionPlan
-from fednats.services import aggregator as service
-from fednats.services import certificates
-from fednats.services.lifecycle import Daemon
-from fednats.services.notices import What
+from fednats.services.aggregator import service
+from fednats.services.daemon import certificates
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.daemon.notices import What
 from fednats.storage.journal import Journal
 from fednats.subjects import HUB, presence_bucket
 from fednats.testbed import nats_server
 from fednats.testbed.bus_servers import BusServers, bus_servers
-from fednats.testbed.connected_bus import until
 from fednats.transport import connection
 from fednats.transport.bus import Bus
 from fednats.transport.tls import certificates_end_at
+from tests.support.connected_bus import until
 
 RUN, REGION = "run", "north"
 DAY_S = 86400

@@ -25,14 +25,15 @@ from nats.aio.msg import Msg
 
 from fednats import subjects
 from fednats.provision.plan import RegionPlan
-from fednats.services import aggregator, coordinator
-from fednats.services.lifecycle import Daemon
+from fednats.services.aggregator import service as aggregator
+from fednats.services.coordinator import service as coordinator
+from fednats.services.daemon.lifecycle import Daemon
 from fednats.subjects import HUB
 from fednats.testbed import nats_server
 from fednats.testbed.bus_servers import BusServers, bus_servers
-from fednats.testbed.connected_bus import until
 from fednats.transport.bus import Bus
 from tests.plain_client import plain_client
+from tests.support.connected_bus import until
 
 RUN, REGION, SITE = "run", "north", "a"
 ROOT = Path(__file__).parents[2]

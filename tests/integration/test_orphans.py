@@ -11,14 +11,14 @@ import structlog
 from fednats import subjects
 from fednats.errors import BusFullError
 from fednats.provision.plan import RegionPlan
-from fednats.services import intake, orphans
-from fednats.services.inbox import Inbox
-from fednats.services.intake import Intake, of_sites
-from fednats.services.lifecycle import Daemon
-from fednats.testbed.connected_bus import connected_bus, until
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.tier import intake, orphans
+from fednats.services.tier.inbox import Inbox
+from fednats.services.tier.intake import Intake, of_sites
 from fednats.transport import streams
 from fednats.transport.bus import Delivery
 from fednats.wire import digest
+from tests.support.connected_bus import connected_bus, until
 
 RUN = "run"
 PREFIX = subjects.update(RUN, "north", "a")

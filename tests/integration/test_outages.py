@@ -13,11 +13,11 @@ from fednats import subjects
 from fednats.errors import BusError
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.wan import Wan, WanSettings
 from fednats.transport import connection
 from fednats.transport.bus import Bus
 from fednats.wire import digest
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a",)),)

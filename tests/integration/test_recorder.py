@@ -9,16 +9,16 @@ import structlog
 
 from fednats import subjects, wire
 from fednats.errors import LocalStorageError
+from fednats.ledger import records as egress
+from fednats.ledger.audit import audit
+from fednats.ledger.records import LedgerRecord
 from fednats.messages import Payload
-from fednats.privacy import egress
-from fednats.privacy.audit import audit
-from fednats.privacy.egress import Record
 from fednats.provision.plan import RegionPlan
-from fednats.services.lifecycle import Daemon
-from fednats.services.recorder import Recorder, entry_of
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.daemon.recorder import Recorder, entry_of
 from fednats.transport.bus import Bus
 from tests.makers import update
+from tests.support.connected_bus import ConnectedBus, connected_bus
 
 RUN = "r"
 PREFIX = subjects.update(RUN, "north", "a")
@@ -41,13 +41,13 @@ def recorder(bus: ConnectedBus, tmp_path: Path) -> Recorder:
     return Recorder(daemon, bus.servers.identity("site", "a"), tmp_path / "egress-ledger.jsonl")
 
 
-def records(tmp_path: Path) -> list[Record]:
+def records(tmp_path: Path) -> list[LedgerRecord]:
     found = audit(tmp_path / "egress-ledger.jsonl")
     assert found.findings == []
     return found.records
 
 
-def total(recorded: list[Record]) -> tuple[int, int]:
+def total(recorded: list[LedgerRecord]) -> tuple[int, int]:
     return sum(record.n_messages for record in recorded), sum(record.n_bytes for record in recorded)
 
 

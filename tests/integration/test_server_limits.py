@@ -14,16 +14,16 @@ from nats.aio.msg import Msg
 from fednats import subjects
 from fednats.errors import BusError
 from fednats.provision.plan import RegionPlan
-from fednats.services import aggregator as service
-from fednats.services.lifecycle import Daemon
-from fednats.services.persist import ensure
+from fednats.services.aggregator import service
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.daemon.retry import ensure
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import BusServers, bus_servers
-from fednats.testbed.connected_bus import until
 from fednats.testbed.nats_server import NatsServer
 from fednats.transport import streams
 from fednats.transport.bus import Bus
 from fednats.transport.message_limit import HEADER_ROOM_BYTES
+from tests.support.connected_bus import until
 
 RUN = "run"
 CHUNK_BYTES = 256 * 1024

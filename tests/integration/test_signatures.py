@@ -27,17 +27,17 @@ from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import Command
 from fednats.provision.plan import RegionPlan
-from fednats.services import identity as identities
-from fednats.services.inbox import Inbox
-from fednats.services.intake import Intake, of_regions, of_sites
-from fednats.services.lifecycle import Daemon
-from fednats.services.rejects import Rejects
-from fednats.services.tier import Tier
+from fednats.services.daemon import identity as identities
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.tier.inbox import Inbox
+from fednats.services.tier.intake import Intake, of_regions, of_sites
+from fednats.services.tier.rejects import Rejects
+from fednats.services.tier.tier import Tier
 from fednats.storage.journal import Journal
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport.bus import Bus
 from tests.makers import aggregate, announcement, evaluation, update
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "r"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c", "d")))

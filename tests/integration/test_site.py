@@ -20,6 +20,8 @@ from fednats.delta.encode import encoder
 from fednats.learning.entries import frozen_digests
 from fednats.learning.flat import initial_model, parameters_of
 from fednats.learning.task_code import make_task
+from fednats.ledger.audit import audit
+from fednats.ledger.records import EGRESS_FILE
 from fednats.messages import (
     Control,
     Grid,
@@ -27,16 +29,14 @@ from fednats.messages import (
     ModelManifest,
     Payload,
 )
-from fednats.privacy.audit import audit
-from fednats.privacy.egress import EGRESS_FILE
 from fednats.provision.plan import RegionPlan
-from fednats.services.lifecycle import Daemon
-from fednats.services.site import site
-from fednats.services.worker import Worker
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.daemon.worker import Worker
+from fednats.services.site.service import site
 from fednats.storage.outbox import ChunkKey, Outbox, outbox_file
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from tests.makers import FIRST, update
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c", "d")))

@@ -11,11 +11,11 @@ import pytest
 from fednats import subjects
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.testbed.wan import Wan, WanSettings
 from fednats.transport.bus import Bus
 from fednats.transport.window import MOST_BYTES
 from fednats.wire import digest
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 PLAN = (RegionPlan("north", ("a",)),)

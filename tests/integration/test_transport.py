@@ -18,10 +18,10 @@ from fednats.provision import nkey
 from fednats.provision.plan import RegionPlan
 from fednats.subjects import HUB
 from fednats.testbed.bus_servers import bus_servers
-from fednats.testbed.connected_bus import ConnectedBus, connected_bus, until
 from fednats.transport import consumer, streams
 from fednats.transport.bus import Bus, Delivery
 from fednats.wire import digest
+from tests.support.connected_bus import ConnectedBus, connected_bus, until
 
 RUN = "run"
 UPDATES = subjects.updates_stream(RUN, "north", "a")

@@ -9,7 +9,7 @@ import pytest
 
 from fednats.config import WebSettings
 from fednats.errors import ConfigError
-from fednats.services.loop_lag import INTERVAL_S, LoopLag
+from fednats.services.daemon.loop_lag import INTERVAL_S, LoopLag
 from fednats.web.metrics import Metrics
 from fednats.web.server import serving
 

@@ -17,9 +17,9 @@ from fednats.config import AggregationSettings, DeltaSettings
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.messages import Aggregate, Update
 from fednats.protocol.events import Combination, Part
-from fednats.services.adder import Adder, PartRefusedError
-from fednats.services.answers import Fit
-from fednats.services.worker import OF_THE_DAEMON, Worker, WorkerDiedError
+from fednats.services.aggregator.adder import Adder, PartRefusedError
+from fednats.services.daemon.answers import Fit
+from fednats.services.daemon.worker import OF_THE_DAEMON, Worker, WorkerDiedError
 from tests.makers import update
 
 KILLING = b"killing"
@@ -192,7 +192,7 @@ async def test_the_event_loop_runs_on_while_the_worker_works() -> None:
 PARENT = """
 import asyncio, os
 from tests.integration.test_worker import make_jobs
-from fednats.services.worker import Worker
+from fednats.services.daemon.worker import Worker
 
 async def main():
     async with Worker(make_jobs, 0) as worker:

@@ -11,7 +11,7 @@ from fednats.config import AggregationSettings, StalenessSettings
 from fednats.errors import Reason
 from fednats.messages import Opening, Update
 from fednats.protocol.admission import Roster
-from fednats.protocol.collector import Collector, State
+from fednats.protocol.collector import Collector, CollectorState
 from fednats.protocol.events import (
     Combination,
     Combine,
@@ -250,7 +250,7 @@ class Crashes(RuleBasedStateMachine):
     @invariant()
     def what_is_ready_is_summed(self) -> None:
         """With the goal, or everybody who is there, on one grid and nothing under way, a sum has been asked for."""
-        if self.machine.state is State.COLLECTING:
+        if self.machine.state is CollectorState.COLLECTING:
             buffered = [head for head in self.machine.buffered() if isinstance(head, Update)]
             for grid in {head.grid_id for head in buffered}:
                 content = group = [head for head in buffered if head.grid_id == grid]

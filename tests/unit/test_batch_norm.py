@@ -9,10 +9,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import DeltaSettings, RunSettings, StopSettings, TrainingSettings
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import FlatModel, initial_model, initial_vector, parameters_of, write_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.trainer import Trainer
 from fednats.testbed.virtual_time import VirtualFederation, VirtualSite
 from fednats.testbed.virtual_world import Weights

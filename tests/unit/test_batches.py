@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import RecordPrivacySettings, TrainingSettings
 from fednats.errors import ConfigError, TaskError
-from fednats.learning.baseline import Pooled, train_alone
+from fednats.learning.baseline import PooledTask, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_model, initial_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.task_errors import task_code
 from fednats.learning.trainer import Trainer, train
 from fednats.privacy.trainer import PrivateTrainer
@@ -116,7 +116,7 @@ def test_what_pytorch_collates_is_trained_on_and_evaluated(task: Given) -> None:
     found = evaluate(task, weights, 32)
     assert found.n_samples == N
     assert set(found.metrics) >= {"auc", "accuracy"}
-    pooled = Pooled([task, task])
+    pooled = PooledTask([task, task])
     assert evaluate(pooled, train_alone(pooled, SETTINGS, 3, seed=0)).n_samples == 2 * N
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fednats.testbed.chaos import SETTLE_S, Kind, could_not_connect, plan
+from tests.support.chaos import SETTLE_S, Kind, could_not_connect, plan
 
 DURATION_S = 300.0
 TARGETS = {
@@ -52,7 +52,7 @@ DYING = """
 import sys
 from fednats import errors
 from fednats.config import DaemonSettings
-from fednats.services.lifecycle import run
+from fednats.services.daemon.lifecycle import run
 from fednats.transport import answer
 
 error = {**vars(errors), **vars(answer)}[sys.argv[1]]

@@ -12,10 +12,10 @@ from fednats.errors import FednatsError, LocalDataError, LocalStorageError, Task
 from fednats.learning.flat import initial_model, initial_vector, parameters_of
 from fednats.learning.task_code import make_task
 from fednats.messages import Grid, ModelManifest
-from fednats.privacy.account import Account
+from fednats.privacy.account import PrivacyAccount
 from fednats.privacy.guard import account_file
 from fednats.privacy.policy import NO_POLICY
-from fednats.services.site_worker import SiteWorker
+from fednats.services.site.worker import SiteWorker
 from fednats.storage.local_model import model_folder
 from fednats.storage.outbox import Outbox
 from fednats.storage.tensor_file import TensorFile
@@ -25,7 +25,7 @@ N_CASES = 60
 CODE = f"""
 import torch
 from torch import nn
-from fednats.learning.task import Task
+from fednats import Task
 
 class Tied(nn.Module):
     def __init__(self):
@@ -99,7 +99,7 @@ def make(tmp_path: Path) -> Make:
 
 def n_charged(settings: SiteSettings) -> int:
     file = account_file(settings, NO_POLICY)
-    return Account(file).n_charges("record") if file.exists() else 0
+    return PrivacyAccount(file).n_charges("record") if file.exists() else 0
 
 
 def attempt(worker: SiteWorker, run: ModelManifest) -> None:
@@ -199,7 +199,7 @@ def test_a_pass_that_does_not_fit_on_the_disk_is_encoded_again_and_not_made_or_c
     monkeypatch.setattr(Outbox, "add_chunk", add_chunk)
     update = worker.encode(noisy)
     assert update.n_samples == N_CASES
-    account = Account(account_file(settings, NO_POLICY))
+    account = PrivacyAccount(account_file(settings, NO_POLICY))
     assert (account.n_charges("record"), account.n_charges("site")) == (1, 1)
 
 

@@ -4,7 +4,7 @@ from fednats.config import AggregationSettings, StalenessSettings
 from fednats.errors import Reason
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
-from fednats.protocol.collector import Collector, State
+from fednats.protocol.collector import Collector, CollectorState
 from fednats.protocol.early import MAX_AHEAD
 from fednats.protocol.events import (
     Combination,
@@ -296,7 +296,7 @@ def test_a_closed_run_settles_everything() -> None:
     machine.handle(announcement())
     arrive(machine, update("a"))
     assert machine.handle(closed()) == [Settle(("a-1",))]
-    assert machine.state is State.CLOSED
+    assert machine.state is CollectorState.CLOSED
     assert arrive(machine, update("b")) == [Settle(("b-1",))]
 
 

@@ -5,7 +5,7 @@ import pytest
 from fednats.config import AggregationSettings
 from fednats.messages import Aggregate, Update
 from fednats.protocol.admission import Roster
-from fednats.protocol.collector import Collector, State
+from fednats.protocol.collector import Collector, CollectorState
 from fednats.protocol.evaluation_tally import PATIENCE_VERSIONS
 from fednats.protocol.events import (
     Combination,
@@ -193,16 +193,16 @@ def test_evaluations_of_fewer_than_min_sites_stay_here() -> None:
     assert isinstance(evaluate(machine, "c")[0], SumEvaluations)
 
 
-@pytest.mark.parametrize("state", [State.COLLECTING, State.COMBINING, State.CLOSED])
-def test_a_replay_decides_as_was_decided(state: State) -> None:
+@pytest.mark.parametrize("state", [CollectorState.COLLECTING, CollectorState.COMBINING, CollectorState.CLOSED])
+def test_a_replay_decides_as_was_decided(state: CollectorState) -> None:
     events = [
         announcement(settings=AggregationSettings(goal=3)),
         PresenceChanged(present=("a", "b")),
         ContributionArrived(head=update("a")),
     ]
-    if state is not State.COLLECTING:
+    if state is not CollectorState.COLLECTING:
         events.append(ContributionArrived(head=update("b")))
-    if state is State.CLOSED:
+    if state is CollectorState.CLOSED:
         events += [closed(), PresenceChanged(present=("a",))]
     first = Collector(Roster("r", "north", SITES, frozenset()), lambda event: event.settings.goal)
     again = Collector(Roster("r", "north", SITES, frozenset()), lambda event: event.settings.goal)

@@ -25,14 +25,14 @@ from fednats.protocol.events import (
     Part,
     SumEvaluations,
 )
-from fednats.services.answers import Pooled, Version
-from fednats.services.coordinator import CoordinatorService
-from fednats.services.inbox import Head, Inbox
-from fednats.services.lifecycle import Daemon
-from fednats.services.worker import WorkerDiedError
+from fednats.services.coordinator.service import CoordinatorService
+from fednats.services.daemon.answers import CurrentVersion, PooledEvaluation
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.daemon.worker import WorkerDiedError
+from fednats.services.tier.inbox import Head, Inbox
 from fednats.storage.checkpoints import checkpoints_folder, frame_file
 from fednats.storage.chunk_file import ChunkFile
-from fednats.transport.message_limit import Limit
+from fednats.transport.message_limit import SizeLimit
 from tests.makers import FIRST, aggregate, announcement, evaluation_sum, opened
 
 TURNS = 100
@@ -54,10 +54,10 @@ class Process:
         self.mean.append(data)
         return 1.0
 
-    def current(self) -> Version:
+    def current(self) -> CurrentVersion:
         return version(0, "", self.frames())
 
-    def apply(self, identity: str, *_: object) -> Version:
+    def apply(self, identity: str, *_: object) -> CurrentVersion:
         assert self.mean == [b"first", b"second"]
         frame_file(self.folder, "b").unlink()
         return version(1, identity, self.frames())
@@ -82,7 +82,7 @@ class ShortLived:
             self.process = Process(self.process.folder)
             raise WorkerDiedError(f"the worker process ended in {method!r}")
         if method == "pool":
-            return Pooled(1, {}, {}, [], {})
+            return PooledEvaluation(1, {}, {}, [], {})
         return True if method == "keep_best" else getattr(self.process, method)(*args)
 
     async def persist(self, _log: object, method: str, *args: object) -> Any:
@@ -110,8 +110,8 @@ class Hub:
         assert [chunk async for chunk in chunks] == [payload_id.encode()]
         self.payloads.append(payload_id)
 
-    def need(self, n_bytes: int) -> Limit:
-        return Limit(n_bytes, n_bytes)
+    def need(self, n_bytes: int) -> SizeLimit:
+        return SizeLimit(n_bytes, n_bytes)
 
     async def last(self, *_: object) -> None: ...
 
@@ -177,9 +177,9 @@ class Fixture:
         return list(await self.service._combine(Combination("c", 0, (part,), scale=1.0, n_sites=2)))
 
 
-def version(number: int, made_by: str, frames: tuple[Frame, ...]) -> Version:
+def version(number: int, made_by: str, frames: tuple[Frame, ...]) -> CurrentVersion:
     grids = (Grid(grid_id="g0", steps=()),)
-    return Version(
+    return CurrentVersion(
         number,
         FIRST,
         RunSettings(name="r"),

@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import RecordPrivacySettings, TrainingSettings
 from fednats.errors import ConfigError, LocalDataError, TaskError
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import initial_model, initial_vector, read_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.tasks.ct_nodule import CTNodule
 from fednats.learning.trainer import Trainer, train
 from fednats.privacy.randomness import Randomness

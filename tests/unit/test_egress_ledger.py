@@ -18,15 +18,15 @@ import tomli_w
 from typer.testing import CliRunner
 
 from fednats import cli, wire
-from fednats.crypto.signers import Roster
+from fednats.crypto.signers import SignersFile
 from fednats.crypto.signing import Signer
 from fednats.errors import ConfigError, LocalStorageError
+from fednats.ledger import records as egress
+from fednats.ledger.anchor import keep_anchor
+from fednats.ledger.audit import Audit, audit
+from fednats.ledger.page import page
+from fednats.ledger.records import BEGIN, EgressLedger, LedgerEntry, hash_of, line_of, parse
 from fednats.messages import Receipt, Verdict
-from fednats.privacy import egress
-from fednats.privacy.anchor import keep_anchor
-from fednats.privacy.audit import Audit, audit
-from fednats.privacy.egress import BEGIN, EgressLedger, Entry, hash_of, line_of, parse
-from fednats.privacy.ledger_page import page
 
 SIGNER = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
 OTHER = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
@@ -40,13 +40,13 @@ def opened(path: Path, signer: Signer = SIGNER) -> EgressLedger:
 def written(path: Path, signer: Signer = SIGNER) -> Path:
     """Write a ledger of a start, updates with their evaluations, and what is summed up."""
     ledger = opened(path, signer)
-    ledger.append(Entry("started", detail="<b>presence</b> is summed up"))
+    ledger.append(LedgerEntry("started", detail="<b>presence</b> is summed up"))
     for number in range(N_UPDATES):
         ledger.append(
-            Entry("update", number, f"u{number}", 3, 1000 + number, "ab" * 32, 0.5 * number + 0.25),
-            Entry("evaluation", number, n_messages=1, n_bytes=200, digest="cd" * 32),
+            LedgerEntry("update", number, f"u{number}", 3, 1000 + number, "ab" * 32, 0.5 * number + 0.25),
+            LedgerEntry("evaluation", number, n_messages=1, n_bytes=200, digest="cd" * 32),
         )
-    ledger.append(Entry("other", n_messages=12, n_bytes=60))
+    ledger.append(LedgerEntry("other", n_messages=12, n_bytes=60))
     ledger.close()
     return path
 
@@ -156,7 +156,7 @@ def test_whoever_has_no_key_cannot_mend_what_he_altered(ledger: Path) -> None:
     found = changed(ledger, lambda lines: forge(lines, sign=True))
     assert found.findings == []
     assert found.notes == [f"signed by {OTHER.public_key}; give --signers to see whose key that is"]
-    roster = Roster(run="r", epoch=1, keys={"site.a": SIGNER.public_key})
+    roster = SignersFile(run="r", epoch=1, keys={"site.a": SIGNER.public_key})
     assert audit(ledger, [roster]).findings == [
         f"records 1 to 13 are signed with {OTHER.public_key}, which is not the key of site.a"
     ]
@@ -165,12 +165,12 @@ def test_whoever_has_no_key_cannot_mend_what_he_altered(ledger: Path) -> None:
 def test_records_of_a_revoked_or_an_earlier_key_are_known(ledger: Path) -> None:
     """A kit with a new key goes on with the ledger; the file of signers of either epoch knows one of the keys."""
     changed_key = opened(ledger, OTHER)
-    changed_key.append(Entry("update", 9, "u9", 1, 1))
+    changed_key.append(LedgerEntry("update", 9, "u9", 1, 1))
     changed_key.close()
-    before = Roster(run="r", epoch=1, keys={"site.a": SIGNER.public_key})
-    after = Roster(run="r", epoch=2, keys={"site.a": OTHER.public_key})
+    before = SignersFile(run="r", epoch=1, keys={"site.a": SIGNER.public_key})
+    after = SignersFile(run="r", epoch=2, keys={"site.a": OTHER.public_key})
     revoked = after.model_copy(update={"revoked": {"site.a": (SIGNER.public_key,)}})
-    twice = Roster(run="r", epoch=2, keys={}, revoked={"site.a": (SIGNER.public_key, OTHER.public_key)})
+    twice = SignersFile(run="r", epoch=2, keys={}, revoked={"site.a": (SIGNER.public_key, OTHER.public_key)})
     assert audit(ledger, [before, after]).findings == []
     assert audit(ledger, [revoked]).findings == []
     assert audit(ledger, [revoked]).notes == ["records 1 to 14 are signed with a key of site.a that has been revoked"]
@@ -192,7 +192,7 @@ def test_a_line_that_was_cut_short_is_no_tampering_and_the_next_start_removes_it
         assert found.notes[0].startswith("line 14 is cut short")
         mended = opened(ledger)
         assert mended.removed_bytes == cut
-        mended.append(Entry("update", 9, "u9", 1, 1))
+        mended.append(LedgerEntry("update", 9, "u9", 1, 1))
         mended.close()
         assert audit(ledger).findings == []
         assert [record.name for record in audit(ledger).records][-1] == "u9"
@@ -202,7 +202,7 @@ def test_a_ledger_goes_on_after_a_restart(ledger: Path) -> None:
     for number in range(3):
         again = opened(ledger)
         assert (again.n_records, again.removed_bytes) == (14 + number, 0)
-        again.append(Entry("started"))
+        again.append(LedgerEntry("started"))
         assert again.n_bytes == ledger.stat().st_size
         again.close()
     assert audit(ledger).findings == []
@@ -212,12 +212,12 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from fednats.crypto.signing import Signer
-from fednats.privacy.egress import EgressLedger, Entry
+from fednats.ledger.records import EgressLedger, LedgerEntry
 ledger = EgressLedger(Path(sys.argv[1]), Signer(sys.argv[2]), "site.a", "r")
 number = 0
 while True:
     number += 1
-    ledger.append(Entry("update", number, f"u{number}", 1, 1, "ab" * 32))
+    ledger.append(LedgerEntry("update", number, f"u{number}", 1, 1, "ab" * 32))
     print(number, flush=True)
 """
 
@@ -249,9 +249,9 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(ledger: Path, monkeypatch: pyte
     with monkeypatch.context() as patched:
         patched.setattr(egress, "_write", write_half)
         with pytest.raises(LocalStorageError, match="does not leave: make room on its disk"):
-            full.append(Entry("update", 9, "u9", 1, 1))
+            full.append(LedgerEntry("update", 9, "u9", 1, 1))
     assert ledger.read_bytes() == before
-    full.append(Entry("update", 9, "u9", 1, 1))
+    full.append(LedgerEntry("update", 9, "u9", 1, 1))
     full.close()
     assert audit(ledger).findings == []
 
@@ -293,7 +293,7 @@ def accepted_by_region(site_ledger: Path) -> Path:
     ledger = EgressLedger(path, REGION, "aggregator.north", "r")
     for before, record in itertools.pairwise(records):
         if record.what == "update":
-            entry = Entry("accepted", record.version, record.name, digest=record.digest, detail="from site.a")
+            entry = LedgerEntry("accepted", record.version, record.name, digest=record.digest, detail="from site.a")
             ledger.append(replace(entry, anchors=before.hash))
     ledger.close()
     return path
@@ -317,7 +317,7 @@ def test_a_ledger_made_anew_with_the_hospital_s_own_key_is_found_by_the_region_s
     kept = [record for record in audit(ledger).records if record.what == "update"]
     ledger.unlink()
     anew = opened(ledger)
-    anew.append(*(Entry("update", r.version, r.name, r.n_messages, r.n_bytes, r.digest, r.epsilon) for r in kept))
+    anew.append(*(LedgerEntry("update", r.version, r.name, r.n_messages, r.n_bytes, r.digest, r.epsilon) for r in kept))
     anew.close()
     assert audit(ledger).findings == []
     found = audit(ledger, against=[region]).findings
@@ -331,7 +331,7 @@ def test_the_region_s_receipt_beside_a_ledger_finds_that_it_was_cut(ledger: Path
     receipt = Receipt(run="r", region="north", site="a", verdicts=(verdict,))
     keep_anchor(ledger, REGION.sign("fed.r.receipt.north.a", wire.pack(receipt)))
     keys = {"site.a": SIGNER.public_key, "aggregator.north": REGION.public_key}
-    roster = Roster(run="r", epoch=1, keys=keys)
+    roster = SignersFile(run="r", epoch=1, keys=keys)
     assert audit(ledger, [roster]).findings == []
     forged = roster.model_copy(update={"keys": {**keys, "aggregator.north": OTHER.public_key}})
     assert audit(ledger, [forged]).findings == ["the receipt beside it is not signed by aggregator.north"]
@@ -374,8 +374,18 @@ def test_show_prints_every_record(ledger: Path, monkeypatch: pytest.MonkeyPatch)
 def test_show_says_of_which_run_a_version_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     ledger = opened(tmp_path / "egress-ledger.jsonl")
-    ledger.append(Entry("started"), Entry("run", 0, "pilot"), Entry("update", 0, "u0"), Entry("update", 4, "u4"))
-    ledger.append(Entry("run", 5, "trial"), Entry("update", 5, "u5"), Entry("update", 4, "u6"), Entry("other"))
+    ledger.append(
+        LedgerEntry("started"),
+        LedgerEntry("run", 0, "pilot"),
+        LedgerEntry("update", 0, "u0"),
+        LedgerEntry("update", 4, "u4"),
+    )
+    ledger.append(
+        LedgerEntry("run", 5, "trial"),
+        LedgerEntry("update", 5, "u5"),
+        LedgerEntry("update", 4, "u6"),
+        LedgerEntry("other"),
+    )
     ledger.close()
     found = audit(tmp_path / "egress-ledger.jsonl")
     runs = ["", "pilot", "pilot", "pilot", "trial", "trial", "pilot", ""]

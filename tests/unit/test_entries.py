@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, Reason, RefusedError, TaskError
 from fednats.learning.entries import entries_of, frozen_digests, frozen_of, gathering, set_training, unlike
 from fednats.learning.evaluation import Evaluator
 from fednats.learning.flat import FlatModel, initial_model, parameters_of, read_vector, write_vector
 from fednats.learning.initial_weights import load_weights
-from fednats.learning.task import Examples, Task
 from fednats.learning.trainer import Trainer, train
 from fednats.learning.whole_model import write_whole_model
 from fednats.storage.tensor_file import TensorFile

@@ -20,10 +20,10 @@ from fednats.crypto.public import key_id
 from fednats.delta import scheme
 from fednats.delta.encode import encoder
 from fednats.errors import ConfigError, Reason, RefusedError
-from fednats.services.aggregator_worker import AggregatorWorker
-from fednats.services.coordinator_worker import CoordinatorWorker
-from fednats.services.keys import held, read_keys
-from fednats.services.site_worker import SiteWorker
+from fednats.services.aggregator.worker import AggregatorWorker
+from fednats.services.coordinator.worker import CoordinatorWorker
+from fednats.services.daemon.keys import held, read_keys
+from fednats.services.site.worker import SiteWorker
 from tests.makers import FIRST, aggregate
 from tests.participants import seed
 from tests.unit.test_privacy_account import manifest, site

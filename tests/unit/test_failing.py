@@ -8,10 +8,10 @@ import structlog
 from fednats.errors import BusError, LocalDataError, TaskError
 from fednats.messages import Presence
 from fednats.protocol.events import Event, EverySiteFails
-from fednats.services.failing import LONGEST_RETRY_S, RETRY_S, Failures, all_fail, give_up_when_all_fail
-from fednats.services.lifecycle import Daemon
-from fednats.services.presence import note_said
-from fednats.services.worker import WorkerDiedError
+from fednats.services.daemon.failing import LONGEST_RETRY_S, RETRY_S, Failures, all_fail, give_up_when_all_fail
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.daemon.worker import WorkerDiedError
+from fednats.services.tier.presence import note_said
 
 WHY = "training failed: ValueError (in loss, own.py line 3)"
 

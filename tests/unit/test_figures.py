@@ -12,7 +12,7 @@ from fednats.delta.decode import decoder
 from fednats.delta.encode import encoder
 from fednats.delta.sum import summer
 from fednats.errors import LocalDataError, Reason, RefusedError
-from fednats.learning.evaluation import Evaluated
+from fednats.learning.evaluation import LocalEvaluation
 from fednats.learning.figures import N_CELLS, arrangement_of, cells, known_names, n_integers, read_figures
 from fednats.learning.scores import Counts, n_counts
 from fednats.messages import MAX_FIGURES, MAX_METRIC
@@ -23,8 +23,8 @@ FEW_BITS = DeltaSettings(value_bits=4, max_total_weight=100_000)
 
 def hospital(
     n_samples: int, figures: tuple[str, ...] | None = None, counts: Counts | None = None, **metrics: float
-) -> Evaluated:
-    return Evaluated(metrics, n_samples, counts, tuple(metrics) if figures is None else figures)
+) -> LocalEvaluation:
+    return LocalEvaluation(metrics, n_samples, counts, tuple(metrics) if figures is None else figures)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_counts_and_figures_go_together_in_one_ciphertext() -> None:
     assert len(flat) == n_integers(2, 0, bits) <= scheme.bfv(DeltaSettings()).counts.n_values
     np.testing.assert_array_equal(flat[: n_counts(2)], counts.flat())
     assert read_figures(flat[n_counts(2) :], ["spread"], 0, bits, 1)[1]["spread"].value == 2.0
-    assert len(Evaluated({"auc": 0.5}, 40, counts, None).flat(bits)) == n_counts(2)
+    assert len(LocalEvaluation({"auc": 0.5}, 40, counts, None).flat(bits)) == n_counts(2)
 
 
 def test_names_that_share_a_cell_are_kept_apart_by_another_arrangement() -> None:

@@ -2,8 +2,8 @@ import json
 
 from fednats.messages import MAX_METRICS
 from fednats.protocol.events import EvaluationsSummed
-from fednats.services.history import SHOWN_VERSIONS, History
-from fednats.services.tier import Handled
+from fednats.services.coordinator.history import SHOWN_VERSIONS, History
+from fednats.services.tier.tier import Handled
 from fednats.testbed.summary import Statuses, with_newest
 from tests.makers import announcement
 

@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import ServerSettings, TrainingSettings
 from fednats.errors import ConfigError, LocalDataError
-from fednats.learning.baseline import Pooled, train_alone
+from fednats.learning.baseline import PooledTask, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector, parameters_of, read_vector, write_vector
 from fednats.learning.server_optimizer import OPTIMIZERS, ServerOptimizer
-from fednats.learning.task import Examples, Task
 
 torch.set_num_threads(1)
 Vector = NDArray[np.float32]
@@ -154,7 +154,7 @@ def test_server_refuses_a_bad_delta_and_leaves_the_weights(delta: Vector) -> Non
 
 def test_pooled_hospitals_beat_the_best_one_alone_on_everybodys_cases() -> None:
     tasks = [Quadrants(-1), Quadrants(1)]
-    everybody = Pooled(tasks)
+    everybody = PooledTask(tasks)
     settings = TrainingSettings(local_steps=1, learning_rate=0.05)
     alone = [evaluate(everybody, train_alone(task, settings, 150, seed=0)).metrics["accuracy"] for task in tasks]
     pooled = evaluate(everybody, train_alone(everybody, settings, 150, seed=0))

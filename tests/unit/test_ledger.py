@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from fednats.cli import app
 from fednats.errors import ConfigError, Reason
-from fednats.privacy.egress import EGRESS_FILE, LEDGER_FILE
+from fednats.ledger.records import EGRESS_FILE, LEDGER_FILE
 from fednats.protocol import sequences
 from fednats.protocol import settled as settled_ids
 from fednats.protocol.compositions import composition_of
 from fednats.protocol.events import Combined, CombineFailed, ContributionArrived, DeadlineReached, Restored
-from fednats.services.recorder import entry_of
-from fednats.testbed import ledger as ledger_of_a_run
-from fednats.testbed.book import Book
-from fednats.testbed.ledger import APPLIED, OVERTAKEN_S, Ledger, settled, verify
+from fednats.services.daemon.recorder import entry_of
+from fednats.verify import joined as ledger_of_a_run
+from fednats.verify.books import Book
+from fednats.verify.joined import APPLIED, OVERTAKEN_S, Books, settled, verify
 from tests.makers import announcement, closed, update
 from tests.small_run import SETTINGS, SmallRun
 
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> SmallRun:
     return made
 
 
-def found(run: SmallRun) -> Ledger:
+def found(run: SmallRun) -> Books:
     return verify(run.directory)
 
 
@@ -169,7 +169,7 @@ def test_a_contribution_that_the_stream_lost_may_come_again(run: SmallRun) -> No
 # --- what is lost -----------------------------------------------------------------------------------------------------
 
 
-def after_a_gap(run: SmallRun, wait_s: float) -> Ledger:
+def after_a_gap(run: SmallRun, wait_s: float) -> Books:
     """The fourth update of a is sent and never comes; its fifth does, and the region goes on for a while."""
     run.send("north", "a")
     node = run.regions["north"]

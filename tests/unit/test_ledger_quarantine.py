@@ -6,7 +6,7 @@ import pytest
 
 from fednats.messages import Aggregate
 from fednats.protocol.events import Combined, ContributionArrived
-from fednats.testbed.ledger import verify
+from fednats.verify.joined import verify
 from tests.small_run import SmallRun
 
 

@@ -9,7 +9,8 @@ import pytest
 PROGRAM = """
 import sys
 from fednats import cli
-from fednats.services import {service}, answers
+from fednats.services import {service}
+from fednats.services.daemon import answers
 print(sorted({{"torch", "tenseal", "sklearn", "matplotlib"}} & set(sys.modules)))
 """
 
@@ -25,7 +26,7 @@ def test_a_daemon_loads_neither_torch_nor_tenseal(service: str) -> None:
 TRAINING = """
 import sys
 from types import SimpleNamespace
-import fednats.services.site_worker
+import fednats.services.site.worker
 from fednats.config import DeltaSettings, TrainingSettings
 from fednats.privacy.guard import Guard
 from fednats.privacy.policy import Policy

@@ -6,7 +6,7 @@ from pathlib import Path
 
 DAEMON = """
 import structlog
-from fednats.services.lifecycle import configure_logging
+from fednats.services.daemon.lifecycle import configure_logging
 
 configure_logging("info")
 for number in range(1000):

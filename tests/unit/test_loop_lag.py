@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fednats.services.loop_lag import LoopLag
+from fednats.services.daemon.loop_lag import LoopLag
 
 
 @pytest.mark.parametrize("around_s", [0.0003, 0.05, 2.0])

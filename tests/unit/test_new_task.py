@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from fednats import Task
 from fednats.cli import app
 from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, FednatsError
 from fednats.learning.baseline import train_alone
 from fednats.learning.evaluation import evaluate
-from fednats.learning.task import Task
 from fednats.learning.task_code import make_task
 from fednats.templates.new_task import new_task
 from fednats.testbed.federation import load_federation

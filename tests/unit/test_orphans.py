@@ -4,7 +4,7 @@ from typing import cast
 
 import structlog
 
-from fednats.services.orphans import ORPHANED_AFTER_S, Orphans
+from fednats.services.tier.orphans import ORPHANED_AFTER_S, Orphans
 from fednats.transport.bus import Bus
 from fednats.transport.streams import UPDATES
 

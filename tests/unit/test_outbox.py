@@ -9,7 +9,7 @@ import pytest
 from fednats.codec.layout import Layout
 from fednats.errors import ConfigError, LocalDataError, LocalStorageError
 from fednats.messages import ParameterSpec
-from fednats.storage.outbox import ChunkKey, Outbox, Restored
+from fednats.storage.outbox import ChunkKey, Outbox, RestoredOutbox
 from fednats.storage.residual import Dropped
 from tests.makers import update
 
@@ -207,7 +207,7 @@ def test_an_outbox_from_a_backup_goes_on_above_what_its_region_knows(outbox: Out
     store(outbox, [1, 2, 3, 4], 0.25)
     outbox.mark_sent("a-1")
     assert (outbox.newest_number(), outbox.restored()) == (2, None)
-    found = Restored(first=8, own=2, signed=6, known=6, base_version=6)
+    found = RestoredOutbox(first=8, own=2, signed=6, known=6, base_version=6)
     outbox.go_above(found)
     again = Outbox(tmp_path / "outbox.sqlite", first=1)
     assert again.restored() == found

@@ -9,12 +9,12 @@ from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score, root_m
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.errors import ConfigError, LocalDataError
 from fednats.learning import evaluation
-from fednats.learning.evaluation import Evaluated, Evaluator, evaluate
+from fednats.learning.evaluation import Evaluator, LocalEvaluation, evaluate
 from fednats.learning.flat import initial_vector
 from fednats.learning.outputs import Kind
-from fednats.learning.task import Examples, Task
 
 N = 70
 RNG = np.random.default_rng(5)
@@ -45,7 +45,7 @@ def given(net: nn.Module, inputs: Tensor, targets: Tensor, **methods: Any) -> Ta
     return task
 
 
-def scored(task: Task) -> tuple[Evaluated, Tensor]:
+def scored(task: Task) -> tuple[LocalEvaluation, Tensor]:
     model = task.model().eval()
     with torch.no_grad():
         scores = model(task.test_data()[:][0])

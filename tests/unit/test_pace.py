@@ -1,6 +1,6 @@
 """An honest sender is never held back, however quick; one that floods is, and goes on with the versions."""
 
-from fednats.services.pace import BURST, MESSAGE_BYTES, OF_SITE, Pace
+from fednats.services.tier.pace import BURST, MESSAGE_BYTES, OF_SITE, Pace
 
 
 class Clock:

@@ -14,7 +14,7 @@ from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.learning.task_code import code_path, load_task
 from fednats.messages import Grid, ModelManifest, ParameterSpec
 from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
-from fednats.services.off_loop import paced
+from fednats.services.daemon.off_loop import paced
 from tests.makers import FIRST
 
 SHIPPED = Path(__file__).parents[2] / "sites" / "policy.toml"
@@ -144,7 +144,7 @@ async def test_sending_is_held_to_the_pace(monkeypatch: pytest.MonkeyPatch) -> N
     async def nap(seconds: float) -> None:
         naps.append(seconds)
 
-    monkeypatch.setattr("fednats.services.off_loop.asyncio.sleep", nap)
+    monkeypatch.setattr("fednats.services.daemon.off_loop.asyncio.sleep", nap)
 
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(3):

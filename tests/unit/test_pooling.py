@@ -16,8 +16,8 @@ from fednats.errors import Reason, RefusedChunkError
 from fednats.learning.figures import flat_figures
 from fednats.learning.scores import Counts, n_counts
 from fednats.messages import EvaluationSum
-from fednats.services.answers import Pooled
-from fednats.services.pooling import pool
+from fednats.services.coordinator.pooling import pool
+from fednats.services.daemon.answers import PooledEvaluation
 from tests.makers import evaluation_sum
 
 BFV = DeltaSettings()
@@ -44,7 +44,7 @@ def region(name: str, *hospitals: Flat) -> tuple[tuple[bytes, ...], EvaluationSu
     return chunks, evaluation_sum(name, n_sites=len(sent)).model_copy(update=changes)
 
 
-def pooled(*regions: tuple[tuple[bytes, ...], EvaluationSum]) -> Pooled:
+def pooled(*regions: tuple[tuple[bytes, ...], EvaluationSum]) -> PooledEvaluation:
     chunks, heads = zip(*regions, strict=True)
     return pool(decoder(BFV, SECRET).decode_counts, BFV, chunks, heads, 2)
 

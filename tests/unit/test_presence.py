@@ -9,9 +9,9 @@ import structlog
 
 from fednats.messages import Presence
 from fednats.protocol.events import Event, PresenceChanged
-from fednats.services import presence as service
-from fednats.services.lifecycle import Daemon
-from fednats.services.presence import Attendance, note_said, said_by
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.tier import presence as service
+from fednats.services.tier.presence import Attendance, note_said, said_by
 from fednats.transport.bus import Bus
 
 LIES = Presence(

@@ -19,10 +19,10 @@ from fednats.learning.flat import initial_model, initial_vector, parameters_of
 from fednats.learning.task_code import make_task
 from fednats.messages import Grid, ModelManifest
 from fednats.privacy import rdp
-from fednats.privacy.account import Account, Charge, Place
+from fednats.privacy.account import Charge, Place, PrivacyAccount
 from fednats.privacy.guard import Guard, account_file
 from fednats.privacy.policy import NO_POLICY, Budget, Policy, read_policy
-from fednats.services.site_worker import SiteWorker
+from fednats.services.site.worker import SiteWorker
 from fednats.storage.local_model import model_folder
 from fednats.storage.outbox import Outbox, outbox_file
 from fednats.storage.tensor_file import TensorFile
@@ -36,18 +36,18 @@ OPTIONS = {"number": 0, "n_hospitals": 2}
 def test_what_was_spent_adds_up_over_runs_and_restarts(tmp_path: Path) -> None:
     file = tmp_path / "privacy.sqlite"
     for run in ("first", "second"):
-        account = Account(file)
+        account = PrivacyAccount(file)
         for version in range(3):
             account.charge(run, version, [PASS], None)
         account.close()
-    again = Account(file)
+    again = PrivacyAccount(file)
     assert again.n_charges("record") == 6
     assert again.epsilon("record", 1e-5) == pytest.approx(rdp.epsilon(6 * PASS.cost(), 1e-5))
     assert again.epsilon("site", 1e-5) == 0.0
 
 
 def test_passes_of_different_kinds_are_composed(tmp_path: Path) -> None:
-    account = Account(tmp_path / "privacy.sqlite")
+    account = PrivacyAccount(tmp_path / "privacy.sqlite")
     other = Charge("record", "skellam", 1.5, 100.0)
     account.charge("r", 0, [PASS], None)
     account.charge("r", 1, [other, Charge("site", "skellam", 3.0, 100.0)], None)
@@ -60,18 +60,18 @@ def test_a_charge_is_on_the_disk_before_it_returns(tmp_path: Path) -> None:
     """A process is killed right after charging, before whatever it charged for."""
     file = tmp_path / "privacy.sqlite"
     program = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom fednats.privacy.account import Account, Charge\n"
-        "Account(Path(sys.argv[1])).charge('r', 0, [Charge('record', 'gaussian', 4.0, 0.2, 20)], None)\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom fednats.privacy.account import Charge, PrivacyAccount\n"
+        "PrivacyAccount(Path(sys.argv[1])).charge('r', 0, [Charge('record', 'gaussian', 4.0, 0.2, 20)], None)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, str(file)], timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert Account(file).epsilon("record", 1e-5) == pytest.approx(EPSILON)
+    assert PrivacyAccount(file).epsilon("record", 1e-5) == pytest.approx(EPSILON)
 
 
 def test_a_pass_beyond_the_budget_is_refused_and_not_booked(tmp_path: Path) -> None:
     budget = Budget(max_epsilon=1.2 * EPSILON)
-    account = Account(tmp_path / "privacy.sqlite")
+    account = PrivacyAccount(tmp_path / "privacy.sqlite")
     account.charge("r", 0, [PASS], budget)
     for _ in range(2):
         with pytest.raises(BudgetSpentError, match=rf"epsilon is {EPSILON:.3f} of .* at delta 1e-05.*max_epsilon"):
@@ -82,7 +82,7 @@ def test_a_pass_beyond_the_budget_is_refused_and_not_booked(tmp_path: Path) -> N
 
 
 def test_two_runs_share_one_budget(tmp_path: Path) -> None:
-    one, other = (Account(tmp_path / "privacy.sqlite") for _ in range(2))
+    one, other = (PrivacyAccount(tmp_path / "privacy.sqlite") for _ in range(2))
     budget = Budget(max_epsilon=2.5 * EPSILON)
     n_made = 0
 
@@ -99,7 +99,7 @@ def test_two_runs_share_one_budget(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_books_nothing_and_says_so(tmp_path: Path) -> None:
-    account = Account(tmp_path / "privacy.sqlite")
+    account = PrivacyAccount(tmp_path / "privacy.sqlite")
     account.charge("r", 0, [PASS], None)
     (n_pages,) = account._connection.execute("PRAGMA page_count").fetchone()
     account._connection.execute(f"PRAGMA max_page_count = {n_pages}")
@@ -112,7 +112,7 @@ def test_a_file_that_is_no_account_is_named(tmp_path: Path) -> None:
     file = tmp_path / "privacy.sqlite"
     file.write_bytes(b"not a database at all" * 1000)
     with pytest.raises(ConfigError, match=r"privacy\.sqlite"):
-        Account(file)
+        PrivacyAccount(file)
 
 
 # --- the guard, and the worker that asks it ---------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_a_pass_is_booked_before_it_begins(tmp_path: Path, monkeypatch: pytest.M
     booked = []
 
     def interrupted(*_: object) -> None:
-        booked.append(Account(account_file(settings, NO_POLICY)).n_charges("record"))
+        booked.append(PrivacyAccount(account_file(settings, NO_POLICY)).n_charges("record"))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(made._trainer, "train", interrupted)
@@ -292,7 +292,7 @@ def test_what_cannot_be_trained_with_noise_is_not_charged(tmp_path: Path) -> Non
     announced = manifest(training=DP_SGD).model_copy(update={"parameters": parameters, "frozen_digests": frozen})
     with pytest.raises(Exception, match=r"1 \(BatchNorm1d\): use nn.GroupNorm"):
         SiteWorker(settings).train(announced, False)  # noqa: FBT003 - as the daemon calls it
-    assert Account(account_file(settings, NO_POLICY)).n_charges("record") == 0
+    assert PrivacyAccount(account_file(settings, NO_POLICY)).n_charges("record") == 0
 
 
 def test_a_second_run_at_the_same_hospital_goes_on_where_the_first_ended(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_the_update_of_a_private_delta_has_noise_and_leaves_no_noise_behind(tmp_
         made.train(run, False)  # noqa: FBT003 - as the daemon calls it
         updates.append(made.encode(run))
     assert all(update.saturated > 100 for update in updates)  # noise 512 steps wide on a grid of 127
-    assert Account(account_file(settings, NO_POLICY)).n_charges("site") == 2
+    assert PrivacyAccount(account_file(settings, NO_POLICY)).n_charges("site") == 2
     with sqlite3.connect(settings.state_dir / "outbox.sqlite") as connection:
         (data,) = connection.execute(
             "SELECT data FROM residual WHERE sequence = (SELECT MAX(sequence) FROM outgoing)"
@@ -353,27 +353,27 @@ def test_the_update_of_a_private_delta_has_noise_and_leaves_no_noise_behind(tmp_
 
 def test_an_account_with_charges_deleted_is_refused_by_name(tmp_path: Path) -> None:
     file = tmp_path / "privacy.sqlite"
-    account = Account(file)
+    account = PrivacyAccount(file)
     for version in range(3):
         account.charge("r", version, [Charge("record", "gaussian", 4.0, 0.2, 20)], None)
     account._connection.execute("DELETE FROM charge WHERE number = 3")
     with pytest.raises(ConfigError, match=r"privacy\.sqlite: charges were deleted.* 3 rows were written, 2 are there"):
-        Account(file)
+        PrivacyAccount(file)
 
 
 def test_an_account_of_an_earlier_release_is_refused_and_kept_by_what_the_refusal_says(tmp_path: Path) -> None:
     file = tmp_path / "privacy.sqlite"
-    account = Account(file)
+    account = PrivacyAccount(file)
     account.charge_pass(Place("ward", "a", 3), 7, PASS, None)
     for table in ("charge", "unfinished"):
         account._connection.execute(f"ALTER TABLE {table} RENAME COLUMN federation TO run")
     account.close()
     with pytest.raises(ConfigError, match=r"an earlier release made this privacy account, whose column run") as refused:
-        Account(file)
+        PrivacyAccount(file)
     program, place, *statements = shlex.split(str(refused.value).partition("rename the column: ")[2])
     assert (program, place, len(statements)) == ("sqlite3", str(file), 1)
     with sqlite3.connect(file) as connection:
         connection.executescript(statements[0])
-    again = Account(file)
+    again = PrivacyAccount(file)
     assert again.n_unfinished(Place("ward", "a", 3)) == 1
     assert again.epsilon("record", 1e-5) == pytest.approx(EPSILON)

@@ -17,7 +17,7 @@ from fednats.provision import nkey
 from fednats.provision.kits import provision, rotate
 from fednats.provision.new_key import new_key, new_pair
 from fednats.provision.plan import Kits, Plan, RegionPlan
-from fednats.services.keys import read_key
+from fednats.services.daemon.keys import read_key
 from fednats.subjects import HUB
 from fednats.testbed.federation import FederationSettings
 

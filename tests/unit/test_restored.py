@@ -4,7 +4,7 @@ from fednats.config import AggregationSettings, RunSettings, StalenessSettings
 from fednats.errors import Reason
 from fednats.messages import Aggregate, EvaluationBlocks, Grid, Opening, OpeningNote, Update
 from fednats.protocol.admission import Roster
-from fednats.protocol.collector import Collector, State
+from fednats.protocol.collector import Collector, CollectorState
 from fednats.protocol.compositions import combination_of, composition_of
 from fednats.protocol.coordinator import Coordinator
 from fednats.protocol.events import (
@@ -95,7 +95,7 @@ def test_a_sum_that_was_under_way_is_given_up() -> None:
     restored = region()
     combined(arrive(restored, *map(update, THREE)))
     restored.handle(Restored(version=0, made=()))
-    assert restored.state is State.COLLECTING
+    assert restored.state is CollectorState.COLLECTING
     assert restored.outstanding() == []
 
 

@@ -11,20 +11,20 @@ from fednats import subjects, wire
 from fednats.config import SiteSettings
 from fednats.crypto.signing import Signer
 from fednats.errors import BudgetSpentError, OldAccountError
+from fednats.ledger.anchor import keep_anchor, missing_heads
+from fednats.ledger.audit import audit
+from fednats.ledger.records import BEGIN, EGRESS_FILE, EgressLedger, LedgerEntry
 from fednats.messages import ModelManifest, Opening, Receipt, Verdict
 from fednats.privacy import rdp
-from fednats.privacy.account import Account, Paid
-from fednats.privacy.anchor import keep_anchor, missing_heads
-from fednats.privacy.audit import audit
-from fednats.privacy.egress import BEGIN, EGRESS_FILE, EgressLedger, Entry
+from fednats.privacy.account import Paid, PrivacyAccount
 from fednats.privacy.guard import Guard, Left, account_file
 from fednats.privacy.policy import NO_POLICY, Budget, Policy
 from fednats.privacy.skellam import LEAST_VARIANCE
 from fednats.protocol.events import Combined
 from fednats.protocol.refusals import newest_known
-from fednats.services.restore_site import gap_in
-from fednats.storage.outbox import Outbox, Restored, outbox_file
-from fednats.testbed.ledger import APPLIED, verify
+from fednats.services.site.restore import gap_in
+from fednats.storage.outbox import Outbox, RestoredOutbox, outbox_file
+from fednats.verify.joined import APPLIED, verify
 from tests.makers import update
 from tests.participants import seed
 from tests.small_run import SmallRun
@@ -63,8 +63,8 @@ def charged(tmp_path: Path, run: ModelManifest, numbers: Sequence[int], policy: 
     return guard
 
 
-def account(tmp_path: Path) -> Account:
-    return Account(account_file(site(tmp_path), NO_POLICY))
+def account(tmp_path: Path) -> PrivacyAccount:
+    return PrivacyAccount(account_file(site(tmp_path), NO_POLICY))
 
 
 def test_an_account_that_has_paid_for_the_newest_number_is_charged_nothing(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def from_backup(settings: SiteSettings, tmp_path: Path, known: int, *, with_acco
     if with_account:
         shutil.copy(tmp_path / file.name, file)
     outbox = Outbox(outbox_file(state))
-    found = Restored(first=known + 2, own=outbox.newest_number(), signed=known, known=known, base_version=0)
+    found = RestoredOutbox(first=known + 2, own=outbox.newest_number(), signed=known, known=known, base_version=0)
     outbox.go_above(found)
     outbox.close()
 
@@ -232,7 +232,7 @@ def test_updates_of_a_run_without_noise_are_not_charged_in_the_next_run(tmp_path
 def ledger_of(path: Path, n_records: int) -> EgressLedger:
     ledger = EgressLedger(path, SIGNER, "site.a", "r")
     for number in range(n_records):
-        ledger.append(Entry("update", version=number, name=f"a-{number}"))
+        ledger.append(LedgerEntry("update", version=number, name=f"a-{number}"))
     return ledger
 
 
@@ -246,7 +246,7 @@ async def test_a_ledger_that_lacks_a_record_which_was_named_says_so_once(tmp_pat
     path = tmp_path / "egress-ledger.jsonl"
     ledger = ledger_of(path, 2)
     shutil.copy(path, tmp_path / "backup")
-    ledger.append(Entry("update", version=2, name="a-2"), Entry("update", version=3, name="a-3"))
+    ledger.append(LedgerEntry("update", version=2, name="a-2"), LedgerEntry("update", version=3, name="a-3"))
     lost = ledger.head
     ledger.close()
     countersigned(path, lost)
@@ -270,14 +270,14 @@ async def test_a_ledger_that_lacks_a_record_which_was_named_says_so_once(tmp_pat
     )
     assert lost in gap
     assert "1 findings" in found.line
-    restored.append(Entry("update", version=4, name="a-4"))
+    restored.append(LedgerEntry("update", version=4, name="a-4"))
     assert audit(path).gaps == [gap], "it stays on record"
 
 
 async def test_a_ledger_beside_an_outbox_from_a_backup_says_which_updates_it_may_lack(tmp_path: Path) -> None:
     path = tmp_path / "egress-ledger.jsonl"
     ledger_of(path, 2).close()
-    found = Restored(first=12, own=4, signed=10, known=10, base_version=3)
+    found = RestoredOutbox(first=12, own=4, signed=10, known=10, base_version=3)
     entry = await gap_in(path, Outbox(tmp_path / "outbox.sqlite"), found)
     assert entry is not None
     assert "updates 5 to 10 of this site may be among it" in entry.detail
@@ -321,7 +321,7 @@ async def test_the_books_of_a_run_say_what_a_restored_site_lacks(tmp_path: Path)
     kept.rename(state)
 
     restored = run.outboxes["a"] = Outbox(outbox_file(state))
-    found = Restored(first=20, own=3, signed=5, known=5, base_version=4)
+    found = RestoredOutbox(first=20, own=3, signed=5, known=5, base_version=4)
     restored.go_above(found)
     entry = await gap_in(state / EGRESS_FILE, restored, found)
     assert entry is not None

@@ -9,7 +9,7 @@ import tomli_w
 from structlog.testing import capture_logs
 
 from fednats.config import AggregatorSettings, load
-from fednats.services import roster
+from fednats.services.tier import roster
 
 BUS = {"url": "tls://localhost:4222"}
 RAW = {"run": "r", "state_dir": "state", "signers_file": "s.toml", "region": "north", "bus": BUS, "uplink": BUS}

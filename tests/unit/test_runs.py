@@ -18,8 +18,8 @@ from fednats.errors import ConfigError, TaskError
 from fednats.learning.flat import read_vector
 from fednats.learning.initial_weights import load_weights
 from fednats.messages import Opening
-from fednats.services.coordinator_worker import CoordinatorWorker
-from fednats.services.runs import extended
+from fednats.services.coordinator.runs import extended
+from fednats.services.coordinator.worker import CoordinatorWorker
 from fednats.storage.checkpoints import checkpoints_folder, newest_checkpoint
 from tests.makers import FIRST
 

@@ -7,7 +7,7 @@ from fednats.errors import Reason
 from fednats.messages import Opening
 from fednats.protocol import site as at_site
 from fednats.protocol.admission import Roster
-from fednats.protocol.collector import Collector, State
+from fednats.protocol.collector import Collector, CollectorState
 from fednats.protocol.coordinator import Coordinator, RunState
 from fednats.protocol.events import (
     CloseRun,
@@ -81,14 +81,14 @@ def test_the_end_of_an_earlier_run_ends_nothing() -> None:
     machine = region()
     machine.handle(announcement(3, grids=("g3",), opening=SECOND))
     assert machine.handle(closed(version=2)) == []
-    assert machine.state is State.COLLECTING
+    assert machine.state is CollectorState.COLLECTING
 
 
 def test_a_last_version_that_comes_after_the_end_opens_nothing() -> None:
     machine = region()
     machine.handle(closed(version=2))
     machine.handle(announcement(2))
-    assert machine.state is State.CLOSED
+    assert machine.state is CollectorState.CLOSED
 
 
 def test_a_sum_of_the_run_before_that_is_still_being_made_is_given_up_or_sent_and_the_next_one_follows() -> None:
@@ -281,7 +281,7 @@ def test_a_job_of_the_run_before_is_finished_first() -> None:
     machine.handle(at_site.ModelSeen(2))
     machine.handle(at_site.Closed())
     machine.handle(at_site.Opened())
-    assert machine.state is at_site.State.BUSY
+    assert machine.state is at_site.SiteState.BUSY
     assert machine.handle(at_site.ModelSeen(3)) is None
     assert machine.handle(at_site.Done()) == at_site.Evaluate(3)
 

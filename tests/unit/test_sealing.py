@@ -10,7 +10,7 @@ from fednats.config import RunSettings
 from fednats.crypto.sealing import OVERHEAD_BYTES, ModelKeys, generate
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.messages import Chunk
-from fednats.services.coordinator_worker import fit_messages
+from fednats.services.coordinator.worker import fit_messages
 
 SECRET = generate()
 KEY = ModelKeys([SECRET], "r")

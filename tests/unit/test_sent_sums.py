@@ -6,9 +6,9 @@ import structlog
 
 from fednats import subjects
 from fednats.errors import BusError
-from fednats.services.above import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, Above
-from fednats.services.sent_sums import KEPT_BYTES, KEPT_SUMS, SentSums
-from fednats.transport.bus import Record
+from fednats.services.aggregator.above import LONGEST_PAUSE_S, SHORTEST_PAUSE_S, Above
+from fednats.services.aggregator.sent_sums import KEPT_BYTES, KEPT_SUMS, SentSums
+from fednats.transport.bus import StoredMessage
 
 RUN, REGION, ABOVE = "run", "north", "hub"
 PREFIX = subjects.aggregate(RUN, REGION)
@@ -28,7 +28,7 @@ class Uplink:
         self.sent.append(name)
         self.payloads.add(name)
 
-    async def last(self, stream: str, subject: str, *, domain: str | None = None) -> Record | None:
+    async def last(self, stream: str, subject: str, *, domain: str | None = None) -> StoredMessage | None:
         assert subject == HEAD
         if domain is None:
             assert stream == subjects.aggregates_stream(RUN, REGION)
@@ -38,7 +38,7 @@ class Uplink:
             if not self.linked:
                 raise BusError("nobody there")
             heads = self.sent[: self.n_taken]
-        return Record(subject, heads[-1].encode(), len(heads)) if heads else None
+        return StoredMessage(subject, heads[-1].encode(), len(heads)) if heads else None
 
     async def purge(self, stream: str, subject: str) -> None:
         assert stream == subjects.aggregates_stream(RUN, REGION)

@@ -13,11 +13,11 @@ from fednats.crypto.signers import Signers
 from fednats.crypto.signing import SIGNATURE_BYTES, Signer, public_key, verified
 from fednats.errors import ConfigError, Reason, RefusedError
 from fednats.messages import Control, Update
-from fednats.services import identity as identities
-from fednats.services.identity import Identity
-from fednats.testbed.connected_bus import until
+from fednats.services.daemon import identity as identities
+from fednats.services.daemon.identity import Identity
 from tests.makers import FIRST, update
 from tests.participants import Participants, seed
+from tests.support.connected_bus import until
 
 HEAD = subjects.head(subjects.update("r", "north", "a"))
 PACKED = wire.pack(update("a"))

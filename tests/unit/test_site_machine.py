@@ -13,7 +13,7 @@ from fednats.protocol.site import (
     OutsideHours,
     Retry,
     Site,
-    State,
+    SiteState,
     Store,
     Train,
 )
@@ -138,7 +138,7 @@ def test_the_last_version_of_a_closed_run_is_evaluated_whichever_is_heard_of_fir
     assert busy.handle(ModelSeen(7)) is None
     assert busy.handle(Done()) == Evaluate(7)
     assert busy.handle(Done()) is None
-    assert busy.state is State.CLOSED
+    assert busy.state is SiteState.CLOSED
 
 
 def test_of_the_versions_that_wait_at_the_end_the_last_is_evaluated() -> None:
@@ -174,7 +174,7 @@ def test_a_site_whose_budget_is_spent_goes_on_evaluating_and_never_trains_again(
         assert site.handle(Retry()) is None
     assert site.handle(BusAway()) is None  # what it would train on by itself is spent as well
     assert site.handle(BusBack()) is None
-    assert site.state is State.IDLE
+    assert site.state is SiteState.IDLE
 
 
 def test_a_budget_that_is_spent_while_the_bus_is_away_ends_training_on() -> None:
@@ -197,7 +197,7 @@ def test_a_closed_site_takes_a_spent_budget_as_anything_else() -> None:
     site.handle(Done())
     site.handle(Closed())
     assert site.handle(BudgetSpent()) is None
-    assert site.state is State.CLOSED
+    assert site.state is SiteState.CLOSED
 
 
 def test_outside_its_hours_a_site_goes_on_evaluating_and_trains_on_the_newest_when_they_begin() -> None:

@@ -15,7 +15,7 @@ import tomli_w
 from fednats.config import AggregatorSettings, CoordinatorSettings, SiteSettings, load
 from fednats.errors import ConfigError
 from fednats.secret_file import check_closed
-from fednats.services.state_dir import own
+from fednats.services.daemon.state_dir import own
 
 NOBODY, GROUP = 65534, 2000
 
@@ -102,7 +102,7 @@ def test_a_volume_of_root_with_the_group_of_the_daemon_is_taken_as_it_is(open_fo
 
 
 def test_one_daemon_at_a_time_and_the_next_after_it_even_if_it_was_killed(tmp_path: Path) -> None:
-    program = "import sys\nfrom pathlib import Path\nfrom fednats.services.state_dir import own\n"
+    program = "import sys\nfrom pathlib import Path\nfrom fednats.services.daemon.state_dir import own\n"
     program += "with own(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()\n"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], **pipes) as other:  # type: ignore[call-overload]

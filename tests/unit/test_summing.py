@@ -16,7 +16,7 @@ from fednats.errors import Reason, RefusedError
 from fednats.learning.scores import Counts, n_counts
 from fednats.messages import Evaluation
 from fednats.protocol.events import SumEvaluations
-from fednats.services.evaluations import Part, Summing, payload_of, sites_of, sum_of
+from fednats.services.tier.evaluations import EvaluationPart, Summing, payload_of, sites_of, sum_of
 from tests.makers import PAYLOAD, evaluation, evaluation_sum
 
 BFV = DeltaSettings()
@@ -42,7 +42,7 @@ async def summed(
 ) -> tuple[str, Counts | None, list[str]]:
     """Return the sites in the sum, what it is, and who was left out."""
 
-    async def read(part: Part) -> AsyncGenerator[bytes, None]:
+    async def read(part: EvaluationPart) -> AsyncGenerator[bytes, None]:
         assert isinstance(part, Evaluation)
         sent = {**SENT, **chunks}[part.site]
         if not sent:
@@ -50,7 +50,7 @@ async def summed(
         for chunk in sent:
             yield chunk
 
-    async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[Part]) -> tuple[bytes, ...]:
+    async def add(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[EvaluationPart]) -> tuple[bytes, ...]:
         n_sites = [sites_of([part]) for part in parts]
         return summer(BFV, PUBLIC).sum_counts(inputs, n_sites, n_counts(parts[0].n_classes))
 
@@ -86,7 +86,7 @@ async def test_what_names_more_chunks_than_its_counts_have_is_not_read(who: str)
     """All of it would be in memory: a site may store gigabytes of chunks, and name them all."""
     read: list[str] = []
 
-    async def note(part: Part) -> AsyncGenerator[bytes, None]:
+    async def note(part: EvaluationPart) -> AsyncGenerator[bytes, None]:
         assert isinstance(part, Evaluation)
         read.append(part.site)
         yield b""
@@ -101,7 +101,7 @@ async def test_what_names_more_chunks_than_its_counts_have_is_not_read(who: str)
 async def test_what_has_larger_chunks_than_its_counts_can_have_is_left_out_and_not_read_on() -> None:
     n_read = 0
 
-    async def endless(part: Part) -> AsyncGenerator[bytes, None]:
+    async def endless(part: EvaluationPart) -> AsyncGenerator[bytes, None]:
         nonlocal n_read
         yield b""
         while isinstance(part, Evaluation) and part.site == "a":
@@ -146,11 +146,11 @@ async def test_a_sum_of_more_hospitals_than_there_are_is_left_out() -> None:
     assert made == parts[:1]
 
 
-async def nothing(_part: Part) -> AsyncGenerator[bytes, None]:
+async def nothing(_part: EvaluationPart) -> AsyncGenerator[bytes, None]:
     yield b""
 
 
-async def count(inputs: Sequence[tuple[bytes, ...]], _parts: Sequence[Part]) -> int:
+async def count(inputs: Sequence[tuple[bytes, ...]], _parts: Sequence[EvaluationPart]) -> int:
     return len(inputs)
 
 

@@ -10,13 +10,13 @@ from typer.testing import CliRunner, Result
 from fednats.cli import app
 from fednats.errors import TaskError
 from fednats.learning.describe import describe
-from fednats.services.site_worker import SiteWorker
+from fednats.services.site.worker import SiteWorker
 from tests.unit.test_privacy_account import site
 
 CODE = """
 import torch
 from torch import nn
-from fednats.learning.task import Task
+from fednats import Task
 
 class Patients(torch.utils.data.TensorDataset):
     patients = ["p1", "p2", "p3", "p3"]

@@ -23,9 +23,9 @@ from fednats.learning.code_files import read_code
 from fednats.learning.code_import import COPIES, COPY
 from fednats.learning.task_code import load_task, make_task
 
-HALF = "from fednats.learning.task import Task\nclass Half(Task):\n    def model(self): ...\nclass Other: ...\n"
+HALF = "from fednats import Task\nclass Half(Task):\n    def model(self): ...\nclass Other: ...\n"
 REVIEWED = (
-    "from fednats.learning.task import Task\n\n\nclass Own(Task):\n    reviewed = True\n\n"
+    "from fednats import Task\n\n\nclass Own(Task):\n    reviewed = True\n\n"
     "    def model(self): ...\n    def train_data(self): ...\n    def test_data(self): ...\n"
 )
 OTHER = REVIEWED.replace("True", "False")
@@ -33,7 +33,7 @@ OTHER = REVIEWED.replace("True", "False")
 PACKAGE = {
     "__init__.py": "from .inner.model import Model\nfrom mine.own import Own\n",
     "own.py": (
-        "import importlib.resources\nfrom pathlib import Path\nfrom fednats.learning.task import Task\nfrom . import names\n\n\n"
+        "import importlib.resources\nfrom pathlib import Path\nfrom fednats import Task\nfrom . import names\n\n\n"
         "class Own(Task):\n    reviewed = True\n\n"
         "    def model(self):\n        from .inner import model\n        return model.Model()\n"
         "    def train_data(self):\n        return [names.NAME, (Path(__file__).parent / 'codes.txt').read_text()]\n"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fednats import Examples, Task
 from fednats.errors import ConfigError, DataError
-from fednats.learning.baseline import Pooled, train_alone
+from fednats.learning.baseline import PooledTask, train_alone
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.task_code import SHIPPED, load_task, make_task
 from fednats.learning.tasks.breast_cancer import BreastCancer, share_patients
 from fednats.learning.tasks.ct_nodule import CTNodule
@@ -91,7 +91,7 @@ def test_heart_split_covers_all_920_patients_once() -> None:
 def test_heart_pooled_beats_the_mean_hospital_alone() -> None:
     tasks = [HeartDisease(**options) for options in HeartDisease.sites(4, 0, HEART).values()]
     training = HeartDisease.recommended.training
-    everybody = Pooled(tasks)
+    everybody = PooledTask(tasks)
     alone = [evaluate(everybody, train_alone(task, training, 100, 0)).metrics["auc"] for task in tasks]
     assert evaluate(everybody, train_alone(everybody, training, 100, 0)).metrics["auc"] > np.mean(alone) + 0.02
 

@@ -20,10 +20,10 @@ from fednats.protocol.events import (
     Event,
     contribution_id,
 )
-from fednats.services import tier as tier_module
-from fednats.services.lifecycle import Daemon
-from fednats.services.rejects import Rejects
-from fednats.services.tier import MAX_BATCH, Handled, Tier
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.tier import tier as tier_module
+from fednats.services.tier.rejects import Rejects
+from fednats.services.tier.tier import MAX_BATCH, Handled, Tier
 from fednats.storage import database
 from fednats.storage.journal import Journal, read_journal
 from fednats.transport.bus import Bus

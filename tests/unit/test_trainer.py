@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import TrainingSettings
 from fednats.errors import ConfigError, LocalDataError
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_model, initial_vector, read_vector, write_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.tasks.breast_cancer import BreastCancer
 from fednats.learning.trainer import Trainer, train
 

@@ -18,12 +18,12 @@ from fednats.messages import Grid, ParameterSpec
 from fednats.protocol.admission import Roster
 from fednats.protocol.collector import Collector
 from fednats.protocol.events import Configured
-from fednats.services.aggregator import AggregatorService
-from fednats.services.answers import Fit
-from fednats.services.coordinator import CoordinatorService
-from fednats.services.fits import Fits
-from fednats.services.lifecycle import Daemon, until_stopped
-from fednats.services.tier import Tier
+from fednats.services.aggregator.fits import Fits
+from fednats.services.aggregator.service import AggregatorService
+from fednats.services.coordinator.service import CoordinatorService
+from fednats.services.daemon.answers import Fit
+from fednats.services.daemon.lifecycle import Daemon, until_stopped
+from fednats.services.tier.tier import Tier
 from fednats.storage.journal import Journal
 from tests.makers import announcement
 

@@ -19,7 +19,14 @@ from fednats.errors import ConfigError, LocalStorageError, Reason, RefusedError
 from fednats.learning.flat import FlatModel
 from fednats.learning.server_optimizer import ServerOptimizer
 from fednats.messages import Frame, ModelManifest, ParameterSpec, Payload
-from fednats.services.next_version import LONGEST_CHAIN, Check, Made, NextVersion, Start, first_version
+from fednats.services.coordinator.next_version import (
+    LONGEST_CHAIN,
+    Check,
+    NextVersion,
+    Provenance,
+    Start,
+    first_version,
+)
 from fednats.storage.checkpoints import KEPT_VERSIONS, Checkpoint, Checkpoints, frame_file, weights_file
 from fednats.storage.chunk_file import ChunkFile, keep_sound, read_chunks
 from fednats.storage.local_model import LocalModel
@@ -58,7 +65,7 @@ class Origin:
         making = NextVersion(
             self.checkpoints, self.keys, current, LAYOUT, CHUNK_BYTES, self.max_message_bytes, self.check
         )
-        made = Made(f"combination{current.version}")
+        made = Provenance(f"combination{current.version}")
         self.made.append(making.make(self.optimizer, delta, made, current.grids))
         return self.made[-1]
 

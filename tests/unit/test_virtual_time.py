@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Task
 from fednats.config import (
     DeltaSettings,
     RunSettings,
@@ -19,10 +20,9 @@ from fednats.config import (
     TrainingSettings,
 )
 from fednats.errors import Reason
-from fednats.learning.baseline import Pooled
+from fednats.learning.baseline import PooledTask
 from fednats.learning.evaluation import evaluate
 from fednats.learning.flat import initial_vector, parameters_of, read_vector, write_vector
-from fednats.learning.task import Examples, Task
 from fednats.learning.tasks.breast_cancer import BreastCancer
 from fednats.learning.trainer import Trainer
 from fednats.messages import ParameterSpec
@@ -230,5 +230,7 @@ def test_server_adam_trains_with_the_rate_that_it_has_by_default() -> None:
     settings = run_settings(seed=2, training=training, server={"optimizer": "adam"})
     together = VirtualFederation(settings, sites, parameters_of(tasks[0].model()), initial_vector(tasks[0], 2), DELAY_S)
     together.run(60.0)
-    accuracies = [evaluate(Pooled(tasks), version.weights).metrics["accuracy"] for version in together.versions[-5:]]
+    accuracies = [
+        evaluate(PooledTask(tasks), version.weights).metrics["accuracy"] for version in together.versions[-5:]
+    ]
     assert min(accuracies) > 0.95

@@ -16,9 +16,9 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Recommended, Task
 from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
 from fednats.errors import ConfigError
-from fednats.learning.task import Examples, Recommended, Task
 
 N_FEATURES = 30
 TEST_SHARE = 0.4

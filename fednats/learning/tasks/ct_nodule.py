@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednats import Examples, Recommended, Task
 from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
 from fednats.data.dicom import Slice, refuse_mixed, resampled
 from fednats.data.dicom_folder import open_slices, patients_of
 from fednats.data.index import INDEX, read_index
 from fednats.data.table import Classes
 from fednats.errors import ConfigError, DataError
-from fednats.learning.task import Examples, Recommended, Task
 from fednats.learning.tasks.ct_patches import HOSPITALS, SIZE, synthetic_patches
 
 WINDOW_CENTER_HU, WINDOW_WIDTH_HU = -400, 1500
 """The usual lung window; what lies outside is clipped."""
 
-Part = Literal["train", "test"]
-PARTS: tuple[Part, ...] = ("train", "test")
+Split = Literal["train", "test"]
+PARTS: tuple[Split, ...] = ("train", "test")
 LABEL = Classes("label", {0: 0, 1: 1})
 
 
@@ -100,7 +100,7 @@ class CTNodule(Task):
         """Patches to test on, float32[1, 32, 32], and int64 labels."""
         return self._examples("test")
 
-    def _examples(self, part: Part) -> Examples:
+    def _examples(self, part: Split) -> Examples:
         if self._npz is not None:
             return TensorDataset(*_read_npz(Path(self._npz), part, self._share, self._seed))
         if self._dicom is not None:
@@ -146,7 +146,7 @@ def windowed(patches_hu: NDArray[np.int16]) -> Tensor:
 # --- MedMNIST --------------------------------------------------------------------------------------------------------
 
 
-def _read_npz(file: Path, part: Part, share: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
+def _read_npz(file: Path, part: Split, share: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
@@ -193,7 +193,7 @@ def _share(n_images: int, share: tuple[int, ...], rng: np.random.Generator) -> N
 # --- DICOM -----------------------------------------------------------------------------------------------------------
 
 
-def _read_dicom(folder: Path, part: Part, spacing_mm: float | None) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+def _read_dicom(folder: Path, part: Split, spacing_mm: float | None) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
     index = read_index(folder, LABEL, required=["split"], whole_numbers=["frame", "row", "column"])
     split = index.columns["split"]
     parts = split.codes(PARTS, np.zeros(len(index.files), dtype=np.bool_))

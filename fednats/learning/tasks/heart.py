@@ -12,10 +12,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset, default_collate
 
+from fednats import Examples, Recommended, Task
 from fednats.config import RecordPrivacySettings, ServerSettings, TrainingSettings
 from fednats.data.table import Category, Classes, Number, Table
 from fednats.errors import ConfigError
-from fednats.learning.task import Examples, Recommended, Task
 
 HOSPITALS = {
     "cleveland": "processed.cleveland.data",

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fednats.learning.task import Examples, Task
+from fednats import Examples, Task
 
 from . import network
 

@@ -1,0 +1,57 @@
+"""What the node above has of a stream that it copies from a region."""
+
+import asyncio
+from typing import Any
+
+from fednats import subjects
+from fednats.errors import BusError
+from fednats.services.daemon.retry import ask
+from fednats.transport.bus import Bus
+
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
+"""Between two looks at what the node above has."""
+
+
+class Above:
+    """The node above a region, which copies the region's stream of sums in order.
+
+    Whatever the link cannot take at once waits in the region: a sum for more updates, evaluations for a newer version.
+    """
+
+    def __init__(self, uplink: Bus, run: str, region: str, node: str, stopping: asyncio.Event, log: Any) -> None:
+        self._uplink = uplink
+        self._stream = subjects.aggregates_stream(run, region)
+        self._node = node
+        self._inbox = subjects.inbox_stream(run, node, region)
+        self._stopping = stopping
+        self._log = log
+
+    async def has_newest(self, subject: str, event: str) -> bool:
+        """Wait until the newest message of ``subject``, and all before it, has been copied; log ``event`` if that takes time.
+
+        Returns:
+            False if the daemon is told to stop before that.
+        """
+        pause_s = SHORTEST_PAUSE_S
+        while not await self._has(subject):
+            if pause_s == SHORTEST_PAUSE_S:
+                self._log.info(event, until="the node above has the one before", node=self._node)
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._stopping.wait()
+            except TimeoutError:
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            else:
+                return False
+        return True
+
+    async def _has(self, subject: str) -> bool:
+        sent = await ask(self._log, lambda: self._uplink.last(self._stream, subject))
+        if sent is None:
+            return True  # nothing was sent, or the server lost it with its store
+        try:
+            copied = await self._uplink.last(self._inbox, subject, domain=self._node)
+        except BusError as error:
+            self._log.debug("not_seen_above", node=self._node, error=str(error))
+            return False
+        return copied is not None and copied.data == sent.data

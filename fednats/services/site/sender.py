@@ -1,0 +1,191 @@
+"""What a site sends: updates from its outbox and evaluations, each on the egress ledger before it leaves."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+from fednats import subjects, wire
+from fednats.config import SiteSettings
+from fednats.errors import BusError, LocalStorageError
+from fednats.ledger.records import LedgerEntry
+from fednats.messages import Evaluation, Opening, Update
+from fednats.services.daemon.identity import Identity
+from fednats.services.daemon.lifecycle import Daemon
+from fednats.services.daemon.off_loop import off_loop, paced
+from fednats.services.daemon.recorder import INTERVAL_S, SUMMED_UP, Recorder, entry_of, run_begins
+from fednats.services.daemon.retry import RETRY_S
+from fednats.storage.outbox import Outbox
+from fednats.transport.bus import Bus
+
+NOTED_CHUNKS = 32
+"""Chunks sent between two notes of how far sending has come: after a restart no more than these are sent again."""
+
+
+class Sender:
+    """Sends for one site; ``max_mbit`` holds updates to a pace, 1e6 bits per second."""
+
+    def __init__(
+        self,
+        daemon: Daemon,
+        settings: SiteSettings,
+        identity: Identity,
+        bus: Bus,
+        outbox: Outbox,
+        recorder: Recorder,
+        max_mbit: float | None,
+    ) -> None:
+        self._daemon = daemon
+        self._log = daemon.log
+        self._identity = identity
+        self._bus = bus
+        self._outbox = outbox
+        self._recorder = recorder
+        self._max_mbit = max_mbit
+        self._prefix = subjects.update(settings.run, settings.region, settings.site)
+        self._evaluation = subjects.evaluation(settings.run, settings.region, settings.site)
+        self._to_send = asyncio.Event()
+        self._sending = asyncio.Lock()
+        self.evaluations: asyncio.Queue[tuple[Evaluation, tuple[bytes, ...]]] = asyncio.Queue()
+        """Heads with their chunks. They are not kept: the next version has others."""
+        self.figures: dict[str, Any] = {"updates": 0, "outbox": {}, "sent_bytes": 0}
+        """For ``/status``."""
+
+    async def begin(self) -> None:
+        """Record that the daemon has started; what waits from before is sent first."""
+        await self._recorder.begin(SUMMED_UP)
+        await asyncio.to_thread(self._outbox.release)
+        self._to_send.set()
+
+    async def record(self, entry: LedgerEntry) -> None:
+        """Put on record what leaves by itself, or says something of the ledger. Raises LocalStorageError."""
+        await self._recorder.record(entry)
+
+    async def begin_run(self, opening: Opening) -> None:
+        """Record that what leaves from now on is of this run. Raises LocalStorageError."""
+        await self._recorder.record(run_begins(opening))
+        await self.look()
+
+    async def look(self) -> None:
+        """Look into the outbox again."""
+        self.figures["outbox"] = await asyncio.to_thread(self._outbox.counts)
+        self._to_send.set()
+
+    async def send_waiting(self) -> None:
+        """Send what waits in the outbox, if the bus is there; else it is there for the next start."""
+        if self._bus.connected:
+            try:
+                await self._send_pending()
+            except (BusError, LocalStorageError) as error:
+                self._log.warning("update_not_sent", error=str(error))
+
+    async def record_rest(self) -> None:
+        """Record what has left beside updates and evaluations since this was last done."""
+        if not self._sending.locked():  # else an update waits for the bus, and would hold this up
+            await self._record_rest()
+
+    def close(self) -> None:
+        """Close outbox and ledger."""
+        self._outbox.close()
+        self._recorder.close()
+
+    # --- updates -----------------------------------------------------------------------------------------------------
+
+    async def send_updates(self) -> None:
+        """Send what is in the outbox, for ever."""
+        while True:
+            await self._to_send.wait()
+            self._to_send.clear()
+            try:
+                await self._send_pending()
+            except (BusError, LocalStorageError) as error:
+                self._log.warning("update_not_sent", error=str(error), retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+                self._to_send.set()
+
+    async def _send_pending(self) -> None:
+        async with self._sending:
+            for update in await asyncio.to_thread(self._outbox.pending):
+                offered = await asyncio.to_thread(self._outbox.offer, update.update_id, self._recorder.head)
+                if offered is not None:
+                    await self._send(offered.update, offered.n_chunks)
+
+    async def _send(self, update: Update, first: int) -> None:
+        """Send the chunks from number ``first`` on, then the head."""
+
+        async def note(n_chunks: int) -> None:
+            if n_chunks % NOTED_CHUNKS == 0:
+                await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, n_chunks)
+
+        head = self._identity.sign(subjects.head(self._prefix), update)
+        if first:
+            await self._bus.wait_connected()
+            # a bus that has lost its store keeps the offered chunk: it must not speak for those before it
+            await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, 0)
+            async with self._recorder.sending(self._bus, await self._entry(update, first - 1)):
+                if await self._has(update.update_id, first - 1):
+                    await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, first)
+                    await self._publish(update, first, head, note)
+                else:
+                    first = 0  # the bus has lost its store, or forgotten the ids: all of it again
+        if not first:
+            async with self._recorder.sending(self._bus, await self._entry(update, 0)):
+                await self._publish(update, 0, head, note)
+        await asyncio.to_thread(self._outbox.mark_sent, update.update_id)
+        n_bytes = update.payload.n_bytes + len(head)
+        self._daemon.metrics.sent_bytes.inc(n_bytes)
+        self.figures["sent_bytes"] += n_bytes
+        self.figures["updates"] += 1
+        self.figures["outbox"] = await asyncio.to_thread(self._outbox.counts)
+        self._log.info("update_sent", update_id=update.update_id, bytes=n_bytes)
+
+    async def _publish(self, update: Update, first: int, head: bytes, note: Callable[[int], Awaitable[None]]) -> None:
+        chunks = paced(off_loop(self._outbox.chunks(update.update_id, first)), self._max_mbit)
+        await self._bus.publish_payload(self._prefix, update.update_id, chunks, first=first, stored=note)
+        await self._bus.publish(subjects.head(self._prefix), head, wire.message_id(head))
+
+    async def _entry(self, update: Update, first: int) -> LedgerEntry:
+        """Return what the ledger says of an attempt to send an update from chunk number ``first`` on."""
+        n_bytes = await asyncio.to_thread(self._outbox.n_bytes, update.update_id, first)
+        left = update.payload.model_copy(update={"n_bytes": n_bytes, "digests": update.payload.digests[first:]})
+        epsilon = await asyncio.to_thread(self._outbox.epsilon, update.update_id)
+        entry = entry_of(
+            "update", update, version=update.base_version, name=update.update_id, payload=left, epsilon=epsilon
+        )
+        return replace(entry, detail=f"from chunk {first} on") if first else entry
+
+    async def _has(self, update_id: str, index: int) -> bool:
+        chunk = await asyncio.to_thread(next, self._outbox.chunks(update_id, index))
+        return await self._bus.has_chunk(self._prefix, update_id, index, chunk)
+
+    async def send_evaluations(self) -> None:
+        """Send the counts, then the head that names them, for ever."""
+        while True:
+            head, chunks = await self.evaluations.get()
+            entry = entry_of("evaluation", head, version=head.version, payload=head.payload)
+            signed = self._identity.sign(self._evaluation, head)
+            try:
+                async with self._recorder.sending(self._bus, entry):
+                    await self._bus.publish_payload(self._prefix, head.payload.payload_id, chunks)
+                    await self._bus.publish(self._evaluation, signed, wire.message_id(signed))
+            except (BusError, LocalStorageError) as error:
+                self._log.warning("evaluation_not_sent", version=head.version, error=str(error))
+            else:
+                self._daemon.metrics.sent_bytes.inc(entry.n_bytes)
+                self.figures["sent_bytes"] += entry.n_bytes
+
+    # --- on record ----------------------------------------------------------------------------------------------------
+
+    async def sum_up(self) -> None:
+        """Record every now and then what has left beside updates and evaluations, for ever."""
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            await self._record_rest()
+
+    async def _record_rest(self) -> None:
+        """Not while an update is on its way."""
+        async with self._sending:
+            try:
+                await self._recorder.sum_up(self._bus)
+            except LocalStorageError as error:
+                self._log.warning("rest_not_recorded", error=str(error))
