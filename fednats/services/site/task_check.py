@@ -39,8 +39,9 @@ class Step:
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failure: str = ""
-    """Error text, or the traceback of failed task code; empty if the step passed. It may quote a record: for the hospital
-    only."""
+    """Error text, or the traceback of failed task code; empty if the step passed. For the hospital only: it may quote a
+    record.
+    """
 
 
 class TaskCheck:
