@@ -1,9 +1,9 @@
-"""Model versions as keyframes and quantised differences, as video has it.
+"""Model versions as keyframes and quantised differences, as in video.
 
-A difference is int8 multiples of one step per tensor. The coordinator publishes what it rounded and keeps the same
-weights itself, so what rounding leaves out goes into the next difference (error feedback, Karimireddy et al. 2019,
-arXiv:1901.09847; on the way down: Tang et al. 2019, "DoubleSqueeze", arXiv:1905.05957). Steps are powers of two, so
-``integer * step`` is exact and everybody's weights are the same to the bit.
+A difference is int8 multiples of one step per tensor. The coordinator takes the rounded weights for its own model, so
+what rounding leaves out goes into the next difference (error feedback, Karimireddy et al. 2019, arXiv:1901.09847; for
+server to clients, Tang et al. 2019, "DoubleSqueeze", arXiv:1905.05957). Steps are powers of two, so ``integer * step``
+is exact and everybody's weights are the same to the bit.
 """
 
 import math
@@ -18,16 +18,16 @@ from fednats.messages import Frame
 QMAX = 127
 
 VALUE_BYTES = 4
-"""Of a weight in a keyframe."""
+"""Bytes per weight in a keyframe."""
 
 RESOLUTION = 2.0
-"""Steps in the root mean square of a tensor's difference: 3.3 bits a value after zstd, rounding noise 2 % of its power."""
+"""Root mean square of a tensor's difference, in steps: 3.3 bits a value after zstd; rounding noise 2 % of its power."""
 
-_MIN_STEP_LOG2, _MAX_STEP_LOG2 = -100, 100  # float32 far from its ends, so that multiples neither vanish nor overflow
+_MIN_STEP_LOG2, _MAX_STEP_LOG2 = -100, 100  # far from the limits of float32, so multiples neither vanish nor overflow
 
 
 def steps(mean_squares: NDArray[np.float64]) -> tuple[float, ...]:
-    """Steps for a difference whose tensors have these mean squares, float64[n_tensors].
+    """Choose one step per tensor for a difference with these mean squares, float64[n_tensors].
 
     >>> steps(np.array([1.0, 0.0, 0.0625]))
     (0.5, 7.888609052210118e-31, 0.125)
@@ -36,7 +36,7 @@ def steps(mean_squares: NDArray[np.float64]) -> tuple[float, ...]:
 
 
 def difference(target: NDArray[np.float32], base: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.int8]:
-    """Nearest multiples of ``step`` that lead from ``base`` to ``target``, int8[n], clipped; all are float32[n]."""
+    """Round ``target - base`` to multiples of ``step``, int8[n], clipped to ±127; the arguments are float32[n]."""
     multiples = target - base
     multiples /= step
     np.rint(multiples, out=multiples)
@@ -57,16 +57,16 @@ def follow(base: NDArray[np.float32], multiples: NDArray[np.int8], step: NDArray
 def cheapest(
     frames: Sequence[Frame], held: int, version: int, fetched: Mapping[str, int] | None = None
 ) -> tuple[Frame, ...]:
-    """Choose the frames that lead to ``version`` for the fewest bytes, in order.
+    """Choose the frames that lead to ``version`` with the fewest bytes to fetch, in order.
 
     Args:
-        frames: those to be had.
-        held: version whose weights are held, -1 for none; none are needed if it is ``version``.
-        version: wanted.
-        fetched: bytes that are here already, by payload id.
+        frames: available frames.
+        held: version whose weights are already held, -1 for none. If it is ``version``, no frames are needed.
+        version: wanted version.
+        fetched: bytes already fetched, by payload id.
 
     Raises:
-        RefusedError: ``checksum``: no chain of them leads there.
+        RefusedError: ``checksum``: no chain of frames leads to ``version``.
     """
     differences = {frame.version: frame for frame in frames if not frame.is_keyframe}
     starts = [(frame.version, (frame,)) for frame in frames if frame.is_keyframe and frame.version <= version]
@@ -74,7 +74,7 @@ def cheapest(
     for start, chain in [*starts, (held, ())]:
         reached = start
         following = list(chain)
-        while 0 <= reached < version and reached + 1 in differences:  # a version is a number that somebody else names
+        while 0 <= reached < version and reached + 1 in differences:  # no range(): an untrusted version may be huge
             reached += 1
             following.append(differences[reached])
         if reached == version:

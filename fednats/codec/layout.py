@@ -1,4 +1,4 @@
-"""All tensors of a model that travel as one flat float32 vector."""
+"""A model's tensors as one flat float32 vector."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +11,11 @@ from fednats.errors import Reason, RefusedError
 from fednats.messages import ParameterSpec
 
 BLOCK_VALUES = 2**18
-"""Values that are worked on at once (1 MiB): a model of any size takes this much memory, not a multiple of its own."""
+"""Values processed at a time (1 MiB), so working memory does not grow with the model."""
 
 
 class Vector(Protocol):
-    """float32[n], in memory or read part by part from where it lies. An array is one."""
+    """float32[n], in memory or read in parts from a file. A numpy array is a `Vector`."""
 
     def __len__(self) -> int:
         """Return n."""
@@ -25,7 +25,7 @@ class Vector(Protocol):
 
 
 class Difference:
-    """One vector minus another, float32[n], computed where it is read.
+    """One vector minus another, float32[n], computed when it is read.
 
     >>> Difference(np.float32([3, 5]), np.float32([1, 1]))[0:2].tolist()
     [2.0, 4.0]
@@ -76,10 +76,10 @@ class Layout:
         self.slices = tuple(slice(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True))
 
     def steps(self, of_tensors: Sequence[float], start: int, stop: int) -> NDArray[np.float32]:
-        """Quantisation step of each value of the flat vector from ``start`` to ``stop``, float32[stop - start].
+        """Return the quantisation step of each value of the flat vector in ``start:stop``, float32[stop - start].
 
         Raises:
-            RefusedError: ``wrong_grid``: not one step per tensor, or a step that is not a positive float32.
+            RefusedError: ``wrong_grid``: not one step per tensor, or a step that is not a positive normal float32.
         """
         if len(of_tensors) != len(self.parameters):
             raise RefusedError(Reason.WRONG_GRID, f"{len(of_tensors)} steps for {len(self.parameters)} tensors")
@@ -90,18 +90,18 @@ class Layout:
         return np.repeat(steps.astype(np.float32), self._lengths(start, stop))
 
     def of_statistics(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Whether each value of the flat vector from ``start`` to ``stop`` is of a running statistic, bool[stop - start]."""
+        """Mark the running statistics among the values ``start:stop`` of the flat vector, bool[stop - start]."""
         return np.repeat(np.array(self.statistics, np.bool_), self._lengths(start, stop))
 
     def _lengths(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Values of each tensor that lie between ``start`` and ``stop``."""
+        """Count each tensor's values between ``start`` and ``stop``, int64[n_tensors]."""
         lengths: NDArray[np.int64] = np.minimum(self._ends, stop) - np.maximum(self._ends - self._sizes, start)
         return np.maximum(lengths, 0, out=lengths)
 
     def means(
         self, vector: Vector, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]
     ) -> NDArray[np.float64]:
-        """Mean of ``function(values)`` over each tensor, float64[n_tensors]; 0 for a tensor without values."""
+        """Return the mean of ``function(values)`` per tensor, float64[n_tensors]; 0 for a tensor without values."""
         sums = np.zeros(len(self._sizes))
         for block in blocks(self.n_parameters):
             running = np.concatenate(([0.0], np.cumsum(function(vector[block]), dtype=np.float64)))

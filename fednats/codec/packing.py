@@ -1,8 +1,8 @@
-"""Several quantised values to one integer slot, so that adding slots adds every value.
+"""Packs several quantised values into one integer slot, so that adding slots adds every value.
 
-Field ``f`` of a slot holds ``value + qmax + 1``, at least 1, so that in a weighted sum of total weight W a field is at least W,
-has room for the sum's dither of up to W / 2 to either side, and nothing to borrow from its neighbour; and it is wide enough
-for W up to ``max_total_weight``, so it carries nothing into it either.
+A field holds ``value + qmax + 1``, which is at least 1. In a sum of total weight W, a field is therefore at least W: a
+dither of up to W / 2 either way cannot make it borrow from the next field. Fields are wide enough for W up to
+``max_total_weight``, so they do not carry either.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _SLOT_BITS = 62
 
 
 def max_field(qmax: int, max_total_weight: int) -> int:
-    """Largest value that a field of a weighted sum takes; its bit length is the width of a field.
+    """Return the largest value of a field in a weighted sum; its bit length is the width of a field.
 
     Raises:
         ConfigError: decoded sums would not fit int32.
@@ -31,13 +31,13 @@ def max_field(qmax: int, max_total_weight: int) -> int:
 
 
 def max_dither(total_weight: int) -> int:
-    """Largest magnitude of a sum's dither: half a step of its mean."""
+    """Return the largest magnitude of a sum's dither: half a step of its mean."""
     return total_weight // 2
 
 
 @dataclass(frozen=True)
 class Packing:
-    """``n_fields`` values to a slot, ``n_slots`` slots to a vector.
+    """``n_fields`` values per slot, ``n_slots`` slots per vector.
 
     >>> packing = Packing(qmax=7, max_total_weight=4, n_fields=2, n_slots=2)
     >>> slots = packing.pack(np.int8([1, -7, 3])) + 3 * packing.pack(np.int8([2, -7, -7]))
@@ -56,7 +56,7 @@ class Packing:
 
     @property
     def field_bits(self) -> int:
-        """Width of a field."""
+        """Width of a field in bits."""
         return max_field(self.qmax, self.max_total_weight).bit_length()
 
     @property
@@ -74,7 +74,7 @@ class Packing:
         return self._slots(fields)
 
     def pack_dither(self, dither: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Pack what is added to the fields of a sum, int64[up to n_values] of either sign, into int64[n_slots]."""
+        """Pack a dither for a sum's fields, int64[up to n_values] of either sign, into int64[n_slots]."""
         fields = np.zeros(self.n_values, dtype=np.int64)
         fields[: dither.size] = dither
         return self._slots(fields)
@@ -87,12 +87,12 @@ class Packing:
         return slots
 
     def unpack(self, slots: NDArray[np.int64], total_weight: int) -> NDArray[np.int32]:
-        """Weighted sums of values, int32[n_values], from a weighted sum of packed slots.
+        """Recover weighted sums of values, int32[n_values], from a weighted sum of packed slots.
 
         Raises:
-            OverflowRefusedError: ``total_weight`` above ``max_total_weight``; fields may have run into each other.
-            RefusedError: ``ciphertext``: a field is out of range, so this is not a sum of that weight (or was
-                encrypted for another key, or tampered with).
+            OverflowRefusedError: ``total_weight`` is above ``max_total_weight``; fields may have overflowed.
+            RefusedError: ``ciphertext``: a field is out of range, so the slots are not a sum of that weight, were
+                encrypted for another key, or were tampered with.
         """
         check_total_weight(total_weight, self.max_total_weight)
         dither = max_dither(total_weight)
@@ -112,7 +112,7 @@ class Packing:
 
 
 def check_total_weight(total_weight: int, max_total_weight: int) -> None:
-    """Refuse a sum before it is made.
+    """Refuse a total weight before the sum is computed.
 
     Raises:
         OverflowRefusedError: ``total_weight`` is above ``max_total_weight``, or below 1.

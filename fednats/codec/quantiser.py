@@ -1,4 +1,4 @@
-"""Stochastic rounding to the announced grid, with what is lost kept for the next round.
+"""Stochastic rounding to the announced grid, with error feedback.
 
 Rounding up with probability equal to the fraction makes every quantised value right on average (QSGD, Alistarh et al.
 2017, arXiv:1610.02132, section 3.1). What rounding and clipping lose is added to the next delta (error feedback,
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from fednats.errors import LocalDataError
 
 QMAX = {8: 127, 4: 7}
-"""Value bits to the largest magnitude of a quantised value."""
+"""Largest magnitude of a quantised value, by value bits."""
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Integers, and what they leave out."""
+    """Quantised values and the error they leave."""
 
     values: NDArray[np.int8]
     """int8[n], in [-qmax, qmax]."""
@@ -44,7 +44,7 @@ def quantise(values: NDArray[np.float32], steps: NDArray[np.float32], qmax: int,
             f"{int(values.size - finite.sum())} of {values.size} values of the delta are not finite; lower the"
             " learning rate or look for broken samples"
         )
-    with np.errstate(over="ignore"):  # a value far off the grid becomes infinite and is clipped
+    with np.errstate(over="ignore"):  # a value far beyond the grid overflows to infinity and is then clipped
         rounded = values / steps
     rounded += rng.random(values.size, dtype=np.float32)
     np.floor(rounded, out=rounded)

@@ -1,8 +1,8 @@
-"""The largest values of a segment and where they are, for runs without encryption.
+"""Sparse segments for runs without encryption: the largest values and their positions.
 
-What is not sent stays in the residual (sparsified SGD with memory, Stich et al. 2018, arXiv:1809.07599). Positions are
-sent as gaps, one byte each: ``255`` says 255 places further and no value yet. Sums of segments have the same form with
-wider values, so a sum can be summed again.
+Values that are not sent stay in the residual (sparsified SGD with memory, Stich et al. 2018, arXiv:1809.07599).
+Positions are sent as gaps of one byte; ``255`` skips 255 places and carries no value. Sums of segments have the same
+form with wider values, so sums can be summed again.
 """
 
 import math
@@ -14,14 +14,14 @@ from fednats.errors import Reason, RefusedError
 
 SEGMENT_VALUES = 65536
 MAX_VALUE_BYTES = 5
-"""Bytes of an entry at most: a gap, and a sum of the widest kind."""
+"""Largest size of an entry: one byte of gap and four of value."""
 
 _FAR = 255  # a gap byte that carries no value
 _VALUE_TYPES = {1: "<i1", 2: "<i2", 4: "<i4"}
 
 
 def top_k_mask(values: NDArray[np.float32], top_k: float) -> NDArray[np.bool_]:
-    """Which values are among the ``ceil(top_k * n)`` largest by magnitude, bool[n].
+    """Mark the ``ceil(top_k * n)`` values of largest magnitude, bool[n].
 
     >>> top_k_mask(np.float32([0.1, -3.0, 2.0, 0.0]), 0.5).tolist()
     [False, True, True, False]
@@ -34,7 +34,7 @@ def top_k_mask(values: NDArray[np.float32], top_k: float) -> NDArray[np.bool_]:
 
 
 def encode(values: NDArray[np.signedinteger]) -> tuple[bytes, bytes]:
-    """Gaps and values of the entries of ``values`` (integer[n], n up to 65536) that are not zero.
+    """Encode the non-zero entries of ``values`` (integer[n], n up to 65536) as (gaps, values).
 
     >>> gaps, numbers = encode(np.int32([0, 0, 5, -1]))
     >>> list(gaps), decode((gaps, numbers), 4).tolist()
@@ -55,11 +55,11 @@ def decode(parts: tuple[bytes, ...], n_values: int) -> NDArray[np.int32]:
     """Undo `encode`: int32[n_values].
 
     Raises:
-        RefusedError: ``malformed``: gaps and values do not belong together, or lead beyond ``n_values``.
+        RefusedError: ``malformed``: gaps and values do not match, or a position is beyond ``n_values``.
     """
     if len(parts) != 2:  # noqa: PLR2004
         raise RefusedError(Reason.MALFORMED, f"a sparse segment of {len(parts)} parts, expected gaps and values")
-    if len(parts[0]) > n_values:  # each gap stands for one place at least: no room is made for more
+    if len(parts[0]) > n_values:  # each gap byte covers at least one place; check before allocating
         raise RefusedError(Reason.MALFORMED, f"a sparse segment of {len(parts[0])} gaps for {n_values} places")
     coded = np.frombuffer(parts[0], dtype=np.uint8)
     ends = np.flatnonzero(coded != _FAR)

@@ -1,9 +1,9 @@
-"""A BFV ciphertext as exactly the bits of its coefficients, and nothing for a parser to trust.
+"""A BFV ciphertext as the bare bits of its coefficients, so that there is nothing to parse.
 
-SEAL writes every coefficient into 8 bytes, whatever the size of its prime, and TenSEAL wraps that in a protobuf whose
-fields it believes when it decrypts. Here a ciphertext is its coefficients, bit-packed, in SEAL's order: two
-polynomials, each modulo every prime. Its length is known beforehand, and any such bytes whose coefficients are below
-their primes are a ciphertext, so TenSEAL never parses what somebody else sent.
+SEAL writes every coefficient as 8 bytes, whatever the size of its prime. TenSEAL wraps that in a protobuf and trusts
+its fields when it decrypts. Here a ciphertext is only its coefficients, bit-packed, in SEAL's order: two polynomials,
+each modulo every prime. The length is known beforehand, and any bytes of that length whose coefficients are below
+their primes are a ciphertext. TenSEAL never parses bytes from someone else.
 """
 
 import struct
@@ -19,12 +19,12 @@ from fednats.errors import ConfigError, Reason, RefusedError
 _SIZES_FIELD, _CIPHERTEXTS_FIELD = b"\x0a", b"\x12"  # protobuf tags of TenSEAL's BFVVectorProto
 _SEAL_HEADER = struct.Struct("<HBBBBHQ")  # magic, header size, version major and minor, compression, 0, total size
 _NONE, _ZSTD = 0, 2
-_PREAMBLE_BYTES = 97  # SEAL 4 before the coefficients: parms id, form, dimensions, scale, correction, array header
+_PREAMBLE_BYTES = 97  # what SEAL 4 writes first: parms id, form, dimensions, scale, correction, array header
 _WORD_BYTES = 8
 
 
 class CiphertextFormat:
-    """Reads and writes the ciphertexts of one context; needs its public key for one sample encryption."""
+    """Reads and writes the ciphertexts of one context, whose public key encrypts one sample at the start."""
 
     def __init__(self, context: ts.Context) -> None:
         level = context.seal_context().data.first_context_data().parms()
@@ -43,7 +43,7 @@ class CiphertextFormat:
         self._prefix = self._tenseal_prefix(sample)
 
     def write(self, vector: Any) -> bytes:
-        """Bytes of ``vector`` (a ``tenseal.BFVVector`` of one ciphertext), ``ciphertext_bytes`` long."""
+        """Return the ``ciphertext_bytes`` bytes of ``vector``, a ``tenseal.BFVVector`` of one ciphertext."""
         body = self._plain_body(vector.serialize())
         words = np.frombuffer(body, dtype="<u8", offset=_PREAMBLE_BYTES).reshape(2, len(self._bits), self.n_slots)
         return b"".join(
@@ -53,10 +53,10 @@ class CiphertextFormat:
         )
 
     def read(self, data: bytes) -> Any:
-        """The ``tenseal.BFVVector`` that ``data`` is.
+        """Return the ``tenseal.BFVVector`` for ``data``.
 
         Raises:
-            RefusedError: ``ciphertext``: of another length, a coefficient out of range, or not encrypted at all.
+            RefusedError: ``ciphertext``: wrong length, a coefficient out of range, or not encrypted at all.
         """
         if len(data) != self.ciphertext_bytes:
             raise RefusedError(Reason.CIPHERTEXT, f"{len(data)} bytes, a ciphertext has {self.ciphertext_bytes}")
@@ -74,7 +74,7 @@ class CiphertextFormat:
         return ts.bfv_vector_from(self._context, self._prefix + self._preamble + words.tobytes())
 
     def _plain_body(self, serialized: bytes) -> bytes:
-        """What SEAL wrote after its header, decompressed: preamble and coefficients."""
+        """Return preamble and coefficients, which follow SEAL's header, decompressed."""
         start = self._start(serialized)
         n_bytes = _PREAMBLE_BYTES + _WORD_BYTES * self._n_words
         *_, compression, _, _ = _SEAL_HEADER.unpack_from(serialized, start)
@@ -88,14 +88,14 @@ class CiphertextFormat:
         return bytes(body)
 
     def _tenseal_prefix(self, sample: bytes) -> bytes:
-        """Everything that TenSEAL expects before the preamble, for a ciphertext that is not compressed."""
+        """Return the bytes that TenSEAL expects before the preamble, for an uncompressed ciphertext."""
         magic, header_bytes, major, minor, *_ = _SEAL_HEADER.unpack_from(sample, self._start(sample))
         n_bytes = _SEAL_HEADER.size + _PREAMBLE_BYTES + _WORD_BYTES * self._n_words
         header = _SEAL_HEADER.pack(magic, header_bytes, major, minor, _NONE, 0, n_bytes)
         return bytes(self._sizes + _CIPHERTEXTS_FIELD + _varint(n_bytes) + header)
 
     def _start(self, serialized: bytes) -> int:
-        """Where the ciphertext begins: after the sizes, a tag and the ciphertext's length."""
+        """Return the offset of the ciphertext, after the sizes, a tag and its length."""
         start = len(self._sizes) + 1
         while serialized[start] & 0x80:  # protobuf: another byte of the length follows
             start += 1
@@ -103,7 +103,7 @@ class CiphertextFormat:
 
 
 def pack_words(words: NDArray[np.uint64], bits: int) -> bytes:
-    """Words below ``2**bits``, a multiple of 8 of them, into ``bits`` bits each: whole bytes first, then what is left.
+    """Pack words below ``2**bits``, a multiple of 8 words, into ``bits`` bits each: whole bytes first, then the rests.
 
     >>> words = np.arange(8, dtype=np.uint64) * 1000
     >>> packed = pack_words(words, 13)
@@ -115,7 +115,7 @@ def pack_words(words: NDArray[np.uint64], bits: int) -> bytes:
     packed: bytes = columns[:, :whole].tobytes()
     if rest:
         top = columns[:, whole].reshape(-1, 8).astype("<u8")
-        eights = np.bitwise_or.reduce(top << _shifts(rest), axis=1)  # the rests of eight words are ``rest`` bytes
+        eights = np.bitwise_or.reduce(top << _shifts(rest), axis=1)  # the rests of eight words fill ``rest`` bytes
         packed += eights.view(np.uint8).reshape(-1, _WORD_BYTES)[:, :rest].tobytes()
     return packed
 

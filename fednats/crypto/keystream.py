@@ -1,4 +1,4 @@
-"""Integers that follow from a secret and a name: the same again for the same two, and unforeseeable without the secret."""
+"""Integers derived from a secret and a name: repeatable with both, unpredictable without the secret."""
 
 import hashlib
 
@@ -8,12 +8,12 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
 _DOMAIN = b"fednats dither"
-_NONCE = bytes(16)  # each name has a key of its own
+_NONCE = bytes(16)  # constant: each name has its own key
 _WORD_BITS = 32
 
 
 def uniform(secret: bytes, name: str, n: int, largest: int) -> NDArray[np.int64]:
-    """Draw integers from -largest to largest, each as likely to 2^-32, int64[n]; ``secret`` has up to 64 bytes.
+    """Draw int64[n] from -largest to largest, uniform to within 2^-32; ``secret`` has up to 64 bytes.
 
     >>> first = uniform(b"secret", "a", 1000, 2)
     >>> sorted(set(first.tolist())), bool((first == uniform(b"secret", "a", 1000, 2)).all())

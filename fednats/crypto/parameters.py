@@ -1,9 +1,9 @@
-"""BFV parameters by computation: the fewest bytes per value that never fail to decrypt an admitted sum.
+"""Computes BFV parameters: the fewest bytes per value with which an admitted sum decrypts correctly.
 
-A ciphertext decrypts to the right integers while every coefficient of its noise stays below ``q / 2t`` (``q`` the
-ciphertext modulus, ``t`` the plain modulus; Fan and Vercauteren 2012, eprint 2012/144). The noise of a fresh
-encryption is sub-Gaussian, a sum of integer weights that total ``W`` has at most ``W`` times its parameter however
-the weights are spread, so the tail bound below holds for any admitted sum, over any number of tiers.
+A ciphertext decrypts correctly while every coefficient of its noise stays below ``q / 2t`` (``q`` the ciphertext
+modulus, ``t`` the plain modulus; Fan and Vercauteren 2012, eprint 2012/144). The noise of a fresh encryption is
+sub-Gaussian. In a sum whose integer weights total ``W``, its parameter is at most ``W`` times as large, however the
+weights are spread. So the tail bound below holds for any admitted sum, over any number of tiers.
 """
 
 import math
@@ -16,17 +16,17 @@ from fednats.errors import ConfigError
 
 SECURITY_BITS = 128
 MAX_MODULUS_BITS = {4096: 109, 8192: 218}
-"""poly_modulus_degree to the bits that all coefficient primes may total: 128-bit security against classical attacks,
+"""Largest total bits of all coefficient primes, by poly_modulus_degree: 128-bit security against classical attacks with
 ternary secrets (HomomorphicEncryption.org security standard, 2018, table 1; SEAL enforces the same)."""
 
 FAILURE_BITS = 40
-"""Some ciphertext of a whole model's sum fails to decrypt with probability below 2^-40."""
+"""The probability that any ciphertext of a whole model's sum fails to decrypt is below 2^-40."""
 
 CIPHERTEXTS_PER_SUM_BITS = 16
-"""The bound covers sums of up to 2^16 ciphertexts, some 800 million values at 8 bits."""
+"""The bound covers sums of up to 2^16 ciphertexts, about 800 million values at 8 bits."""
 
 SPECIAL_PRIME_BITS = 24
-"""SEAL encrypts modulo one more prime and divides by it, which leaves rounding as the only noise that counts."""
+"""SEAL encrypts modulo one more prime and divides by it, so that almost only the rounding noise remains."""
 
 _MAX_PRIME_BITS = 60
 _MIN_PLAIN_BITS = 16
@@ -41,7 +41,7 @@ class Parameters:
 
     poly_modulus_degree: int
     coeff_mod_bit_sizes: tuple[int, ...]
-    """Bits of the primes; the last one is the special prime and no part of a ciphertext."""
+    """Bits of each prime. The last one is the special prime, which is not part of a ciphertext."""
     plain_modulus: int
     n_fields: int
     """Fields per slot; a ciphertext has ``poly_modulus_degree`` slots."""
@@ -65,7 +65,7 @@ class Parameters:
 
     @property
     def margin_bits(self) -> float:
-        """How many times (log2) the worst admitted sum's noise bound fits below the decryption threshold."""
+        """Log2 of the decryption threshold over the noise bound of the worst admitted sum."""
         return math.log2(self._threshold() / self._bound())
 
     @property
@@ -81,7 +81,7 @@ class Parameters:
 
     def _threshold(self) -> float:
         q = math.prod(_primes(self.poly_modulus_degree, self.coeff_mod_bit_sizes)[:-1])
-        # encoding rounds q/t * m to an integer: up to half a unit per weight, and for the dither, not random
+        # encoding rounds q/t * m to an integer: a fixed error of up to half a unit per weight, and for the dither
         return q / (2 * self.plain_modulus) - (self.max_total_weight + 1) / 2
 
     def _bound(self) -> float:
@@ -89,10 +89,10 @@ class Parameters:
 
 
 def noise_parameter(poly_modulus_degree: int) -> float:
-    """Sub-Gaussian parameter of one coefficient of a fresh encryption's noise, for any ternary secret.
+    """Return the sub-Gaussian parameter of one coefficient of a fresh encryption's noise, for any ternary secret.
 
-    Dividing by the special prime p rounds both polynomials: (1 + N) terms of variance 1/12, one of them times the
-    secret. What was there before, ``e_pk u + e_1 + e_2 s``, is divided by p.
+    Dividing by the special prime p rounds both polynomials: 1 + N terms of variance 1/12, of which N come from the
+    product with the secret. The noise before that, ``e_pk u + e_1 + e_2 s``, is divided by p.
 
     >>> round(noise_parameter(4096), 2)
     18.48
@@ -103,21 +103,21 @@ def noise_parameter(poly_modulus_degree: int) -> float:
 
 
 def _tail(poly_modulus_degree: int) -> float:
-    """Sub-Gaussian parameters that bound every coefficient of a sum but for 2^-FAILURE_BITS (union bound)."""
+    """Return how many sub-Gaussian parameters bound all coefficients of a sum, except with odds 2^-FAILURE_BITS."""
     union_bits = 1 + math.log2(poly_modulus_degree) + CIPHERTEXTS_PER_SUM_BITS
     return math.sqrt(2 * math.log(2) * (union_bits + FAILURE_BITS))
 
 
 @lru_cache
 def choose(*, max_field: int, max_total_weight: int) -> Parameters:
-    """Choose the parameters with the fewest ciphertext bytes per value, on a tie the smaller ring.
+    """Choose the parameters with the fewest ciphertext bytes per value; on a tie, the smaller ring.
 
     Args:
-        max_field: largest value that a field of a weighted sum takes.
+        max_field: largest value of a field in a weighted sum.
         max_total_weight: largest sum of integer weights in one sum.
 
     Raises:
-        ConfigError: no parameters at 128-bit security carry such a sum.
+        ConfigError: no parameters at 128-bit security can carry these sums.
 
     >>> parameters = choose(max_field=255 * 500 + 250, max_total_weight=500)
     >>> parameters.poly_modulus_degree, parameters.coeff_mod_bit_sizes, parameters.n_fields, parameters.field_bits
@@ -157,11 +157,11 @@ def _fit(degree: int, n_fields: int, max_field: int, max_total_weight: int) -> P
 
 
 def _plain_modulus(degree: int, max_slot: int) -> int | None:
-    """Smallest-sized batching prime (1 mod 2N) above ``max_slot``."""
+    """Return the smallest available batching prime (1 mod 2N) above ``max_slot``, None if there is none."""
     for bits in range(max(max_slot.bit_length(), _MIN_PLAIN_BITS), _MAX_PRIME_BITS + 1):
         try:
             prime = int(sealapi.PlainModulus.Batching(degree, bits).value())
-        except RuntimeError:  # there is no batching prime of this size
+        except RuntimeError:  # no batching prime of this size
             continue
         if prime > max_slot:
             return prime
@@ -169,7 +169,7 @@ def _plain_modulus(degree: int, max_slot: int) -> int | None:
 
 
 def _primes(degree: int, sizes: tuple[int, ...]) -> list[int]:
-    """The primes that TenSEAL takes for ``sizes``; none if there are not as many of a size."""
+    """Return the primes that TenSEAL takes for ``sizes``; empty if there are too few primes of a size."""
     try:
         return [int(prime.value()) for prime in sealapi.CoeffModulus.Create(degree, list(sizes))]
     except RuntimeError:
@@ -177,9 +177,9 @@ def _primes(degree: int, sizes: tuple[int, ...]) -> list[int]:
 
 
 def _split(bits: int, plain_bits: int) -> list[int]:
-    """``bits`` over as few primes as possible, the first ones as large as can be, but not of ``plain_bits``.
+    """Split ``bits`` over as few primes as possible, the first as large as possible but not of ``plain_bits``.
 
-    SEAL compresses whatever it writes; words that are nearly full it soon leaves alone, so an uneven split takes a
+    SEAL compresses all that it writes, but soon gives up on words that are nearly full, so an uneven split takes a
     quarter less time than an even one.
     """
     sizes = []

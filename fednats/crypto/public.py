@@ -1,4 +1,4 @@
-"""What everybody may hold: the public key, with which one encrypts, weighs and adds."""
+"""The public key, which anybody may hold: it encrypts ciphertexts, weights them and adds them."""
 
 import hashlib
 from typing import Any
@@ -15,7 +15,7 @@ KEY_ID_BYTES = 16
 
 
 def key_id(public_key: bytes) -> str:
-    """Name of a public key: hexadecimal BLAKE2b-128 of its bytes."""
+    """Return the id of a public key: hexadecimal BLAKE2b-128 of its bytes."""
     return hashlib.blake2b(public_key, digest_size=KEY_ID_BYTES).hexdigest()
 
 
@@ -24,7 +24,7 @@ class PublicKey:
 
     Args:
         public_key: bytes from `fednats.crypto.secret.generate`.
-        parameters: those the run's settings lead to; the key has to be made for them.
+        parameters: those that follow from the run's settings; the key must be made for them.
 
     Raises:
         ConfigError: not a key, a key for other parameters, or one that contains the secret key.
@@ -46,7 +46,7 @@ class PublicKey:
         modulus = self._format.plain_modulus
         if slots.shape != (self._format.n_slots,) or slots.min() < 0 or slots.max() >= modulus:
             raise ValueError(f"slots have to be int64[{self._format.n_slots}] in [0, {modulus})")
-        # SEAL documents slots of either sign, half the modulus at most
+        # SEAL documents slots as signed, up to half the modulus in magnitude
         centred = np.where(slots > modulus // 2, slots - modulus, slots)
         return self._format.write(ts.bfv_vector(self._context, centred))
 
@@ -56,7 +56,7 @@ class PublicKey:
 
 
 class WeightedSum:
-    """One accumulator: ciphertexts come in one by one, each times an integer weight. Holds one ciphertext."""
+    """Adds ciphertexts one by one, each times an integer weight. Holds one ciphertext."""
 
     def __init__(self, ciphertext_format: CiphertextFormat) -> None:
         self._format = ciphertext_format
@@ -66,25 +66,25 @@ class WeightedSum:
         """Add ``weight`` times ``ciphertext``.
 
         Raises:
-            RefusedError: ``ciphertext``: the bytes are none; the sum is as before.
+            RefusedError: ``ciphertext``: the bytes are not a ciphertext; the sum is unchanged.
         """
         term = self._format.read(ciphertext)
         try:
             if weight != 1:
-                term = term * weight  # one constant for all slots multiplies the noise by the weight and no more
+                term = term * weight  # the same constant in all slots multiplies the noise only by the weight
             total = term if self._sum is None else self._sum + term
         except (RuntimeError, ValueError) as error:
             raise RefusedError(Reason.CIPHERTEXT, f"cannot be added ({error})") from None
         self._sum = total
 
     def add_plain(self, slots: NDArray[np.int64]) -> None:
-        """Add ``slots``, int64[poly_modulus_degree] of either sign, each at most half the plain modulus, to the sum."""
+        """Add ``slots``, int64[poly_modulus_degree], at most half the plain modulus in magnitude, to the sum."""
         if self._sum is None:
             raise ValueError("nothing was added that this could be added to")
         self._sum = self._sum + slots.tolist()
 
     def to_bytes(self) -> bytes:
-        """Bytes of the sum, a ciphertext like those it was made of."""
+        """Return the bytes of the sum, itself a ciphertext."""
         if self._sum is None:
             raise ValueError("nothing was added")
         return self._format.write(self._sum)
@@ -94,7 +94,7 @@ def load_context(data: bytes) -> ts.Context:
     """Load a TenSEAL context that works in the caller's thread.
 
     Raises:
-        ConfigError: not such a context.
+        ConfigError: ``data`` is not a context.
     """
     try:
         return ts.context_from(data, n_threads=1)

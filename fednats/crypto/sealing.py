@@ -1,9 +1,9 @@
-"""Chunks of a model, sealed for those who take part: ChaCha20-Poly1305 (RFC 8439) with the key of the epoch.
+"""Seals the chunks of a model for coordinator and sites: ChaCha20-Poly1305 (RFC 8439) with the epoch's model key.
 
-Coordinator and sites have the key, aggregators and bus operators have not. A sealed chunk is the id of the key, a nonce
-and the ciphertext with its tag. Bound to it are run, payload and position, so that a chunk cannot stand for another.
-Nonces are drawn at random, 96 bits for each chunk: with 2^32 chunks of one key (a petabyte) the odds that two are alike
-are 2^-33. The key id names the epoch of the key: who holds another key can say so instead of finding garbage.
+Coordinator and sites hold the key; aggregators and bus operators do not. A sealed chunk is the key's id, a nonce, and
+the ciphertext with its tag. It is bound to run, payload and position, so one chunk cannot replace another. Nonces are
+96 random bits per chunk: among 2^32 chunks under one key (a petabyte), two are alike with probability 2^-33. From the
+key id, the holder of another key can tell that the key is wrong, not the chunk.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ KEY_ID_BYTES = 8
 NONCE_BYTES = 12
 TAG_BYTES = 16
 OVERHEAD_BYTES = KEY_ID_BYTES + NONCE_BYTES + TAG_BYTES
-"""By so much a sealed chunk is longer."""
+"""How much longer a sealed chunk is than the chunk."""
 
 _DOMAIN = "fednats model chunk 1"
 
 
 class ModelKeys:
-    """Seals chunks of the models of one run with the newest key, opens those of all that are held."""
+    """Seals chunks of one run's models with the newest key; opens chunks sealed with any key it holds."""
 
     def __init__(self, keys: Sequence[bytes], run: str) -> None:
         """Take ``keys``, the newest first. Raises ValueError unless each has 32 bytes."""
@@ -38,25 +38,25 @@ class ModelKeys:
 
     @classmethod
     def read(cls, newest: Path, older: Path | None, run: str) -> "ModelKeys":
-        """Read the key files of this epoch and of the one before, 32 bytes each.
+        """Read the key files of this epoch and the previous one, 32 bytes each.
 
         Raises:
-            ConfigError: one cannot be read, or is no key.
+            ConfigError: a file cannot be read, or is not a key.
         """
         files = {"model_key_file": newest, "older_model_key_file": older}
         return cls([_read(path, setting) for setting, path in files.items() if path is not None], run)
 
     def seal(self, payload_id: str, position: int, chunk: bytes) -> bytes:
-        """Return chunk number ``position`` of a payload, sealed."""
+        """Seal chunk number ``position`` of a payload."""
         nonce = os.urandom(NONCE_BYTES)
         cipher = self._ciphers[self.newest]
         return self.newest + nonce + cipher.encrypt(nonce, chunk, self._bound(payload_id, position))
 
     def opened(self, payload_id: str, position: int, sealed: bytes) -> bytes:
-        """Return what was sealed as chunk number ``position`` of that payload.
+        """Open a chunk that was sealed as number ``position`` of that payload.
 
         Raises:
-            RefusedError: ``wrong_key``: it was sealed with another key; ``seal``: it is not that chunk, or was altered.
+            RefusedError: ``wrong_key``: sealed with another key; ``seal``: another chunk, too short, or altered.
         """
         sealed_with, nonce = sealing_key_id(sealed), sealed[KEY_ID_BYTES : KEY_ID_BYTES + NONCE_BYTES]
         what = f"chunk {position} of {payload_id}"
@@ -81,12 +81,12 @@ def generate() -> bytes:
 
 
 def key_id(key: bytes) -> bytes:
-    """Return what says which key it is, and nothing of it: 8 bytes."""
+    """Return the id of a key, 8 bytes, which reveals nothing about the key."""
     return hashlib.blake2b(key, digest_size=KEY_ID_BYTES, person=b"fednats model id").digest()
 
 
 def sealing_key_id(sealed: bytes) -> bytes:
-    """Return the id of the key that a chunk is sealed with."""
+    """Return the id of the key that sealed a chunk."""
     return sealed[:KEY_ID_BYTES]
 
 

@@ -1,4 +1,4 @@
-"""What only the coordinator holds: the secret key. No module of a site or an aggregator may import this one."""
+"""The secret key, which only the coordinator holds. No module of a site or an aggregator may import this one."""
 
 import numpy as np
 import tenseal as ts
@@ -27,7 +27,7 @@ def generate(parameters: Parameters) -> tuple[bytes, bytes]:
 
 
 def public_half(secret_key: bytes) -> bytes:
-    """Return the public key that was made with ``secret_key``. Raises ConfigError: it is none."""
+    """Return the public key that was made with ``secret_key``. Raises ConfigError: not a secret key, or damaged."""
     public_key: bytes = load_context(secret_key[KEY_ID_BYTES:]).serialize(**_SAVED, save_secret_key=False)
     if bytes.fromhex(key_id(public_key)) != secret_key[:KEY_ID_BYTES]:
         raise ConfigError("the secret key does not begin with the id of its public half; restore it from a copy")
@@ -50,13 +50,13 @@ class SecretKey:
         self._format = CiphertextFormat(context)
 
     def decrypt(self, ciphertext: bytes) -> NDArray[np.int64]:
-        """Slots, int64[poly_modulus_degree] in [0, plain_modulus).
+        """Decrypt a ciphertext into slots, int64[poly_modulus_degree] in [0, plain_modulus).
 
-        Decryption always gives something: whether it is a sum that was encrypted for this key shows only in whether
-        the fields are in range, which `fednats.codec.packing` checks.
+        Decryption always gives some result. Only the ranges of the fields, which `fednats.codec.packing` checks, show
+        whether it is a sum that was encrypted for this key.
 
         Raises:
-            RefusedError: ``ciphertext``: the bytes are no ciphertext.
+            RefusedError: ``ciphertext``: the bytes are not a ciphertext.
         """
         slots = np.array(self._format.read(ciphertext).decrypt(), dtype=np.int64)
         slots[slots < 0] += self._format.plain_modulus

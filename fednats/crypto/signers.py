@@ -1,6 +1,6 @@
-"""Whose signature counts in a run: ``signers.toml``, the public keys of all participants, in everybody's kit.
+"""Whose signatures count in a run: ``signers.toml`` has the public keys of all participants and is in every kit.
 
-The file is read again when it changes, so a signer that is revoked is refused at once and no daemon is started again.
+The file is read again when it changes, so a revoked signer is refused at once, without restarting a daemon.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ PublicNkey = Annotated[str, AfterValidator(_is_public_key)]
 
 
 class SignersFile(Settings):
-    """``signers.toml``: participants, ``site.NAME``, ``aggregator.REGION``, ``coordinator.hub``, each with its public nkey."""
+    """``signers.toml``: the public nkeys of ``site.NAME``, ``aggregator.REGION`` and ``coordinator.hub``."""
 
     run: Token
     epoch: int = Field(ge=1, description="of the keys that encrypt updates and seal models: counts their rotations")
@@ -41,10 +41,10 @@ class SignersFile(Settings):
 
 
 class Signers:
-    """The keys of one run's participants, as the file has them now."""
+    """The keys of one run's participants, as last read from the file."""
 
     def __init__(self, path: Path, run: str) -> None:
-        """Read ``path``. Raises ConfigError: it cannot be read, or is another run's."""
+        """Read ``path``. Raises ConfigError: it cannot be read, or belongs to another run."""
         self._path = path
         self._run = run
         self._stamp = _stamp(path)
@@ -52,14 +52,14 @@ class Signers:
 
     @property
     def roster(self) -> SignersFile:
-        """What the file says."""
+        """The file as last read."""
         return self._roster
 
     def reread(self) -> bool:
-        """Take what the file says now; whether it has changed.
+        """Read the file again if it has changed; return whether it had.
 
         Raises:
-            ConfigError: it cannot be read; what it said before goes on to hold.
+            ConfigError: it cannot be read; the previous content stays in force.
         """
         stamp = _stamp(self._path)
         if stamp == self._stamp:
@@ -69,10 +69,11 @@ class Signers:
         return True
 
     def opened(self, subject: str, data: bytes) -> bytes:
-        """Return the packed message of what came on ``subject``, signed by whom the bus lets publish there.
+        """Verify a signed message from ``subject`` and return the packed message.
 
         Raises:
-            RefusedError: ``signature``: it is not, or the signer is unknown or revoked.
+            RefusedError: ``signature``: not signed by the participant that may publish there, or its key is unknown or
+                revoked.
         """
         signer = signer_of(subject)
         key = self._keys.get(signer)
@@ -89,7 +90,7 @@ class Signers:
 
 
 def signer_of(subject: str) -> str:
-    """Return the participant that must have signed what comes on ``subject``.
+    """Return the participant that must have signed messages on ``subject``.
 
     >>> signer_of("fed.r.update.north.a.head"), signer_of("fed.r.receipt.north.a"), signer_of("fed.r.control")
     ('site.a', 'aggregator.north', 'coordinator.hub')
@@ -102,7 +103,7 @@ def signer_of(subject: str) -> str:
 
 
 def read_roster(path: Path) -> SignersFile:
-    """Read a ``signers.toml``. Raises ConfigError naming what is wrong with it."""
+    """Read a ``signers.toml``. Raises ConfigError that says what is wrong with it."""
     return load(path, SignersFile, environment={})
 
 

@@ -1,9 +1,9 @@
-"""Signatures: Ed25519 (RFC 8032) with the nkeys that the participants' bus users have anyway.
+"""Signatures: Ed25519 (RFC 8032) with the nkeys that participants already have as bus users.
 
-A signed message is the packed message and 64 bytes of signature behind it. Signed is more than is sent: a domain, so that
-no signature made for another purpose (nats-server's challenge is signed with the same key) is one of a message; the
-subject it is published on, so that it is nothing on another; and the packed message. Its chunks are covered by their
-digests in it. Ed25519 is deterministic: what is sent again is the same to the bit.
+A signed message is the packed message followed by a signature of 64 bytes. The signature also covers two things that
+are not sent: a domain, so that a signature made for another purpose (the same key signs nats-server's challenge) is
+not valid for a message; and the subject, so that the message is valid on no other. Its chunks are covered through
+their digests in the message. Ed25519 is deterministic, so a message sent again is the same to the bit.
 """
 
 import base64
@@ -31,19 +31,19 @@ class Signer:
     """Signs with one nkey."""
 
     def __init__(self, seed: str) -> None:
-        """Take the nkey ``seed``, ``S...``. Raises ValueError if it is none."""
+        """Take the nkey ``seed``, ``S...``. Raises ValueError if it is not a seed."""
         prefix, raw = _decode_seed(seed)
         self._key = Ed25519PrivateKey.from_private_bytes(raw)
         checked = bytes([prefix]) + self._key.public_key().public_bytes_raw()
         self.public_key = base64.b32encode(checked + struct.pack("<H", nkeys.crc16(checked))).decode()
-        """The public nkey, ``U...`` of a user's."""
+        """The public nkey, ``U...`` for a user's seed."""
 
     @classmethod
     def read(cls, path: Path | None, setting: str) -> "Signer":
         """Read a seed file.
 
         Raises:
-            ConfigError: it is not given, cannot be read or is no seed.
+            ConfigError: no path is given, or the file cannot be read or is not a seed.
         """
         if path is None:
             raise ConfigError(f"{setting}: missing; what is sent is signed with it, give the seed file of the bus user")
@@ -53,20 +53,20 @@ class Signer:
             raise ConfigError(f"{setting}: {path} is not an nkey seed ({type(error).__name__}); give one") from None
 
     def secret(self, purpose: bytes) -> bytes:
-        """Return a secret for one purpose, 32 bytes: it follows from the seed, which does not follow from it."""
+        """Derive a secret for one purpose from the seed, 32 bytes; it does not reveal the seed."""
         return hashlib.blake2b(purpose, key=self._key.private_bytes_raw(), digest_size=32, person=_SECRET).digest()
 
     def sign(self, subject: str, packed: bytes) -> bytes:
-        """Return ``packed`` as it is published on ``subject``: with its signature behind it."""
+        """Return ``packed`` with its signature for ``subject`` appended, ready to publish."""
         return packed + self.signature(_MESSAGE, subject, packed)
 
     def signature(self, domain: bytes, context: str, content: bytes) -> bytes:
-        """Sign ``content`` for one purpose, 64 bytes."""
+        """Sign ``content`` for one purpose, ``domain``, and ``context``; return 64 bytes."""
         return self._key.sign(_bound(domain, context, content))
 
 
 def public_key(nkey: str) -> Ed25519PublicKey:
-    """Return the key that the public nkey of a user, ``U...``, stands for. Raises ValueError if it is none."""
+    """Decode the public nkey of a user, ``U...``. Raises ValueError if it is not one."""
     try:
         data = base64.b32decode(nkey, casefold=False)
     except ValueError:
@@ -80,10 +80,10 @@ def public_key(nkey: str) -> Ed25519PublicKey:
 
 
 def verified(key: Ed25519PublicKey, subject: str, data: bytes) -> bytes:
-    """Return the packed message in ``data``, which came on ``subject`` and must be signed with ``key``.
+    """Return the packed message in ``data`` from ``subject``, which must be signed with ``key``.
 
     Raises:
-        RefusedError: ``signature``: it is not, or not for this subject.
+        RefusedError: ``signature``: not signed with ``key``, or not for this subject.
     """
     packed, signature = unsigned(data), data[-SIGNATURE_BYTES:]
     if not is_signature(key, signature, _MESSAGE, subject, packed):
@@ -92,7 +92,7 @@ def verified(key: Ed25519PublicKey, subject: str, data: bytes) -> bytes:
 
 
 def is_signature(key: Ed25519PublicKey, signature: bytes, domain: bytes, context: str, content: bytes) -> bool:
-    """Whether ``signature`` was made with ``key`` by `Signer.signature` of the same arguments."""
+    """Return whether `Signer.signature` made ``signature`` with ``key`` and the same arguments."""
     try:
         key.verify(signature, _bound(domain, context, content))
     except InvalidSignature:
@@ -101,7 +101,7 @@ def is_signature(key: Ed25519PublicKey, signature: bytes, domain: bytes, context
 
 
 def unsigned(data: bytes) -> bytes:
-    """Return a signed message without its signature, unverified: for tools that look at what is on the bus."""
+    """Strip the signature from a signed message without verifying it, for tools that inspect the bus."""
     return data[:-SIGNATURE_BYTES]
 
 

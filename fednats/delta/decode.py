@@ -1,4 +1,4 @@
-"""The coordinator's side: a sum in, the mean delta out. The only module outside crypto that reaches the secret key."""
+"""The coordinator's side: turns a sum into the mean delta. No other module outside crypto reaches the secret key."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -18,13 +18,13 @@ from fednats.messages import Chunk, Grid
 
 
 class Decrypter(Protocol):
-    """The parts of a chunk to weighted sums of quantised values."""
+    """Turns the parts of a chunk into weighted sums of quantised values."""
 
     def sums(self, parts: tuple[bytes, ...], total_weight: int, n_values: int) -> NDArray[np.int32]:
-        """Decode a chunk of ``n_values``; raises `RefusedError` for parts that are no such sum of that weight."""
+        """Decode ``n_values`` sums, plus any fields that pad the last slots. Raises RefusedError for an invalid sum."""
 
     def counts(self, parts: tuple[bytes, ...], n_sites: int, n_counts: int) -> NDArray[np.int32]:
-        """Decode ``n_counts``, and what fills up the last slots; raises `RefusedError` for no such sum of so many sites."""
+        """Decode ``n_counts`` sums, plus any fields that pad the last slots. Raises RefusedError for an invalid sum."""
 
 
 class Decoder:
@@ -39,12 +39,12 @@ class Decoder:
         self._cipher = cipher
 
     def decode_chunk(self, data: bytes, total_weight: int, n_values: int | None = None) -> NDArray[np.int32]:
-        """Weighted sums of quantised values, int32[n_values]; ``n_values`` is that of every chunk but the last.
+        """Return weighted sums of quantised values, int32[n_values]. By default the chunk is a full one, not the last.
 
         Raises:
             OverflowRefusedError: ``total_weight`` is above ``max_total_weight``.
-            RefusedError: malformed, no sum of that weight under this key, or not of ``n_values``: what lies beyond them
-                has to be zeros.
+            RefusedError: malformed, not a sum of that weight under this key, not ``n_values`` long, or its padding is
+                not zero.
         """
         check_total_weight(total_weight, self.max_total_weight)
         n = self.values_per_chunk if n_values is None else n_values
@@ -54,11 +54,11 @@ class Decoder:
         return sums[:n]
 
     def decode_counts(self, chunks: Sequence[bytes], n_sites: int, n_counts: int) -> NDArray[np.int64]:
-        """Sums of the counts of ``n_sites`` sites, int64[n_counts], from all chunks in order.
+        """Return the sums of ``n_sites`` sites' counts, int64[n_counts], from all chunks in order.
 
         Raises:
             OverflowRefusedError: ``n_sites`` is above ``max_total_weight``.
-            RefusedError: malformed, or no sum of so many sites under this key.
+            RefusedError: malformed, or not a sum of ``n_sites`` sites under this key.
         """
         check_total_weight(n_sites, self.max_total_weight)
         parts = list(blocks(n_counts, self._counts_per_chunk))
@@ -74,7 +74,7 @@ class Decoder:
         return found
 
     def mean(self, chunks: Iterable[bytes], total_weight: int, layout: Layout, grid: Grid) -> NDArray[np.float32]:
-        """Weighted mean delta, float32[n_parameters], from all chunks of one sum in order.
+        """Return the weighted mean delta, float32[n_parameters], from all chunks of one sum in order.
 
         Raises:
             OverflowRefusedError: as `decode_chunk`.
@@ -95,10 +95,10 @@ class Decoder:
 
 
 def decoder(settings: DeltaSettings, secret_key: bytes | None) -> Decoder:
-    """The decoder of a run; ``secret_key`` is needed for ``cipher = "bfv"``.
+    """Make the decoder of a run; ``cipher = "bfv"`` needs ``secret_key``.
 
     Raises:
-        ConfigError: the key is missing, is none or was made for other settings.
+        ConfigError: the key is missing, invalid, or made for other settings.
     """
     if settings.cipher == "none":
         return Decoder(settings, _Plain(scheme.qmax(settings)), scheme.KEY_ID_NONE)

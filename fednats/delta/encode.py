@@ -1,8 +1,8 @@
-"""The site's side: a delta in, encrypted chunks out, one at a time.
+"""The site's side: turns a delta into encrypted chunks, one at a time.
 
 ``delta + residual -> top-k (cipher none) -> stochastic rounding -> fields in slots -> BFV -> chunk``
 
-With ``delta.dp`` clipping, rounding towards zero and noise (`fednats.privacy.skellam`) stand in the place of stochastic rounding.
+With ``delta.dp``, clipping, rounding towards zero and noise (`fednats.privacy.skellam`) replace stochastic rounding.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from fednats.messages import Chunk, Grid
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """One chunk of an update, and what it leaves for the next one."""
+    """One chunk of an update, and the residual it leaves for the next update."""
 
     data: bytes
     """A packed `fednats.messages.Chunk`."""
@@ -35,7 +35,7 @@ class EncodedChunk:
     stop: int
     """The chunk carries values ``start`` to ``stop`` of the flat vector."""
     values: NDArray[np.int8]
-    """int8[stop - start]: what it says, in steps of the grid; for the site itself only."""
+    """int8[stop - start]: the chunk's values in steps of the grid, for the site itself only."""
     residual: NDArray[np.float32]
     """float32[stop - start]; keep it once the update is safe in the outbox."""
     n_saturated: int
@@ -43,7 +43,7 @@ class EncodedChunk:
 
 
 class Encrypter(Protocol):
-    """Quantised values to the parts of a chunk."""
+    """Turns quantised values into the parts of a chunk."""
 
     def parts(self, values: NDArray[np.int8]) -> tuple[bytes, ...]:
         """Encode int8[up to values_per_chunk]."""
@@ -53,10 +53,10 @@ class Encrypter(Protocol):
 
 
 class Rounding(Protocol):
-    """Real values to integers on the grid."""
+    """Turns real values into integers on the grid."""
 
     def __call__(self, values: NDArray[np.float32], steps: NDArray[np.float32], qmax: int, /) -> Quantised:
-        """Round ``values`` float32[n] to multiples of ``steps`` float32[n], at most ``qmax`` of them."""
+        """Round ``values`` float32[n] to multiples of ``steps`` float32[n], at most ``qmax`` steps either way."""
 
 
 class Encoder:
@@ -79,12 +79,12 @@ class Encoder:
         rng: np.random.Generator,
         rounding: Rounding | None = None,
     ) -> Iterator[EncodedChunk]:
-        """Encode ``delta``, float32[n_parameters], chunk by chunk, with the ``residual`` that earlier updates left out.
+        """Encode ``delta``, float32[n_parameters], plus the ``residual`` of earlier updates, chunk by chunk.
 
-        Rounding is stochastic, by ``rng``, unless another ``rounding`` is given.
+        Rounding is stochastic, with ``rng``, unless another ``rounding`` is given.
 
         Raises:
-            LocalDataError: wrong length; or, when its chunk is due, a value that is not finite.
+            LocalDataError: wrong length; or, raised at its chunk, a value that is not finite.
             RefusedError: ``wrong_grid``: the grid does not fit the layout.
         """
         if len(delta) != layout.n_parameters:
@@ -132,10 +132,10 @@ class Encoder:
 
 @lru_cache(maxsize=2)  # loading a key takes as long as encrypting a chunk
 def encoder(settings: DeltaSettings, public_key: bytes | None) -> Encoder:
-    """The encoder of a run; ``public_key`` is needed for ``cipher = "bfv"``.
+    """Make the encoder of a run; ``cipher = "bfv"`` needs ``public_key``.
 
     Raises:
-        ConfigError: the key is missing, is none, holds the secret key or was made for other settings.
+        ConfigError: the key is missing, invalid, contains the secret key, or was made for other settings.
     """
     if settings.cipher == "none":
         return Encoder(settings, _Plain(), scheme.KEY_ID_NONE)

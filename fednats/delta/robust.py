@@ -1,11 +1,11 @@
-"""Sums that a few bad updates cannot pull far, where single updates can be seen: ``cipher = "none"`` only.
+"""Robust sums: a few bad updates cannot move them far. They need readable updates, so ``cipher = "none"`` only.
 
-Median and trimmed mean by coordinate are those of Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards
-Optimal Statistical Rates" (arXiv:1803.01498); bounding the norm of each update that of Sun et al. 2019, "Can You Really
-Backdoor Federated Learning?" (arXiv:1911.07963), with the median of the norms in the same sum for their fixed bound.
+Median and trimmed mean by coordinate follow Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal
+Statistical Rates" (arXiv:1803.01498). Norm bounding follows Sun et al. 2019, "Can You Really Backdoor Federated
+Learning?" (arXiv:1911.07963), with the median norm of the same sum as the bound instead of a fixed one.
 
-What comes out is a sum like any other, of integers that are divided by the total weight further up. The exact result
-times the total weight is rounded to the next integer (halves to even), so it is off by at most half a step over the
+The result is a sum like any other: integers that the coordinator divides by the total weight. The exact result times
+the total weight is rounded to the nearest integer (halves to even), so the mean is off by at most half a step over the
 total weight.
 """
 
@@ -21,7 +21,7 @@ Sum = NDArray[np.int64]
 
 
 def median(values: Integers, total_weight: int) -> Sum:
-    """Median of each coordinate times ``total_weight``, int64[n], of int32[n_updates, n]. Weights do not matter to it.
+    """Return each coordinate's median times ``total_weight``, int64[n], for int32[n_updates, n]. Weights do not matter.
 
     >>> median(np.int32([[1, 0], [2, 0], [100, -100]]), 10).tolist()
     [20, 0]
@@ -30,7 +30,7 @@ def median(values: Integers, total_weight: int) -> Sum:
 
 
 def trimmed_mean(values: Integers, total_weight: int, trim: float) -> Sum:
-    """Mean of each coordinate without its ``floor(trim * n_updates)`` largest and smallest, times ``total_weight``.
+    """Average each coordinate without its ``floor(trim * n_updates)`` largest and smallest, times ``total_weight``.
 
     >>> trimmed_mean(np.int32([[1], [2], [3], [4], [1000]]), 10, trim=0.2).tolist()
     [30]
@@ -40,12 +40,12 @@ def trimmed_mean(values: Integers, total_weight: int, trim: float) -> Sum:
 
 
 def bounded_sum(values: Integers, weights: Sequence[int], factors: Sequence[float]) -> Sum:
-    """Weighted sum of updates, each shortened by its factor, int64[n]."""
+    """Return the weighted sum of updates, each scaled by its factor, int64[n]."""
     return _rounded(np.asarray(weights) * np.asarray(factors) @ values)
 
 
 def bound_norms(norms: Sequence[float]) -> tuple[float, ...]:
-    """Return by what each update is multiplied: 1, or what brings its norm to the median of them all.
+    """Return each update's factor: 1, or less if its norm exceeds the median norm, so that it becomes the median.
 
     >>> bound_norms([1.0, 2.0, 20.0])
     (1.0, 1.0, 0.1)

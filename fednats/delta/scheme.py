@@ -1,4 +1,4 @@
-"""What the run's settings mean for site, aggregator and coordinator alike: chunks, fields and parameters."""
+"""Chunks, fields and parameters that follow from the run's settings, the same for site, aggregator and coordinator."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from fednats.crypto import parameters
 from fednats.errors import ConfigError
 
 COUNT_FIELDS = 2
-"""Counts to a slot."""
+"""Counts per slot."""
 
 PLAIN_COUNT_BITS = 15
-"""So that a sum of many sites' counts stays a 32-bit integer."""
+"""Bits of a site's count without encryption, so that sums over many sites fit 32-bit integers."""
 
 KEY_ID_NONE = "none"
 """Key id of a run without encryption."""
@@ -26,13 +26,13 @@ class BfvScheme:
     parameters: parameters.Parameters
     packing: Packing
     values_per_chunk: int
-    """Values of every chunk but the last: as many ciphertexts as fit, at least one."""
+    """Values in every chunk but the last: as many ciphertexts as fit, at least one."""
     counts: Packing
-    """How counts of evaluations are packed: fewer and wider fields, each site's weight is 1."""
+    """How evaluation counts are packed: fewer and wider fields; each site's weight is 1."""
 
 
 def qmax(settings: DeltaSettings) -> int:
-    """Largest magnitude of a quantised value.
+    """Return the largest magnitude of a quantised value.
 
     Raises:
         ConfigError: weighted sums would not fit int32.
@@ -43,7 +43,7 @@ def qmax(settings: DeltaSettings) -> int:
 
 
 def bfv(settings: DeltaSettings) -> BfvScheme:
-    """The encrypted scheme of ``settings``; key generation takes its ``parameters``.
+    """Choose the encrypted scheme for ``settings``; key generation takes its ``parameters``.
 
     Raises:
         ConfigError: no parameters fit the settings.
@@ -62,7 +62,7 @@ def bfv(settings: DeltaSettings) -> BfvScheme:
 
 
 def counts_per_chunk(settings: DeltaSettings) -> int:
-    """Counts of every chunk of an evaluation but the last."""
+    """Return the number of counts in every chunk of an evaluation but the last."""
     if settings.cipher == "bfv":
         scheme = bfv(settings)
         return scheme.values_per_chunk // scheme.packing.n_values * scheme.counts.n_values
@@ -70,19 +70,19 @@ def counts_per_chunk(settings: DeltaSettings) -> int:
 
 
 def count_bits(settings: DeltaSettings) -> int:
-    """Bits of the largest magnitude that a count of one site may have, whatever it is."""
+    """Return how many bits any one count of a site may have, sign apart."""
     return PLAIN_COUNT_BITS if settings.cipher == "none" else (bfv(settings).counts.qmax + 1).bit_length() - 1
 
 
 def values_per_chunk(settings: DeltaSettings) -> int:
-    """Values of every chunk of a delta but the last."""
+    """Return the number of values in every chunk of a delta but the last."""
     if settings.cipher == "bfv":
         return bfv(settings).values_per_chunk
     return min(sparse.SEGMENT_VALUES, settings.chunk_bytes // sparse.MAX_VALUE_BYTES)
 
 
 def update_bytes(settings: DeltaSettings, n_parameters: int) -> int:
-    """Largest size of the chunks of an update, their framing apart.
+    """Return the largest size in bytes of an update's chunks, framing not included.
 
     >>> update_bytes(DeltaSettings(), 1_000_000)
     5793792
@@ -94,7 +94,7 @@ def update_bytes(settings: DeltaSettings, n_parameters: int) -> int:
 
 
 def required(key: bytes | None, which: str) -> bytes:
-    """``key``, or a `ConfigError` that says how to get one."""
+    """Return ``key``; without one, raise a `ConfigError` that says how to get it."""
     if key is None:
         raise ConfigError(f"cipher is 'bfv' but there is no {which} key; generate a pair and set its file")
     return key

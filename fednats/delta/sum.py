@@ -1,4 +1,4 @@
-"""The aggregator's side: chunks of several updates (or of sums) into one chunk, without reading them."""
+"""The aggregator's side: sums chunks of several updates (or of sums) into one chunk, without decrypting them."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -21,20 +21,20 @@ Dither = Callable[[int, int], NDArray[np.int64]]
 
 
 class Accumulator(Protocol):
-    """Adds the parts of one chunk after another."""
+    """Adds the parts of chunks, one chunk after another."""
 
     def add(self, parts: tuple[bytes, ...], weight: int, share: int) -> None:
-        """Add ``weight`` times the values in ``parts``, which bring ``share`` of the total weight.
+        """Add ``weight`` times the values in ``parts``; ``share`` is what they add to the total weight.
 
         Raises:
-            RefusedError: parts that are none.
+            RefusedError: the parts are invalid.
         """
 
     def dither(self, noise: NDArray[np.int64]) -> None:
         """Add ``noise``, int64[n_values], to the sum."""
 
     def parts(self) -> tuple[bytes, ...]:
-        """Parts of the sum."""
+        """Return the parts of the sum."""
 
 
 class Summer:
@@ -60,26 +60,27 @@ class Summer:
         carried: Sequence[int] | None = None,
         dither: Dither | None = None,
     ) -> bytes:
-        """Sum ``chunks`` (the same part of several updates, or sums of updates), each times its integer weight.
+        """Sum ``chunks`` (the same part of several updates or sums of updates), each times its integer weight.
 
-        A weighted sum of small integers can tell each of them: ``427 a + 44 b`` has one solution for a and b below 128. So a
-        sum that is encrypted gets a ``dither`` of up to half a step of the mean of its updates, uniform, which leaves
-        the mean unbiased and hides everything below its last digit. Sums that are summed again have theirs already.
+        A weighted sum of small integers can reveal each of them: ``427 a + 44 b`` has one solution for a and b below
+        128. So an encrypted sum gets a uniform ``dither`` of up to half a step of the mean of its updates. It leaves
+        the mean unbiased and hides everything below its last digit. Inputs that are sums have theirs already.
 
         Args:
-            chunks: packed `fednats.messages.Chunk`, at least one; one is held decoded at a time.
+            chunks: packed `fednats.messages.Chunk`, at least one; one is decoded at a time.
             weights: one per chunk, at least 1.
-            total_weight: of the result: each input's weight times the total already in it.
-            n_values: that the chunk has by the layout. Without it the first chunk sets the example, and a wrong first
-                chunk gets the others refused.
-            carried: total weight that is already in each chunk, 1 for an update. Where values can be seen they are held
-                to what such a chunk can have at most; without it to what the whole sum can.
-            dither: draws it, int64[n] from so many values and their largest magnitude; it needs ``n_values``. Without
-                encryption the region sees the updates themselves, and none is added.
+            total_weight: of the result: the sum over inputs of weight times the total weight already in the input.
+            n_values: values in the chunk by the layout. Without it, a BFV sum expects as many ciphertexts as the first
+                chunk has (a wrong first chunk gets the others refused), and a plain sum expects a full chunk.
+            carried: total weight already in each chunk, 1 for an update. Without encryption, values are checked against
+                the largest it allows; if it is left out, against the largest of the whole sum.
+            dither: draws the dither, int64[n], from n and the largest magnitude; needs ``n_values``. Without encryption
+                none is added, since the region sees the updates themselves.
 
         Raises:
             OverflowRefusedError: ``total_weight`` is above ``max_total_weight``; nothing was added.
             RefusedChunkError: a chunk is malformed; ``index`` says which. Leave it out and call again.
+            ValueError: not one weight of at least 1 per chunk, or ``total_weight`` below their sum.
         """
         check_total_weight(total_weight, self.max_total_weight)
         if not chunks or len(chunks) != len(weights) or min(weights) < 1 or sum(weights) > total_weight:
@@ -104,7 +105,7 @@ class Summer:
         return wire.pack(Chunk(parts=accumulator.parts()))
 
     def squares(self, chunks: Sequence[bytes], n_values: int) -> tuple[float, ...]:
-        """Return the sum of squares of the integers in each chunk; without encryption only. Raises as `robust_sum`."""
+        """Return each chunk's sum of squared integers; without encryption only. Raises as `robust_sum`."""
         values = self._values(chunks, n_values).astype(np.float64)
         return tuple(float(row @ row) for row in values)
 
@@ -119,14 +120,14 @@ class Summer:
         """Sum ``chunks``, the same part of several updates, by the rule ``settings.robust``; without encryption only.
 
         Args:
-            chunks: packed `fednats.messages.Chunk`, at least one; all are held decoded at a time.
-            weights: one per chunk, at least 1; median and trimmed mean only take their sum.
-            n_values: that the chunk has by the layout.
+            chunks: packed `fednats.messages.Chunk`, at least one; all are decoded at once.
+            weights: one per chunk, at least 1; median and trimmed mean use only their sum.
+            n_values: values in the chunk by the layout.
             settings: the rule.
-            factors: of `fednats.delta.robust.bound_norms`, for ``norm_bound``.
+            factors: from `fednats.delta.robust.bound_norms`, for ``norm_bound``.
 
         Raises:
-            OverflowRefusedError: the weights are more than ``max_total_weight``; nothing was added.
+            OverflowRefusedError: the weights total more than ``max_total_weight``; nothing was added.
             RefusedChunkError: a chunk is malformed; ``index`` says which.
         """
         check_total_weight(sum(weights), self.max_total_weight)
@@ -152,10 +153,10 @@ class Summer:
         return values
 
     def sum_counts(self, inputs: Sequence[Sequence[bytes]], n_sites: Sequence[int], n_counts: int) -> tuple[bytes, ...]:
-        """Sum the chunks of several evaluations, or of sums of evaluations, of so many sites each.
+        """Sum the chunks of several evaluations, or of sums over ``n_sites`` sites each.
 
         Raises:
-            OverflowRefusedError: the sites are more than ``max_total_weight``; nothing was added.
+            OverflowRefusedError: more sites in total than ``max_total_weight``; nothing was added.
             RefusedChunkError: an evaluation is malformed; ``index`` says which. Leave it out and call again.
         """
         total = sum(n_sites)
@@ -186,10 +187,10 @@ class Summer:
 
 @lru_cache(maxsize=2)  # loading a key takes as long as adding a chunk
 def summer(settings: DeltaSettings, public_key: bytes | None) -> Summer:
-    """The summer of a run; ``public_key`` is needed for ``cipher = "bfv"``.
+    """Make the summer of a run; ``cipher = "bfv"`` needs ``public_key``.
 
     Raises:
-        ConfigError: the key is missing, is none, holds the secret key or was made for other settings.
+        ConfigError: the key is missing, invalid, contains the secret key, or was made for other settings.
     """
     if settings.cipher == "none":
         return Summer(settings)
@@ -242,7 +243,7 @@ class _PlainSum:
         self._sum += term
 
     def dither(self, noise: NDArray[np.int64]) -> None:
-        """Change nothing: who adds here sees what is added."""
+        """Add nothing: without encryption, the aggregator sees the updates anyway."""
 
     def parts(self) -> tuple[bytes, ...]:
         if np.abs(self._sum).max(initial=0) > self._limit:

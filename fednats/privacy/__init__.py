@@ -1,1 +1,1 @@
-"""What leaves a hospital, and on which terms: its own policy."""
+"""Privacy of a hospital: its policy, differential privacy, and the account of what was spent."""

@@ -1,10 +1,10 @@
-"""What was spent on a hospital's data, over all runs and restarts: one SQLite file, written before anything is released.
+"""The privacy account of a hospital's data, over all runs and restarts, in one SQLite file.
 
-A charge is durable before the pass that it pays for begins, and is never taken back: a site that is killed in between has
-spent too much in its book, never too little. Two runs at one hospital may share the file.
+A charge is durable before the pass it pays for begins and is never refunded. So if a site is killed in between, the
+account shows too much, never too little. Two runs at one hospital may share the file.
 
-A charge names the number of the update that it pays for. An account that has not paid for the newest number of a site is
-older than what the site has sent: a copy from a backup, which would forget what was spent since.
+A charge names the number of the update it pays for. If the account has not paid for a site's newest number, it is older
+than what the site has sent: it was restored from a backup and has forgotten what was spent since.
 """
 
 import math
@@ -22,7 +22,7 @@ from fednats.storage.database import open_database, storage_error
 from fednats.storage.row_chain import CHAIN_SCHEMA, RowChain, difference, extend, read_chain
 
 Level = Literal["record", "site"]
-"""Whose presence is hidden: one record of the hospital, or the whole hospital."""
+"""Whose presence the noise hides: one record of the hospital, or the whole hospital."""
 
 CHARGES_TABLE = "charge"
 
@@ -44,24 +44,24 @@ _CHARGED = "federation, version, level, mechanism, noise_multiplier, parameter, 
 
 @dataclass(frozen=True)
 class Charge:
-    """So many releases of one mechanism."""
+    """``n_steps`` releases of one mechanism."""
 
     level: Level
     mechanism: Literal["gaussian", "skellam"]
     noise_multiplier: float
     parameter: float
-    """Of `rdp.sampled_gaussian` the sample rate, of `rdp.skellam` the smallest variance."""
+    """The sample rate for `rdp.sampled_gaussian`, the smallest variance for `rdp.skellam`."""
     n_steps: int = 1
 
     def cost(self) -> rdp.Rdp:
-        """Return what it costs."""
+        """Return the cost of all its steps."""
         of_one = rdp.sampled_gaussian if self.mechanism == "gaussian" else rdp.skellam
         return self.n_steps * of_one(self.noise_multiplier, self.parameter)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site stands in a federation: ``n_updates`` were stored, and what is charged pays for number ``sequence``."""
+    """Where a site stands in a federation: it has stored ``n_updates``, and its charges pay for update ``sequence``."""
 
     federation: str
     site: str
@@ -74,11 +74,11 @@ class Paid:
     """How far a site has paid in a federation."""
 
     sequence: int
-    """Newest update that is paid for."""
+    """Newest update that was paid for."""
     version: int
     """Model version of the newest charge."""
     n_unseen: int = 0
-    """Updates that were charged afterwards, as much as each can have cost: the account that knew of them was lost."""
+    """Updates charged later, at the most they can have cost, because the account that knew of them was lost."""
 
 
 class PrivacyAccount:
@@ -88,8 +88,8 @@ class PrivacyAccount:
         """Open or begin the account at ``path``.
 
         Raises:
-            ConfigError: it cannot be opened, an earlier release made it, or charges were deleted or altered: less would seem to
-                be spent than is.
+            ConfigError: it cannot be opened, an earlier release made it, or charges were deleted or altered, which
+                would understate what was spent.
             LocalStorageError: it cannot be read.
         """
         self._path = path
@@ -108,11 +108,11 @@ class PrivacyAccount:
     ) -> None:
         """Book ``charges`` for a pass on ``version`` of a run of ``federation``; durable on return.
 
-        They pay for the update ``at``; ``n_unseen`` is as of `Paid`.
+        They pay for the update in ``at``; ``n_unseen`` is added to that of `Paid`.
 
         Raises:
-            BudgetSpentError: the records' epsilon would go beyond ``budget``; nothing was booked.
-            LocalStorageError: the disk does not take it; nothing was booked, so nothing may be released.
+            BudgetSpentError: the records' epsilon would exceed ``budget``; nothing was booked.
+            LocalStorageError: the disk is full or broken; nothing was booked, so nothing may be released.
         """
         with self._transaction():
             self._book(federation, version, charges, budget)
@@ -120,7 +120,7 @@ class PrivacyAccount:
                 self._note_paid(at, version, n_unseen)
 
     def charge_pass(self, at: "Place", version: int, charge: Charge, budget: Budget | None) -> None:
-        """Book a pass that begins now, as `charge`; it counts as unfinished until the site has one update more."""
+        """Book a pass that begins now, as `charge` does; it is unfinished until the site has stored another update."""
         with self._transaction() as connection:
             self._book(at.federation, version, [charge], budget)
             self._note_paid(at, version)
@@ -131,23 +131,23 @@ class PrivacyAccount:
             )
 
     def n_unfinished(self, at: "Place") -> int:
-        """Return how many passes were charged since the site's newest update was stored."""
+        """Return how many passes were charged since the site stored its newest update, number ``at.n_updates``."""
         query = "SELECT n_passes FROM unfinished WHERE federation = ? AND site = ? AND n_updates = ?"
         with self._reading():
             row = self._connection.execute(query, (at.federation, at.site, at.n_updates)).fetchone()
         return 0 if row is None else int(row[0])
 
     def paid(self, federation: str, site: str) -> Paid | None:
-        """Return how far ``site`` has paid in ``federation``; None if it has paid for nothing there."""
+        """Return how far ``site`` has paid in ``federation``; None if it has paid nothing there."""
         with self._reading():
             query = "SELECT sequence, version, n_unseen FROM paid WHERE federation = ? AND site = ?"
             row = self._connection.execute(query, (federation, site)).fetchone()
         return None if row is None else Paid(*row)
 
     def costliest(self, federation: str, since_version: int, like: Charge) -> Charge:
-        """Return ``like`` with the least noise and the highest sample rate of the charges of its kind in ``federation``.
+        """Return ``like`` with the least noise and the highest sample rate among similar charges in ``federation``.
 
-        Those for passes on ``since_version`` or later count, and ``like`` itself.
+        The charges for passes on ``since_version`` or later count, and ``like`` itself.
         """
         query = (
             "SELECT MIN(noise_multiplier), MAX(parameter) FROM charge"
@@ -160,17 +160,17 @@ class PrivacyAccount:
         return costlier if like.mechanism == "skellam" else replace(costlier, parameter=max(like.parameter, rate))
 
     def check(self, charges: Sequence[Charge], budget: Budget | None) -> None:
-        """Raise BudgetSpentError if ``charges`` could not be booked now."""
+        """Raise BudgetSpentError if booking ``charges`` now would exceed ``budget``."""
         with self._reading():
             self._check(charges, budget)
 
     def epsilon(self, level: Level, delta: float) -> float:
-        """Return what was spent so far; 0 for nothing, infinite if a release had no noise."""
+        """Return the epsilon spent so far; 0 for nothing, infinite if a release had no noise."""
         with self._reading():
             return rdp.epsilon(self._cost(level), delta)
 
     def n_charges(self, level: Level) -> int:
-        """Return how many passes were charged."""
+        """Return the number of charges at ``level``."""
         with self._reading():
             (found,) = self._connection.execute("SELECT COUNT(*) FROM charge WHERE level = ?", (level,)).fetchone()
         return int(found)
@@ -193,7 +193,7 @@ class PrivacyAccount:
 
     def _refuse_deleted(self) -> None:
         query = f"SELECT {_CHARGED} FROM charge ORDER BY number"  # noqa: S608 - a constant
-        with self._transaction() as connection:  # other runs may be charging
+        with self._transaction() as connection:  # other runs may be charging at the same time
             found = RowChain().extended(connection.execute(query).fetchall())
             wrong = difference(read_chain(connection, CHARGES_TABLE), found)
         if wrong:
@@ -239,7 +239,7 @@ class PrivacyAccount:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Read and write all or nothing, with no other process between; durable at the end."""
+        """Read and write all or nothing, with no other process in between; durable at the end."""
         with self._reading():
             self._connection.execute("BEGIN IMMEDIATE")
             try:

@@ -1,7 +1,7 @@
-"""The steps of DP-SGD: each record's gradient clipped, noise on their sum, batches drawn at random.
+"""The steps of DP-SGD: clip each record's gradient, add noise to their sum, draw batches at random.
 
-Abadi et al. 2016 (arXiv:1607.00133), algorithm 1, with opacus's gradients of single records. Imported by the worker of a site
-only when a run asks for it: opacus is large.
+Abadi et al. 2016 (arXiv:1607.00133), algorithm 1, with opacus's per-record gradients. A site's worker imports this
+module only when a run asks for it, because opacus is large.
 """
 
 import math
@@ -26,7 +26,7 @@ from fednats.learning.task import Task
 from fednats.privacy.randomness import Randomness
 
 CHECKED_CASES = 8
-"""Cases on which the task's loss is compared with the mean of the cases' own losses."""
+"""Cases on which the task's loss is compared with the mean of single-case losses."""
 
 REMEDIES: Mapping[str, str] = {
     "BatchNorm": "nn.GroupNorm, or freeze it (requires_grad=False for its weight and bias)",
@@ -35,21 +35,21 @@ REMEDIES: Mapping[str, str] = {
     "GRU": "opacus.layers.DPGRU",
     "MultiheadAttention": "opacus.layers.DPMultiheadAttention",
 }
-"""What to put in the place of a layer whose name has this in it."""
+"""Replacements for unsuitable layers, by a part of the layer's class name."""
 
 
 def refuse_unsuitable(model: nn.Module) -> None:
     """Refuse a model in which one record's gradient depends on the others.
 
     Raises:
-        TaskError: naming each such layer and the remedy.
+        TaskError: names each such layer and a replacement.
     """
     kinds = tuple(ModuleValidator.VALIDATORS)
     gathers = {id(layer) for layer in gathering(model)}
     wrong = []
     for name, layer in model.named_modules():
         if isinstance(layer, _NormBase) and id(layer) not in gathers and not _trains(layer):
-            continue  # frozen: it does the same to every record
+            continue  # frozen: it treats every record the same
         kind = next((kind for kind in kinds if isinstance(layer, kind)), None)
         if kind is not None and ModuleValidator.VALIDATORS[kind](layer):
             remedy = next((text for part, text in REMEDIES.items() if part in kind.__name__), "another layer")
@@ -66,12 +66,13 @@ def _trains(layer: nn.Module) -> bool:
 
 
 def check_loss(task: Task, model: nn.Module, data: Batches) -> None:
-    """Refuse a loss that is not the mean over the batch of what each case alone gives.
+    """Refuse a loss that is not the mean of the cases' single losses over the batch.
 
-    Only then is a record's gradient its own. A sum, or class weights that are divided by their sum over the batch, are not.
+    Only with such a mean is a record's gradient its own. A sum fails, and so do class weights divided by their sum over
+    the batch.
 
     Raises:
-        TaskError: with what was got and what was expected.
+        TaskError: with the loss found and the loss expected.
     """
     model.eval()
     inputs, targets = data.of(range(min(len(data), CHECKED_CASES)))
@@ -88,7 +89,7 @@ def check_loss(task: Task, model: nn.Module, data: Batches) -> None:
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
-    """opacus's, with noise from `Randomness` instead of a generator that could be foreseen."""
+    """opacus's optimizer, with noise from `Randomness` instead of a predictable generator."""
 
     def __init__(
         self, optimizer: optim.Optimizer, settings: RecordPrivacySettings, batch_size: float, randomness: Randomness
@@ -102,7 +103,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
         self._randomness = randomness
 
     def add_noise(self) -> None:
-        """Make ``p.grad`` of the sum of clipped gradients and noise."""
+        """Set ``p.grad`` to the sum of clipped gradients plus noise."""
         deviation = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
             _check_processed_flag(parameter.summed_grad)
@@ -112,7 +113,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
 
 
 class PrivateSteps:
-    """Takes steps on one model; the model is as it was, without hooks, after `close`."""
+    """Takes steps on one model. `close` restores the model: no hooks, and in-place layers as before."""
 
     def __init__(
         self,
@@ -128,18 +129,18 @@ class PrivateSteps:
         self._cases = data
         self._settings = settings
         self._in_place = [layer for layer in model.modules() if getattr(layer, "inplace", False) is True]
-        for layer in self._in_place:  # opacus's hooks cannot see what such a layer overwrites
-            layer.inplace = False  # type: ignore[assignment]  # torch types what it does not know as a module
-        self._module = GradSampleModule(model, strict=False)  # `refuse_unsuitable` sees to the rest
+        for layer in self._in_place:  # opacus's hooks cannot see values that such layers overwrite
+            layer.inplace = False  # type: ignore[assignment]  # torch types unknown attributes as modules
+        self._module = GradSampleModule(model, strict=False)  # `refuse_unsuitable` has checked the layers
         self._optimizer = PrivateOptimizer(optimizer, settings, expected_batch_size, randomness)
 
     def close(self) -> None:
-        """Take the hooks off the model, and what they kept."""
+        """Remove the hooks from the model, and everything they stored."""
         self._optimizer.zero_grad(set_to_none=True)
         for parameter in self._optimizer.params:
             del parameter.summed_grad
         model = self._module.to_standard_module()
-        for layer in model.modules():  # of a batch that failed between forward and backward
+        for layer in model.modules():  # left by a batch that failed between forward and backward
             for left in {"activations", "max_batch_len"} & vars(layer).keys():
                 delattr(layer, left)
         for parameter in model.parameters():
@@ -150,7 +151,7 @@ class PrivateSteps:
     def step(self, batch: Sequence[int]) -> float:
         """Take one step on the cases ``batch``; return the sum of their losses.
 
-        A batch larger than ``physical_batch_size`` goes through the model in parts.
+        A batch larger than ``physical_batch_size`` passes through the model in parts.
 
         Raises:
             LocalDataError: a loss is not finite.
@@ -166,7 +167,7 @@ class PrivateSteps:
         return total
 
     def _gradients(self, part: Sequence[int]) -> float:
-        """Leave the gradient of each case of ``part`` with the parameters; return the sum of their losses."""
+        """Compute the gradient of each case of ``part`` into ``grad_sample``; return the sum of their losses."""
         if not part:
             for parameter in self._optimizer.params:
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
@@ -178,7 +179,7 @@ class PrivateSteps:
             raise LocalDataError(f"loss is {value}; lower the learning rate?", public="the loss is not finite")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")  # inputs need no gradient
-            warnings.filterwarnings("ignore", message="grad and param do not obey")  # of channels last: only speed
+            warnings.filterwarnings("ignore", message="grad and param do not obey")  # channels last: affects only speed
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for name, parameter in self._module.named_parameters():
             sample = getattr(parameter, "grad_sample", None)

@@ -1,4 +1,4 @@
-"""What a site asks before it trains and before it releases: may I, and it is booked."""
+"""Checks that a site may train and may release, and books what that costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 def account_file(settings: SiteSettings, policy: Policy) -> Path:
-    """Return where a hospital's account is. It belongs to the data, so who limits what is spent says where."""
+    """Return the file of a hospital's privacy account: the policy's, else one beside the run's ``state_dir``."""
     return policy.privacy_account or settings.state_dir.parent / f"privacy-{settings.site}.sqlite"
 
 
 @dataclass(frozen=True)
 class Left:
-    """What may have left a hospital, as its outbox and its region know it."""
+    """The updates that may have left a hospital, as its outbox and its region know them."""
 
     newest: int
     """Newest number of an update that was charged when it was made; 0 for none."""
     signed: bool = True
-    """Whether an update of that number was found that carries the site's own signature, or it is in the outbox."""
+    """Whether the update of that number is in the outbox, or was found with the site's own signature."""
 
 
 class Guard:
-    """Keeps a site's account; the file is opened when a run, or the site's budget, asks for it."""
+    """Keeps a site's account. The file is opened only when a run, or the site's budget, needs it."""
 
     def __init__(self, settings: SiteSettings, policy: Policy) -> None:
         self._federation, self._site = settings.run, settings.site
@@ -42,20 +42,20 @@ class Guard:
         self._last: dict[Level, float] = {}
 
     def concerns(self, manifest: ModelManifest) -> bool:
-        """Whether anything is booked in a run like this."""
+        """Return whether this run needs the account: it adds noise, or the site has a budget."""
         dp = manifest.training.dp is not None or manifest.delta.dp is not None
         return dp or self._budget is not None
 
     def catch_up(self, manifest: ModelManifest, sample_rate: float, left: Left) -> None:
-        """Charge for the updates up to ``left`` that the account does not know of: it is a copy from a backup.
+        """Charge for updates up to ``left`` that the account does not know of, because it is a copy from a backup.
 
-        Each of them is charged as much as one can have cost in this run, at most. The account shows that its newest charge is
-        of this run, too; of its charges and the settings that hold now, the costliest count.
+        Each is charged the most that one update can have cost in this run. The account shows that its newest charge is
+        also of this run. Among its charges and the current settings, the costliest count.
 
         Raises:
-            OldAccountError: no such bound can be given.
-            BudgetSpentError: the charge would go beyond the budget.
-            LocalStorageError: it could not be booked.
+            OldAccountError: no bound on the cost can be given.
+            BudgetSpentError: the charge would exceed the budget.
+            LocalStorageError: the charge could not be booked.
         """
         if (manifest.training.dp is None and manifest.delta.dp is None) or not left.newest:
             return
@@ -76,27 +76,27 @@ class Guard:
         self._note(manifest, charges)
 
     def check_pass(self, manifest: ModelManifest, sample_rate: float, layout: Layout) -> None:
-        """Raise BudgetSpentError if the pass on ``manifest`` could not be booked now; books nothing."""
+        """Raise BudgetSpentError if booking the pass on ``manifest`` now would exceed the budget. Books nothing."""
         if self.concerns(manifest):
             charge = self._of_pass(manifest, sample_rate)
             charges = [charge] if charge else self._of_update(manifest.delta, layout, manifest.grid, dp_sgd=False)
             self._account.check(charges, self._budget)
 
     def charge_pass(self, manifest: ModelManifest, sample_rate: float, n_updates: int, sequence: int) -> None:
-        """Book the pass on ``manifest`` for update ``sequence`` that begins now; ``n_updates`` were stored before it.
+        """Book the pass on ``manifest`` that begins now, for update ``sequence``; ``n_updates`` were stored before it.
 
         Without DP-SGD there is nothing to book: the noise comes with the update (`charge_update`).
 
         Raises:
-            BudgetSpentError: it may not begin.
-            LocalStorageError: it could not be booked, so it may not begin.
+            BudgetSpentError: the pass may not begin.
+            LocalStorageError: the charge could not be booked, so the pass may not begin.
         """
         if charge := self._of_pass(manifest, sample_rate):
             self._account.charge_pass(self._place(n_updates, sequence), manifest.version, charge, self._budget)
             self._note(manifest, [charge])
 
     def n_unfinished(self, manifest: ModelManifest, n_updates: int) -> int:
-        """Return how many passes of DP-SGD were booked and became no update, since the last of ``n_updates`` was stored."""
+        """Return how many DP-SGD passes were booked but made no update since the last of ``n_updates`` was stored."""
         return 0 if manifest.training.dp is None else self._account.n_unfinished(self._place(n_updates))
 
     def charge_update(
@@ -108,10 +108,10 @@ class Guard:
         dp_sgd: bool,
         booked: "Sequence[Charge]" = (),
     ) -> "Sequence[Charge]":
-        """Book update ``sequence``, encoded now on the grid of ``newest``; return what is booked for it.
+        """Book update ``sequence``, encoded now on the grid of ``newest``; return the charges booked for it.
 
-        ``dp_sgd``: its pass was booked. ``booked``: what was booked for it before, when storing it failed: it is not booked
-        again, because nothing of that attempt was sent. Raises as `charge_pass`.
+        ``dp_sgd``: whether its pass was booked. ``booked``: charges of an earlier attempt that could not be stored.
+        They are not booked again, because nothing of that attempt was sent. Raises as `charge_pass`.
         """
         charges = self._of_update(newest.delta, layout, newest.grid, dp_sgd=dp_sgd) if self.concerns(newest) else []
         if charges and charges != booked:
@@ -120,7 +120,7 @@ class Guard:
         return charges
 
     def spending(self, manifest: ModelManifest) -> Spending | None:
-        """Return what was spent, at the delta of the budget or else of the run; None where nothing is booked."""
+        """Return what was spent, at the delta of the budget or else of the run; None if the run needs no account."""
         if not self.concerns(manifest):
             return None
         budget, record, site = self._budget, manifest.training.dp, manifest.delta.dp
@@ -157,7 +157,7 @@ class Guard:
         )
 
     def _most(self, manifest: ModelManifest, sample_rate: float, n_updates: int) -> "list[Charge]":
-        """Return the most that ``n_updates`` can have cost in the run of ``manifest``."""
+        """Return the largest possible cost of ``n_updates`` in the run of ``manifest``."""
         from fednats.privacy.account import Charge  # noqa: PLC0415 - as below
         from fednats.privacy.skellam import LEAST_VARIANCE  # noqa: PLC0415 - as below
 
@@ -184,7 +184,7 @@ class Guard:
             return []
         noise, variance = delta.dp.noise_multiplier, smallest_variance(delta.dp, layout, grid)
         charges = [Charge("site", "skellam", noise, variance)]
-        if not dp_sgd:  # one record may turn a clipped delta into any other: twice the distance
+        if not dp_sgd:  # one record may turn a clipped delta into any other, at up to twice the clip norm
             charges.append(Charge("record", "skellam", noise / 2, variance))
         return charges
 
@@ -202,7 +202,7 @@ class Guard:
         return Place(self._federation, self._site, n_updates, sequence)
 
     def _note(self, manifest: ModelManifest, charges: "Sequence[Charge]") -> None:
-        """Keep what was booked last, for `spending`."""
+        """Remember the newest charges, for `spending`."""
         from fednats.privacy import rdp  # noqa: PLC0415 - as above
 
         spent = self.spending(manifest)

@@ -1,7 +1,7 @@
-"""A hospital's own word on what its daemon may do: ``policy.toml``, beside its settings.
+"""A hospital's policy: ``policy.toml``, beside its settings, limits what its daemon may do.
 
-Whatever a run announces, the site does no more than this. A run that asks for more is refused: the site goes on
-following the bus, trains on nothing, evaluates nothing, and says why (see `Daemon.refusals`).
+The site never exceeds it, whatever a run announces. It refuses a run that asks for more: it keeps following the bus,
+neither trains nor evaluates, and says why (see `Daemon.declined`).
 """
 
 from datetime import datetime, time, timedelta
@@ -23,7 +23,7 @@ class Budget(Settings):
 
 
 class Policy(Settings):
-    """What a hospital allows. What is not in the file is as strict as here."""
+    """A hospital's limits. Settings missing from the file have these defaults, which are strict."""
 
     task_sha256: tuple[str, ...] = Field(
         (), description="SHA-256 of task code that may run, as `fednats task hash` prints it; empty: any"
@@ -70,7 +70,7 @@ class Policy(Settings):
         """Refuse the code at ``path``, whose hash is ``sha256``, before any of it runs.
 
         Raises:
-            ConfigError: it is not among ``task_sha256``.
+            ConfigError: the hash is not among ``task_sha256``.
         """
         if self.task_sha256 and sha256 not in self.task_sha256:
             raise ConfigError(
@@ -81,10 +81,10 @@ class Policy(Settings):
     def check_run(self, manifest: ModelManifest, n_samples: int) -> None:
         """Refuse a run that asks for more than is allowed; ``n_samples`` is the size of the site's training data.
 
-        The reason is for others to see, so it names nothing but the run's settings and the policy's.
+        Other participants see the reason, so it names only settings of the run and of the policy.
 
         Raises:
-            RefusedError: ``policy``.
+            RefusedError: ``policy``: the run asks for more than the policy allows.
         """
         if self.encrypted and manifest.delta.cipher == "none":
             raise _refusal('the run is not encrypted (cipher = "none"), the policy says encrypted = true')
@@ -106,7 +106,7 @@ class Policy(Settings):
                 raise _refusal(f"the run trains {spec.name}, which is none of the policy's parameters")
 
     def opens_in_s(self, now: datetime) -> float:
-        """Seconds until training is allowed; 0 if it is allowed ``now``, a local time.
+        """Return the seconds until training is allowed; 0 if it is allowed at ``now``, a local time.
 
         >>> Policy(hours=("20:00-06:00",)).opens_in_s(datetime(2026, 1, 1, 18, 30))
         5400.0
@@ -117,14 +117,14 @@ class Policy(Settings):
 
 
 NO_POLICY = Policy(encrypted=False, min_sites=1)
-"""Allows whatever a run announces."""
+"""Allows every run."""
 
 
 def read_policy(file: Path | None) -> Policy:
-    """Read ``policy.toml``; no file is `NO_POLICY`. The environment changes nothing in it.
+    """Read ``policy.toml``; without a file, return `NO_POLICY`. Environment variables do not override it.
 
     Raises:
-        ConfigError: naming the file, the key and what is wrong with it; or there is a budget and no account for it.
+        ConfigError: names the file, the key and the problem; or there is a budget without an account.
     """
     if file is None:
         return NO_POLICY

@@ -1,7 +1,7 @@
-"""Randomness that nobody can foresee or repeat: privacy noise and Poisson sampling.
+"""Unpredictable, unrepeatable randomness for privacy noise and Poisson sampling.
 
-Everything else that a site draws follows from the run's announced seed. Noise that did could be computed and subtracted by
-anybody, so it comes from the operating system's cryptographic generator and is kept nowhere.
+A site draws everything else from the run's announced seed. Anybody could compute and subtract noise drawn from it, so
+noise comes from the operating system's cryptographic generator and is not stored.
 """
 
 import math
@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_DEVIATION = 2.0**17
-"""Largest standard deviation of integer noise that is drawn, in steps of the grid."""
+"""Largest standard deviation of integer noise, in steps of the grid."""
 
 _TABLE_VARIANCE = 2.0**28
-"""Largest variance of which a table is made; more is the sum of several, which is Skellam again."""
+"""Largest variance of one table; larger noise is the sum of several draws, which is Skellam too."""
 
-_TAIL = 12.0  # deviations; what lies beyond has a probability far below the 2^-53 of a float64
+_TAIL = 12.0  # in standard deviations; the probability beyond is far below the 2^-53 of a float64
 
 
 class Randomness:
-    """Draws from ``entropy``, which returns so many random bytes; a test may give one of its own.
+    """Draws from ``entropy``, which returns n random bytes; tests may replace it.
 
     >>> bool((Randomness().uniform(3) == Randomness().uniform(3)).any())
     False
@@ -32,26 +32,26 @@ class Randomness:
         self._entropy = entropy
 
     def seed(self) -> int:
-        """A seed for a generator that must not follow from the run's, 63 bits."""
+        """Return a seed of 63 bits for a generator that must not follow from the run's seed."""
         return int.from_bytes(self._entropy(8), "little") >> 1
 
     def uniform(self, n: int) -> NDArray[np.float64]:
-        """Values in (0, 1], multiples of 2^-53, float64[n]."""
+        """Draw values in (0, 1], multiples of 2^-53, float64[n]."""
         bits = np.frombuffer(self._entropy(8 * n), dtype="<u8") >> np.uint64(11)
         return (bits.astype(np.float64) + 1.0) * 2.0**-53
 
     def normal(self, n: int) -> NDArray[np.float64]:
-        """Standard normal values, float64[n].
+        """Draw standard normal values, float64[n].
 
-        Each is half the sum of four, so that the gaps between floating-point numbers do not give away what was added
-        to (Holohan and Braghin 2021, arXiv:2107.10138, section 5.1).
+        Each is half the sum of four draws, so that the gaps between floating-point numbers do not reveal the value
+        under the noise (Holohan and Braghin 2021, arXiv:2107.10138, section 5.1).
         """
         radius, angle = self.uniform(4 * n), self.uniform(4 * n)
         values = np.sqrt(-2.0 * np.log(radius)) * np.cos(2.0 * np.pi * angle)  # Box and Muller 1958
         return np.asarray(values.reshape(4, n).sum(axis=0) / 2.0)
 
     def skellam(self, variance: float, n: int) -> NDArray[np.int32]:
-        """Symmetric Skellam values: the difference of two Poisson variables of ``variance`` / 2 each, int32[n].
+        """Draw symmetric Skellam values, int32[n]: differences of two Poisson variables of ``variance`` / 2 each.
 
         Raises:
             ValueError: the standard deviation is above `MAX_DEVIATION`.
@@ -68,7 +68,7 @@ class Randomness:
 
 @lru_cache(maxsize=64)
 def _skellam_table(variance: float) -> tuple[int, NDArray[np.float64]]:
-    """Return the first value that is drawn, and the cumulative probability of each from it on.
+    """Return the smallest value in the table, and the cumulative probabilities from it on.
 
     The probability of k is exp(-v) I_|k|(v), v the variance, I the modified Bessel function (Skellam 1946).
 

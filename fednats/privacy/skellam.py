@@ -1,8 +1,8 @@
-"""Differential privacy of a whole site: its delta clipped, rounded towards zero, and noise on every integer.
+"""Differential privacy of a whole site: clip its delta, round it towards zero, add noise to every integer.
 
-The Skellam mechanism, Agarwal, Kairouz and Liu 2021 (arXiv:2110.04995). Every site adds all the noise that its own guarantee
-takes, so the guarantee is each update's own: it holds for the ciphertext, for a sum with any weights, and if no other site adds
-any. What it costs is `rdp.skellam`; `docs/privacy.md` has the argument.
+The Skellam mechanism, Agarwal, Kairouz and Liu 2021 (arXiv:2110.04995). Every site adds all the noise that its own
+guarantee needs. So the guarantee holds for each update by itself: for the ciphertext, for a sum with any weights, and
+even if no other site adds noise. `rdp.skellam` computes the cost; `docs/privacy.md` has the argument.
 """
 
 import math
@@ -18,19 +18,19 @@ from fednats.messages import Grid
 from fednats.privacy.randomness import MAX_DEVIATION, Randomness
 
 _BELOW = 1 - 1e-9
-"""Clipped norms stay below the limit by more than float64 arithmetic can be wrong."""
+"""Keeps clipped norms below the limit by more than the error of float64 arithmetic."""
 
 LEAST_VARIANCE = 1e-9
-"""Squared steps; `rdp.skellam` bounds the cost on whatever grid by the cost at this variance."""
+"""In squared steps. The cost of `rdp.skellam` at this variance bounds its cost on any grid."""
 
 
 class SkellamRounding:
-    """Clips, rounds and adds noise to one delta with its residual; a `fednats.delta.encode.Rounding`.
+    """Clips one delta with its residual, rounds it and adds noise; a `fednats.delta.encode.Rounding`.
 
-    Rounding is towards zero: it lengthens nothing, so the sensitivity is the clip norm itself, where stochastic rounding adds up
-    to a quarter of the number of values to its square (Kairouz, Liu and Steinke 2021, arXiv:2102.06387, proposition 22). What
-    it cuts off is the residual and comes with the next update. What clipping and noise took is not: it would take the
-    noise back.
+    Rounding towards zero never lengthens the delta, so the sensitivity is the clip norm. Stochastic rounding adds up to
+    a quarter of the number of values to its square (Kairouz, Liu and Steinke 2021, arXiv:2102.06387, proposition 22).
+    What rounding cuts off is the residual and goes into the next update. What clipping and noise change does not: that
+    would remove the noise again.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class SkellamRounding:
         self._factor = clip_factor(delta, residual, settings.clip_norm)
 
     def __call__(self, values: NDArray[np.float32], steps: NDArray[np.float32], qmax: int) -> Quantised:
-        """Round the part ``values`` float32[n] of delta plus residual; returns what is sent, with noise, and what is kept.
+        """Round ``values`` float32[n], a part of delta plus residual; return noisy integers and the new residual.
 
         Raises:
             LocalDataError: a value is not finite, or the noise is too large for the grid.
@@ -74,18 +74,18 @@ class SkellamRounding:
 
 
 def variance(deviation: float, step: float) -> float:
-    """Variance of the noise in squared steps, for noise of ``deviation`` in units of the model."""
+    """Return the variance of the noise in squared steps, given its ``deviation`` in units of the model."""
     return (deviation / step) ** 2
 
 
 def smallest_variance(settings: SitePrivacySettings, layout: Layout, grid: Grid) -> float:
-    """Variance on the tensor with the largest step, which is what `rdp.skellam` asks for."""
+    """Return the noise variance on the tensor with the largest step, the ``variance`` for `rdp.skellam`."""
     of_values = [step for step, part in zip(grid.steps, layout.slices, strict=True) if part.stop > part.start]
     return variance(settings.deviation, max(of_values))
 
 
 def clip_factor(delta: Vector, residual: Vector, clip_norm: float) -> float:
-    """What ``delta + residual`` is multiplied by so that its L2 norm is at most ``clip_norm``; 1 if it is already.
+    """Return the factor, at most 1, that brings the L2 norm of ``delta + residual`` to at most ``clip_norm``.
 
     Raises:
         LocalDataError: a value is not finite.

@@ -1,4 +1,4 @@
-"""What a site may say of its privacy account; apart from what loads torch, because the daemon reads it."""
+"""What a site reports of its privacy account. Imports no torch, because the daemon reads it."""
 
 import math
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LevelSpent:
-    """What was spent at one level (each record, or the whole site), over all runs."""
+    """What was spent at one level (single records, or the whole site), over all runs."""
 
     epsilon: float
     delta: float
     last_epsilon: float | None
-    """Of the last pass by itself; none since the worker started."""
+    """Epsilon of the last charge alone; None if nothing was charged since the worker started."""
     n_passes: int
 
     def describe(self) -> dict[str, Any]:
-        """Return it as JSON has it: an epsilon without bound is null."""
+        """Return it for JSON; an infinite epsilon becomes None."""
         return {
             "epsilon": _finite(self.epsilon),
             "delta": self.delta,
@@ -27,22 +27,22 @@ class LevelSpent:
 
 @dataclass(frozen=True)
 class Spending:
-    """A site's whole account, and its limit."""
+    """What was spent of a site's account, and its budget."""
 
     record: LevelSpent
     site: LevelSpent | None
     """None in a run without noise on whole deltas."""
     max_epsilon: float | None
     n_unseen: int = 0
-    """Updates of this site in this run that were charged after the account was put back from a backup."""
+    """This site's updates in this federation that were charged after the account was restored from a backup."""
 
     @property
     def epsilon(self) -> float | None:
-        """What was spent of the privacy of any one record; None if that has no bound."""
+        """Epsilon spent for any one record; None if it is infinite."""
         return _finite(self.record.epsilon)
 
     def describe(self, *, spent: bool) -> dict[str, Any]:
-        """Return what ``/status`` shows under ``privacy``; ``spent``: the next pass would go beyond the budget."""
+        """Return the ``privacy`` section of ``/status``; ``spent``: whether the next pass would exceed the budget."""
         return {
             "record": self.record.describe(),
             "site": None if self.site is None else self.site.describe(),

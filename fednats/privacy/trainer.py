@@ -1,4 +1,4 @@
-"""Local training with differential privacy of each record, where the run asks for it."""
+"""Local training with record-level differential privacy, in runs that ask for it."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,7 +14,7 @@ from fednats.privacy.randomness import Randomness
 
 
 class PrivateTrainer(Trainer):
-    """A `Trainer` that takes the steps of DP-SGD in a run with ``training.dp``, and those of its parent in any other."""
+    """A `Trainer` that takes DP-SGD steps in runs with ``training.dp``, and ordinary steps in all others."""
 
     def __init__(self, task: Task, model: nn.Module, randomness: Randomness | None = None) -> None:
         super().__init__(task, model)
@@ -22,14 +22,14 @@ class PrivateTrainer(Trainer):
         self._loss_is_a_mean = False
 
     def sample_rate(self, settings: TrainingSettings) -> float:
-        """Probability with which each case is in the batch of a step; ``batch_size`` is the mean size of a batch."""
+        """Return the probability that a case is in a step's batch; ``batch_size`` is the mean size of a batch."""
         return min(1.0, settings.batch_size / self.n_samples)
 
     def refuse_unsuitable(self) -> None:
-        """Refuse what cannot be trained with differential privacy before anything is charged for it.
+        """Refuse a model or loss that differential privacy does not allow, before anything is charged.
 
         Raises:
-            TaskError: a layer, or the loss, makes one record act on another's gradient; the text has the remedy.
+            TaskError: with a layer or the loss, one record affects another's gradient; the text has the remedy.
         """
         from fednats.privacy import dp_sgd  # noqa: PLC0415 - opacus is loaded where a run asks for it
 
@@ -39,17 +39,17 @@ class PrivateTrainer(Trainer):
             self._loss_is_a_mean = True
 
     def train(self, start: Vector, settings: TrainingSettings, seed: int) -> LocalPass:
-        """Make a pass as `Trainer.train`; with ``settings.dp`` nothing random in it follows from ``seed``.
+        """Make a pass as `Trainer.train` does; with ``settings.dp`` nothing random in it follows from ``seed``.
 
-        Dropout and augmentation neither: with masks that anybody can compute, one record more would change those of the
-        records after it.
+        That includes dropout and augmentation: if anybody could compute the masks, one more record would change those
+        of the records after it.
         """
         return super().train(start, settings, seed if settings.dp is None else self._randomness.seed())
 
     def rehearse(self, start: Vector, settings: TrainingSettings, *, whole: bool) -> None:
-        """Take steps of DP-SGD as a pass would and discard the result: what fails here is charged nothing.
+        """Take the DP-SGD steps of a pass and discard the result, so that a failure costs nothing.
 
-        One batch of the usual size and an empty one; with ``whole`` every case once.
+        It takes one batch of the usual size and an empty one; with ``whole``, every case once.
 
         Raises:
             TaskError: a layer, or the loss, cannot be trained with differential privacy.
@@ -73,7 +73,7 @@ class PrivateTrainer(Trainer):
         return [int(index) for index in drawn.nonzero()[0]]
 
     def _private_steps(self, settings: TrainingSettings, batches: Iterable[Sequence[int]]) -> float:
-        """Take one step on each of ``batches``; return the mean loss of a case."""
+        """Take one step per batch in ``batches``; return the mean loss per case."""
         from fednats.privacy import dp_sgd  # noqa: PLC0415 - as above
 
         if settings.dp is None:

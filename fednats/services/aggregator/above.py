@@ -1,4 +1,4 @@
-"""What the node above has of a stream that it copies from a region."""
+"""Track how far the node above has copied a region's stream."""
 
 import asyncio
 from typing import Any
@@ -9,13 +9,14 @@ from fednats.services.daemon.retry import ask
 from fednats.transport.bus import Bus
 
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
-"""Between two looks at what the node above has."""
+"""Pause between two looks at the node above; it doubles from the shortest to the longest."""
 
 
 class Above:
     """The node above a region, which copies the region's stream of sums in order.
 
-    Whatever the link cannot take at once waits in the region: a sum for more updates, evaluations for a newer version.
+    What the link cannot take at once waits in the region: updates gather for a larger sum, evaluations give way to those
+    of a newer version.
     """
 
     def __init__(self, uplink: Bus, run: str, region: str, node: str, stopping: asyncio.Event, log: Any) -> None:
@@ -27,10 +28,10 @@ class Above:
         self._log = log
 
     async def has_newest(self, subject: str, event: str) -> bool:
-        """Wait until the newest message of ``subject``, and all before it, has been copied; log ``event`` if that takes time.
+        """Wait until the newest message on ``subject``, and all before it, have been copied; log ``event`` if not yet.
 
         Returns:
-            False if the daemon is told to stop before that.
+            False if the daemon is told to stop first.
         """
         pause_s = SHORTEST_PAUSE_S
         while not await self._has(subject):
@@ -48,7 +49,7 @@ class Above:
     async def _has(self, subject: str) -> bool:
         sent = await ask(self._log, lambda: self._uplink.last(self._stream, subject))
         if sent is None:
-            return True  # nothing was sent, or the server lost it with its store
+            return True  # nothing was sent, or the server has lost its store
         try:
             copied = await self._uplink.last(self._inbox, subject, domain=self._node)
         except BusError as error:

@@ -1,4 +1,4 @@
-"""The sum of a combination, chunk by chunk: what the region can make of it without reading it."""
+"""Add the encrypted contributions of a combination, chunk by chunk."""
 
 import math
 from collections.abc import AsyncGenerator, Callable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PartRefusedError(RefusedError):
-    """One contribution of a combination turned out bad when it was read."""
+    """One contribution of a combination turned out to be bad when it was read or added."""
 
     def __init__(self, part: Part, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -47,11 +47,11 @@ class Adder:
         self._factors: tuple[float, ...] = ()
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks of the sum; one chunk of each part is in memory.
+        """Yield the chunks of the sum. One chunk of each part is in memory at a time.
 
         Raises:
             PartRefusedError: a part is bad.
-            VanishedError: a part is gone.
+            VanishedError: the stream has lost a part.
         """
         if self._fit.aggregation.robust == "norm_bound" and self._of_updates:
             self._factors = bound_norms(await self._norms())
@@ -68,7 +68,7 @@ class Adder:
                 yield position, chunks
 
     async def _norms(self) -> list[float]:
-        """Read all parts once and return the L2 norm of each, in steps of the grid that they have in common."""
+        """Read all parts once and return the L2 norm of each, in steps of their common grid."""
         squares = [0.0] * len(self._parts)
         async with aclosing(self._positions()) as positions:
             async for position, chunks in positions:
@@ -109,7 +109,7 @@ class Adder:
         summed: bytes
         if self._fit.aggregation.robust != "none" and self._of_updates:
             summed = await self._worker.call("robust_sum", self._fit, position, chunks, weights, self._factors)
-        else:  # a region over regions adds their sums as ever: what was done about single updates is done in them
+        else:  # regions below have applied the robust rule to their updates already: add their sums as usual
             summed = await self._worker.call(
                 "weighted_sum", self._fit, position, chunks, weights, carried, self._combination_id
             )

@@ -1,7 +1,7 @@
-"""What contributions look like, by the version at which they are added: the settings of a run may change in its course.
+"""The `Fit` of each version, because a run's settings may change during the run.
 
-The worker says it of the newest version's settings. A combination that was begun at an earlier version, and is made after a
-restart or beside a newer announcement, is made by the settings that were announced with its own version.
+The worker gives the `Fit` for the newest version's settings. A combination that began at an earlier version uses the
+settings announced with that version, even after a restart or a newer announcement.
 """
 
 import asyncio
@@ -11,35 +11,35 @@ from fednats.protocol.events import Event, VersionAnnounced
 from fednats.services.daemon.answers import Fit
 
 KEPT = 64
-"""Announcements that are remembered: more versions than a combination takes."""
+"""Announcements to remember: a combination is done before this many newer versions are announced."""
 
 
 class Fits:
-    """The fits of one region."""
+    """The `Fit` of each recent version, for one region."""
 
     def __init__(self) -> None:
         self._newest: Fit | None = None
         self._first_version = 0
-        """Of the run that the newest is for."""
+        """First version of the newest fit's run."""
         self._known = asyncio.Event()
         self._announced: dict[int, VersionAnnounced] = {}
 
     def note(self, event: Event) -> None:
-        """Remember what was announced, now or before a restart."""
+        """Remember an announced version, live or in a replay."""
         if isinstance(event, VersionAnnounced):
             self._announced[event.version] = event
             while len(self._announced) > KEPT:
                 del self._announced[next(iter(self._announced))]
 
     def take(self, fit: Fit, first_version: int) -> None:
-        """Take what the worker says of the newest version, of a run that began with ``first_version``."""
+        """Take the worker's fit for the newest version; its run began with ``first_version``."""
         self._newest, self._first_version = fit, first_version
         self._known.set()
 
     async def at(self, version: int) -> Fit | None:
-        """Return what is added at ``version``; None if another run, or another packing of deltas, has begun since.
+        """Return the fit at ``version``; None if another run, or another packing of deltas, has begun since.
 
-        After a restart it waits until a model is seen again.
+        After a restart this waits until a model is announced again.
         """
         await self._known.wait()
         fit, announced = self._newest, self._announced.get(version)

@@ -1,4 +1,4 @@
-"""What a region publishes for the node above: signed, under its lease."""
+"""Publish a region's sums for the node above: signed, under the region's lease."""
 
 from collections.abc import AsyncIterable, Callable, Iterable
 from typing import Any
@@ -15,7 +15,7 @@ from fednats.wire import MessageT
 
 
 class Published:
-    """The region's stream of sums, written to and read by its own aggregator."""
+    """The region's stream of sums, as its own aggregator writes and reads it."""
 
     def __init__(
         self, daemon: Daemon, uplink: Bus, identity: Identity, lease: HeldLease, run: str, region: str
@@ -29,12 +29,12 @@ class Published:
         self._stream = subjects.aggregates_stream(run, region)
         self._prefix = subjects.aggregate(run, region)
         self.sums, self.evaluations = subjects.head(self._prefix), subjects.evaluation_sum(run, region)
-        """Where heads of sums, and of sums of evaluations, are published."""
+        """Subjects for the heads of sums, and of sums of evaluations."""
         self.n_bytes = 0
-        """Published since the start."""
+        """Bytes published since this process started."""
 
     async def newest(self, subject: str, kind: type[MessageT]) -> MessageT | None:
-        """Return what this region published last on ``subject``."""
+        """Return what this region published last on ``subject``; None if nothing, or if it cannot be opened."""
         record = await ask(self._log, lambda: self._uplink.last(self._stream, subject))
         try:
             return None if record is None else self._identity.open(subject, record.data, kind)
@@ -47,9 +47,9 @@ class Published:
         head: Aggregate | EvaluationSum,
         chunks: Callable[[], Iterable[bytes] | AsyncIterable[bytes]],
     ) -> int:
-        """Store the payload of ``head``, then ``head`` on ``subject``; return the number of bytes.
+        """Publish the payload of ``head``, then ``head`` on ``subject``; return the number of bytes.
 
-        ``chunks`` is called for each try. Raises as `HeldLease.publish`.
+        ``chunks`` is called once for each attempt. Raises as `HeldLease.publish`.
         """
         signed, identity = self._identity.sign(subject, head), head.payload.payload_id
         await self._lease.publish(

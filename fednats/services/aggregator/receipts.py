@@ -1,7 +1,7 @@
-"""What a region tells its sites: a receipt for every update that it has judged, signed, on the site's own subject.
+"""Send each site of a region signed receipts with the verdicts on its updates, on the site's own subject.
 
-The newest receipt of a site stays in a stream, so a site that was away reads it when it is back. Receipts follow from the
-journal; one that is lost holds nothing up.
+The newest receipt of a site stays in a stream, so a site that was away reads it when it returns. Receipts can be made
+again from the journal, so a lost one holds nothing up.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from fednats.transport.bus import Bus, Delivery
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """What of an update is told when it is judged."""
+    """An update that is not judged yet, as far as its receipt will name it."""
 
     site: str
     sequence: int
@@ -30,7 +30,7 @@ class _Waiting:
 
 
 class Receipts:
-    """The verdicts on the updates of one region's sites, and their way to them."""
+    """Collects the verdicts on the updates of one region's sites, and publishes them."""
 
     def __init__(self, bus: Bus, identity: Identity, run: str, region: str, log: Any) -> None:
         self._bus = bus
@@ -39,15 +39,15 @@ class Receipts:
         self._region = region
         self._log = log
         self._waiting: dict[str, _Waiting] = {}
-        """By id: taken in, and not judged yet."""
+        """Updates taken in but not judged yet, by id."""
         self._judged: Newest[None] = Newest()
         self._verdicts: dict[str, deque[Verdict]] = {}
-        """By site, the newest last."""
+        """Verdicts by site, the newest last."""
         self._unsent: dict[str, None] = {}
         self._to_send = asyncio.Event()
 
     def note(self, handled: Handled) -> None:
-        """Take in what the machine decided, now or before a restart."""
+        """Take in what the machine decided, live or in a replay."""
         event = handled.event
         if isinstance(event, ContributionArrived) and isinstance(event.head, Update):
             self._take_in(event.head)
@@ -63,14 +63,14 @@ class Receipts:
                     self._judge(identity, "left_over")
 
     def note_unreadable(self, delivery: Delivery, refuse: Refuse) -> None:
-        """Take in that a message on an update's subject could not be read: it is named by its digest."""
+        """Take in that a message on an update's subject could not be read. The verdict names it by its message id."""
         head = subjects.head(subjects.update(self._run, self._region, site := subjects.sender(delivery.subject)))
         if delivery.subject != head:
             return
         self._add(site, _verdict(wire.message_id(delivery.data), "refused", refuse.reason, refuse.detail))
 
     async def send(self) -> None:
-        """Publish the newest receipt of each site whose updates were judged, for ever."""
+        """Publish a receipt for each site with a new verdict, forever."""
         while True:
             await self._to_send.wait()
             self._to_send.clear()
@@ -95,7 +95,7 @@ class Receipts:
 
     def _take_in(self, head: Update) -> None:
         if head.update_id in self._judged:
-            self._mark(head.site)  # it was delivered again: perhaps the receipt was lost
+            self._mark(head.site)  # delivered again: perhaps the receipt was lost
         else:
             self._waiting.setdefault(head.update_id, _Waiting(head.site, head.sequence, head.ledger_head))
 

@@ -1,8 +1,8 @@
-"""An aggregator whose state is from a backup: which sums it had published since, and of which updates.
+"""Restart an aggregator whose state is from a backup, without adding an update to a second sum.
 
-Its journal does not know them, and an update that is in a sum must never be in another: it would count twice, and two
-sums that differ by one hospital would tell the node above that hospital's update. So an aggregator compares, when it
-starts, the newest sum in its stream with its journal, and reads in its notes (`Compositions`) what it misses.
+Its journal lacks the sums that it has published since. An update in two sums would count twice, and two sums that
+differ by one hospital would reveal that hospital's update to the node above. So when an aggregator starts, it compares
+the newest sum in its stream with its journal, and reads what the journal lacks from its notes (`Compositions`).
 """
 
 from collections.abc import Awaitable, Callable, Container
@@ -22,15 +22,15 @@ async def missed(
     compositions: Compositions,
     log: Any,
 ) -> Restored | None:
-    """Return what the journal misses; None if it has all that the region has published.
+    """Return what the journal lacks; None if it has everything that the region has published.
 
     Args:
-        known: ids of the sums that the journal has.
-        sum_: the newest that is published; None if there is none, or the journal has it.
-        evaluation: the newest sum of evaluations that is published; likewise.
+        known: ids of the sums in the journal.
+        sum_: the newest published sum; None if there is none, or the journal has it.
+        evaluation: the newest published sum of evaluations; None likewise.
         newest_version: returns the newest model version in the region.
         compositions: the region's notes.
-        log: of the daemon.
+        log: the daemon's log.
 
     Raises:
         RestoreError: a note is missing.

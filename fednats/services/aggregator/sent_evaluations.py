@@ -1,4 +1,4 @@
-"""The sums of evaluations that a region sends: one is on its way at a time, of the newest version that is complete."""
+"""Send a region's sums of evaluations: one at a time, for the newest complete version."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 
 class SentEvaluations:
-    """Sums what sites and regions below counted on their test data, and sends the sums up.
+    """Sums the test counts of sites and regions below, and sends the sums up.
 
-    A sum of evaluations is as large as the sum of a small model. Over a link that cannot take one for each version, they
-    would leave no room for the sums that the model is made of. So a version whose turn has not come when a newer one is
-    complete is not sent.
+    A sum of evaluations is as large as the sum of a small model. On a thin link, one for each version would crowd out
+    the sums of updates. So a version that still waits when a newer one is complete is skipped.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class SentEvaluations:
         self._complete = asyncio.Event()
 
     def add(self, command: SumEvaluations) -> None:
-        """Have ``command`` executed in its turn, unless it is overtaken."""
+        """Queue ``command``; it is skipped if a newer version overtakes it."""
         self._waiting.append(command)
         self._complete.set()
 
@@ -62,11 +61,11 @@ class SentEvaluations:
         fit_for: Callable[[int], Awaitable[Fit | None]],
         feed: Callable[[EvaluationsSummed], Awaitable[None]],
     ) -> None:
-        """Sum and send for ever; what is not sent when the daemon stops is outstanding after its restart.
+        """Sum and send, forever. What was not sent when the daemon stopped is outstanding after its restart.
 
         Args:
-            fit_for: returns what the sums of a version look like; None if its run is over.
-            feed: takes in what became of each version.
+            fit_for: returns the `Fit` of a version; None if its run is over.
+            feed: takes in the outcome for each version.
         """
         while True:
             await self._complete.wait()
@@ -83,9 +82,9 @@ class SentEvaluations:
             await feed(_nothing_of(newest) if fit is None else await self._send(newest, fit))
 
     async def _send(self, command: SumEvaluations, fit: Fit) -> EvaluationsSummed:
-        """Send the sum of one version, once: a second one of other sites would tell the node above the difference."""
+        """Send the sum of one version, only once: a second one, of other sites, would reveal the difference above."""
         published = await self._published.newest(self._published.evaluations, EvaluationSum)
-        if published is not None and published.version == command.version:  # before the daemon could write that down
+        if published is not None and published.version == command.version:  # killed before journalling that
             n_sites, n_samples = published.n_sites, published.n_samples
             return EvaluationsSummed(version=command.version, n_sites=n_sites, n_samples=n_samples)
         parts, chunks = await self._sum(command, fit)
@@ -122,5 +121,5 @@ class SentEvaluations:
 
 
 def _nothing_of(command: SumEvaluations) -> EvaluationsSummed:
-    """Say that no sum of the version is sent."""
+    """Return the event that says that no sum was sent for the version."""
     return EvaluationsSummed(version=command.version, n_sites=0, n_samples=0)

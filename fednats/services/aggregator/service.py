@@ -1,4 +1,4 @@
-"""The aggregator of a region: adds what it cannot read, and sends up only sums of enough distinct sites."""
+"""The aggregator of a region: adds updates that it cannot read, and sends up only sums of enough distinct sites."""
 
 import asyncio
 from contextlib import aclosing
@@ -72,7 +72,7 @@ def make_worker(settings: AggregatorSettings) -> "AggregatorWorker":
 
 
 async def aggregator(daemon: Daemon, settings: AggregatorSettings, config: Path | None = None) -> None:
-    """Run an aggregator until it is told to stop; it follows the sites that its settings file ``config`` names."""
+    """Run an aggregator until it is told to stop; follow changes to the sites in its settings file ``config``."""
     name = user_name("aggregator", settings.region)
     identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
     async with (
@@ -144,7 +144,7 @@ class AggregatorService:
             daemon.log,
         )
         self._made: dict[str, None] = {}
-        """Ids of the sums that were made, in order."""
+        """Ids of the sums made, in order."""
         self._restored: dict[str, Any] | None = None
         self._fits = Fits()
         daemon.n_sites = {
@@ -153,7 +153,7 @@ class AggregatorService:
         self._attendance = Attendance(daemon, self._machine, self._tier.feed)
         self._sites_changed = asyncio.Event()
         daemon.status = self._status
-        daemon.private = self._private  # the node above need not know who the sites are
+        daemon.private = self._private  # the node above need not know which sites there are
         daemon.buses += [region, uplink]
 
     async def live(self) -> None:
@@ -163,7 +163,7 @@ class AggregatorService:
         self._recorder.close()
 
     async def _live(self) -> None:
-        """Make the streams, take up what was under way, then aggregate."""
+        """Make the streams, resume what was under way, then aggregate."""
         s = self._settings
         self._daemon.doing = "making the region's streams"
         above = streams.at_uplink(s.run, s.region, s.parent, s.regions, leaves=s.leaves)
@@ -206,7 +206,7 @@ class AggregatorService:
         await until_stopped(self._daemon, tasks, self._tier.drain)
 
     async def _catch_up(self) -> None:
-        """Journal what was published since the backup, if the state is from one."""
+        """If the state is from a backup, journal what was published since."""
         published = await self._published.newest(self._published.sums, Aggregate)
         evaluation = await self._published.newest(self._published.evaluations, EvaluationSum)
         in_flight = "" if self._machine.in_flight is None else self._machine.in_flight.combination_id
@@ -223,7 +223,7 @@ class AggregatorService:
             await self._tier.feed(restored)
 
     async def _newest_version(self) -> int:
-        """Return the newest model version that sites here may have seen."""
+        """Return the newest model version that this region's sites may have seen."""
         run = self._settings.run
         stream, subject = subjects.models_stream(run, self._settings.region), subjects.head(subjects.model(run))
         record = await ask(self._log, lambda: self._region.last(stream, subject))
@@ -243,7 +243,7 @@ class AggregatorService:
         await self._attendance.watch(self._region, "site", tuple(self._machine.roster.sites))
 
     async def _follow_settings(self, config: Path) -> None:
-        """Take the sites that the settings file names from now on; journalled, so that a replay decides alike."""
+        """Take over changes to the sites in the settings file. They are journalled, so a replay decides alike."""
         async for now in changed_settings(self._log, config, self._settings):
             before, sites, registered = self._machine.roster.sites, now.sites, now.n_samples
             await self._tier.feed(Configured(sites=sites, regions=self._settings.regions, n_samples=registered))
@@ -288,7 +288,7 @@ class AggregatorService:
                 await self._tier.refuse(f"{stream}.{record.sequence}", record.subject, record.data, error)
 
     async def _hear(self, control: Control) -> None:
-        """Take in whether the run is open; that another one is open, its first version says."""
+        """Take in that the run is closed. An open run shows in its first version."""
         opening, current = control.opening, self._machine.current
         if current is not None and opening.opened_at < current.opening.opened_at:
             raise RefusedError(
@@ -342,13 +342,13 @@ class AggregatorService:
         self._evaluations.add(command)
 
     async def _combine(self, combination: Combination) -> list[Event]:
-        """Add the contributions chunk by chunk; publish the sum when all of it is made and the one before is taken.
+        """Add the contributions chunk by chunk; publish the sum when it is whole and the one before has been copied.
 
-        Half a sum of some contributions beside a whole sum of fewer would tell the node above their difference.
+        Half a sum of some contributions beside a whole sum of fewer would reveal their difference to the node above.
         """
         identity = combination.combination_id
         published = await self._published.newest(self._published.sums, Aggregate)
-        if published is not None and published.aggregate_id == identity:  # before the daemon could write that down
+        if published is not None and published.aggregate_id == identity:  # killed before journalling that
             return [Combined(combination_id=identity)]
         fit = await self._fits.at(combination.version)
         if fit is None:
@@ -395,7 +395,7 @@ class AggregatorService:
         return [Combined(combination_id=identity)]
 
     def _note(self, handled: Handled) -> None:
-        """Keep in mind which sums were sent and what became of updates, now or before a restart."""
+        """Note which sums were sent and what became of updates, live or in a replay."""
         self._receipts.note(handled)
         self._fits.note(handled.event)
         if isinstance(handled.event, Restored):

@@ -1,4 +1,4 @@
-"""What an aggregator does in its worker process: add ciphertexts."""
+"""The aggregator's worker process: add ciphertexts."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +17,7 @@ DITHER = b"dither of sums"
 
 
 class AggregatorWorker:
-    """Holds the public keys, and the secret that the dither of this region's sums follows from."""
+    """Holds the public keys, and the secret from which the dither of this region's sums is derived."""
 
     def __init__(self, settings: AggregatorSettings) -> None:
         self._depth = settings.depth
@@ -28,6 +28,10 @@ class AggregatorWorker:
         """Return what contributions to a run over a model of ``n_parameters`` must look like.
 
         ``announced`` is the id of the key that sites encrypt for.
+
+        Raises:
+            RefusedError: ``policy``: the run is not encrypted, but this region has a key; ``wrong_key``: the key does not
+                fit ``delta``.
         """
         public_key = held(self._keys, announced)
         if public_key is not None and delta.cipher == "none":
@@ -53,7 +57,7 @@ class AggregatorWorker:
         n_classes: int,
         arrangement: int | None,
     ) -> tuple[bytes, ...]:
-        """Add the counts of several evaluations, of so many sites each."""
+        """Add the counts of several evaluations; ``n_sites`` is the number of sites in each."""
         n = n_integers(n_classes, arrangement, count_bits(fit.delta))
         return summer(fit.delta, held(self._keys, fit.key_id)).sum_counts(inputs, n_sites, n)
 
@@ -68,9 +72,9 @@ class AggregatorWorker:
     ) -> bytes:
         """Add the chunk at ``position`` of several contributions, each times its integer weight.
 
-        All are for one key, whichever: adding needs its parameters only, and those are the same in all epochs.
-        ``carried`` is the total weight that is already in each: 1 for an update. The same combination gets the same
-        dither, so that a sum that is made again after a crash is the same to the bit.
+        All must be encrypted for the same key, but of any epoch: adding uses only the key's parameters, which do not
+        change. ``carried`` is the total weight already in each contribution: 1 for an update. A combination always gets
+        the same dither, so a sum that is made again after a crash is the same to the bit.
         """
         add = summer(fit.delta, held(self._keys, fit.key_id))
         n_values = _n_values(fit, add, position)

@@ -1,9 +1,9 @@
-"""A site whose state is from a backup: what it may have sent since, and from which number it goes on.
+"""Restart a site whose state is from a backup, numbering its updates above those it sent since.
 
-The region refuses an update whose number it knows. So a site looks, when it starts, for its newest update in its
-stream and for the newest number in its region's receipts. If they are above its outbox, it makes sure that no other process
-sends as this site, and goes on above them. What the updates since the backup cost of its privacy budget is charged before
-the next pass (`fednats.privacy.guard`); that its egress ledger lacks them goes on that ledger.
+The region refuses an update number it has seen before. So when a site starts, it looks up its newest update in its
+stream and the newest number in its region's receipts. If either is above its outbox, the site checks that no other
+process sends in its name, then numbers its updates above both. Before the next pass it charges its privacy budget for
+the updates sent since the backup (`fednats.privacy.guard`). An entry in the egress ledger says that it lacks them.
 """
 
 import asyncio
@@ -24,19 +24,19 @@ from fednats.storage.outbox import Outbox, RestoredOutbox, first_number
 from fednats.transport.bus import Bus, StoredMessage
 
 WATCHED_S = 2 * PRESENCE_RENEWAL_S
-"""A process that is there renews its presence within so long."""
+"""Seconds to watch for another process: a live one renews its presence within this time."""
 
 _POLL_S = 0.5
 _HIGHEST = MAX_COUNT // 2
-"""No site gets to this number: it would take 170 years."""
+"""No site reaches this update number: it would take 170 years."""
 
 
 async def brought_up(
     bus: Bus, identity: Identity, settings: SiteSettings, outbox: Outbox, told: int, log: Any
 ) -> RestoredOutbox | None:
-    """Let ``outbox`` go on above what the bus has of this site; return what was found, None if nothing is newer there.
+    """Bring ``outbox`` up to date with the bus; return what was found there, None if nothing is newer.
 
-    ``told`` is the newest number that the region has named.
+    ``told`` is the newest update number in the region's receipts.
 
     Raises:
         CopiedSiteError: another process sends as this site.
@@ -63,7 +63,7 @@ async def brought_up(
 
 
 async def gap_in(ledger: Path, outbox: Outbox, found: RestoredOutbox | None) -> LedgerEntry | None:
-    """Return what goes on ``ledger`` if it lacks what left since a backup; None if it lacks nothing, or says so already."""
+    """Return the entry that records what ``ledger`` lacks after a restore from a backup; None if no entry is needed."""
     newest = await asyncio.to_thread(outbox.newest_ledger_head)
     missing = await asyncio.to_thread(missing_heads, ledger, newest)
     if found is None and not missing:
@@ -80,19 +80,19 @@ async def gap_in(ledger: Path, outbox: Outbox, found: RestoredOutbox | None) -> 
 
 
 async def _newest_own(bus: Bus, identity: Identity, settings: SiteSettings, log: Any) -> Update | None:
-    """Return the newest update in the region's stream that this site has signed."""
+    """Return this site's newest update in the region's stream; None if there is none that opens with its key."""
     stream = subjects.updates_stream(settings.run, settings.region, settings.site)
     subject = subjects.head(subjects.update(settings.run, settings.region, settings.site))
     record = await find(log, lambda: bus.last(stream, subject))
     try:
         return None if record is None else identity.open(subject, record.data, Update)
-    except RefusedError as error:  # of an earlier key or release, or not of this site: the receipts have the number
+    except RefusedError as error:  # an older key or release, or not from this site: the receipts have the number
         log.info("own_update_unreadable", reason=error.reason.value, detail=error.detail)
         return None
 
 
 async def _refuse_rival(bus: Bus, settings: SiteSettings, own: int, known: int, log: Any) -> None:
-    """Look whether another process renews this site's presence. Raises CopiedSiteError."""
+    """Watch for another process that renews this site's presence. Raises CopiedSiteError if there is one."""
     bucket = subjects.presence_bucket(settings.run)
     key = f"$KV.{bucket}.{subjects.presence_key('site', settings.site)}"
 

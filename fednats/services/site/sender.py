@@ -1,4 +1,4 @@
-"""What a site sends: updates from its outbox and evaluations, each on the egress ledger before it leaves."""
+"""Send a site's updates and evaluations, each recorded in the egress ledger before it leaves."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -19,11 +19,11 @@ from fednats.storage.outbox import Outbox
 from fednats.transport.bus import Bus
 
 NOTED_CHUNKS = 32
-"""Chunks sent between two notes of how far sending has come: after a restart no more than these are sent again."""
+"""Chunks between two notes of progress in the outbox, so a restart sends about this many again at most."""
 
 
 class Sender:
-    """Sends for one site; ``max_mbit`` holds updates to a pace, 1e6 bits per second."""
+    """Sends for one site. ``max_mbit`` limits the rate of updates, in 1e6 bits per second; None for no limit."""
 
     def __init__(
         self,
@@ -47,32 +47,32 @@ class Sender:
         self._to_send = asyncio.Event()
         self._sending = asyncio.Lock()
         self.evaluations: asyncio.Queue[tuple[Evaluation, tuple[bytes, ...]]] = asyncio.Queue()
-        """Heads with their chunks. They are not kept: the next version has others."""
+        """Heads with their chunks. One that cannot be sent is dropped: the next version brings another."""
         self.figures: dict[str, Any] = {"updates": 0, "outbox": {}, "sent_bytes": 0}
         """For ``/status``."""
 
     async def begin(self) -> None:
-        """Record that the daemon has started; what waits from before is sent first."""
+        """Record that the daemon has started, and queue updates that wait from before. Raises LocalStorageError."""
         await self._recorder.begin(SUMMED_UP)
         await asyncio.to_thread(self._outbox.release)
         self._to_send.set()
 
     async def record(self, entry: LedgerEntry) -> None:
-        """Put on record what leaves by itself, or says something of the ledger. Raises LocalStorageError."""
+        """Write ``entry`` to the egress ledger. Raises LocalStorageError."""
         await self._recorder.record(entry)
 
     async def begin_run(self, opening: Opening) -> None:
-        """Record that what leaves from now on is of this run. Raises LocalStorageError."""
+        """Record in the egress ledger that this run begins. Raises LocalStorageError."""
         await self._recorder.record(run_begins(opening))
         await self.look()
 
     async def look(self) -> None:
-        """Look into the outbox again."""
+        """Check the outbox for updates to send."""
         self.figures["outbox"] = await asyncio.to_thread(self._outbox.counts)
         self._to_send.set()
 
     async def send_waiting(self) -> None:
-        """Send what waits in the outbox, if the bus is there; else it is there for the next start."""
+        """Send the updates that wait in the outbox, if the bus is connected. Others wait there for the next start."""
         if self._bus.connected:
             try:
                 await self._send_pending()
@@ -80,19 +80,19 @@ class Sender:
                 self._log.warning("update_not_sent", error=str(error))
 
     async def record_rest(self) -> None:
-        """Record what has left beside updates and evaluations since this was last done."""
-        if not self._sending.locked():  # else an update waits for the bus, and would hold this up
+        """Record what was sent besides updates and evaluations since the last such record."""
+        if not self._sending.locked():  # an update waiting for the bus would hold this up
             await self._record_rest()
 
     def close(self) -> None:
-        """Close outbox and ledger."""
+        """Close the outbox and the ledger."""
         self._outbox.close()
         self._recorder.close()
 
     # --- updates -----------------------------------------------------------------------------------------------------
 
     async def send_updates(self) -> None:
-        """Send what is in the outbox, for ever."""
+        """Send updates from the outbox, forever."""
         while True:
             await self._to_send.wait()
             self._to_send.clear()
@@ -111,7 +111,7 @@ class Sender:
                     await self._send(offered.update, offered.n_chunks)
 
     async def _send(self, update: Update, first: int) -> None:
-        """Send the chunks from number ``first`` on, then the head."""
+        """Send the chunks of an update from index ``first`` on, then its head."""
 
         async def note(n_chunks: int) -> None:
             if n_chunks % NOTED_CHUNKS == 0:
@@ -120,14 +120,14 @@ class Sender:
         head = self._identity.sign(subjects.head(self._prefix), update)
         if first:
             await self._bus.wait_connected()
-            # a bus that has lost its store keeps the offered chunk: it must not speak for those before it
+            # a bus that has lost its store keeps the chunk offered below: it must not vouch for the chunks before it
             await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, 0)
             async with self._recorder.sending(self._bus, await self._entry(update, first - 1)):
                 if await self._has(update.update_id, first - 1):
                     await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, first)
                     await self._publish(update, first, head, note)
                 else:
-                    first = 0  # the bus has lost its store, or forgotten the ids: all of it again
+                    first = 0  # the bus has lost its store or forgotten the message ids: send everything again
         if not first:
             async with self._recorder.sending(self._bus, await self._entry(update, 0)):
                 await self._publish(update, 0, head, note)
@@ -145,7 +145,7 @@ class Sender:
         await self._bus.publish(subjects.head(self._prefix), head, wire.message_id(head))
 
     async def _entry(self, update: Update, first: int) -> LedgerEntry:
-        """Return what the ledger says of an attempt to send an update from chunk number ``first`` on."""
+        """Return the ledger entry for an attempt to send an update from chunk ``first`` on."""
         n_bytes = await asyncio.to_thread(self._outbox.n_bytes, update.update_id, first)
         left = update.payload.model_copy(update={"n_bytes": n_bytes, "digests": update.payload.digests[first:]})
         epsilon = await asyncio.to_thread(self._outbox.epsilon, update.update_id)
@@ -159,7 +159,7 @@ class Sender:
         return await self._bus.has_chunk(self._prefix, update_id, index, chunk)
 
     async def send_evaluations(self) -> None:
-        """Send the counts, then the head that names them, for ever."""
+        """Send each evaluation's counts, then the head that names them, forever."""
         while True:
             head, chunks = await self.evaluations.get()
             entry = entry_of("evaluation", head, version=head.version, payload=head.payload)
@@ -177,13 +177,13 @@ class Sender:
     # --- on record ----------------------------------------------------------------------------------------------------
 
     async def sum_up(self) -> None:
-        """Record every now and then what has left beside updates and evaluations, for ever."""
+        """Record every `INTERVAL_S` what was sent besides updates and evaluations, forever."""
         while True:
             await asyncio.sleep(INTERVAL_S)
             await self._record_rest()
 
     async def _record_rest(self) -> None:
-        """Not while an update is on its way."""
+        """Record the rest, but never while an update is being sent."""
         async with self._sending:
             try:
                 await self._recorder.sum_up(self._bus)

@@ -1,4 +1,4 @@
-"""The site: take the newest model, evaluate it, train on it, send the encrypted delta."""
+"""The site's daemon: take the newest model, evaluate it, train on it, send the encrypted delta."""
 
 import asyncio
 import time
@@ -54,10 +54,10 @@ if TYPE_CHECKING:
 
 KEPT_MANIFESTS = 32
 AWAY_S = 5.0
-"""So long without the bus, and the site trains on by itself; a shorter break changes nothing."""
+"""After this time without the bus the site trains on by itself. A shorter break changes nothing."""
 
 LONGEST_NAP_S = 600.0
-"""Outside its hours a site looks at the clock so often: it may be set, and a machine may sleep."""
+"""Longest time between two looks at the clock outside the site's hours: clocks are set, and machines sleep."""
 
 
 def make_worker(settings: SiteSettings) -> "SiteWorker":
@@ -102,7 +102,7 @@ class SiteService:
         self._local = LocalModel(model_folder(settings.state_dir))
         self._jobs: asyncio.Queue[protocol.Job] = asyncio.Queue()
         self._closed_at = -1
-        """Which opening was closed last, by the version that it began with."""
+        """``opened_at`` of the opening that was closed last; -1 for none."""
         self._failures = Failures()
         self._alarm = NormAlarm()
         self._working = asyncio.Lock()
@@ -118,7 +118,7 @@ class SiteService:
         }
         self._metrics: dict[str, float] = {}
         daemon.n_sites["site"] = 1
-        daemon.waits = lambda: self._resting != "waiting"  # nobody waits for who takes no part
+        daemon.waits = lambda: self._resting != "waiting"  # nobody should wait for a site that does not contribute
         if self._policy.budget is not None:
             daemon.metrics.epsilon_budget.set(self._policy.budget.max_epsilon)
         daemon.status = lambda: {**self._status, **self._sender.figures, "refused_by_region": self._verdicts.refused}
@@ -126,7 +126,7 @@ class SiteService:
         daemon.buses.append(bus)
 
     async def live(self) -> None:
-        """Load the data, then follow the models until told to stop; what is trained is sent before it ends."""
+        """Load the data, then follow the models until told to stop. Send what was trained before ending."""
         await self._go_on()
         self._daemon.doing = "loading torch, the task and its data"
         prepared: Prepared = await self._worker.call("prepare")
@@ -155,7 +155,7 @@ class SiteService:
         self._sender.close()
 
     async def _go_on(self) -> None:
-        """Go on from what was sent last, also where the state is from a backup that does not know of it."""
+        """Resume after the newest update that was sent, even if the state is from a backup older than that."""
         told = await self._verdicts.begin()
         found = await brought_up(self._bus, self._identity, self._settings, self._outbox, told, self._log)
         gap = await gap_in(self._settings.state_dir / EGRESS_FILE, self._outbox, found)
@@ -172,7 +172,7 @@ class SiteService:
             }
 
     async def _try_batch(self) -> None:
-        """Train on one batch: a task that fails in every pass is reported before the first model is there."""
+        """Train on one batch, so a task that cannot train is reported before the first model arrives."""
         try:
             unused = await self._worker.call("try_batch")
         except (HospitalError, WorkerDiedError) as error:
@@ -187,14 +187,17 @@ class SiteService:
         self._machine.handle(protocol.Closed())
         async with self._working:
             pass
-        if not self._run_closed:  # else nobody takes updates any more
+        if not self._run_closed:  # a closed run takes no updates
             await self._sender.send_waiting()
         await self._sender.record_rest()
 
     # --- models -------------------------------------------------------------------------------------------------------
 
     async def _follow(self, subject: str) -> None:
-        """Take in what comes on ``subject``; the end of a run does not wait for a manifest's check, nor that for a pass."""
+        """Take in messages on ``subject``, forever.
+
+        Models and the run's state have a task each, so the end of a run is heard while a manifest waits to be checked.
+        """
         async for record in self._bus.follow(self._models, [subject]):
             try:
                 await self._take(record)
@@ -214,7 +217,7 @@ class SiteService:
             self._log.warning("run_is_not_encrypted", cipher="none", meant_for="trusted networks and benchmarks")
         await self._worker.persist(self._log, "check", manifest)
         if not self._manifests:
-            await self._show_spending(manifest)  # of earlier runs and before a restart
+            await self._show_spending(manifest)  # what earlier runs spent, and this one before a restart
         if self._daemon.declined.pop("site", None):
             self._status["state"] = self._resting
         if manifest.opening.opened_at > self._opened_at:
@@ -227,7 +230,7 @@ class SiteService:
         self._start(self._machine.handle(protocol.ModelSeen(manifest.version)))
 
     def _hear(self, control: Control) -> None:
-        """Take in whether the run is open; that another one is open, its first version says."""
+        """Take in that the run is closed. An open run shows in its first version."""
         opening = control.opening
         if opening.opened_at < max(self._opened_at, self._closed_at):
             raise RefusedError(
@@ -240,7 +243,7 @@ class SiteService:
             self._status["state"] = "closed"
 
     async def _begin(self, opening: Opening) -> None:
-        """Go on with another run, or with one that was extended, and with nothing of those before."""
+        """Begin another run, or an extension, and drop what belongs to earlier runs."""
         while True:
             try:
                 n_dropped = await self._worker.persist(self._log, "begin_run", opening.first_version)
@@ -262,7 +265,7 @@ class SiteService:
 
     @property
     def _opened_at(self) -> int:
-        """Which opening the newest version is of, by the version that it began with."""
+        """``opened_at`` of the newest version's opening; -1 before the first version."""
         return -1 if self._newest is None else self._newest.opening.opened_at
 
     @property
@@ -270,13 +273,13 @@ class SiteService:
         return self._closed_at >= max(self._opened_at, 0)
 
     def _decline(self, why: str) -> None:
-        """Say on the bus that this site takes no part, and why, until a version comes that it may train on."""
+        """Announce on the bus that this site declines the run, and why, until a version comes that it accepts."""
         self._daemon.declined["site"] = {f"site.{self._settings.site}": why}
         self._machine.handle(protocol.Declined())
         self._status["state"] = self._resting
 
     async def _load(self, manifest: ModelManifest) -> bool:
-        """Have the weights of ``manifest`` on disk; False if a newer version is there already."""
+        """Bring the weights on disk up to ``manifest``; return False if they are newer already."""
         held = self._local.held
         if held >= manifest.version:
             return held == manifest.version
@@ -288,7 +291,7 @@ class SiteService:
         return True
 
     async def _fetch(self, frame: Frame) -> None:
-        """Fetch a frame, or what is still missing of it."""
+        """Fetch the missing chunks of a frame."""
         path, payload = self._local.frame_file(frame), frame.payload
         first = await asyncio.to_thread(keep_sound, path, payload.digests)
         prefix, n_bytes = subjects.model(self._settings.run), 0
@@ -306,7 +309,7 @@ class SiteService:
                     self._status["received_bytes"] += len(data)
 
     async def _notice_away(self) -> None:
-        """Tell the machine when the bus has been away for a while, and when it is back."""
+        """Tell the machine when the bus has been away for `AWAY_S`, and when it is back."""
         while True:
             await self._bus.wait_away()
             try:
@@ -330,7 +333,7 @@ class SiteService:
             async with self._working:
                 came_to = await self._attempt(job)
                 if job.version < self._opened_at and not isinstance(came_to, protocol.OutsideHours):
-                    came_to = protocol.Done()  # of a run that is over
+                    came_to = protocol.Done()  # its run is over
                 self._start(self._machine.handle(came_to))
                 if isinstance(came_to, protocol.Done) and not isinstance(job, protocol.Evaluate):
                     self._failures.clear()
@@ -344,7 +347,7 @@ class SiteService:
 
     @property
     def _resting(self) -> str:
-        """What it does between jobs: waiting for the next model, or why it does not contribute."""
+        """State between jobs: ``waiting`` for the next model, or why the site does not contribute."""
         if self._verdicts.pause_left_s:
             return "refused"
         if self._daemon.declined:
@@ -357,7 +360,7 @@ class SiteService:
 
     @property
     def _opens_in_s(self) -> float:
-        """Until the site may train: the hospital lets it, and its region does not refuse its updates."""
+        """Seconds until the site may train: within its hours, and not paused after a refusal."""
         return max(self._policy.opens_in_s(datetime.now().astimezone()), self._verdicts.pause_left_s)
 
     def _await_hours(self) -> None:
@@ -375,7 +378,7 @@ class SiteService:
         self._start(self._machine.handle(protocol.Retry()))
 
     async def _attempt(self, job: protocol.Job) -> protocol.Outcome:
-        """Do ``job``; a failure is counted and logged."""
+        """Do ``job`` and return its outcome. Failures are counted and logged."""
         if isinstance(job, protocol.Train) and self._opens_in_s > 0:
             return protocol.OutsideHours()
         manifest = self._manifests.get(job.version)
@@ -449,7 +452,7 @@ class SiteService:
         self._status["version"] = manifest.version
         started = time.monotonic()
         trained = await self._worker.call("train", manifest, goes_on)
-        await self._show_spending(manifest)  # it is charged, whatever becomes of the pass
+        await self._show_spending(manifest)  # the pass is charged, whatever becomes of it
         if self._settings.slow_factor > 1:
             await asyncio.sleep((time.monotonic() - started) * (self._settings.slow_factor - 1))
         norm = trained.delta_norm
@@ -468,10 +471,10 @@ class SiteService:
         )
 
     async def _store(self, manifest: ModelManifest) -> protocol.Outcome:
-        """Have the pass on ``manifest`` encoded and stored for the sender; if that fails, nothing makes room for it."""
+        """Encode the pass on ``manifest`` and store it for the sender; on failure no older update is dropped for it."""
         newest = self._manifests[max(self._manifests)]
         if self._run_closed or newest.opening.first_version != manifest.opening.first_version:
-            return protocol.Done()  # meanwhile: nobody takes updates of it any more
+            return protocol.Done()  # its run ended meanwhile: nobody takes its updates
         self._status["state"] = "encrypting"
         try:
             update: Update = await self._worker.call("encode", newest)

@@ -1,4 +1,7 @@
-"""Try a task on a hospital's own machine, from loading its data to encoding an update. Nothing is sent, nothing charged."""
+"""Try a task on a hospital's own machine, from loading its data to encoding an update.
+
+Nothing is sent, and nothing is charged to the privacy budget.
+"""
 
 import resource
 import sys
@@ -30,24 +33,26 @@ MEBIBYTE = 2**20
 
 @dataclass
 class Step:
-    """What one step of the check came to."""
+    """The result of one step of the check."""
 
     name: str
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failure: str = ""
-    """Text and traceback of what failed, for the hospital's eyes: it may quote a record."""
+    """Error text, or the traceback of failed task code; empty if the step passed. For the hospital only: it may quote a
+    record.
+    """
 
 
 class TaskCheck:
     """Tries one task with a run's settings.
 
     Args:
-        task: what to try, with a site's options.
-        training: local training of the run; its ``dp`` makes the check take steps with noise, too.
+        task: the task to try, with a site's options.
+        training: the run's local training. If ``dp`` is set, the check also tries training with noise.
         delta: how updates are encoded.
-        public_key: for homomorphic encryption, made for ``delta``; None where nothing is encrypted.
-        check_code: what the hospital's policy says of the task's code.
+        public_key: key for homomorphic encryption, made for ``delta``; None if updates are not encrypted.
+        check_code: checks the task's code against the hospital's policy.
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class TaskCheck:
         self._train_data: Described
 
     def steps(self) -> Iterator[Step]:
-        """Yield each step when it is done; the first that fails is the last."""
+        """Yield each step when it is done. Stop after the first that fails."""
         todo: list[tuple[str, Callable[[Step], None]]] = [
             ("task", self._load),
             ("model", self._make_model),

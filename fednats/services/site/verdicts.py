@@ -1,4 +1,4 @@
-"""What a site hears of its updates: the receipts of its region, and what it does about a refusal."""
+"""Follow the region's receipts for a site's updates, and react to refusals."""
 
 import asyncio
 import time
@@ -19,17 +19,17 @@ from fednats.storage.outbox import Outbox, first_number
 from fednats.transport.bus import Bus, StoredMessage
 
 LOOKED_AT = 4 * MAX_VERDICTS
-"""Newest own updates that verdicts are compared with: more than one receipt names."""
+"""Newest own updates to compare verdicts with: more than one receipt can name."""
 
 UNKNOWN = "unknown"
-"""Stands for reasons that this release does not know; what a region calls them is its own word."""
+"""Counted in place of a reason that this release does not know, so a region cannot make up metric labels."""
 
 REFUSED = "refused"
-"""Key in `Daemon.declined` under which a site says that its updates are refused."""
+"""Key in `Daemon.declined` for a site whose updates are refused."""
 
 
 class Verdicts:
-    """Follows the receipts of one site; ``changed`` is called when it may train again, or no longer."""
+    """Follows the receipts of one site. Calls ``changed`` when the site pauses training or may train again."""
 
     def __init__(
         self,
@@ -55,17 +55,17 @@ class Verdicts:
         self._until_s = 0.0
         self._why = ""
         self.refused: dict[str, int] = {}
-        """Refusals heard of by this process, by reason."""
+        """Number of refusals since this process started, by reason."""
 
     @property
     def pause_left_s(self) -> float:
-        """How long the site does not train because its updates are refused, in seconds."""
+        """Seconds until the site may train again after a refusal; 0 if it may now."""
         return max(0.0, self._until_s - time.monotonic())
 
     async def begin(self) -> int:
-        """Look at the newest receipt before anything is trained; return the newest number that the region knows.
+        """Read the newest receipt before training begins; return the newest number that the region knows, 0 for none.
 
-        It is above the newest number here if the state is from a backup, or if another process sends as this site.
+        If it is above the newest number here, the state is from a backup, or another process sends as this site.
         """
         stored = await asyncio.to_thread(read_anchor, self._ledger)
         if stored is not None:
@@ -81,10 +81,10 @@ class Verdicts:
         return newest_known(receipt.verdicts, fresh, own.keys(), newest_here)
 
     async def follow(self) -> None:
-        """Take receipts in for ever.
+        """Take in receipts, forever.
 
         Raises:
-            CopiedSiteError: updates were taken from another process that sends as this site.
+            CopiedSiteError: the receipts show that another process sends as this site.
         """
         async for record in self._bus.follow(self._stream, [self._subject]):
             if (receipt := self._opened(record)) is not None:
@@ -111,7 +111,7 @@ class Verdicts:
             await self._keep(signed)
 
     def _own(self) -> dict[str, Update]:
-        """Return the newest own updates, by id and by the id of the message that each was sent in."""
+        """Return the newest own updates, keyed both by update id and by message id."""
         subject = subjects.head(subjects.update(self._settings.run, self._settings.region, self._settings.site))
         updates = self._outbox.newest(LOOKED_AT)
         by_message = {wire.message_id(self._identity.sign(subject, update)): update for update in updates}
@@ -134,7 +134,7 @@ class Verdicts:
         if verdict.outcome != "refused":
             return
         fields: dict[str, Any] = {"update_id": verdict.name, "reason": verdict.reason, "detail": verdict.detail}
-        if not is_own:  # who has this site's bus key can send in its name; without its signing key, nothing counts
+        if not is_own:  # anyone with this site's bus key can send in its name, but nothing counts without its signature
             self._log.warning("refused_in_our_name", **fields)
             return
         reason = _reason(verdict)
@@ -168,5 +168,5 @@ class Verdicts:
 
 
 def _reason(verdict: Verdict) -> Reason | None:
-    """Return the reason of a refusal; None if it is one of a newer release."""
+    """Return the reason of a refusal; None if this release does not know it."""
     return Reason(verdict.reason) if verdict.reason in set(Reason) else None

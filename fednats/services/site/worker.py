@@ -1,4 +1,4 @@
-"""What a site does in its worker process: load data, train, evaluate, encode into the outbox."""
+"""The site's worker process: load data, train, evaluate, encode updates into the outbox."""
 
 import ctypes
 import hashlib
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from fednats.privacy.account import Charge
 
 OUTBOX_BYTES = 5
-"""Beside the chunks the outbox keeps a residual (float32) and the quantised value (int8) of each parameter."""
+"""Bytes per parameter that the outbox keeps besides the chunks: a residual (float32) and a quantised value (int8)."""
 
 
 @dataclass
 class Pass:
-    """A local pass whose result is in the model, waiting to be encoded."""
+    """A finished local pass, whose result is in the model until it is encoded."""
 
     version: int
     seed: int
@@ -57,11 +57,11 @@ class Pass:
     goes_on: bool
     dp_sgd: bool
     booked: "Sequence[Charge]" = ()
-    """What was charged for its update by an attempt to store it that failed."""
+    """What an earlier, failed attempt to store its update charged."""
 
 
 class SiteWorker:
-    """Holds task, data and one model; the result of the last local pass until it is encoded."""
+    """Holds the task, the data, one model, and the result of the last local pass until it is encoded."""
 
     def __init__(self, settings: SiteSettings) -> None:
         torch.set_num_threads(1)
@@ -91,11 +91,11 @@ class SiteWorker:
         self._policy.check_task(path, sha256)
 
     def prepare(self) -> Prepared:
-        """Load everything, and evaluate one batch.
+        """Load the optimisers, and evaluate one batch.
 
         Raises:
             HospitalError: the task fails.
-            ConfigError: its outputs and targets are none that the default metrics know.
+            ConfigError: the default metrics do not fit its outputs and targets.
         """
         load_optimizers()
         with task_code("evaluating one batch"):
@@ -103,7 +103,7 @@ class SiteWorker:
         return Prepared(self._task_sha256, self._trainer.n_samples, outputs)
 
     def try_batch(self) -> tuple[str, ...]:
-        """Train on one batch and discard the result; return the names of the parameters that get no gradient.
+        """Train on one batch and discard the result; return the names of parameters without a gradient.
 
         Raises:
             HospitalError: the task fails, or its loss is not finite.
@@ -112,11 +112,11 @@ class SiteWorker:
             return tuple(self._trainer.parameters_without_gradient(TrainingSettings()))
 
     def check(self, manifest: ModelManifest) -> None:
-        """Refuse a manifest that is not of this site's task or key, or asks for more than the hospital allows.
+        """Refuse a manifest that does not fit this site's task or key, or that its policy forbids.
 
         Raises:
-            RefusedError: the policy does not allow it; or the parameters, what is frozen, the cipher's key or the grid do
-                not fit.
+            RefusedError: the policy forbids it, or parameters, frozen tensors, key, grid or frames do not fit.
+            HospitalError: the task fails to make the model.
         """
         if manifest.parameters != self._layout.parameters:
             detail = _difference(manifest.parameters, self._layout.parameters)
@@ -137,10 +137,10 @@ class SiteWorker:
             self._weights.check(frame, self._layout.n_parameters)
 
     def begin_run(self, first_version: int) -> int:
-        """Drop what is of runs before the one that begins with ``first_version``; return how many updates were waiting.
+        """Drop what belongs to runs before ``first_version``; return the number of updates dropped from the outbox.
 
         Raises:
-            LocalStorageError: the disk does not take it; nothing was dropped.
+            LocalStorageError: the disk does not take it; no update was dropped.
         """
         if self._pass is not None and self._pass.version < first_version:
             self._pass = None
@@ -152,12 +152,12 @@ class SiteWorker:
         return self._outbox.begin_run(first_version)
 
     def advance(self, manifest: ModelManifest, chain: tuple[Frame, ...]) -> None:
-        """Make the weights of ``manifest`` along frames that were fetched; raises as `LocalModel.advance`."""
+        """Build the weights of ``manifest`` from fetched frames. Raises as `LocalModel.advance`."""
         with local_disk(self._settings.state_dir):
             self._weights.advance(manifest, chain, self._model_keys)
 
     def evaluate(self, manifest: ModelManifest) -> Scored:
-        """Evaluate the weights of ``manifest`` on the test data; what is sent of it are encrypted sums."""
+        """Evaluate the weights of ``manifest`` on the test data; encrypt the counts that leave the hospital."""
         self._make_as(manifest)
         with self._weights.weights(manifest.version) as weights, task_code("evaluating"):
             found = self._evaluator.evaluate(weights, manifest.training.cases_at_once)
@@ -174,17 +174,18 @@ class SiteWorker:
         )
 
     def train(self, manifest: ModelManifest, goes_on: bool) -> Trained:  # noqa: FBT001 - a worker's call has no names
-        """Make one local pass from the weights of ``manifest``; the result stays here until `encode`.
+        """Make one local pass from the weights of ``manifest``; keep the result here until `encode`.
 
-        With ``goes_on`` it starts from where the last such pass on that version ended, and notes where it ends. What would
-        make the pass useless is looked for before the privacy account is charged: no budget, no room on the disk, a task
-        that fails.
+        With ``goes_on`` the pass starts where the last such pass on that version ended, and `encode` notes where it
+        ends. Before the privacy account is charged, the worker checks for what would waste the pass: no budget left, no
+        room on the disk and, with DP-SGD, a task that fails.
 
         Raises:
-            BudgetSpentError: it would go beyond the privacy budget; nothing was trained.
+            BudgetSpentError: it would exceed the privacy budget; nothing was trained.
             OldAccountError: the privacy account does not know what was spent since a backup; nothing was trained.
-            LocalStorageError: it could not be booked in the privacy account, or the disk has no room for its update; nothing
-                was trained.
+            LocalStorageError: it could not be booked in the privacy account, or the disk has no room for its update;
+                nothing was trained.
+            HospitalError: the task fails.
             LocalDataError: the loss or the result is not finite.
         """
         self._make_as(manifest)
@@ -207,7 +208,7 @@ class SiteWorker:
         return Trained(trained.n_samples, trained.train_loss, norm)
 
     def _left(self, manifest: ModelManifest) -> Left:
-        """Return what may have left this site with noise, as far as it was charged."""
+        """Return the newest update that may have left this site at a cost in privacy, for `Guard.catch_up`."""
         charged, found = self._outbox.newest_charged(), self._outbox.restored()
         if found is None or found.cost_nothing or charged >= found.first:
             return Left(charged)
@@ -217,7 +218,7 @@ class SiteWorker:
         return Left(max(partly_sent, charged), signed=found.signed >= found.known)
 
     def _rehearse(self, manifest: ModelManifest, start: Vector, n_made: int) -> None:
-        """Try what a pass with noise does on one batch, or on every case if the last pass that was charged failed."""
+        """Rehearse DP-SGD on one batch, or on every case if a charged pass became no update."""
         training = manifest.training
         lost = self._guard.n_unfinished(manifest, n_made)
         if training.dp is not None and (lost or training != self._rehearsed):
@@ -230,15 +231,15 @@ class SiteWorker:
             self._outbox.check_room(scheme.update_bytes(manifest.delta, n) + n * OUTBOX_BYTES)
 
     def spending(self, manifest: ModelManifest) -> Spending | None:
-        """Return what was spent of the privacy of this hospital's data; None where the run does not spend any."""
+        """Return what was spent of this hospital's privacy budget; None if nothing is booked in such a run."""
         return self._guard.spending(manifest)
 
     def encode(self, newest: ModelManifest) -> Update:
-        """Quantise on the newest grid, encrypt and store the delta with what rounding left of it.
+        """Quantise the delta on the newest grid, encrypt it and store it with the residual that rounding left.
 
         Raises:
-            BudgetSpentError: the noise on this grid would go beyond the privacy budget; the pass is dropped.
-            LocalStorageError: the disk is full; nothing of the update is stored, and the pass is kept to be encoded again.
+            BudgetSpentError: the noise on this grid would exceed the privacy budget.
+            LocalStorageError: the disk is full; nothing of the update counts, and the pass is kept to be encoded again.
             LocalDataError: nothing was trained, or the worker process that trained has ended.
         """
         done = self._pass
@@ -297,10 +298,10 @@ class SiteWorker:
         self._frozen_digests = frozen_digests(model)
 
     def _make_as(self, manifest: ModelManifest) -> None:
-        """Have the model that the seed of the run makes, with the same frozen tensors as the coordinator's.
+        """Make the model for the run's seed, and check that its frozen tensors equal the coordinator's.
 
         Raises:
-            RefusedError: ``wrong_shape``: they are not the same; the text names one.
+            RefusedError: ``wrong_shape``: a frozen tensor differs; the text names it.
         """
         if manifest.seed != self._seed:
             with task_code("making the model"):
@@ -317,7 +318,7 @@ class SiteWorker:
             )
 
     def _start(self, version: int, *, goes_on: bool) -> TensorFile:
-        """Open what a pass on ``version`` starts from."""
+        """Open the weights that a pass on ``version`` starts from."""
         if goes_on and self._local.exists():
             local = read_or_drop(self._local)
             if local.metadata.get("version") == str(version):
@@ -340,7 +341,7 @@ def _refuse_not_finite(delta: Vector) -> None:
 
 
 def return_free_memory() -> None:
-    """Return what encoding has freed to the system before training needs its own; only glibc keeps it and can."""
+    """Return the memory that encoding freed to the system, before training needs more. Does nothing without glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -352,7 +353,7 @@ def _seed(seed: int, site: str, version: int, n_made: int) -> int:
 
 
 def _difference(announced: Sequence[ParameterSpec], own: Sequence[ParameterSpec]) -> str:
-    """Say how the tensors that a manifest announces are unlike this site's ``own``."""
+    """Describe the first difference between the tensors that a manifest announces and this site's ``own``."""
     known = {spec.name: spec for spec in own}
     for spec in announced:
         if spec.name not in known:
