@@ -26,7 +26,7 @@ def apportion(masses: Sequence[float], sizes: Sequence[int], total: int) -> tupl
     (9, 1)
 
     Raises:
-    OverflowRefusedError: weights of 1 already exceed ``total``.
+        OverflowRefusedError: weights of 1 already exceed ``total``.
     """
     if sum(sizes) > total:
         raise OverflowRefusedError(f"{len(sizes)} contributions of total weight {sum(sizes)} do not fit in {total}")
