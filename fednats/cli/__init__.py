@@ -1,4 +1,4 @@
-"""The command line: ``fednats --help``. A file for each group of commands."""
+"""The command line, ``fednats --help``, with a file for each group of commands."""
 
 from typing import Annotated
 
@@ -17,7 +17,7 @@ for group in (federation, runs, task, check, daemons, provision, link, bench, au
     app.add_typer(group.commands)
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer passes it by position
     if asked:
         typer.echo(f"fednats {__version__}")
         raise typer.Exit
@@ -29,12 +29,12 @@ def fednats(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train one model over many hospitals while every record stays where it is."""
+    """Train one model across hospitals; no patient record leaves a hospital."""
 
 
 def main() -> None:
     """Run the command line; an error is one line, not a traceback."""
     try:
         app()
-    except Exception as error:  # noqa: BLE001 - nobody who runs a command is to read a traceback
+    except Exception as error:  # noqa: BLE001 - a user of the command line gets no traceback
         raise SystemExit(report(error)) from None

@@ -1,4 +1,4 @@
-"""``fednats audit``: what left a hospital."""
+"""``fednats audit``: check and read a hospital's record of what left it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +31,10 @@ def audit_verify(
         typer.Option(metavar="LEDGER", help="ledger of the region (or the coordinator) that accepted what left"),
     ] = None,
 ) -> None:
-    """Say whether a ledger is whole and who signed it, or exit code 1 with the place; docs/audit.md."""
+    """Check that a ledger is whole and who signed it.
+
+    If it is not, says where and exits with code 1. See docs/audit.md.
+    """
     found = _audit(ledger, signers, against)
     for text in (*found.notes, *found.gaps, *found.findings, found.line):
         typer.echo(text)
@@ -44,7 +47,7 @@ def audit_show(
     html: Annotated[Path | None, typer.Option(help="write a page for a browser instead")] = None,
     signers: SignersFiles = None,
 ) -> None:
-    """Print what is on record, or write it as a page: totals by kind and day, epsilon over time, all records."""
+    """Print a ledger, or write it as an HTML page: totals by kind and day, epsilon over time, all records."""
     from fednats.ledger import page as ledger_page  # noqa: PLC0415
 
     found = _audit(ledger, signers)

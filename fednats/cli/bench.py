@@ -1,4 +1,4 @@
-"""``fednats bench``: what this machine does."""
+"""``fednats bench``: measurements on this machine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
@@ -17,7 +17,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print a JSON list of rows"
 
 @bench.command()
 def crypto(as_json: AsJson = False) -> None:  # noqa: FBT002
-    """Time and size of the encrypted delta: 1,000,000 parameters, 5 sites, 8 and 4 bits."""
+    """Measure time and size of encrypted deltas: 1,000,000 parameters, 5 sites, 8 and 4 bits."""
     from fednats.testbed import bench_crypto  # noqa: PLC0415
 
     _bench(bench_crypto.run, as_json=as_json)
@@ -25,7 +25,7 @@ def crypto(as_json: AsJson = False) -> None:  # noqa: FBT002
 
 @bench.command()
 def loop(as_json: AsJson = False) -> None:  # noqa: FBT002
-    """How late each daemon's event loop is while five hospitals train and encrypt."""
+    """Measure how late each daemon's event loop runs while five hospitals train and encrypt."""
     from fednats.testbed import bench_loop  # noqa: PLC0415
 
     _bench(bench_loop.run, as_json=as_json)
@@ -33,7 +33,10 @@ def loop(as_json: AsJson = False) -> None:  # noqa: FBT002
 
 @bench.command()
 def wan(as_json: AsJson = False) -> None:  # noqa: FBT002
-    """Time to a target, synchronous and asynchronous: on a good net, a bad one, and with a slow hospital."""
+    """Measure the time to a target AUC, in synchronous and asynchronous training.
+
+    Three scenarios: good links, bad links, and bad links with one slow hospital.
+    """
     from fednats.testbed import bench_wan  # noqa: PLC0415
 
     _bench(bench_wan.run, as_json=as_json)

@@ -1,4 +1,4 @@
-"""``fednats check``: try a task on this machine before it takes part in anything."""
+"""``fednats check``: try a task on this machine before it takes part in a run."""
 
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ commands = typer.Typer()
 
 @dataclass(frozen=True)
 class Target:
-    """One task at one site, with the settings that it is tried with."""
+    """One task at one site, with the settings to try it with."""
 
     title: str
     task: TaskSettings
@@ -43,7 +43,10 @@ def check(
     ] = None,
     dp: Annotated[bool, typer.Option("--dp", help="try differential privacy as well; charges nothing")] = False,  # noqa: FBT002
 ) -> None:
-    """Try a task on this machine: data, one batch, one evaluation, one update. Nothing is sent; docs/tasks.md."""
+    """Try a task on this machine: data, one batch, one evaluation, one update. Nothing is sent.
+
+    Exits with code 1 if a step fails. See docs/tasks.md.
+    """
     from fednats.provision.epochs import throwaway_public_key  # noqa: PLC0415 - torch and TenSEAL
     from fednats.services.site.task_check import TaskCheck  # noqa: PLC0415
 
@@ -129,4 +132,4 @@ def _option(text: str) -> tuple[str, Any]:
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key, value  # a text without quotes
+        return key, value  # text without quotes

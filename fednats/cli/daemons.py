@@ -18,7 +18,7 @@ ConfigFile = Annotated[Path, typer.Option("--config", help="settings file (TOML)
 
 @contextmanager
 def supervised() -> Iterator[None]:
-    """Tell the supervisor of a daemon by the exit code that starting it again does not mend its settings."""
+    """Exit with a code of its own on a ConfigError, so that a supervisor does not restart the daemon in vain."""
     try:
         yield
     except ConfigError as error:
@@ -28,7 +28,7 @@ def supervised() -> Iterator[None]:
 
 @commands.command()
 def site(config: ConfigFile) -> None:
-    """Run a hospital's daemon."""
+    """Run a hospital's daemon: it trains on the hospital's data and sends encrypted updates."""
     from fednats.services.daemon import lifecycle  # noqa: PLC0415
     from fednats.services.site import service  # noqa: PLC0415
 
@@ -39,7 +39,7 @@ def site(config: ConfigFile) -> None:
 
 @commands.command()
 def aggregator(config: ConfigFile) -> None:
-    """Run a region's daemon."""
+    """Run a region's daemon: it adds up encrypted updates that it cannot read."""
     from fednats.services.aggregator import service  # noqa: PLC0415
     from fednats.services.daemon import lifecycle  # noqa: PLC0415
 
@@ -54,7 +54,7 @@ def aggregator(config: ConfigFile) -> None:
 
 @commands.command()
 def coordinator(config: ConfigFile) -> None:
-    """Run the daemon at the root."""
+    """Run the coordinator's daemon: it decrypts sums and publishes the versions of the model."""
     from fednats.services.coordinator import service  # noqa: PLC0415
     from fednats.services.daemon import lifecycle  # noqa: PLC0415
     from fednats.subjects import HUB  # noqa: PLC0415

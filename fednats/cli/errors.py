@@ -1,4 +1,4 @@
-"""What the command line prints of an error: one line, and no traceback."""
+"""Print errors of the command line: one line each, without a traceback."""
 
 import os
 import tempfile
@@ -10,14 +10,14 @@ from rich.console import Console
 from fednats.errors import FednatsError, HospitalError, InterruptedRunError
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 def report(error: Exception) -> int:
-    """Print ``error`` to standard error, a line for each if it is a group; return the exit code.
+    """Print ``error`` to standard error, a line for each error in a group; return the exit code.
 
-    A traceback, of a task's code or of what nobody expected, goes to a file that only its owner may read: it may quote
-    a record.
+    The traceback of an error in a task's code, or of an unexpected one, goes to a file that only its owner may read,
+    because it may quote a patient record.
     """
     console = Console(stderr=True, soft_wrap=True)
     found = list(dict.fromkeys(leaves(error)))
@@ -27,7 +27,7 @@ def report(error: Exception) -> int:
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:
-    """Yield the errors in a group, and in the groups in it; or the error itself."""
+    """Yield all errors in a group and its nested groups, or the error itself."""
     if isinstance(error, BaseExceptionGroup):
         for one in error.exceptions:
             yield from leaves(one)

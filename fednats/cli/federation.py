@@ -1,4 +1,4 @@
-"""``fednats demo`` and ``verify``: a whole federation on this machine."""
+"""``fednats demo`` and ``fednats verify``: run a whole federation on this machine, and check a run."""
 
 import asyncio
 from enum import StrEnum
@@ -26,14 +26,14 @@ Slow = Annotated[
 
 
 class CipherName(StrEnum):
-    """How deltas travel."""
+    """How deltas are encrypted."""
 
     BFV = "bfv"
     NONE = "none"
 
 
 class Mode(StrEnum):
-    """When a version is made."""
+    """When a version is made: without waiting, or once all sites have reported."""
 
     ASYNC = "async"
     SYNC = "sync"
@@ -55,7 +55,7 @@ def demo(
     wan: Wan = None,
     slow: Slow = None,
 ) -> None:
-    """Hospitals train one model on this machine: real processes, a real bus, encrypted deltas."""
+    """Run a demo federation on this machine: real processes, a real bus, encrypted deltas."""
     from fednats.testbed.federation import demo_federation  # noqa: PLC0415 - torch is not for the daemons' start
 
     federation = demo_federation(
@@ -73,7 +73,10 @@ def demo(
 
 @commands.command()
 def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="output folder of a run")]) -> None:
-    """Replay the journals of a run: every accepted update is in one applied sum, or exit code 1; docs/reliability.md."""
+    """Replay the journals of a run and check that every accepted update is in exactly one applied sum.
+
+    Exits with code 1 if not. See docs/reliability.md.
+    """
     from fednats.verify import joined as ledger  # noqa: PLC0415
     from fednats.verify import table as ledger_table  # noqa: PLC0415
 
@@ -85,7 +88,7 @@ def verify(directory: Annotated[Path, typer.Argument(metavar="DIR", help="output
 
 
 def run_here(federation: "FederationSettings", output: Path, wan: str | None, slow: list[str] | None) -> None:
-    """Run ``federation`` on this machine to its end, and print what came of it."""
+    """Run ``federation`` on this machine to its end, and print the results."""
     from fednats.testbed.launch import run_federation  # noqa: PLC0415
     from fednats.testbed.summary import comparison, spent  # noqa: PLC0415
     from fednats.testbed.wan import parse_wan  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""``fednats link``: see and cut links."""
+"""``fednats link``: show and cut links."""
 
 import asyncio
 from pathlib import Path
@@ -18,19 +18,19 @@ LinkName = Annotated[str, typer.Argument(metavar="NAME", help="a region, a site,
 
 @link.command()
 def show(output: RunsIn = Path("output")) -> None:
-    """Print each link, its settings, whether it is up, and what has crossed it."""
+    """Print each link with its settings, its state, and the bytes that have crossed it."""
     _ask_links(output, "show")
 
 
 @link.command()
 def cut(name: LinkName, output: RunsIn = Path("output")) -> None:
-    """Let every packet on a link vanish."""
+    """Cut a link: every packet on it is lost until `fednats link restore`."""
     _ask_links(output, "cut", name)
 
 
 @link.command()
 def restore(name: LinkName, output: RunsIn = Path("output")) -> None:
-    """Mend a link; connections that lived through the cut are reset."""
+    """Restore a link that was cut; connections from before or during the cut are reset."""
     _ask_links(output, "restore", name)
 
 

@@ -1,4 +1,4 @@
-"""``fednats provision`` and ``fednats keys``: kits, and keys that stay with their owner."""
+"""``fednats provision`` and ``fednats keys``: make kits, and keys that stay with their owner."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -38,7 +38,10 @@ def provision(
     ] = None,
     he_public: HePublic = None,
 ) -> None:
-    """Make a folder for each participant with only what it may hold; see docs/provisioning.md."""
+    """Make a kit for each participant, with only what that participant may hold.
+
+    Run it again after a change to the federation file; existing keys stay. See docs/provisioning.md.
+    """
     from fednats.provision import kits  # noqa: PLC0415
     from fednats.testbed.federation import load_federation  # noqa: PLC0415
 
@@ -62,7 +65,10 @@ def new(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the seeds")] = Path(),
 ) -> None:
-    """Make keys where they are used; hand in only what is printed: `fednats provision --public-key NAME=U...`."""
+    """Make keys on the machine that uses them.
+
+    Hand in only the lines printed, for `fednats provision --public-key NAME=U...`; the seeds stay.
+    """
     from fednats.provision.new_key import new_key  # noqa: PLC0415
 
     for name in names:
@@ -75,7 +81,10 @@ def new_he(
     epoch: Annotated[int, typer.Option(min=1, help="the epoch that the keys are for; a rotation begins the next")] = 1,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the keys")] = Path(),
 ) -> None:
-    """Make the keys for homomorphic encryption at the coordinator; hand in the public one: `--he-public FILE`."""
+    """Make the keys for homomorphic encryption on the coordinator's machine.
+
+    Hand in only the public key, for `--he-public FILE` of `fednats provision` or `fednats keys rotate`.
+    """
     from fednats.provision.new_key import new_pair  # noqa: PLC0415
     from fednats.testbed.federation import load_federation  # noqa: PLC0415
 
@@ -85,7 +94,7 @@ def new_he(
 
 @keys.command()
 def rotate(out: Kits = Path("kits"), he_public: HePublic = None) -> None:
-    """Begin a new epoch of homomorphic encryption; what is under way in the old one still counts."""
+    """Begin a new epoch with new keys; updates under way for the old epoch still count."""
     from fednats.provision import kits  # noqa: PLC0415
 
     _print_changed(kits.rotate(out.absolute(), he_public=_he_public(he_public)), out)
@@ -105,7 +114,7 @@ def _he_public(file: Path | None) -> bytes | None:
 
 
 def _print_certificates(out: Path) -> None:
-    """Print when the certificates end; a server's is renewed here in its last 90 days, if its kit is still there."""
+    """Print when the certificates end; `provision` renews a server's in its last 90 days if the kit is still there."""
     from fednats.provision.authority import certificates  # noqa: PLC0415
 
     for path, ends in certificates(out):

@@ -1,4 +1,4 @@
-"""Rows of figures, printed."""
+"""Print rows of figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ import typer
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], *, as_json: bool) -> None:
-    """Print a line for each row, or all of them as JSON."""
+    """Print a line for each row, or all rows as JSON."""
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

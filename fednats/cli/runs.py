@@ -1,4 +1,4 @@
-"""``fednats run``: a federation file here, or the runs of a federation whose daemons stand."""
+"""``fednats run``: run a federation file on this machine, or manage the runs of a deployed federation."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -24,7 +24,7 @@ HERE = "here"
 
 
 class _FileOrCommand(TyperGroup):
-    """Takes a file where a command is expected: ``run FEDERATION.toml`` is ``run here FEDERATION.toml``."""
+    """Accepts a file in place of a command: ``run FEDERATION.toml`` means ``run here FEDERATION.toml``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and "--help" not in args[:1]:
@@ -44,7 +44,10 @@ commands.add_typer(run, name="run")
 
 @run.command(HERE)
 def here(federation: FederationFile, output: Output = Path("output"), wan: Wan = None, slow: Slow = None) -> None:
-    """Run your own federation on this machine, as processes; see docs/federation-file.md. The word may be left out."""
+    """Run your federation on this machine, as processes. The word `here` may be left out.
+
+    See docs/federation-file.md.
+    """
     from fednats.testbed.federation import load_federation  # noqa: PLC0415 - torch is not for the daemons' start
 
     run_here(load_federation(federation), output, wan, slow)
@@ -57,7 +60,7 @@ def start(
     ],
     config: ConfigFile,
 ) -> None:
-    """Start another run with the kits and daemons that stand. --config is the coordinator's settings file."""
+    """Start another run with the daemons that are running. --config is the coordinator's settings file."""
     wanted = load(settings, RunSettings, environment={})
     row = _order(config, lambda orders: orders.start(wanted))
     typer.echo(f"run {row.name} is open, its first version is {row.first_version}")
@@ -72,7 +75,7 @@ def extend(
     ] = None,
     target: Annotated[float | None, typer.Option(help="another target  [default: the run's]")] = None,
 ) -> None:
-    """Let the newest run, which is closed, go on from where it ended."""
+    """Continue the newest run, which must be closed, from where it ended."""
     extension = Extension(versions=versions, wall_s=wall_s, target=target)
     row = _order(config, lambda orders: orders.extend(extension))
     typer.echo(f"run {row.name} is open again, and has up to {versions} more versions")

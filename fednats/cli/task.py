@@ -1,4 +1,4 @@
-"""``fednats task``: write a task of one's own, and the hash that a policy knows it by."""
+"""``fednats task``: write a new task, and print the hash that identifies a task in a policy."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +12,7 @@ commands.add_typer(task, name="task")
 
 
 class DataSource(StrEnum):
-    """What a hospital's data is."""
+    """The form of a hospital's data."""
 
     CSV = "csv"
     IMAGES = "images"
@@ -33,7 +33,7 @@ def task_new(
     encoding: Annotated[str | None, typer.Option(help="of the CSV, if it is not UTF-8")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the files")] = Path(),
 ) -> None:
-    """Write a task and a federation file to try it with; nothing is overwritten, no value of the data is shown."""
+    """Write a task, and a federation file to try it with. Overwrites nothing and shows no value of the data."""
     from fednats.templates.new_task import new_task  # noqa: PLC0415 - torch
 
     stated = {"delimiter": delimiter, "encoding": encoding}
@@ -55,7 +55,10 @@ def task_hash(
         typer.Argument(metavar="PATH", help="a Python file, a folder with an __init__.py, a wheel, or a shipped task"),
     ],
 ) -> None:
-    """Print the SHA-256 of a task's code, for task_sha256 in policy.toml; docs/tasks.md says what is hashed."""
+    """Print the SHA-256 of a task's code, for task_sha256 in policy.toml.
+
+    docs/tasks.md says what is hashed.
+    """
     from fednats.learning.code_files import read_code  # noqa: PLC0415 - as above
     from fednats.learning.task_code import code_path  # noqa: PLC0415
 

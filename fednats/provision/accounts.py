@@ -1,4 +1,4 @@
-"""The accounts of each server, with the public keys of those who have one, and what the accounts share."""
+"""The accounts of each server, their users' public keys, and what the accounts share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ OBSERVER_ACCOUNT = "OBSERVER"
 
 @dataclass
 class Accounts:
-    """Those of one server."""
+    """The accounts of one server."""
 
     plan: Plan
     registry: Registry
@@ -32,11 +32,11 @@ class Accounts:
 
     @property
     def users(self) -> tuple[User, ...]:
-        """Everybody in them."""
+        """All users of all accounts."""
         return tuple(user for account in self.accounts for user in account.users)
 
     def add(self, account: str, role: str, node: str, allowed: Permissions, *, streams: bool = True) -> None:
-        """Add an account with one user, or with nobody if its key was revoked."""
+        """Add an account with one user, or without a user if its key was revoked."""
         name = permissions.user_name(role, node)
         key = self.registry.keys.get(name)
         users = () if key is None else (User(name, key, allowed, leaf=role == "link"),)
@@ -48,7 +48,7 @@ class Accounts:
         self.shares += sharing.of_observer(self.plan.name, node, owner, account)
 
     def add_children(self, node: str | None, owner: str, observer: str) -> None:
-        """Add two accounts for each region directly below ``node``: of its uplink, and with its copy of the models."""
+        """Add two accounts for each region directly below ``node`` (None: the hub): its uplink and its models."""
         plan, run = self.plan, self.plan.name
         for child in plan.children_of(node):
             below, uplink = plan.below(child), sharing.uplink_of(child)
@@ -61,7 +61,7 @@ class Accounts:
             self.shares += sharing.of_child(run, node or HUB, owner, observer, child, below, leaves=plan.leaves)
 
     def add_private(self, region: RegionPlan, models: Sequence[Grant], suffix: str = "") -> None:
-        """Add a region's private account, its observer's, and one for each site; ``models``: what it copies them by."""
+        """Add a region's private account, its observer's, and one for each site; ``models`` let it copy the models."""
         run, name = self.plan.name, region.name
         private, observer = f"{REGION_ACCOUNT}{suffix}", f"{OBSERVER_ACCOUNT}{suffix}"
         sites = [*region.sites, *self.former("site")]
@@ -74,13 +74,13 @@ class Accounts:
             self.shares += sharing.of_site(run, name, private, observer, site, account)
 
     def former(self, role: str) -> list[str]:
-        """Return the sites, or regions, that were revoked and are nowhere in the plan: what they sent may still be in work."""
+        """Return the revoked sites or regions that are not in the plan; their messages may still be in progress."""
         users = (name.partition(".") for name in self.registry.revoked if name not in self.plan.users())
         return [node for its_role, _, node in users if its_role == role]
 
 
 def of_hub(plan: Plan, registry: Registry) -> Accounts:
-    """Accounts of the hub; without leaves the regions' are there as well."""
+    """Return the accounts of the hub; without leaves, those of the regions too."""
     made = Accounts(plan, registry)
     regions = [*plan.children_of(None), *made.former("aggregator")]
     made.add(HUB_ACCOUNT, "coordinator", HUB, permissions.coordinator(plan.name, regions))
@@ -94,7 +94,7 @@ def of_hub(plan: Plan, registry: Registry) -> Accounts:
 
 
 def of_leaf(plan: Plan, region: RegionPlan, registry: Registry) -> Accounts:
-    """Accounts of a region's server."""
+    """Return the accounts of a region's server."""
     made, name, children = Accounts(plan, registry), region.name, plan.children_of(region.name)
     below = [*children, *made.former("aggregator")] if children else []
     made.add(UPLINK_ACCOUNT, "uplink", name, permissions.uplink(plan.name, name, below))

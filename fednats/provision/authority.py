@@ -1,4 +1,4 @@
-"""The federation's certificate authority: it vouches for the servers, and for regions' servers to those above.
+"""The federation's certificate authority: it certifies servers to services, and regions' servers to those above.
 
 Keys are on the curve P-256. Certificates are valid from a week before they are made, because clocks differ.
 """
@@ -23,13 +23,17 @@ KEY_FILE = "server.key"
 AUTHORITY_YEARS = 10
 SERVER_DAYS = 730
 RENEWED_BEFORE_DAYS = 90
-"""A server's certificate that is valid for less is made anew."""
+"""A server's certificate is renewed when it has this many days left or fewer."""
 
 _BEFORE = dt.timedelta(days=7)
 
 
 class Authority:
-    """The authority in a folder; made there if there is none."""
+    """The authority in a folder; created if there is none.
+
+    Raises:
+        ConfigError: the certificate is missing, but its key is there.
+    """
 
     def __init__(self, folder: Path, run: str, files: Files) -> None:
         self._key_file, certificate = folder / "ca.key", folder / CA_FILE
@@ -42,10 +46,13 @@ class Authority:
         self._certificate = x509.load_pem_x509_certificate(self.pem)
 
     def certify(self, kit: Path, name: str, hosts: Sequence[str], *, links_up: bool) -> None:
-        """Put key and certificate of a server into its kit; a key that is there stays.
+        """Put a server's key and certificate into its kit; keep an existing key.
 
-        A certificate that is there stays as well if it is for the same ``hosts`` and valid for long enough.
-        ``links_up``: the server connects to one above, which asks for its certificate.
+        Also keeps an existing certificate if it fits the key, this authority and ``hosts``, and is valid for more than
+        `RENEWED_BEFORE_DAYS`. ``links_up``: the server connects to one above, which asks for its certificate.
+
+        Raises:
+            ConfigError: the authority's key is needed and missing, or a key file is damaged.
         """
         certificate_file = kit / CERTIFICATE_FILE
         key = self._server_key(kit / KEY_FILE)
@@ -95,7 +102,7 @@ class Authority:
 
 
 def certificates(kits: Path) -> Iterator[tuple[Path, dt.datetime]]:
-    """Yield the certificates below the folder of kits, the authority's and the servers', each with when it ends."""
+    """Yield each certificate in the folder of kits with its end: the authority's, then the servers'."""
     for file in (kits / "authority" / CA_FILE, *sorted(kits.glob(f"*/{CERTIFICATE_FILE}"))):
         if file.exists():
             yield file, x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc

@@ -1,4 +1,4 @@
-"""The keys of each epoch of a federation: a pair for homomorphic encryption, and one that seals the models."""
+"""The keys of each epoch: a pair for homomorphic encryption, and a key that seals the models."""
 
 from pathlib import Path
 
@@ -12,25 +12,25 @@ from fednats.provision.plan import Kits
 
 
 def secret_file(epoch: int) -> str:
-    """Name of the file with the secret key of an epoch."""
+    """Return the name of the file with an epoch's secret key."""
     return f"epoch-{epoch}.secret"
 
 
 def public_file(epoch: int) -> str:
-    """Name of the file with the public key of an epoch."""
+    """Return the name of the file with an epoch's public key."""
     return f"epoch-{epoch}.public"
 
 
 def model_key_file(epoch: int) -> str:
-    """Name of the file with the key that seals the models of an epoch."""
+    """Return the name of the file with the key that seals an epoch's models."""
     return f"model-{epoch}.key"
 
 
 def check_public(delta: DeltaSettings, public_key: bytes) -> None:
-    """Refuse what the coordinator handed in if it is no public key for the run's settings.
+    """Check that the coordinator handed in a public key for the run's settings.
 
     Raises:
-        ConfigError: it is none, one for other settings, or the run needs none.
+        ConfigError: it is not a public key, is for other settings, or the run is not encrypted.
     """
     if delta.cipher == "none":
         raise ConfigError('--he-public: the run is not encrypted (delta.cipher = "none"), so there is no such key')
@@ -38,10 +38,10 @@ def check_public(delta: DeltaSettings, public_key: bytes) -> None:
 
 
 def take_public(public_key: bytes, epoch: int, kits: Kits, files: Files) -> None:
-    """Keep the public key that the coordinator made for ``epoch``.
+    """Store the public key that the coordinator made for ``epoch``.
 
     Raises:
-        ConfigError: the epoch has another key.
+        ConfigError: the epoch already has another key.
     """
     kept = kits.authority / public_file(epoch)
     if kept.exists() and kept.read_bytes() != public_key:
@@ -50,9 +50,9 @@ def take_public(public_key: bytes, epoch: int, kits: Kits, files: Files) -> None
 
 
 def make_pair(delta: DeltaSettings, held: Path, kept: Path, files: Files) -> None:
-    """Write the secret key to ``held`` and its public half to ``kept``, as far as they are not there.
+    """Write the secret key to ``held`` and its public half to ``kept``, unless ``kept`` exists.
 
-    Of a run that was ended in between the secret key is there, and its half is made from it.
+    If an earlier call was interrupted after it wrote ``held``, derive the public half from that.
     """
     if kept.exists():
         return
@@ -65,26 +65,26 @@ def make_pair(delta: DeltaSettings, held: Path, kept: Path, files: Files) -> Non
 
 
 def throwaway_public_key(delta: DeltaSettings) -> bytes | None:
-    """Make a public key that nobody can decrypt for, to measure with; None where nothing is encrypted."""
+    """Make a public key for a trial and discard its secret half; return None if the run is not encrypted."""
     return None if delta.cipher == "none" else secret.generate(scheme.bfv(delta).parameters)[1]
 
 
 def hand_out_public_key(epoch: int, kits: Kits, kit: Path, files: Files) -> Path:
-    """Put the public key of ``epoch`` into a kit; return its name there."""
+    """Copy the public key of ``epoch`` into a kit; return the name of the file there."""
     name = public_file(epoch)
     files.public(kit / name, (kits.authority / name).read_bytes())
     return Path(name)
 
 
 def make_model_key(epoch: int, kits: Kits, files: Files) -> None:
-    """Make the model key of ``epoch`` unless it is there."""
+    """Make the model key of ``epoch`` unless it exists."""
     kept = kits.authority / model_key_file(epoch)
     if not kept.exists():
         files.private(kept, sealing.generate())
 
 
 def hand_out_model_key(epoch: int, kits: Kits, kit: Path, files: Files) -> Path:
-    """Put the model key of ``epoch`` into a kit; return its name there."""
+    """Copy the model key of ``epoch`` into a kit; return the name of the file there."""
     name = model_key_file(epoch)
     files.private(kit / name, (kits.authority / name).read_bytes())
     return Path(name)

@@ -1,4 +1,4 @@
-"""Files of kits: private ones at 0600, new folders at 0700, and a list of what was changed."""
+"""Files of kits: private ones at 0600, new folders at 0700, and a list of changed files."""
 
 import os
 from pathlib import Path
@@ -7,26 +7,29 @@ from fednats.errors import LocalStorageError
 
 
 class Files:
-    """Writes files whole or not at all; `changed` are those whose content was not there before."""
+    """Writes each file whole or not at all; `changed` lists files that are new, changed, moved or removed.
+
+    Writing raises LocalStorageError if the file cannot be written.
+    """
 
     def __init__(self) -> None:
         self.changed: list[Path] = []
 
     def private(self, path: Path, content: bytes) -> None:
-        """Write what only its owner may read."""
+        """Write a file that only its owner may read."""
         self._write(path, content, 0o600)
 
     def public(self, path: Path, content: bytes) -> None:
-        """Write what anybody may read."""
+        """Write a file that anybody may read."""
         self._write(path, content, 0o644)
 
     def move(self, path: Path, to: Path) -> None:
-        """Rename a file that is out of use."""
+        """Rename a file that is no longer in use."""
         path.replace(to)
         self.changed.append(to)
 
     def remove(self, path: Path) -> None:
-        """Remove a file that is no longer part of what it was written with."""
+        """Remove a file that is no longer part of a kit."""
         path.unlink()
         self.changed.append(path)
 
@@ -34,7 +37,7 @@ class Files:
         try:
             _folder(path.parent)
             if path.exists() and path.read_bytes() == content:
-                if path.stat().st_mode & 0o777 & ~mode:  # a secret was opened to others; what was closed stays closed
+                if path.stat().st_mode & 0o777 & ~mode:  # close it again; never open a file further
                     path.chmod(mode)
                 return
             part = path.with_name(f"{path.name}.part")
@@ -52,6 +55,6 @@ class Files:
 
 
 def _folder(path: Path) -> None:
-    """Make a folder closed to others; one that is there already may be anybody's, and stays as it is."""
+    """Make a folder that only its owner may enter; leave an existing folder as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)

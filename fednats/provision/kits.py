@@ -1,4 +1,4 @@
-"""Make the kits of a federation: a folder for each participant with what it may hold, and nothing else."""
+"""Make the kits of a federation: a folder for each participant, with only what that participant may hold."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -26,15 +26,15 @@ def provision(
     public_keys: Mapping[str, str] | None = None,
     he_public: bytes | None = None,
 ) -> list[Path]:
-    """Make what is not there, keep what is, bring all files up to date; return the files that were changed.
+    """Make missing keys, keep existing ones, and bring all files up to date; return the files that changed.
 
     Args:
-        plan: the federation as it is to be.
+        plan: the federation that the kits are for.
         out: folder of the kits.
         add_sites: sites that are new in the plan, or get a new key after their old one was revoked.
-        add_regions: likewise regions.
-        revoke: who is refused from now on: ``site.NAME``, or ``aggregator.NAME`` for all keys of a region.
-        public_keys: by name of the bus user, of keys whose seeds are kept by those who made them.
+        add_regions: regions, likewise.
+        revoke: users to refuse from now on: ``site.NAME``, or ``aggregator.NAME`` for all keys of a region.
+        public_keys: public keys by name of the bus user, where the owner made the key and keeps the seed.
         he_public: the public key for homomorphic encryption, if the coordinator made the pair.
 
     Raises:
@@ -61,12 +61,13 @@ def provision(
 
 
 def rotate(out: Path, *, he_public: bytes | None = None) -> list[Path]:
-    """Begin a new epoch: a new model key and a new pair of keys for homomorphic encryption; return the files changed.
+    """Begin a new epoch, with a new model key and a new key pair for homomorphic encryption; return the changed files.
 
     ``he_public`` is the public half of the pair, if the coordinator made it.
 
     Raises:
-        ConfigError: nothing was provisioned there, or the coordinator has made its pairs so far and this one is missing.
+        ConfigError: nothing was provisioned in ``out``, or the coordinator makes its own pairs and ``he_public`` is
+            missing.
     """
     kits, files = Kits(out), Files()
     plan = provisioned(kits)
@@ -127,7 +128,7 @@ def _added(plan: Plan, sites: Collection[str], regions: Collection[str]) -> set[
 
 
 def _check(plan: Plan, registry: Registry, admitted: Collection[str]) -> None:
-    """Refuse to give or take a key because of a slip in the federation file."""
+    """Raise ConfigError if the federation file adds or drops a user without the option for it, as by a slip."""
     for name in plan.users():
         if name in admitted or name in registry.revoked:
             continue
@@ -182,7 +183,7 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
     keys, signers = registry.keys, registry.signers()
 
     def common(kit: Path) -> Mapping[str, Path]:
-        """Write what is in every service's kit; return its settings of the epochs' public keys."""
+        """Write the files that every service's kit has; return the settings for the epochs' public keys."""
         files.public(kit / CA_FILE, authority.pem)
         files.public(kit / SIGNERS_FILE, signers)
         return _public_keys(plan, registry, kits, kit, files)
@@ -208,7 +209,7 @@ def _write(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
 
 
 def _make_pair(plan: Plan, registry: Registry, kits: Kits, files: Files) -> None:
-    """Make the pair of the epoch unless it is there: the secret goes to the coordinator and nowhere else."""
+    """Make the key pair of the epoch unless it exists; only the coordinator's kit gets the secret key."""
     kept = kits.authority / epochs.public_file(registry.epoch)
     if registry.own_pairs and not kept.exists():
         raise _missing_public(registry.epoch)
@@ -242,7 +243,7 @@ def _model_keys(registry: Registry, kits: Kits, kit: Path, files: Files) -> Mapp
 
 
 def _epochs(setting: str, registry: Registry) -> Iterator[tuple[str, int]]:
-    """Yield the settings that name keys in use, with their epochs: of this one, and of the one before."""
+    """Yield the settings that name the keys in use, each with its epoch: the current one, then the one before."""
     yield setting, registry.epoch
     if registry.epoch > 1:
         yield f"older_{setting}", registry.epoch - 1
@@ -252,7 +253,7 @@ def provisioned(kits: Kits) -> Plan:
     """Return the plan that was provisioned last.
 
     Raises:
-        ConfigError: nothing was provisioned there.
+        ConfigError: there is none, or it cannot be read.
     """
     path = kits.authority / "plan.json"
     try:

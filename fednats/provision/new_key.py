@@ -1,4 +1,4 @@
-"""Keys that are made where they are used, so that who provisions never has their secret halves."""
+"""Make keys where they are used, so that the operator who provisions never has their secret halves."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ _ROLES = ("site", "aggregator", "uplink", "link", "observer", "coordinator")
 
 
 def new_key(name: str, folder: Path) -> str:
-    """Write the seed of the bus user ``name`` into ``folder``, under the name it has in a kit; return the public key.
+    """Write a new seed for the bus user ``name`` into ``folder``, under its file name in a kit; return the public key.
 
     Raises:
-        ConfigError: there is no such kind of user, or a file of that name.
+        ConfigError: ``name`` has an unknown role or a bad node name, or the file exists.
     """
     role, _, node = name.partition(".")
     if role not in _ROLES:
@@ -31,10 +31,10 @@ def new_key(name: str, folder: Path) -> str:
 
 
 def new_pair(delta: DeltaSettings, epoch: int, folder: Path) -> tuple[Path, Path]:
-    """Make the coordinator's pair of an epoch in ``folder``; return the files of the secret key and of the public one.
+    """Make the coordinator's key pair for an epoch in ``folder``; return the files of the secret and the public key.
 
     Raises:
-        ConfigError: there is a pair, or the run is not encrypted.
+        ConfigError: the public key exists, or the run is not encrypted.
     """
     if delta.cipher == "none":
         raise ConfigError('the run is not encrypted (delta.cipher = "none"); it needs no such keys')

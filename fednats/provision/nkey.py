@@ -1,4 +1,4 @@
-"""Ed25519 keys of bus users, which are also what they sign with, in NATS's own form (nkeys)."""
+"""Ed25519 keys of bus users in NATS's own form (nkeys); users also sign with them."""
 
 import os
 import re
@@ -14,13 +14,13 @@ _LINK_SEED = re.compile(r'^link_seed: "(?P<seed>\w+)"$', re.MULTILINE)
 
 
 def new_seed() -> str:
-    """Make a key: the seed of a user."""
+    """Make a new key and return its seed."""
     seed: bytes = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
     return seed.decode()
 
 
 def seed_text(seed: str, file: Path) -> str:
-    """Return a seed as it stands in ``file``: alone, or as a server's setting in ``link.conf``."""
+    """Return the content of ``file`` for a seed: the seed alone, or a server setting in ``link.conf``."""
     return f'link_seed: "{seed}"\n' if file.suffix == ".conf" else seed
 
 
@@ -28,7 +28,7 @@ def public_key(seed: str) -> str:
     """Return the public key of a seed.
 
     Raises:
-        ConfigError: it is no seed.
+        ConfigError: ``seed`` is not an nkey seed.
     """
     try:
         return Signer(seed).public_key
@@ -37,10 +37,10 @@ def public_key(seed: str) -> str:
 
 
 def public_key_in(file: Path) -> str:
-    """Return the public key of the seed in a file that `seed_text` made.
+    """Return the public key of the seed in a file whose content `seed_text` made.
 
     Raises:
-        ConfigError: there is no seed in it.
+        ConfigError: the file holds no seed.
     """
     text = file.read_text(encoding="utf-8").strip()
     if file.suffix == ".conf":
@@ -53,10 +53,10 @@ def public_key_in(file: Path) -> str:
 
 
 def check_public_key(name: str, key: str) -> str:
-    """Return ``key``, handed in for the user ``name``.
+    """Return ``key``, handed in for the user ``name``, if it is valid.
 
     Raises:
-        ConfigError: it is not the public key of a user: ``U`` and 55 letters and digits with a checksum.
+        ConfigError: ``key`` is not the public key of a user: ``U`` and 55 letters and digits with a checksum.
     """
     try:
         signing.public_key(key)

@@ -1,4 +1,4 @@
-"""Who takes part and where the servers are: what kits are made from."""
+"""Who takes part in a federation and where its servers are; kits are made from this."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ CLIENT_PORT, LEAF_PORT, MONITOR_PORT = 4222, 7422, 8222
 
 
 class ServerAddress(Settings):
-    """Where a nats-server is: ``[bus]`` in a federation file is the hub's, ``[regions.NAME.bus]`` a region's."""
+    """Address of a nats-server: ``[bus]`` in a federation file for the hub, ``[regions.NAME.bus]`` for a region."""
 
     host: str = Field(LOOPBACK, pattern=r"^[A-Za-z0-9.-]+$", description="name or IPv4 address, as others reach it")
     port: int | None = Field(None, ge=1, le=65535, description="for services; none: 4222")
@@ -28,7 +28,7 @@ class ServerAddress(Settings):
 
 
 class LeafAddress(ServerAddress):
-    """A region's server, and the way from it to the one above."""
+    """Address of a region's server, and of the server above as seen from there."""
 
     upstream: str | None = Field(
         None,
@@ -48,37 +48,37 @@ class Server:
     monitor_port: int
     max_store: str
     also: tuple[str, ...] = ()
-    """Other hosts under which it is reached."""
+    """Other host names that reach it."""
 
     @property
     def url(self) -> str:
-        """Where services connect."""
+        """URL that services connect to."""
         return f"tls://{self.host}:{self.port}"
 
     @property
     def leaf_url(self) -> str:
-        """Where the servers of regions below connect."""
+        """URL that the servers of regions below connect to."""
         return f"tls://{self.host}:{self.leaf_port}"
 
     @property
     def monitor_url(self) -> str:
-        """HTTP monitoring, from the machine itself."""
+        """URL of the HTTP monitoring, reachable from the machine itself only."""
         return f"http://{LOOPBACK}:{self.monitor_port}"
 
     @property
     def listens_on(self) -> str:
-        """Address that it binds: loopback, or all."""
+        """Address that the server binds: loopback, or all interfaces."""
         return LOOPBACK if self.host == LOOPBACK else "0.0.0.0"  # noqa: S104 - others connect to a server
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """All names its certificate is for: also those of the machine itself."""
+        """Hosts that its certificate is for, loopback included."""
         return tuple(dict.fromkeys((self.host, *self.also, "localhost", LOOPBACK)))
 
 
 @dataclass(frozen=True)
 class RegionPlan:
-    """One region of a federation; ``parent`` is the region above it, none the hub."""
+    """One region of a federation; ``parent`` is the region above it, None for the hub."""
 
     name: ChosenName
     sites: tuple[ChosenName, ...] = ()
@@ -87,7 +87,7 @@ class RegionPlan:
 
 
 class Plan(Settings):
-    """A federation, as far as keys, servers and settings files go."""
+    """A federation, as far as its keys, servers and settings files need it."""
 
     run: RunSettings
     regions: tuple[RegionPlan, ...] = Field(min_length=1)
@@ -123,13 +123,16 @@ class Plan(Settings):
         return next(region for region in self.regions if region.name == name)
 
     def policy_of(self, site: str) -> Policy:
-        """Return what a site's ``policy.toml`` begins with; from then on the file is the hospital's."""
+        """Return the first content of a site's ``policy.toml``; after that, the file is the hospital's."""
         run = self.run
         of_run = Policy(encrypted=run.delta.cipher != "none", min_sites=run.aggregation.min_sites)
         return self.site_policies.get(site, of_run)
 
     def n_samples_at(self, node: str | None) -> dict[ChosenName, int]:
-        """Return the training cases of whoever reports to ``node``; of a region only if those of all its sites are known."""
+        """Return the known numbers of training cases of the sites and regions that report to ``node`` (None: the hub).
+
+        A region has a number only if all sites in it and below it do.
+        """
         sites = () if node is None else self.region(node).sites
         known = {site: self.n_samples[site] for site in sites if site in self.n_samples}
         for child in self.children_of(node):
@@ -139,24 +142,24 @@ class Plan(Settings):
         return known
 
     def children_of(self, node: str | None) -> tuple[str, ...]:
-        """Names of the regions directly below the region ``node``, or the hub (None)."""
+        """Return the names of the regions directly below the region ``node``, or below the hub (None)."""
         return tuple(region.name for region in self.regions if region.parent == node)
 
     def below(self, region: str) -> tuple[str, ...]:
-        """Names of all regions below ``region``, at any depth."""
+        """Return the names of all regions below ``region``, at any depth."""
         children = self.children_of(region)
         return (*children, *(node for child in children for node in self.below(child)))
 
     def depth(self, region: str) -> int:
-        """Count the regions from ``region`` up to the hub, itself included."""
+        """Count the regions from ``region`` up to the hub, including ``region``."""
         parent = self.region(region).parent
         return 1 if parent is None else 1 + self.depth(parent)
 
     def top_down(self) -> tuple[RegionPlan, ...]:
-        """Return the regions, each after the one above it.
+        """Return the regions, each after its parent.
 
         Raises:
-            ValueError: a parent is unknown, or the regions are in a circle.
+            ValueError: a parent is unknown, or the parents form a circle.
         """
         order: list[RegionPlan] = []
         while len(order) < len(self.regions):
@@ -175,12 +178,12 @@ class Plan(Settings):
         return self._server(node, self.region(node).bus, position + 1)
 
     def upstream(self, region: str) -> str:
-        """Return where a region's server reaches the one above."""
+        """Return the URL at which a region's server reaches the one above."""
         placed = self.region(region)
         return placed.bus.upstream or self.server(placed.parent or HUB).leaf_url
 
     def _server(self, name: str, address: ServerAddress, position: int) -> Server:
-        shift = position if address.host == LOOPBACK else 0  # on one machine all need ports of their own
+        shift = position if address.host == LOOPBACK else 0  # servers on one machine need ports of their own
         below = (region.bus.upstream for region in self.regions if (region.parent or HUB) == name)
         also = (urlsplit(upstream).hostname for upstream in below if upstream is not None)
         return Server(
@@ -196,26 +199,26 @@ class Plan(Settings):
     # --- bus users, by name ---------------------------------------------------------------------------------------
 
     def users(self) -> tuple[str, ...]:
-        """Names of all bus users."""
+        """Return the names of all bus users."""
         regions = (name for region in self.regions for name in self.users_of_region(region.name))
         sites = (user_name("site", site) for region in self.regions for site in region.sites)
         return (user_name("coordinator", HUB), user_name("observer", HUB), *regions, *sites)
 
     def users_of_region(self, region: str) -> tuple[str, ...]:
-        """Names of the users that a region's operator holds; the first is the one it signs with."""
+        """Return the names of a region's bus users; the first is the one that signs."""
         roles = ("aggregator", "uplink", *(("link",) if self.leaves else ()), "observer")
         return tuple(user_name(role, region) for role in roles)
 
 
 @dataclass(frozen=True)
 class Kits:
-    """Where everything is below the folder of kits."""
+    """Paths below the folder of kits."""
 
     root: Path
 
     @property
     def authority(self) -> Path:
-        """The folder of who provisions: handed to nobody."""
+        """The folder of the operator who provisions; nobody else gets it."""
         return self.root / "authority"
 
     @property
@@ -232,11 +235,11 @@ class Kits:
         return self.root / f"site-{site}"
 
     def server(self, node: str) -> Path:
-        """Return the kit of who runs the server of a region, or of the `HUB`."""
+        """Return the kit with the server of a region, or of the `HUB`."""
         return self.root / "hub" if node == HUB else self.region(node)
 
     def seed_file(self, user: str) -> Path:
-        """Return where the seed of a bus user is; a link's is read by the server, so it is in the form of its settings."""
+        """Return the seed file of a bus user; a link's has the form of a server setting, as the server reads it."""
         role, _, node = user.partition(".")
         if role == "coordinator":
             return self.coordinator / f"{user}.nk"

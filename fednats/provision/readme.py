@@ -1,4 +1,4 @@
-"""What each kit says of itself: what is in it, what to keep secret, how to start, how to check."""
+"""The README of each kit: its files, what to keep secret, how to start, how to check."""
 
 from pathlib import Path
 

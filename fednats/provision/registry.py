@@ -1,4 +1,4 @@
-"""Who has which public key, and whose was revoked: what a second run of provisioning knows of the first."""
+"""Record the public key of each user and all revoked keys, for later runs of provisioning."""
 
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -16,26 +16,26 @@ FIRST_WEB_PORT = 9470
 
 
 class Registry(Settings):
-    """``authority/registry.toml``. Public keys only: a seed may be anywhere, also with its owner alone."""
+    """The content of ``authority/registry.toml``. It holds public keys only; a seed may be with its owner alone."""
 
     run: ChosenName
     epoch: int = 1
-    """Counts the pairs of keys for homomorphic encryption."""
+    """Number of the current keys for homomorphic encryption and for sealing models."""
     own_pairs: bool = False
-    """Whether the coordinator makes these pairs, and hands in public keys only."""
+    """Whether the coordinator makes the pairs for homomorphic encryption itself, and hands in public keys only."""
     keys: Mapping[str, str] = {}
-    """By name of the bus user."""
+    """Public key by name of the bus user."""
     revoked: Mapping[str, tuple[str, ...]] = {}
-    """By name of the bus user; the newest last."""
+    """Revoked public keys by name of the bus user, the newest last."""
     web_ports: Mapping[str, int] = {}
-    """By name of the bus user: where each service serves /metrics, on loopback. One that was given stays."""
+    """Port of each service's HTTP server, on loopback, by name of the bus user. An assigned port stays."""
 
     @classmethod
     def read(cls, path: Path, run: str) -> "Registry | None":
-        """Return what is there, None if nothing is.
+        """Return the registry in the file ``path``, or None if there is no such file.
 
         Raises:
-            ConfigError: it is damaged, or of another run.
+            ConfigError: the file is damaged, or is of another run.
         """
         if not path.exists():
             return None
@@ -51,14 +51,14 @@ class Registry(Settings):
         return registry
 
     def write(self, path: Path, files: Files) -> None:
-        """Write it for the next run."""
+        """Write the registry for the next run of provisioning."""
         files.public(path, tomli_w.dumps(self.model_dump(mode="json")).encode())
 
     def with_key(self, name: str, key: str) -> "Registry":
         """Return a copy in which ``name`` has ``key``.
 
         Raises:
-            ConfigError: the name has another key, or the key is another's or was revoked.
+            ConfigError: the name has another key, or the key was revoked or belongs to another user.
         """
         if holder := next((other for other, theirs in self.keys.items() if theirs == key and other != name), None):
             raise ConfigError(f"{name}={key}: that is the key of {holder}; each needs its own")
@@ -75,14 +75,14 @@ class Registry(Settings):
         return self.model_copy(update={"keys": kept, "revoked": revoked})
 
     def with_web_ports(self, services: Iterable[str]) -> "Registry":
-        """Return a copy in which each of ``services`` has a port that no other has: they may all be on one machine."""
+        """Return a copy in which each of ``services`` has a port of its own, as all may run on one machine."""
         ports = dict(self.web_ports)
         for name in services:
             ports.setdefault(name, max(ports.values(), default=FIRST_WEB_PORT - 1) + 1)
         return self.model_copy(update={"web_ports": ports})
 
     def signers(self) -> bytes:
-        """Return ``signers.toml``: whose signatures count, and which no longer do."""
+        """Return ``signers.toml``: the keys whose signatures count, and the revoked ones."""
         signing = {name: key for name, key in self.keys.items() if name.partition(".")[0] in SIGNING_ROLES}
         revoked = {name: keys for name, keys in self.revoked.items() if name.partition(".")[0] in SIGNING_ROLES}
         roster = {"run": self.run, "epoch": self.epoch, "keys": signing, "revoked": revoked}

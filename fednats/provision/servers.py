@@ -1,4 +1,4 @@
-"""What is in the kit of who runs a server: configuration, accounts, certificate."""
+"""The server files in a kit: configuration, accounts, certificate."""
 
 import json
 from pathlib import Path
@@ -15,10 +15,10 @@ from fednats.transport import streams
 
 
 def config_file(name: str) -> Path:
-    """Path of ``hub.conf`` or ``leaf.conf``: in an installed package, or in a checkout.
+    """Return the path of ``hub.conf`` or ``leaf.conf``, in the installed package or in a checkout.
 
     Raises:
-        ConfigError: neither place has it.
+        ConfigError: the file is in neither place.
     """
     package = Path(fednats.__file__).parent
     for folder in (package / "bus", package.parent / "bus"):
@@ -39,7 +39,7 @@ def write_leaf(plan: Plan, region: str, kits: Kits, registry: Registry, authorit
 
 
 def server_conf(plan: Plan, node: str) -> str:
-    """Return ``server.conf``: the values that ``hub.conf`` and ``leaf.conf`` refer to."""
+    """Return ``server.conf``, the values that ``hub.conf`` and ``leaf.conf`` refer to."""
     server = plan.server(node)
     values = {
         "bus_name": node,
@@ -50,14 +50,14 @@ def server_conf(plan: Plan, node: str) -> str:
         **({} if node == HUB else {"bus_upstream": plan.upstream(node)}),
     }
     text = "".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items())
-    return f"{text}bus_max_store: {server.max_store}\n"  # in quotes it would be no size
+    return f"{text}bus_max_store: {server.max_store}\n"  # no quotes, or the server would not read it as a size
 
 
 def check_stores(plan: Plan) -> None:
-    """Refuse a server that may not store what its streams may take: the services could not make them.
+    """Check that each server's ``max_store`` covers its streams; if not, services could not create them.
 
     Raises:
-        ConfigError: naming the setting, and what is needed.
+        ConfigError: a server's limit is too small; the text names the setting and the size needed.
     """
     for node in (HUB, *(region.name for region in plan.regions if plan.leaves)):
         needed, given = store_bytes(plan, node), _bytes_of(plan.server(node).max_store)
@@ -71,7 +71,7 @@ def check_stores(plan: Plan) -> None:
 
 
 def store_bytes(plan: Plan, node: str) -> int:
-    """Return the most that all streams of a run may take at the server of ``node``."""
+    """Return the total size limit, in bytes, of a run's streams and buckets at the server of ``node``."""
     run = plan.name
     made: list[streams.StreamSpec | streams.BucketSpec] = []
     if node == HUB:
@@ -86,7 +86,7 @@ def store_bytes(plan: Plan, node: str) -> int:
 
 
 def _bytes_of(size: str) -> int:
-    """Return a size of nats-server's in bytes: there KB is 1024 bytes.
+    """Return a nats-server size in bytes; for nats-server, 1 KB is 1024 bytes.
 
     >>> _bytes_of("20GB") == 20 * 2**30
     True

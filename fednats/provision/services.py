@@ -1,4 +1,4 @@
-"""The settings files of the services, each in its kit and with paths that begin there."""
+"""The settings files of the services, each in its kit and with paths relative to it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +36,7 @@ POLICY = """\
 
 
 def write_coordinator(plan: Plan, kits: Kits, registry: Registry, of_epochs: Mapping[str, Path], files: Files) -> None:
-    """Write ``coordinator.toml``, and the task's code beside it."""
+    """Write ``coordinator.toml``, and beside it the task's code and the initial model, if any."""
     settings = CoordinatorSettings(
         run=plan.name,
         state_dir=STATE,
@@ -86,7 +86,7 @@ def write_site(
     of_epochs: Mapping[str, Path],
     files: Files,
 ) -> None:
-    """Write ``site.toml``, and the task's code beside it."""
+    """Write ``site.toml`` and the task's code beside it, and ``policy.toml`` unless there is one."""
     settings = SiteSettings(
         run=plan.name,
         state_dir=STATE,
@@ -101,7 +101,7 @@ def write_site(
     )
     _write(kits.site(site) / "site.toml", settings, files)
     policy = kits.site(site) / POLICY_FILE
-    if not policy.exists():  # from then on it is the hospital's
+    if not policy.exists():  # an existing file is the hospital's
         first = plan.policy_of(site)
         lines = {"encrypted": first.encrypted, "min_sites": first.min_sites}
         lines |= first.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
@@ -122,7 +122,7 @@ def _with_key(role: str, names: tuple[str, ...], keys: Mapping[str, str]) -> tup
 
 
 def _task(task: TaskSettings, kit: Path, files: Files) -> TaskSettings:
-    """Copy the task's code, if it is no shipped one, into the kit: what is run there can be read there."""
+    """Copy the code of a task that is not shipped into the kit, so that its holder can read what it runs."""
     path, colon, name = task.path.rpartition(":")
     if not colon:
         return task
@@ -139,7 +139,7 @@ def _task(task: TaskSettings, kit: Path, files: Files) -> TaskSettings:
 
 
 def _with_initial_model(run: RunSettings, kit: Path, files: Files) -> RunSettings:
-    """Copy what the first run begins with into the kit; where that was handed out and is gone here, it is there already."""
+    """Copy the weights that the first run begins with into the kit; a missing file was handed out earlier."""
     if run.initial_model is None:
         return run
     if run.initial_model.exists():

@@ -1,9 +1,9 @@
-"""Accounts of a server, what they have of each other, and all of it as the server's configuration.
+"""Accounts of a server, the subjects they share, and both as server configuration.
 
-A server answers where a request's reply subject says, a consumer delivers where its maker says, and neither is checked
-against anybody's permissions. Both stay within one account. So who is not to write into a stream is not in its account:
-it has an account of its own, without streams, that *imports* what it may ask for. Answers go back through the import, to
-the asker's account, where nothing is stored (`Grant.service`).
+A server sends an answer to a request's reply subject, and a consumer delivers to the subject that its maker chose.
+Neither is checked against anybody's permissions, but both stay within one account. So a user that must not write into
+a stream has an account of its own, without streams, which *imports* the subjects that the user may ask on. Answers go
+back through the import to the user's account, where nothing is stored (`Grant.service`).
 """
 
 import json
@@ -21,7 +21,7 @@ _CONSUMER_VERBS_DENIED = ("DURABLE", "DELETE", "INFO", "LIST", "NAMES", "MSG", "
 
 @dataclass(frozen=True)
 class BusAccount:
-    """One account of a server; ``streams``: it may have some."""
+    """One account of a server; ``streams`` says whether it may have streams."""
 
     name: str
     users: tuple[User, ...]
@@ -30,7 +30,10 @@ class BusAccount:
 
 @dataclass(frozen=True)
 class Grant:
-    """One thing that account ``owner`` lets account ``user`` have; ``to`` is its name there, if another one."""
+    """A subject that account ``owner`` shares with account ``user``; ``to`` is its name there, if different.
+
+    ``kind`` is ``service`` or ``stream``.
+    """
 
     owner: str
     user: str
@@ -38,16 +41,16 @@ class Grant:
     subject: str
     to: str = ""
     streamed: bool = False
-    """Whether a request to a service may have several answers."""
+    """Whether a request to the service may have several answers."""
 
     @classmethod
     def service(cls, owner: str, user: str, subject: str, to: str = "", *, streamed: bool = False) -> Self:
-        """What ``user`` may publish into ``owner``; answers come back into ``user``."""
+        """Let ``user`` publish into ``owner``; answers come back into ``user``."""
         return cls(owner, user, "service", subject, "" if to == subject else to, streamed)
 
     @classmethod
     def stream(cls, owner: str, user: str, subject: str) -> Self:
-        """What ``user`` may hear of ``owner``."""
+        """Let ``user`` hear a subject of ``owner``."""
         return cls(owner, user, "stream", subject)
 
 
@@ -55,7 +58,10 @@ class Grant:
 
 
 def copying(owner: str, user: str, stream: str, api: str, deliver: str, api_there: str = "$JS.API") -> list[Grant]:
-    """A stream in ``user`` copies ``stream`` of ``owner``, which it asks under ``api`` and gets below ``deliver``."""
+    """Let a stream in ``user`` copy ``stream`` of ``owner``: requests go to ``api``, messages arrive below ``deliver``.
+
+    ``api_there`` is the prefix of the API in ``owner``.
+    """
     asked = zip(permissions.copied(api_there, stream), permissions.copied(api, stream), strict=True)
     return [
         *(Grant.service(owner, user, there, here, streamed=True) for there, here in asked),
@@ -65,7 +71,7 @@ def copying(owner: str, user: str, stream: str, api: str, deliver: str, api_ther
 
 
 def of_site(run: str, region: str, private: str, observer: str, site: str, account: str) -> list[Grant]:
-    """What a site has of its region's private account, and that of the observer."""
+    """Return what a site's account shares with its region's private account and with the observer's."""
     allowed, receipt = permissions.site(run, region, site), subjects.receipt(run, region, site)
     answers = permissions.answer_observer(region)
     heard = (subjects.head(subjects.model(run)), subjects.control(run), receipt)
@@ -77,7 +83,7 @@ def of_site(run: str, region: str, private: str, observer: str, site: str, accou
 
 
 def of_observer(run: str, node: str, owner: str, account: str) -> list[Grant]:
-    """What an observer has of the account that it observes, and lets that answer."""
+    """Return what an observer's account shares with the account that it observes, both ways."""
     allowed = permissions.observer(run, node)
     asked = [subject for subject in allowed.publish if subject.startswith("$JS.API.")]
     role = "coordinator" if node == HUB else "aggregator"
@@ -90,7 +96,7 @@ def of_observer(run: str, node: str, owner: str, account: str) -> list[Grant]:
 
 
 def asked_by_observer(above: str, account: str, node: str, statuses: Sequence[str]) -> list[Grant]:
-    """What services in ``account`` hear of the observer of ``node``, through account ``above``, and where they answer."""
+    """Let services in ``account`` hear the questions of ``node``'s observer through account ``above``, and answer."""
     return [
         *(Grant.stream(above, account, subject) for subject in ("$SRV.>", *statuses)),
         Grant.service(above, account, permissions.answer_observer(node)),
@@ -100,10 +106,10 @@ def asked_by_observer(above: str, account: str, node: str, statuses: Sequence[st
 def of_child(
     run: str, node: str, owner: str, observer: str, child: str, below: Sequence[str], *, leaves: bool
 ) -> list[Grant]:
-    """What a node, with its account ``owner``, shares with the region ``child`` directly below it.
+    """Return what a node, with its account ``owner``, shares with the region ``child`` directly below it.
 
-    The models are handed down from an account of their own for each child, because who may make a consumer may have
-    anything done to the streams of that account. ``below`` are the regions below the child, at any depth.
+    Each child copies the models from an account of its own, because a user that may make a consumer can do anything to
+    the streams of that consumer's account. ``below`` are the regions below the child, at any depth.
     """
     uplink, down, run_models = uplink_of(child), down_to(child), subjects.models_stream(run, node)
     handed, aggregates = subjects.models_for_stream(run, child), subjects.aggregates_stream(run, child)
@@ -133,12 +139,12 @@ def of_child(
 
 
 def uplink_of(child: str) -> str:
-    """Name of a region's account at the node above: there its link ends, or its uplink user is in it."""
+    """Return the name of a region's account at the node above, where its leaf link or its uplink user connects."""
     return f"UPLINK_{child}"
 
 
 def down_to(child: str) -> str:
-    """Name of the account at the node above from which a region copies the models."""
+    """Return the name of the account at the node above from which a region copies the models."""
     return f"DOWN_{child}"
 
 
@@ -146,7 +152,7 @@ def down_to(child: str) -> str:
 
 
 def render(accounts: Iterable[BusAccount], shares: Iterable[Grant] = (), *, region: str = "") -> str:
-    """Return ``accounts.conf`` of one server; a leaf's also says what is denied to those above its ``region``."""
+    """Return ``accounts.conf`` of one server; for a leaf (``region`` is set), also what it denies servers above."""
     shared = tuple(shares)
     named = {account.name: _account(account, shared) for account in accounts}
     text = f"accounts: {json.dumps(named, indent=2)}\n"
@@ -154,7 +160,7 @@ def render(accounts: Iterable[BusAccount], shares: Iterable[Grant] = (), *, regi
 
 
 def denied_from_above(region: str) -> list[str]:
-    """What a leaf lets nobody above ask of its JetStream, whatever the server above allows."""
+    """Return the JetStream requests that a leaf refuses from above, whatever the server above allows."""
     api = permissions.api_of(region)
     whole = [f"{api}.{verb}.>" for verb in _DENIED_FROM_ABOVE]
     return [f"{api}.INFO", *whole, *(f"{api}.CONSUMER.{verb}.>" for verb in _CONSUMER_VERBS_DENIED)]

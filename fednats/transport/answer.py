@@ -1,4 +1,4 @@
-"""What a server answers, and how it says that something is not there, full, or away."""
+"""JetStream's answers, and the errors for a bus that is away or full, or lacks a stream."""
 
 import json
 from typing import Any
@@ -13,11 +13,11 @@ _WRONG_LAST_SEQUENCE = 10071
 
 
 class AwayError(BusError):
-    """The bus did not answer: it is away or slow. Trying again is right."""
+    """The bus did not answer: it is away or slow. Try again."""
 
 
 class NobodyError(BusError):
-    """Nobody takes the subject: no stream, no service, or a domain that is not linked just now."""
+    """Nobody listens on the subject: there is no such stream or service, or the link to its domain is down."""
 
 
 class NoStreamError(BusError):
@@ -25,14 +25,18 @@ class NoStreamError(BusError):
 
 
 class NoRoomError(BusFullError):
-    """The server may not promise a stream as much room as it is to have."""
+    """The server's storage limit leaves no room for a stream of this size."""
 
 
 def answer(data: bytes, what: str) -> dict[str, Any]:
-    """Return JetStream's JSON answer.
+    """Return JetStream's JSON answer; ``what`` names the request in error texts.
 
     Raises:
-        BusFullError, NoRoomError, FencedError, NoStreamError, BusError: if it says so.
+        BusFullError: the stream is full.
+        NoRoomError: the server has no room for the stream.
+        FencedError: the lease is no longer the newest.
+        NoStreamError: there is no such stream.
+        BusError: any other error, or the data is not an answer of JetStream.
     """
     try:
         body = json.loads(data)

@@ -1,8 +1,7 @@
-"""A KV bucket that is watched: read once, then kept up to date by what is announced.
+"""Read a KV bucket once, then follow it.
 
-Setting a key publishes its value, so who listens need not ask for it. What was not announced is that a key has expired:
-the bucket is asked for the names of its keys every second, in one request whatever their number. All of it is read again
-only after a reconnection.
+Setting a key publishes its value, so a watch learns new values by listening. Expiry is not published, so a watch asks
+for the names of all keys every second, in a single request. It reads the whole bucket again only after a reconnection.
 """
 
 import asyncio
@@ -38,21 +37,24 @@ async def entries(connection: Connection, bucket: str) -> dict[str, bytes]:
 
 
 class Watch:
-    """One iteration over the states of a bucket; made by `Bus.watch`."""
+    """One iteration over the states of a bucket; `Bus.watch` makes it."""
 
     def __init__(self, connection: Connection, bucket: str) -> None:
         self._connection = connection
         self._bucket = bucket
         self._entries: dict[str, bytes] = {}
         self._heard: dict[str, bytes | None] = {}
-        """What was announced and is not in ``_entries`` yet; None: deleted."""
+        """Announced values not yet in ``_entries``; None means deleted."""
         self._missing: frozenset[str] = frozenset()
-        """What the last look did not find: a key that is announced just then may not be stored yet."""
+        """Keys that the last look did not find.
+
+        A key goes only when two looks miss it: one that was just announced may not be stored yet.
+        """
         self._changed = asyncio.Event()
         self._read_all = True
 
     async def run(self) -> AsyncGenerator[Mapping[str, bytes], None]:
-        """Yield the whole bucket, and again whenever something in it was set, deleted or has expired."""
+        """Yield the whole bucket now, and again whenever a key is set, deleted or expires."""
         subscription = await self._connection.subscribe(f"{_prefix(self._bucket)}>", self._hear)
         self._connection.wakers.add(self._start_anew)
         shown: Mapping[str, bytes] | None = None
@@ -74,7 +76,7 @@ class Watch:
             await self._connection.unsubscribe(subscription)
 
     async def _look(self) -> bool:
-        """Read what is new, forget what is gone; everything is new at the start. False, after a pause, if that failed."""
+        """Read new keys and drop expired ones; the first look reads all. Return False, after a pause, if it failed."""
         everything, self._read_all = self._read_all, False
         try:
             there = await keys(self._connection, self._bucket)

@@ -1,4 +1,4 @@
-"""One authenticated connection to one account of a nats-server: all that the services see of NATS."""
+"""One authenticated connection to one account of a nats-server; services use NATS only through it."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ from fednats.transport.upkeep import Upkeep
 __all__ = ["Bus", "Delivery", "StoredMessage"]
 
 POLL_INTERVAL_S = 5.0
-"""How often `Bus.follow` looks although nothing was announced."""
+"""How often `Bus.follow` looks for new messages without an announcement."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Usage(NamedTuple):
     """How full a stream is."""
 
     share: float
-    """Of its bytes or its messages, whichever is more: 0 to 1."""
+    """The larger of bytes used and messages used, as a share of the stream's limit: 0 to 1."""
     newest: int
     """The newest sequence number."""
 
 
 class Bus:
-    """One connection; `Bus.connect` opens it, leaving its context closes it."""
+    """One connection; `Bus.connect` opens it, and leaving the context closes it."""
 
     def __init__(self, opened: Connection, upkeep: Upkeep) -> None:
         self._connection = opened
@@ -69,84 +69,84 @@ class Bus:
     @classmethod
     @asynccontextmanager
     async def connect(cls, settings: BusSettings, name: str) -> AsyncIterator["Bus"]:
-        """Connect; reconnects for ever afterwards.
+        """Connect; from then on, reconnect for as long as it takes.
 
-        ``name`` must be ``permissions.user_name(role, node)``: it names the connection and is the inbox prefix that
-        the user may listen on.
+        ``name`` must be ``permissions.user_name(role, node)``. It names the connection, and the user's permitted inbox
+        prefix follows from it.
 
         Raises:
-            UnreachableError: not reachable within 10 s, or refused (authorization).
-            ConfigError: the nkey seed file is missing or not a seed, or ``ca_file`` is no certificate.
+            UnreachableError: the server is not reachable within 10 s, or refuses the key.
+            ConfigError: the nkey seed file is missing or holds no seed, or ``ca_file`` is not a certificate.
         """
         async with connection(settings, name) as opened, Upkeep(opened) as upkeep:
             yield cls(opened, upkeep)
 
     @property
     def connected(self) -> bool:
-        """Whether the connection stands right now."""
+        """Whether the connection is up right now."""
         return self._connection.connected
 
     @property
     def refusal(self) -> str | None:
-        """Why the server does not let this user in any more, None as long as it does."""
+        """Why the server now refuses this user; None while it does not."""
         return self._connection.refusal
 
     async def wait_connected(self) -> None:
-        """Wait until the connection stands. Raises BusError if it was closed for good."""
+        """Wait until the connection is up. Raises BusError if it was closed for good."""
         await self._connection.wait_connected()
 
     async def wait_away(self) -> None:
-        """Wait until the connection breaks, also if it stands again at once; return at once while it is broken.
+        """Wait until the connection breaks, even briefly; return at once while it is down.
 
-        A dead link is noticed after at most 25 s. Raises BusError if the connection was closed for good.
+        A dead link is noticed within 25 s. Raises BusError if the connection was closed for good.
         """
         await self._connection.wait_away()
 
     @property
     def max_payload_bytes(self) -> int:
-        """Largest ``data`` that may be published: what this server takes in a message, less room for headers."""
+        """Largest ``data`` that may be published: the server's ``max_payload`` less room for headers."""
         return self._connection.client.max_payload - HEADER_ROOM_BYTES
 
     def need(self, n_bytes: int) -> SizeLimit:
-        """Say how large a ``data`` the run publishes; it goes on with the pulse. Return it beside what the server takes."""
+        """Announce, with the pulse, the largest ``data`` that the run publishes; return it with the server's limit."""
         self._upkeep.limit.need(n_bytes + HEADER_ROOM_BYTES)
         return self._upkeep.limit.now
 
     def limits(self) -> AsyncGenerator[SizeLimit, None]:
-        """Yield what the run needs and what the server takes, now, whenever either has changed, and after reconnections.
+        """Yield the size the run needs and the server's limit: now, after each change, and after reconnections.
 
-        What is needed is what `need` was told, or what the node above says. Nothing is copied from there while the server
-        takes less.
+        The needed size comes from `need`, or from the pulse of the node above. While the server's limit is smaller,
+        nothing is copied from the node above.
         """
         return self._upkeep.limit.changes()
 
     @property
     def sent(self) -> tuple[int, int]:
-        """Messages published over this connection since it was opened, and bytes of their payload, whatever they were."""
+        """Messages of any kind published since the connection was opened, and the bytes of their payload."""
         counted = self._connection.client.stats
         return counted["out_msgs"], counted["out_bytes"]
 
     # --- making
 
     async def ensure_stream(self, spec: StreamSpec) -> bool:
-        """Create the stream, or apply what changed; return whether it was created, as on a server that lost its store.
+        """Create the stream, or apply changes to it; return whether it was created.
 
-        From now on the bus makes it anew after a reconnection, should it have vanished (see `recreated`), and keeps the
-        copying of its sources going.
+        From now on, if the stream is gone after a reconnection, the bus creates it again (see `recreated`). It also
+        keeps copying from the stream's sources.
 
         Raises:
-            BusError: the bus is away, not permitted, or an incompatible change (the text names it).
+            BusError: the bus is away, the user lacks permission, or the change is incompatible (the text names it).
         """
         return await self._upkeep.ensure(spec)
 
     async def ensure_bucket(self, spec: BucketSpec) -> bool:
-        """Create the KV bucket, or apply what changed; returns and raises as `ensure_stream` does."""
+        """Create the KV bucket, or apply changes to it; returns and raises like `ensure_stream`."""
         return await self._upkeep.ensure(spec)
 
     async def recreated(self) -> AsyncGenerator[str, None]:
-        """Yield the names of ensured streams and buckets that were gone after a reconnection and were made anew, empty.
+        """Yield the names of ensured streams and buckets that a server lost and that were created again, empty.
 
-        For one reader, that puts back what others need of them.
+        Only one caller may iterate; it restores the content that others need.
         """
         while True:
             yield await self._upkeep.recreated.get()
@@ -154,13 +154,13 @@ class Bus:
     # --- sending
 
     async def publish(self, subject: str, data: bytes, message_id: str, *, fence: Fence | None = None) -> bool:
-        """Store a message in the stream of ``subject``; waits, for ever, while the bus is away.
+        """Store a message in the stream of ``subject``; wait, without limit, while the bus is away.
 
-        A ``message_id`` that the stream has seen within its duplicate window is not stored again: this returns False.
+        Return False, and store nothing, if the stream has seen ``message_id`` within its duplicate window.
 
         Raises:
             BusFullError: the stream is at its limit; nothing is stored.
-            FencedError: the lease in ``fence`` is not the newest any more; nothing is stored.
+            FencedError: the lease in ``fence`` is no longer the newest; nothing is stored.
             BusError: not permitted, too large, no stream takes the subject, or the connection was closed for good.
         """
         headers = {"Nats-Msg-Id": message_id, **(fence.headers if fence else {})}
@@ -173,11 +173,11 @@ class Bus:
                 return not answer(message.data, subject).get("duplicate", False)
 
     async def emit(self, subject: str, data: bytes) -> None:
-        """Tell whoever listens now; nothing is stored, nobody acknowledges. Raises BusError while the bus is away."""
+        """Publish to current listeners, unstored and unacknowledged. Raises BusError while the bus is away."""
         await self._connection.emit(subject, data)
 
     async def ask(self, subject: str, question: bytes = b"", timeout_s: float | None = None) -> bytes:
-        """Return a service's answer, such as its `subjects.status`; empty if nobody is there. Raises BusError."""
+        """Return a service's answer, for example on its `subjects.status`; empty if nobody listens. Raises BusError."""
         try:
             return bytes((await self._connection.request(subject, question, timeout_s=timeout_s)).data)
         except NobodyError:
@@ -193,17 +193,18 @@ class Bus:
         stored: Callable[[int], Awaitable[None]] | None = None,
         fence: Fence | None = None,
     ) -> None:
-        """Store chunks, as many unacknowledged as fill the link (at most 16 MiB); returns when all are acknowledged.
+        """Store chunks and return when all are acknowledged.
 
-        The last one is stored after all others: where it is, the payload is whole.
+        Keeps enough unacknowledged to fill the link (at most 16 MiB). Stores the last chunk after all others, so a
+        stream that holds it holds the whole payload.
 
-        ``chunks`` begin with number ``first``; ``stored`` is told how many of all are acknowledged without a gap, as they
-        come. Call it again with the same chunks to resume. Raises as `publish` does.
+        ``chunks`` begin at number ``first``. ``stored`` is called with the number of chunks acknowledged without a gap,
+        counted from 0. To resume, call again with the same chunks. Raises like `publish`.
         """
         await payload.publish(self._connection, prefix, payload_id, chunks, first, stored, fence)
 
     async def has_chunk(self, prefix: str, payload_id: str, index: int, chunk: bytes) -> bool:
-        """Offer one chunk again: whether the stream knew it. If not it is stored now. Raises as `publish` does."""
+        """Publish one chunk again; return whether the stream already had it. Raises like `publish`."""
         return not await self.publish(
             names.chunk(prefix, payload_id, index), chunk, payload.chunk_id(payload_id, index)
         )
@@ -220,9 +221,9 @@ class Bus:
         *,
         first: int = 0,
     ) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks from number ``first`` on in order, each checked. Waits while the bus is away.
+        """Yield the chunks from number ``first`` on, in order, each checked; wait while the bus is away.
 
-        As many are in memory as fill the link (at most 16 MiB), but no more than ``window`` chunks.
+        Holds enough chunks in memory to fill the link (at most 16 MiB), but no more than ``window``.
 
         Raises:
             RefusedError: (CHECKSUM) a chunk is missing or differs from its digest.
@@ -230,25 +231,25 @@ class Bus:
         return payload.read(self._connection, stream, prefix, payload_id, digests, window, first)
 
     def consume(self, stream: str, durable: str, filters: Sequence[str]) -> AsyncGenerator[Delivery, None]:
-        """Yield each message matching ``filters`` that is not settled yet, in order, for ever.
+        """Yield each unsettled message that matches ``filters``, in order, without end.
 
         A delivery that is neither acked nor termed is not repeated while this iteration runs (unless the server lost
-        the consumer); a new iteration, in this or another process, gets it again after at most 8 s. A server that is
-        killed may forget the acks of its last moments: look whether a message is known before reading its payload.
-        Close the iteration (``contextlib.aclosing``) when leaving it early.
+        the consumer). A new iteration, in this or another process, gets it again within 8 s. A killed server may
+        forget its latest acks, so check whether a message is known before reading its payload. When leaving early,
+        close the iteration (``contextlib.aclosing``).
         """
         consumer = self._consumers[stream] = Consumer(self._connection, stream, durable, filters)
         return consumer.run()
 
     def n_unsettled(self, stream: str) -> int | None:
-        """Return how many messages that `consume` takes of ``stream`` were not settled half a minute ago; None: not known."""
+        """Return how many messages of ``stream`` `consume` has not settled, as of up to 30 s ago; None if unknown."""
         return self._consumers[stream].n_unsettled if stream in self._consumers else None
 
     async def last(self, stream: str, subject: str, *, domain: str | None = None) -> StoredMessage | None:
-        """Return the newest message of ``subject``, or None; ``stream`` is in another ``domain`` if given.
+        """Return the newest message of ``subject``, or None; ``domain`` is that of ``stream`` if it is another one.
 
         Raises:
-            BusError: the stream, the link to its domain, or the bus is away.
+            BusError: the stream is missing, or the bus or the link to the domain is away.
         """
         message = await self._connection.direct(stream, subject, domain=domain)
         if message is None:
@@ -256,10 +257,10 @@ class Bus:
         return StoredMessage(subject, message.data, int((message.headers or {}).get("Nats-Sequence", 0)))
 
     async def first_sequence(self, stream: str) -> int:
-        """Return the number that ``stream`` began with; those of a lost stream of its name are below it.
+        """Return the first sequence number of ``stream``; a lost stream of the same name had only lower numbers.
 
         Raises:
-            BusError: the stream or the bus is away.
+            BusError: the stream is missing or the bus is away.
         """
         info = await self._connection.api(f"STREAM.INFO.{stream}")
         return int(info["config"].get("first_seq", 1))
@@ -273,9 +274,9 @@ class Bus:
         return Usage(max(of_bytes, of_messages), int(state["last_seq"]))
 
     async def follow(self, stream: str, subjects: Sequence[str]) -> AsyncGenerator[StoredMessage, None]:
-        """Yield the newest message of each of ``subjects`` (no wildcards), and again whenever there is a newer one.
+        """Yield the newest message of each of ``subjects`` (no wildcards), and each newer one.
 
-        Messages overtaken by a newer one of the same subject may be skipped. Survives restarts by itself.
+        May skip a message when a newer one of its subject follows at once. Goes on by itself after a server restart.
 
         Raises:
             BusError: not permitted, or the connection was closed for good.
@@ -293,12 +294,12 @@ class Bus:
                     yield record
 
     async def purge(self, stream: str, subject: str, *, up_to: int | None = None) -> int:
-        """Delete the messages of ``subject`` (wildcards allowed) from ``stream``, up to that number; return how many.
+        """Delete messages of ``subject`` (wildcards allowed) from ``stream`` up to number ``up_to``; return how many.
 
         Raises BusError.
 
-        In an inbox purge the chunks and leave the heads: by the newest message of each region a server that starts
-        again knows how far it had come.
+        In an inbox, purge the chunks and leave the heads: a restarted server resumes copying from the newest message
+        of each region.
         """
         until = {} if up_to is None else {"seq": up_to + 1}
         return int((await self._connection.api(f"STREAM.PURGE.{stream}", {"filter": subject, **until}))["purged"])
@@ -306,7 +307,7 @@ class Bus:
     # --- buckets
 
     async def put(self, bucket: str, key: str, value: bytes, *, domain: str | None = None) -> None:
-        """Set ``key``, in the bucket of another ``domain`` if given. Raises BusError, at once while the bus is away."""
+        """Set ``key``, in the bucket of another ``domain`` if given. Raises BusError; does not wait for the bus."""
         subject = f"$KV.{bucket}.{key}"
         message = await self._connection.request(subject if domain is None else f"$JS.{domain}.API.{subject}", value)
         answer(message.data, f"{bucket}.{key}")
@@ -320,10 +321,10 @@ class Bus:
         return await buckets.entries(self._connection, bucket)
 
     def watch(self, bucket: str) -> AsyncGenerator[Mapping[str, bytes], None]:
-        """Yield the whole bucket, and again whenever something in it was set, deleted or has expired."""
+        """Yield the whole bucket now, and again whenever a key is set, deleted or expires."""
         return buckets.Watch(self._connection, bucket).run()
 
-    # --- being seen
+    # --- answering
 
     async def serve(
         self,
@@ -334,7 +335,7 @@ class Bus:
         subject: str,
         status: Callable[[], Mapping[str, Any]],
     ) -> None:
-        """Be a NATS micro service until the connection closes; its endpoint ``status`` on ``subject`` answers JSON.
+        """Run a NATS micro service until the connection closes; its endpoint ``status`` on ``subject`` answers JSON.
 
         ``subject`` is `subjects.status` of the service; ``version`` is a semantic version.
         """
@@ -346,14 +347,14 @@ class Bus:
         service = Service(self._connection.client, config)
         try:
             await cancellable(service.start())
-        except nats.errors.FlushTimeoutError:  # the link broke meanwhile: what it subscribed to is renewed
+        except nats.errors.FlushTimeoutError:  # the link broke meanwhile; nats-py renews the subscriptions
             self._connection.log.debug("service_not_confirmed", name=name)
         await cancellable(service.add_endpoint(name="status", subject=subject, handler=respond))
 
     async def answer(self, subject: str, respond: Callable[[bytes], Awaitable[bytes | None]]) -> None:
-        """Answer questions on ``subject``, one after the other, until the connection closes.
+        """Answer requests on ``subject``, one at a time, until the connection closes.
 
-        Nothing is said where ``respond`` returns None.
+        No answer is sent when ``respond`` returns None.
         """
 
         async def heard(message: Msg) -> None:
@@ -363,10 +364,10 @@ class Bus:
 
         await self._connection.subscribe(subject, heard)
 
-    # --- inside
+    # --- internals
 
     async def _wakes(self, subjects: Sequence[str], interval_s: float) -> AsyncIterator[None]:
-        """Yield now, whenever something is announced on ``subjects``, after reconnections, and every ``interval_s``."""
+        """Yield now, after each message on ``subjects``, after reconnections, and at least every ``interval_s``."""
         event = asyncio.Event()
         event.set()
 

@@ -1,7 +1,7 @@
-"""Cancelling what calls nats-py, which may lose a cancellation.
+"""Cancel tasks that call nats-py, which may lose a cancellation.
 
-``asyncio.wait_for`` returns a result that is there when the cancellation comes (Python 3.11), and nats-py catches a cancellation
-while it waits for a full buffer or for a reconnection. A loop goes on for ever then, and whoever waits for its end waits for ever.
+``asyncio.wait_for`` swallows a cancellation that arrives together with a result (Python 3.11), and nats-py catches one
+while it waits for a full buffer or for a reconnection. A loop would then never end, nor would anyone waiting for it.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 async def end(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks, again and again until all have ended; what they raised is dropped."""
+    """Cancel tasks repeatedly until all have ended; ignore what they raise."""
     while running := {task for task in tasks if not task.done()}:
         for task in running:
             task.cancel()
@@ -23,10 +23,10 @@ async def end(*tasks: asyncio.Future[Any]) -> None:
 
 
 async def within(timeout_s: float, call: Coroutine[Any, Any, T]) -> T:
-    """Return what ``call`` returns; when this returns, ``call`` has ended.
+    """Return the result of ``call``, which has always ended when this returns or raises.
 
     Raises:
-        TimeoutError: it has not ended by itself after ``timeout_s``.
+        TimeoutError: ``call`` took longer than ``timeout_s``.
     """
     calling = asyncio.create_task(call)
     try:
@@ -39,7 +39,7 @@ async def within(timeout_s: float, call: Coroutine[Any, Any, T]) -> T:
 
 
 async def cancellable(call: Awaitable[T]) -> T:
-    """Return what ``call`` returns, but raise CancelledError if this task was cancelled while it ran."""
+    """Return the result of ``call``, but raise CancelledError if this task was cancelled meanwhile."""
     task = cast("asyncio.Task[Any]", asyncio.current_task())
     before = task.cancelling()
     try:

@@ -1,4 +1,4 @@
-"""The connection under a bus: nats-py with its errors translated and its waits cut short when the bus goes away."""
+"""The connection under a bus: nats-py with its errors translated; waits end when the connection breaks."""
 
 import asyncio
 import json
@@ -27,13 +27,13 @@ from fednats.transport.tls import TlsTransport, context
 CONNECT_TIMEOUT_S = 10.0
 ATTEMPT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 10.0
-"""Wait for the answer to something small, on top of what chunks took of late."""
+"""Wait for the answer to a small request, on top of the recent answer times of chunks."""
 RECONNECT_WAIT_S = 0.25
 LONGEST_REFUSED_WAIT_S = 60.0
-"""A server that refuses the key is asked again ever more seldom, up to so long after the last time."""
+"""Longest pause between attempts while the server refuses the key; the pause doubles each time."""
 PING_INTERVAL_S = 5.0
 DEAD_AFTER_S = 20.0
-"""A ping that is not answered for so long says that the connection is dead although nobody closed it."""
+"""A connection that leaves a ping unanswered for this long is dead, although nobody closed it."""
 CLOSE_TIMEOUT_S = 5.0
 
 _NEVER_S = 10**9
@@ -45,12 +45,12 @@ log = structlog.get_logger()
 
 
 class Connection:
-    """One nats client; made by `connection`."""
+    """One nats client; `connection` makes it."""
 
     def __init__(self, name: str, domain: str | None) -> None:
         self._transport = TlsTransport()
         self.client = Client()
-        self.client._transport = self._transport  # noqa: SLF001 - it has no other place for one's own
+        self.client._transport = self._transport  # noqa: SLF001 - Client takes no transport of one's own
         self.log = log.bind(bus_user=name)
         self.api_prefix = "$JS.API" if domain is None else _api(domain)
         self.wakers: set[Callable[[], None]] = set()
@@ -66,25 +66,25 @@ class Connection:
         self._ended: str | None = None
         self._last_error = "no answer"
         self.refusal: str | None = None
-        """Why the server does not let it in, as long as it does not."""
+        """Why the server refuses this user; None while it does not."""
         self._waiting: dict[asyncio.Future[None], str] = {}
 
     @property
     def connected(self) -> bool:
-        """Whether the connection stands right now."""
+        """Whether the connection is up right now."""
         return self._up.is_set() and self.client.is_connected
 
     async def wait_connected(self) -> None:
-        """Wait until it stands; raises BusError if it was closed for good."""
+        """Wait until the connection is up; raises BusError if it was closed for good."""
         await self._up.wait()
         self._check()
-        while not self.connected:  # nats-py knows that it broke, and says so only when the socket is closed
+        while not self.connected:  # nats-py reports a break only when the socket is closed
             await asyncio.sleep(_BLINK_S)
             await self._up.wait()
             self._check()
 
     async def wait_away(self) -> None:
-        """Wait until it breaks, or return at once while it is broken; raises BusError if it was closed for good."""
+        """Wait until the connection breaks; return at once while it is down. Raises BusError if closed for good."""
         await self._broken.wait()
         self._check()
 
@@ -95,11 +95,11 @@ class Connection:
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Msg:
-        """Ask and wait for the answer.
+        """Send a request and return the answer.
 
         Raises:
-            AwayError: no connection, it broke while waiting, or no answer within ``timeout_s`` (none: 10 s and what
-                chunks took of late).
+            AwayError: the connection is down or breaks, or no answer comes within ``timeout_s`` (default: 10 s plus
+                the recent answer times of chunks).
             NobodyError: nobody listens on ``subject``.
             BusError: not permitted, too large, or the connection is closed.
         """
@@ -131,10 +131,11 @@ class Connection:
             await end(asking, broken)
 
     async def api(self, verb: str, body: Mapping[str, Any] | None = None, prefix: str | None = None) -> dict[str, Any]:
-        """Ask JetStream, that of another account under ``prefix``; returns its answer.
+        """Send a request to JetStream and return its answer; ``prefix`` is that of another account's JetStream.
 
         Raises:
-            AwayError, NobodyError, BusError: as `request` does, and BusError with the server's text.
+            AwayError, NobodyError, BusError: like `request`.
+            BusError: JetStream answered with an error; see `answer` for its subclasses.
         """
         message = await self.request(f"{prefix or self.api_prefix}.{verb}", json.dumps(body or {}).encode())
         return answer(message.data, verb)
@@ -142,7 +143,7 @@ class Connection:
     async def direct(
         self, stream: str, subject: str, timeout_s: float | None = None, domain: str | None = None
     ) -> Msg | None:
-        """Return the newest message of ``subject`` in ``stream``, or None. Raises what `request` does."""
+        """Return the newest message of ``subject`` in ``stream``, or None. Raises like `request`."""
         api = self.api_prefix if domain is None else _api(domain)
         message = await self.request(f"{api}.DIRECT.GET.{stream}.{subject}", timeout_s=timeout_s)
         status = (message.headers or {}).get("Status")
@@ -153,7 +154,7 @@ class Connection:
         raise BusError(f"{stream}: {status} {(message.headers or {}).get('Description')}")
 
     async def emit(self, subject: str, data: bytes, reply: str = "") -> None:
-        """Publish without an answer. Raises AwayError while there is no connection."""
+        """Publish without waiting for an answer. Raises AwayError while the connection is down."""
         self._check()
         if not self.connected:
             raise AwayError(f"{self._name}: the bus is away ({self._last_error})")
@@ -163,22 +164,22 @@ class Connection:
             raise BusError(f"{subject}: {error}") from error
 
     async def subscribe(self, subject: str, callback: Callable[[Msg], Awaitable[None]]) -> Subscription:
-        """Listen; nats-py renews the subscription after a reconnection."""
+        """Subscribe; nats-py renews the subscription after a reconnection."""
         self._check()
         return await cancellable(self.client.subscribe(subject, cb=callback))
 
     async def unsubscribe(self, subscription: Subscription) -> None:
-        """Listen no more; a connection that is gone needs no such thing."""
+        """End a subscription; does nothing once the connection is closed."""
         if not self.client.is_closed:
             await cancellable(subscription.unsubscribe())
 
     async def open(self, settings: BusSettings) -> None:
-        """Connect; raises what `Bus.connect` says."""
+        """Connect; raises like `Bus.connect`."""
         verifying = context(settings)
         connecting = self.client.connect(
             settings.url,
             tls=verifying,
-            tls_handshake_first=True,  # else nats-py would go on in the clear if whoever answers wants no TLS
+            tls_handshake_first=True,  # else nats-py would go on in the clear with a server that wants no TLS
             name=self._name,
             inbox_prefix=permissions.inbox(self._name),
             nkeys_seed_str=None if settings.nkey_seed_file is None else _seed(settings.nkey_seed_file),
@@ -205,7 +206,7 @@ class Connection:
         self.log.info("bus_connected", url=settings.url)
 
     async def close(self) -> None:
-        """Close for good; what is under way fails. It takes seconds at most, also on a link that is dead."""
+        """Close for good; pending requests fail. Takes a few seconds at most, even on a dead link."""
         self._ended = "closed"
         if (reconnecting := self.client._reconnection_task) is not None:  # noqa: SLF001 - it would connect once more
             await end(reconnecting)
@@ -216,9 +217,9 @@ class Connection:
             await self._on_closed()
 
     async def watch(self) -> None:
-        """Break the connection, for ever again, when a ping is not answered: it is dead, and nothing else says so.
+        """Ping without end; abort the connection whenever a ping stays unanswered, as nothing else shows a dead link.
 
-        nats-py's own pings would close it in an orderly way, which waits until the dead link has taken what is unsent.
+        nats-py's own pings would close the connection in order, and so wait for a dead link to take all unsent data.
         """
         while True:
             await asyncio.sleep(PING_INTERVAL_S)
@@ -253,16 +254,16 @@ class Connection:
         if not self._opening and "authorization" in text:
             self._refused()
         if self._opening and ("authorization" in text or isinstance(error, ssl.SSLError)):
-            raise error  # out of the first connect: nats-py would go on trying with the same key, at the same server
+            raise error  # end the first connect; nats-py would keep trying the same key and server
         if "permissions violation for publish" in text:
             for future, subject in self._waiting.items():
                 if f'"{subject}"' in text and not future.done():
                     future.set_exception(BusError(f"{self._name} may not publish to {subject}"))
-        if not repeated:  # every attempt to reconnect ends here
+        if not repeated:  # every failed attempt to reconnect calls this
             self.log.warning("bus_error", error=self._last_error)
 
     def _refused(self) -> None:
-        """Say once that the server refuses the key, and ask it less and less often."""
+        """Log once that the server refuses the key, and try again less and less often."""
         wait_s = min(2 * self.client.options["reconnect_time_wait"], LONGEST_REFUSED_WAIT_S)
         self.client.options["reconnect_time_wait"] = wait_s
         if self.refusal is None:

@@ -1,15 +1,16 @@
-"""A durable pull consumer that survives what happens to its server.
+"""A durable pull consumer that survives restarts of its server.
 
 nats-py's own pull subscription goes silent when the server restarts while a fetch is under way (nats.py issue 504).
-Here the server sends a heartbeat while it has nothing; when that stays away, after a reconnection, and when the server
-says that it gave the request up, the consumer is ensured again and asked again.
+Here the server sends a heartbeat while it has no messages. When heartbeats stop, after a reconnection, and when the
+server ends the request, this creates the consumer again if need be and sends a new request.
 
-An unsettled delivery comes again when nobody says for `ACK_WAIT_S` that it is still in work. This says so for all that
-it has handed out, so a delivery may stay unsettled for hours, and comes again seconds after a crash.
+The server delivers a message again unless it hears for `ACK_WAIT_S` that the message is in progress. This consumer
+reports progress for everything it has delivered, so a delivery may stay unsettled for hours, yet comes again seconds
+after a crash.
 
-The server hands out no more than `MAX_UNSETTLED` that are not settled. With a consumer for each sender that is a bound on
-what one sender can have in work here, and no sender waits for another's. What was settled is dropped from the stream now and
-then, all but the newest: a stream whose messages are counted would fill up with it.
+The server delivers at most `MAX_UNSETTLED` messages before some are settled. With a consumer per sender, this bounds
+the work that one sender can cause, and no sender waits for another. Settled messages, except the newest, are purged
+from the stream now and then; otherwise they would fill a stream with a message limit.
 """
 
 import asyncio
@@ -27,10 +28,10 @@ from fednats.transport.connection import Connection
 ACK_WAIT_S = 8.0
 IN_WORK_INTERVAL_S = 2.5
 MAX_UNSETTLED = 64
-"""A quick site that waits for others has one for each version; more wait in its stream, in order."""
+"""A fast site that waits for others has one unsettled message per version; the rest wait in its stream, in order."""
 
 DROPPED_AT_ONCE = 256
-"""Sequence numbers by which the settled part of a stream grows before it is dropped."""
+"""How far, in sequence numbers, the settled part of a stream grows before it is purged."""
 
 SETTLE_TIMEOUT_S = 30.0
 
@@ -45,7 +46,7 @@ _HEARTBEAT = "100"
 
 
 class Delivery:
-    """One message of a durable consumer; it comes again, after a restart, until `ack` or `term`."""
+    """One message of a durable consumer; after a restart it comes again, until `ack` or `term`."""
 
     def __init__(self, consumer: "Consumer", message: Msg) -> None:
         self.data: bytes = message.data
@@ -57,15 +58,15 @@ class Delivery:
         self._reply: str = message.reply
 
     async def ack(self) -> None:
-        """Settle it, and wait until the server has written that down.
+        """Settle the message as done, and wait until the server has recorded that.
 
         Raises:
-            BusError: the bus is away for 30 s; the message comes again, as it would have after a crash.
+            BusError: the bus is away for 30 s; the message comes again, as after a crash.
         """
         await self._settle(b"+ACK")
 
     async def term(self) -> None:
-        """Settle it as refused: it never comes again. Raises as `ack` does."""
+        """Settle the message as refused; it never comes again. Raises like `ack`."""
         await self._settle(b"+TERM")
 
     async def _settle(self, verb: bytes) -> None:
@@ -85,22 +86,22 @@ class Delivery:
         self._consumer.unsettled.pop(self.stream_sequence, None)
 
     async def in_work(self) -> None:
-        """Say that it is still being worked on."""
+        """Tell the server that the message is still in progress."""
         await self._consumer.connection.emit(self._reply, b"+WPI")
 
     def renew(self, message: Msg) -> None:
-        """Take the newest reply subject of a delivery that came again although it is still in work."""
+        """Take the newer reply subject of a message that came again while in progress."""
         self._reply = message.reply
 
 
 class Consumer:
-    """The state of one iteration over a durable consumer; made by `consume`."""
+    """The state of one iteration over a durable consumer; `Bus.consume` makes it."""
 
     def __init__(self, connection: Connection, stream: str, durable: str, filters: Sequence[str]) -> None:
         self.connection = connection
         self.unsettled: dict[int, Delivery] = {}
         self.n_unsettled: int | None = None
-        """Messages that are not settled, delivered or not, when the server was asked last; None while it does not answer."""
+        """Unsettled messages, delivered or not, at the last request; None while the server does not answer."""
         self._stream = stream
         self._durable = durable
         self._filters = list(filters)
@@ -129,7 +130,7 @@ class Consumer:
             await self.connection.unsubscribe(subscription)
 
     async def _next(self) -> Delivery | None:
-        """Return the next delivery, or None when it is time to see whether to ask again."""
+        """Return the next delivery, or None when the caller should check whether a new request is due."""
         try:
             async with asyncio.timeout(_HEARTBEAT_S):
                 return await self._ready.get()
@@ -139,7 +140,7 @@ class Consumer:
             return None
 
     async def _ask(self) -> None:
-        """Make sure that the consumer is there, and ask it for a batch; again until that went well."""
+        """Create the consumer if need be and request a batch; repeat until that succeeds."""
         while True:
             try:
                 await self._ensure()
@@ -179,7 +180,7 @@ class Consumer:
         await self._drop_settled(int(info["ack_floor"]["stream_seq"]))
 
     async def _drop_settled(self, floor: int) -> None:
-        """Drop what was settled before the message ``floor``, which stays: all up to it are settled."""
+        """Purge the messages before ``floor``, up to which all are settled; keep ``floor`` itself."""
         if floor - self._dropped_below < DROPPED_AT_ONCE:
             return
         for subject in self._filters:
@@ -224,6 +225,6 @@ class Consumer:
                 for delivery in tuple(self.unsettled.values()):
                     await delivery.in_work()
             except AwayError:
-                pass  # the connection says so
+                pass  # the connection logs it
             except BusError as error:
                 self.connection.log.warning("not_said_to_be_in_work", stream=self._stream, error=str(error))

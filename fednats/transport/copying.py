@@ -1,11 +1,12 @@
-"""Keeps the copying of a stream going after a link or a server was away.
+"""Resume the copying of a stream soon after its link or server was away.
 
-JetStream looks after the sources of a stream itself, but slowly: it asks into a link that is down, waits 30 s for the
-answer, and 10 s longer each time before it asks again; that the link stands again cuts this short only sometimes.
+JetStream resumes by itself, but slowly: it sends its request into a link that is down, waits 30 s for the answer, and
+waits 10 s longer before each further request. When the link comes back, that only sometimes ends the wait.
 
-Who makes a stream says its *pulse* four times a second. A link keeps the order, and a source has a heartbeat every second:
-if a pulse comes over the link and the source was silent for longer, nobody copies, however slow the link is. Then the
-source is taken out of the stream's configuration and put in again. The server goes on at once, from where the copy ends.
+The maker of a stream publishes its *pulse* four times a second. A link keeps messages in order, and a source sends a
+heartbeat every second. So if a pulse arrives while the source has been silent for longer, copying has stopped, however
+slow the link is. Then the source is removed from the stream's configuration and added again. The server resumes at
+once, where the copy ends.
 """
 
 import asyncio
@@ -23,13 +24,13 @@ from fednats.transport.streams import NANOSECONDS, Origin, StreamSpec
 PULSE_INTERVAL_S = 0.25
 SILENT_S = 3.0
 PAUSE_S = 0.5
-"""Between two looks at a stream, however many pulses come."""
+"""Pause between two looks at a stream, however many pulses come."""
 PATIENCE_S = 4.0
-"""From setting a source up to doing so again; twice as long each time, while the link stands and the source is silent."""
+"""Wait before a source is set up again; it doubles each time while the link is up and the source stays silent."""
 
 
 class Copying:
-    """The sources of one stream; none of them as long as this server does not take what they would send."""
+    """The sources of one stream; it has none while their messages are too large for this server."""
 
     def __init__(self, connection: Connection, spec: StreamSpec, limit: MessageLimit) -> None:
         self._connection = connection
@@ -39,7 +40,7 @@ class Copying:
         self._sources = [Source(origin, self._heard, limit) for origin in spec.sources]
 
     async def run(self) -> None:
-        """Look after them for ever; raises BusError when the connection is closed for good."""
+        """Keep the sources going; ends with BusError when the connection is closed for good."""
         subscriptions = [
             await self._connection.subscribe(source.origin.pulse, source.hear)
             for source in self._sources
@@ -79,7 +80,7 @@ class Copying:
             await self._update({**config, "sources": sources})
 
     async def _stop(self, config: Mapping[str, Any]) -> None:
-        """Copy nothing; what `_set_up` puts in again once the limit allows it."""
+        """Remove all sources; `_set_up` adds them again once the limit allows it."""
         if config.get("sources"):
             await self._update({**config, "sources": []})
             self._connection.log.warning("copying_stopped", stream=self._spec.name, **self._limit.now._asdict())
@@ -89,18 +90,18 @@ class Copying:
 
 
 class Source:
-    """One origin: when its side was heard, and when the copying from it was set up."""
+    """One origin: when its pulse was last heard, and when copying from it was set up."""
 
     def __init__(self, origin: Origin, any_heard: asyncio.Event, limit: MessageLimit) -> None:
         self.origin = origin
         self._limit = limit
         self._any_heard = any_heard
         self._heard = False
-        self._heard_at = self._set_up_at = asyncio.get_running_loop().time()  # the server has begun to do so itself
+        self._heard_at = self._set_up_at = asyncio.get_running_loop().time()  # the server has just set it up itself
         self._patience_s = PATIENCE_S
 
     async def hear(self, message: Msg) -> None:
-        """Note a pulse; the first one after a silence says that the link is a new one."""
+        """Note a pulse; after a silence, the link is new and the source may be set up at once."""
         if self.origin.says_limit:
             self._limit.hear(message.data)
         now = asyncio.get_running_loop().time()
@@ -110,12 +111,12 @@ class Source:
         self._any_heard.set()
 
     def was_heard(self) -> bool:
-        """Whether its side was heard since this was asked last; one on the same server always is."""
+        """Whether a pulse was heard since the last call; always true for an origin on the same server."""
         heard, self._heard = self._heard, False
         return heard or self.origin.pulse is None
 
     def to_be_set_up(self, states: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether nobody copies and it is time to do something about that; ``states`` is the server's view."""
+        """Whether copying has stopped and a new setup is due; ``states`` are the sources as the server reports them."""
         now = asyncio.get_running_loop().time()
         if _active(states, self.origin):
             self._patience_s = 0.0

@@ -1,4 +1,4 @@
-"""A fence around a stream: what a publisher sends is stored only while the lease that it publishes under is the newest."""
+"""A fence around a stream: a message is stored only while the publisher's lease is the newest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fence:
-    """The message of ``subject``, in the stream that is published to, that must be the newest there.
+    """A condition on publishing: the newest message of ``subject`` in the stream must have number ``sequence``.
 
-    The server compares ``sequence`` when it stores a message, and refuses that message if there is a newer one of
-    ``subject`` (`fednats.errors.FencedError`).
+    The server checks it before it stores a message; if ``subject`` has a newer one, it refuses
+    (`fednats.errors.FencedError`).
     """
 
     subject: str
     sequence: int
-    """0: there must be none."""
+    """0: ``subject`` must have no message."""
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What the server goes by."""
+        """Headers that make the server check the condition."""
         return {
             "Nats-Expected-Last-Subject-Sequence": str(self.sequence),
             "Nats-Expected-Last-Subject-Sequence-Subject": self.subject,

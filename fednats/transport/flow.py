@@ -1,4 +1,4 @@
-"""One direction of one connection for payloads: chunks go in the order of asking, as many at once as the window takes."""
+"""Payloads in one direction of a connection: chunks go in order of request, as many at once as the window allows."""
 
 import asyncio
 from collections import deque
@@ -13,21 +13,21 @@ T = TypeVar("T")
 
 
 class Flow:
-    """All payloads of one direction share it, so that together they fill the link and do not swamp it."""
+    """One direction; all its payloads share it, so that together they fill the link without flooding it."""
 
     def __init__(self) -> None:
         self.window = Window()
         self.chunk_bytes = FIRST_CHUNK_BYTES
-        """Size of the chunk read last; the next is taken to be as large."""
+        """Size of the last chunk read; the next is assumed to be as large."""
         self._waiting: deque[tuple[int, asyncio.Future[Window]]] = deque()
 
     def start_anew(self) -> None:
-        """Forget what was learned of the link: the connection is a new one and may go another way."""
+        """Forget what was learned about the link; a new connection may take another route."""
         self.window = Window()
         self._admit()
 
     async def carry(self, n_bytes: int, ask: Callable[[float], Awaitable[T]]) -> T:
-        """Await ``ask(timeout_s)`` when there is room for ``n_bytes``, and learn from how long it took."""
+        """Await ``ask(timeout_s)`` once the window has room for ``n_bytes``; adapt the window to the answer time."""
         window = await self._turn(n_bytes)
         now = asyncio.get_running_loop().time
         started = now()
@@ -43,7 +43,7 @@ class Flow:
             self._admit()
 
     async def _turn(self, n_bytes: int) -> Window:
-        """Return the window in which ``n_bytes`` are counted as sent."""
+        """Wait for room; return the window that has counted ``n_bytes`` as sent."""
         turn: asyncio.Future[Window] = asyncio.get_running_loop().create_future()
         self._waiting.append((n_bytes, turn))
         self._admit()

@@ -1,4 +1,4 @@
-"""Payloads in chunks, pipelined both ways: waiting one round trip for each chunk makes a long link slow."""
+"""Send and read payloads in chunks, pipelined: a round trip for each chunk would make a long link slow."""
 
 import asyncio
 from collections import deque
@@ -24,7 +24,7 @@ from fednats.transport.fence import Fence
 from fednats.wire import digest
 
 PAUSE_S = 0.2
-"""Between two attempts to read from a stream that is not there yet."""
+"""Pause between two attempts to read from a stream that does not exist yet."""
 
 T = TypeVar("T")
 
@@ -38,9 +38,9 @@ async def publish(
     stored: Callable[[int], Awaitable[None]] | None,
     fence: Fence | None = None,
 ) -> None:
-    """Publish chunk i as `subjects.chunk` with the message id `chunk_id`; returns when all are stored.
+    """Publish chunk i to its `subjects.chunk` with the message id `chunk_id`; return when all are stored.
 
-    The last chunk is sent when all others are stored: where it is, the payload is whole.
+    Sends the last chunk once all others are stored, so a stream that holds it holds the whole payload.
     """
     chunk_bytes = 1
     n_stored = index = first
@@ -70,7 +70,7 @@ async def publish(
 
 
 def chunk_id(payload_id: str, index: int) -> str:
-    """Return the message id of a chunk, by which the stream knows it again."""
+    """Return the message id of a chunk, by which the stream recognises a duplicate."""
     return f"{payload_id}.{index}"
 
 
@@ -91,13 +91,13 @@ async def read(
             yield _fetch(connection, stream, subjects.chunk(prefix, payload_id, index), expected)
 
     def room() -> float:
-        n_chunks = flow.window.size_bytes / flow.chunk_bytes + 0.5  # as `Window.fits` rounds
+        n_chunks = flow.window.size_bytes / flow.chunk_bytes + 0.5  # rounds like `Window.fits`
         return n_chunks if most is None else min(n_chunks, most)
 
     left = len(digests) - first
     async for chunk in _pipelined(calls(), room):
         left -= 1
-        if left:  # the last one is shorter
+        if left:  # the last chunk may be shorter
             flow.chunk_bytes = max(1, len(chunk))
         yield chunk
 
@@ -122,7 +122,7 @@ async def _fetch(connection: Connection, stream: str, subject: str, expected: by
         except AwayError:
             await connection.wait_connected()
             continue
-        except NobodyError:  # the server is back, the stream is not yet
+        except NobodyError:  # the server is back, but its stream is not yet
             await asyncio.sleep(PAUSE_S)
             continue
         if message is None:
@@ -133,7 +133,7 @@ async def _fetch(connection: Connection, stream: str, subject: str, expected: by
 
 
 async def _pipelined(calls: AsyncIterator[Awaitable[T]], room: Callable[[], float]) -> AsyncIterator[T]:
-    """Yield the results in order with at most ``room()`` calls under way; the first failure ends it."""
+    """Yield the results in order, with at most ``room()`` calls under way; the first failure ends it."""
     under_way: deque[asyncio.Future[T]] = deque()
     try:
         async for call in calls:

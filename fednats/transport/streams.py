@@ -1,8 +1,8 @@
-"""Streams and buckets of a run: who makes which, with which limits.
+"""Streams and buckets of a run: which service makes each, and with which limits.
 
-Each function returns what one service ensures at its start with `Bus.ensure_stream` and `Bus.ensure_bucket`.
-A stream of models, compositions, receipts or rejects drops its oldest when full. All others refuse: the sender keeps what was not
-taken.
+Most functions return the streams or buckets that a service ensures at its start, with `Bus.ensure_stream` and
+`Bus.ensure_bucket`. When full, a stream of models, compositions, receipts or rejects drops its oldest messages. All
+others refuse new messages, and the sender keeps them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,50 +16,56 @@ GIB = 2**30
 NANOSECONDS = 10**9
 
 PRESENCE_TTL_S = 15.0
-"""A service that did not renew its presence for so long is taken to be gone; renew it three times as often."""
+"""A service that has not renewed its presence for this long counts as gone; renew three times as often."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one stream."""
+    """Limits of one stream."""
 
     max_bytes: int
     max_age_s: int
     duplicate_window_s: int = 3600
-    """For so long a message id is remembered; what is sent again within it is stored once."""
+    """How long the stream remembers a message id; a message sent again meanwhile is stored once."""
     max_messages: int = -1
-    """-1 is no limit."""
+    """-1 means no limit."""
     max_messages_per_subject: int = -1
 
 
 MODELS = Limits(max_bytes=8 * GIB, max_age_s=365 * 86400)
 UPDATES = Limits(max_bytes=8 * GIB, max_age_s=7 * 86400, max_messages=2**17)
-"""Of one site. An update has 2^16 chunks at most, so two of the largest fit; each message costs the server memory, however small."""
+"""Limits for one site. An update has at most 2^16 chunks, so nearly two of the largest fit.
+
+Messages are limited because each costs the server memory, however small.
+"""
 
 AGGREGATES = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400)
 INBOX = Limits(max_bytes=16 * GIB, max_age_s=7 * 86400, max_messages=2**18)
-"""Of one region, at the node above."""
+"""Limits for one region, at the node above."""
 
 COMPOSITIONS = Limits(max_bytes=GIB // 2, max_age_s=365 * 86400, max_messages=200_000)
 RECEIPTS = Limits(max_bytes=GIB // 16, max_age_s=365 * 86400, max_messages_per_subject=1)
 REJECTS = Limits(max_bytes=GIB, max_age_s=30 * 86400, max_messages_per_subject=16)
-"""A subject is of one sender and one reason: nobody's garbage drives another's out, nor what else the same sender sent."""
+"""Each subject is for one sender and one reason, so a flood of one kind pushes out no rejects of another."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The stream that another one copies; ``api`` and ``deliver`` lead to another domain or account."""
+    """A stream that another stream copies; ``api`` and ``deliver`` lead to its domain or account."""
 
     stream: str
     api: str | None = None
     deliver: str = ""
     pulse: str | None = None
-    """What is heard from there while the link stands; none: it is on the same server."""
+    """Subject of the pulse that arrives from there while the link is up; None if it is on the same server."""
     says_limit: bool = False
-    """Whether the pulse says how large the run's messages are: that of the node above does."""
+    """Whether the pulse says how large the run's messages are; only that of the node above does."""
 
     def config(self) -> Mapping[str, Any]:
-        """Return it as the server's JSON: all of it, where the server alone might start at the newest of other origins."""
+        """Return the server's JSON for this source.
+
+        It copies from the first message; by default the server might start at the newest of other origins.
+        """
         config: dict[str, Any] = {"name": self.stream, "opt_start_seq": 1}
         if self.api is not None:
             config["external"] = {"api": self.api, "deliver": self.deliver}
@@ -68,7 +74,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """One stream: it takes ``subjects``, or copies its ``sources``."""
+    """One stream, which takes ``subjects`` or copies its ``sources``."""
 
     name: str
     limits: Limits
@@ -76,19 +82,19 @@ class StreamSpec:
     subjects: tuple[str, ...] = ()
     sources: tuple[Origin, ...] = ()
     announce: tuple[str, str] | None = None
-    """Subject filter and subject under which what is stored here is also announced (headers only) to who listens."""
+    """Subject filter of stored messages that are also announced (headers only), and the subject to announce them on."""
     pulse: str | None = None
-    """What its maker says regularly, for those who copy it over a link."""
+    """Subject on which the stream's maker publishes regularly, for those who copy it over a link."""
     api: str | None = None
-    """Prefix of the JetStream that has it, if it is in another account."""
+    """API prefix of its JetStream, if that is in another account."""
 
     @property
     def n_bytes(self) -> int:
-        """The most that it takes."""
+        """Largest size of the stream."""
         return self.limits.max_bytes
 
     def config(self, max_message_bytes: int) -> dict[str, Any]:
-        """Return it as the server's JSON; ``max_message_bytes`` is what that server takes."""
+        """Return the stream as the server's JSON; ``max_message_bytes`` is that server's ``max_payload``."""
         config: dict[str, Any] = {
             "name": self.name,
             "retention": "limits",
@@ -99,7 +105,7 @@ class StreamSpec:
             "max_msgs": self.limits.max_messages,
             "max_msgs_per_subject": self.limits.max_messages_per_subject,
             "max_age": self.limits.max_age_s * NANOSECONDS,
-            # What a copy refused for its size it would never ask for again, also after a server's limit was raised.
+            # A copy never asks again for a message it refused for its size, even after the server's limit is raised.
             "max_msg_size": -1 if self.sources else max_message_bytes,
             "subjects": list(self.subjects),
             "duplicate_window": self.limits.duplicate_window_s * NANOSECONDS,
@@ -114,17 +120,17 @@ class StreamSpec:
 
 @dataclass(frozen=True)
 class BucketSpec:
-    """One KV bucket: newest value of each key; with ``ttl_s`` a key that is not renewed disappears."""
+    """One KV bucket: the newest value of each key; with ``ttl_s``, a key that is not renewed expires."""
 
     name: str
     ttl_s: float | None = None
     n_bytes: int = 64 * 2**20
-    """The most that it takes."""
+    """Largest size of the bucket."""
     max_value_bytes: int | None = None
-    """The most that one key takes; None: what the server takes."""
+    """Largest size of one value; None means the server's ``max_payload``."""
 
     def config(self, max_message_bytes: int) -> dict[str, Any]:
-        """Return the stream that is the bucket, as the server's JSON; see `StreamSpec.config`."""
+        """Return the bucket's stream as the server's JSON; see `StreamSpec.config`."""
         config: dict[str, Any] = {
             "name": f"KV_{self.name}",
             "subjects": [f"$KV.{self.name}.>"],
@@ -136,7 +142,7 @@ class BucketSpec:
             "max_bytes": self.n_bytes,
             "max_msg_size": min(max_message_bytes, self.max_value_bytes or max_message_bytes),
             "allow_direct": True,
-            "allow_rollup_hdrs": False,  # else who renews one key may roll all of them up into it
+            "allow_rollup_hdrs": False,  # else a service that renews one key could delete all others
             "deny_delete": True,
         }
         if self.ttl_s is not None:
@@ -145,9 +151,10 @@ class BucketSpec:
 
 
 def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that the coordinator ensures.
+    """Return the streams that the coordinator ensures.
 
-    Models with control, a copy of them for each of the ``regions`` directly below, their inbox, compositions, rejects.
+    They are models and control messages, an inbox for each of the ``regions`` directly below, a copy of the models for
+    each, compositions, and rejects.
     """
     models = StreamSpec(
         name=subjects.models_stream(run, HUB),
@@ -163,7 +170,10 @@ def at_hub(run: str, regions: Sequence[str], *, leaves: bool = True) -> tuple[St
 def at_uplink(
     run: str, region: str, parent: str | None = None, children: Sequence[str] = (), *, leaves: bool = True
 ) -> tuple[StreamSpec, ...]:
-    """Streams that an aggregator ensures in its uplink account: models (with a leaf), aggregates, inbox of children."""
+    """Return the streams that an aggregator ensures in its uplink account.
+
+    They are its aggregates and, if it has a leaf, models, an inbox for each child, and a copy of the models for each.
+    """
     aggregates = StreamSpec(
         name=subjects.aggregates_stream(run, region),
         subjects=(f"{subjects.aggregate(run, region)}.>",),
@@ -193,9 +203,9 @@ def at_uplink(
 
 
 def in_region(run: str, region: str, sites: Iterable[str], *, leaves: bool = True) -> tuple[StreamSpec, ...]:
-    """Streams that an aggregator ensures in its private account.
+    """Return the streams that an aggregator ensures in its private account.
 
-    Models for the sites, updates of each site, receipts, compositions, rejects.
+    They are models for the sites, the updates of each site, receipts, compositions, and rejects.
     """
     origin = Origin(
         subjects.models_stream(run, region) if leaves else subjects.models_for_stream(run, region),
@@ -220,7 +230,7 @@ def in_region(run: str, region: str, sites: Iterable[str], *, leaves: bool = Tru
 
 
 def updates(run: str, region: str, site: str) -> StreamSpec:
-    """Stream of one site's updates and evaluations: its quota."""
+    """Return the stream of one site's updates and evaluations; its limits are the site's quota."""
     return StreamSpec(
         name=subjects.updates_stream(run, region, site),
         subjects=(f"{subjects.update(run, region, site)}.>", subjects.evaluation(run, region, site)),
@@ -230,24 +240,25 @@ def updates(run: str, region: str, site: str) -> StreamSpec:
 
 
 def needed_bytes(specs: Iterable[StreamSpec | BucketSpec]) -> int:
-    """Return what a server must be allowed to store for all of them."""
+    """Return how many bytes a server must be allowed to store for all of ``specs``."""
     return sum(spec.n_bytes for spec in specs)
 
 
 def buckets(run: str) -> tuple[BucketSpec, ...]:
-    """Presence and state; the coordinator ensures them at the hub, an aggregator in its private account."""
+    """Return the presence and state buckets; the coordinator ensures them at the hub, an aggregator in its account."""
     return (presence(run), BucketSpec(subjects.state_bucket(run)))
 
 
 def presence(run: str) -> BucketSpec:
-    """Presence alone; an aggregator above regions ensures it in its uplink account too."""
+    """Return the presence bucket; an aggregator above others also ensures it in its uplink account."""
     return BucketSpec(subjects.presence_bucket(run), ttl_s=PRESENCE_TTL_S, max_value_bytes=2**16)
 
 
 def inbox(run: str, node: str, region: str, *, leaves: bool = True) -> StreamSpec:
-    """Stream of what ``region`` sends to the ``node`` above it: its quota there.
+    """Return the stream of messages from ``region`` to the ``node`` above it; its limits are the region's quota there.
 
-    A copy takes whatever subjects the origin has: what a region's own server puts under another's name stays among its own.
+    A copy takes any subject that its origin has. So messages that a region's own server files under another region's
+    name stay in this inbox.
     """
     stream = subjects.aggregates_stream(run, region)
     pulse = subjects.pulse(run, region) if leaves else None
@@ -256,7 +267,7 @@ def inbox(run: str, node: str, region: str, *, leaves: bool = True) -> StreamSpe
 
 
 def _handed_down(run: str, node: str, regions: Sequence[str]) -> Iterable[StreamSpec]:
-    """One for each region, in an account of its own: what a region does to it touches no other."""
+    """Yield a copy of the models for each region, each in its own account, so that no region can affect another's."""
     for region in regions:
         origin = Origin(subjects.models_stream(run, node), permissions.above_api(), permissions.hand_down(region))
         yield StreamSpec(

@@ -1,4 +1,4 @@
-"""The socket under a connection: TLS before the first word, and an end that is noticed."""
+"""The socket under a connection: TLS from the first byte, and a close that does not hang."""
 
 import asyncio
 import contextlib
@@ -16,14 +16,14 @@ _EXPIRED = 10
 
 
 def context(settings: BusSettings) -> ssl.SSLContext:
-    """Return what a server is verified with: its authority, its name, TLS 1.3.
+    """Return a context that verifies the server's certificate and name, and requires TLS 1.3.
 
     Raises:
-        ConfigError: ``ca_file`` is no certificate.
+        ConfigError: ``ca_file`` is not a certificate.
     """
     try:
         made = ssl.create_default_context(cafile=settings.ca_file)
-    except OSError as error:  # of which ssl.SSLError is one
+    except OSError as error:  # ssl.SSLError is a subclass
         text = f"{settings.ca_file}: no certificate of an authority ({error.strerror or error}); give the kit's ca.pem"
         raise ConfigError(text) from None
     made.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -31,14 +31,14 @@ def context(settings: BusSettings) -> ssl.SSLContext:
 
 
 async def certificates_end_at(settings: BusSettings) -> float:
-    """Return when the server's certificate ends, or its authority's in ``ca_file`` if that is sooner, seconds since 1970.
+    """Return the earliest end of the server's certificate and those in ``ca_file``, in seconds since 1970.
 
-    The server is asked anew: a connection that stands does not notice that it has another certificate by now. One that
-    has ended already ends now.
+    Opens a new connection, since an existing one does not notice a renewed certificate. Returns 0 if the certificate
+    has expired.
 
     Raises:
-        BusError: it cannot be reached.
-        ConfigError: as `context`.
+        BusError: the server cannot be reached, or its certificate is invalid for another reason.
+        ConfigError: like `context`.
     """
     verifying, url = context(settings), urlsplit(settings.url)
     try:
@@ -60,14 +60,14 @@ async def certificates_end_at(settings: BusSettings) -> float:
 
 
 class TlsTransport(TcpTransport):
-    """nats-py's own, which after a handshake that failed would wait for ever for the end of the connection."""
+    """nats-py's transport, except that it does not wait without end for the close after a failed handshake."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._secured = False
 
     def __bool__(self) -> bool:
-        return True  # it is the one to connect with, whatever it is connected to
+        return True  # nats-py replaces a transport that is false
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
         """Open the socket."""
@@ -77,18 +77,18 @@ class TlsTransport(TcpTransport):
     async def connect_tls(
         self, uri: str | ParseResult, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
     ) -> None:
-        """Shake hands."""
+        """Do the TLS handshake."""
         await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
         self._secured = True
-        if self._io_writer is not None:  # asyncio warns at every end of a reader that does not know of TLS
+        if self._io_writer is not None:  # else asyncio warns at every end of the stream
             self._io_writer.transport.get_protocol()._over_ssl = True  # type: ignore[attr-defined]  # noqa: SLF001
 
     async def wait_closed(self) -> None:
-        """Wait for the end; nobody tells of one before the handshake is done."""
+        """Wait until the socket is closed; returns at once before the handshake is done, when no close is reported."""
         if self._secured:
             await super().wait_closed()  # type: ignore[no-untyped-call]
 
     def abort(self) -> None:
-        """Break the connection as it stands; nats-py has no way to."""
+        """Drop the connection at once; nats-py has no call for this."""
         if self._io_writer is not None:
             self._io_writer.transport.abort()

@@ -1,4 +1,4 @@
-"""What a bus made and answers for: its streams and buckets are there, also on a server that lost them, and are copied."""
+"""Keep the streams and buckets of a bus in existence and copied, even after a server lost its store."""
 
 import asyncio
 import time
@@ -23,7 +23,7 @@ class Upkeep:
 
     def __init__(self, connection: Connection) -> None:
         self.recreated: asyncio.Queue[str] = asyncio.Queue()
-        """Names of streams that had to be made anew after a reconnection."""
+        """Names of streams and buckets that were created again after a reconnection."""
         self.limit = MessageLimit(connection)
         self._connection = connection
         self._specs: dict[str, StreamSpec | BucketSpec] = {}
@@ -43,7 +43,7 @@ class Upkeep:
         await end(*self._tasks.values())
 
     async def ensure(self, spec: StreamSpec | BucketSpec) -> bool:
-        """Create it, or apply what changed, now and after every reconnection; return whether it was created now."""
+        """Create or update ``spec``, now and after every reconnection; return whether it was created now."""
         created = await self._make(spec)
         self._specs[spec.name] = spec
         if isinstance(spec, StreamSpec) and spec.sources:
@@ -68,13 +68,13 @@ class Upkeep:
         try:
             current = (await self._connection.api(f"STREAM.INFO.{name}", prefix=api))["config"]
         except NoStreamError:
-            # Sequence numbers above all that a stream of this name ever had: who remembers those is not misled.
+            # Begin above all sequence numbers that a stream of this name ever had, so that old numbers mislead nobody.
             await self._connection.api(f"STREAM.CREATE.{name}", {**wanted, "first_seq": time.time_ns() // 1000}, api)
             self._connection.log.info("stream_created", stream=name)
             return True
         if any(
             value != current.get(key, type(value)()) for key, value in wanted.items()
-        ):  # it leaves out what is empty
+        ):  # the server leaves out empty values
             await self._connection.api(f"STREAM.UPDATE.{name}", {**current, **wanted}, api)
             self._connection.log.info("stream_updated", stream=name)
         return False
@@ -108,7 +108,7 @@ class Upkeep:
                 for pulse in pulses:
                     await self._connection.emit(pulse, self.limit.pulse)
             except AwayError:
-                pass  # the connection says so
+                pass  # the connection logs it
             except BusError as error:
                 self._connection.log.warning("pulse_not_sent", error=str(error))
 
@@ -116,7 +116,7 @@ class Upkeep:
         async def live() -> None:
             try:
                 await body
-            except BusError as error:  # closed for good: whoever uses the bus is told
+            except BusError as error:  # closed for good; callers of the bus get the error themselves
                 self._connection.log.debug("upkeep_ended", task=name, error=str(error))
 
         if name in self._tasks:

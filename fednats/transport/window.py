@@ -1,72 +1,73 @@
-"""How many bytes may be under way in one direction of a connection: what the link takes, and no queue in front of it.
+"""How many bytes may be under way in one direction of a connection: enough to fill the link, without a queue.
 
-Too few leave a long link idle between the answers. Too many queue in front of a slow one: the answers come late, what
-else is said on the connection comes later still, and a timeout that does not know of the queue sends all of it again.
+With too few, a long link is idle between answers. With too many, a queue forms in front of a slow link: answers come
+late, other messages on the connection come later still, and a timeout that ignores the queue sends everything again.
 
-The rule looks at answer times alone, as TCP Vegas does (Brakmo and Peterson, IEEE JSAC 13(8), 1995). The *base* is the
-shortest answer time of late, when nothing queued. The *standing* time is the shortest within the last base: a burst has
-a quick answer among its slow ones, a queue that stands has none. Of n bytes under way, n * (1 - base / standing) stand
-in the queue. Few: the window grows. Many: it falls to what the link holds, so that the queue empties and the base shows.
+The rule uses answer times alone, as TCP Vegas does (Brakmo and Peterson, IEEE JSAC 13(8), 1995). The *base* is the
+shortest recent answer time, measured while nothing was queued. The *standing* time is the shortest within the last half
+base (at least 0.1 s): a burst has a quick answer among its slow ones, a standing queue has none. Of n bytes under way,
+n * (1 - base / standing) are in the queue. If they are few, the window grows. If they are many, it falls to what the
+link holds; the queue then empties, and the base can be measured again.
 """
 
 from collections import deque
 
 FIRST_BYTES = 2**20
 MOST_BYTES = 2**24
-"""What a window grows to: 447 Mbit/s at a round trip of 300 ms. Also bounds the memory that a payload takes."""
+"""Largest window: 447 Mbit/s at a round trip of 300 ms. It also bounds the memory that a payload takes."""
 PATIENCE_S = 30.0
-"""Least wait for the answer to a chunk. A connection that died is noticed sooner."""
+"""Shortest wait for the answer to a chunk. A dead connection is noticed sooner."""
 
 _BASE_AGE_S = 5.0
 _BASE_AGE_ANSWERS = 10
 _STANDING_S = 0.1
 _QUEUED_SHARE = 0.2
 _SHORT_S = 0.05
-"""A queue that is no longer is let stand: what a disk or a busy process takes now and then looks the same."""
+"""A shorter queue is left alone: a slow disk or a busy process looks the same."""
 _LONG_S = 2.0
-"""A queue that is longer is not let stand, though it be a single chunk."""
+"""A longer queue is never left alone, even if it is a single chunk."""
 _GROWTH = 1 / 8
 _FAR = 4
 _TICK_S = 1e-6
 
 
 class Window:
-    """One direction of one connection. Times are of any clock that does not jump."""
+    """One direction of one connection. Times are in seconds of any monotonic clock."""
 
     def __init__(self) -> None:
         self.size_bytes: float = FIRST_BYTES
         self.under_way_bytes = 0
         self._fell_to_bytes: float = 0
         self._fell_at = 0.0
-        self._recent: deque[tuple[float, float]] = deque()  # (when it came, answer time), of the last base or 0.1 s
+        self._recent: deque[tuple[float, float]] = deque()  # (arrival, answer time), of the last half base or 0.1 s
         self._base_since = 0.0
-        self._base_s = [float("inf"), float("inf")]  # shortest answer time of the present and of the last period
+        self._base_s = [float("inf"), float("inf")]  # shortest answer time of this period and of the last
         self._longest_s = [0.0, 0.0]
 
     @property
     def timeout_s(self) -> float:
-        """How long to wait for the answer to a chunk before it counts as lost."""
+        """Wait for the answer to a chunk before it counts as lost."""
         return max(PATIENCE_S, 4 * self.longest_s)
 
     @property
     def longest_s(self) -> float:
-        """Longest answer time of the last seconds in which there were any; 0 before the first."""
+        """Longest answer time of the last two periods, each of 5 s or 10 answer times; 0 before the first answer."""
         return max(self._longest_s)
 
     def fits(self, n_bytes: int) -> bool:
-        """Whether so much may be sent now; with nothing under way, anything may, else half of it must fit."""
+        """Whether ``n_bytes`` may be sent now: always if nothing is under way, else if half of them fit."""
         return self.under_way_bytes == 0 or self.under_way_bytes + n_bytes / 2 <= self.size_bytes
 
     def sent(self, n_bytes: int) -> None:
-        """Count what was sent."""
+        """Count bytes as sent."""
         self.under_way_bytes += n_bytes
 
     def lost(self, n_bytes: int) -> None:
-        """Count what will not be answered any more."""
+        """Count sent bytes as never to be answered."""
         self.under_way_bytes -= n_bytes
 
     def answered(self, n_bytes: int, answer_s: float, now: float) -> None:
-        """Count an answer and adapt.
+        """Count an answer and adapt the window.
 
         >>> window = Window()
         >>> for now in (0.1, 0.2, 0.3):  # one chunk after the other: the window is not what limits
@@ -91,7 +92,7 @@ class Window:
                 self.size_bytes = self._fell_to_bytes = max(n_bytes, under_way * base_s / standing_s)
                 self._fell_at = now
         elif full and standing_s < _LONG_S:
-            # At the start, and when it is four times what it fell to without a queue: twice as much in each round trip.
+            # Doubles each round trip at the start, and once it has grown to four times the size it last fell to.
             growth = n_bytes * (1 if self.size_bytes >= _FAR * self._fell_to_bytes else _GROWTH)
             self.size_bytes = min(MOST_BYTES, self.size_bytes + growth)
 

@@ -1,4 +1,4 @@
-"""The figures every daemon counts, in the Prometheus text format."""
+"""Metrics of every daemon, in the Prometheus text format."""
 
 import math
 import time
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 
 class Metrics:
-    """One registry per daemon; names and labels are the public interface for dashboards and alerts."""
+    """The metrics of one daemon; their names and labels are a public interface for dashboards and alerts."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -119,7 +119,7 @@ class Metrics:
         )
 
     def sources_present(self, role: str, present: Mapping[str, bool]) -> None:
-        """Say who of those that report here, services of ``role``, is there."""
+        """Set which services of ``role`` that report here are present."""
         for source in self._sources.get(role, frozenset()) - set(present):
             self.source_present.remove(source)
         self._sources[role] = frozenset(present)
@@ -127,9 +127,9 @@ class Metrics:
             self.source_present.labels(source=source).set(int(there))
 
     def certificate_ends_at(self, at_s: float) -> None:
-        """Say when the first certificate ends, seconds since 1970."""
+        """Set when the first certificate ends, in seconds since 1970."""
         self._certificate.set_function(lambda: at_s - time.time())
 
     def text(self) -> bytes:
-        """Return the exposition text."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

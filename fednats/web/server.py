@@ -1,4 +1,4 @@
-"""Each daemon's own HTTP server: /healthz, /readyz, /metrics, /status."""
+"""The HTTP server of each daemon: /healthz, /readyz, /metrics, /status."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -22,12 +22,12 @@ async def serving(
     not_ready: Callable[[], str | None],
     status: Callable[[], Mapping[str, Any]],
 ) -> AsyncIterator[int]:
-    """Serve while the context is open; the port taken is yielded and written to ``state_dir/web.port``.
+    """Serve while the context is open; yield the port and write it to ``state_dir/web.port``.
 
-    ``not_ready`` returns what the daemon waits for, None if it is ready.
+    ``not_ready`` returns what the daemon waits for, or None if it is ready. ``status`` returns the content of /status.
 
     Raises:
-        ConfigError: the address cannot be used.
+        ConfigError: the server cannot listen on the address.
     """
 
     async def healthz(_request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""What the coordinator reads out of its regions' sums of evaluations."""
+"""Read the figures out of the regions' sums of evaluations."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class EvaluationReader:
-    """Has sums decrypted in the worker process, under ``lock``: a job may end the process, and with it what another keeps there."""
+    """Has sums decrypted in the worker process.
+
+    It holds ``lock`` meanwhile: a bad sum may end the process, and with it the mean that another job keeps there.
+    """
 
     def __init__(
         self, identity: Identity, read: Read, worker: "Worker[CoordinatorWorker]", lock: asyncio.Lock, log: Any
@@ -26,10 +29,10 @@ class EvaluationReader:
         self._lock = lock
         self._log = log
         self.cases: dict[str, Any] = {}
-        """Confusion matrix and ROC curves of the version read last, of all test cases pooled."""
+        """Confusion matrix and ROC curves of the version read last, over all test cases pooled."""
 
     async def read(self, command: SumEvaluations, current: VersionAnnounced) -> EvaluationsSummed:
-        """Decrypt what regions summed; sums of versions of an earlier run are not read."""
+        """Decrypt the regions' sums for one version. Versions of an earlier run are not read."""
         least = current.settings.min_sites
 
         async def pool(inputs: Sequence[tuple[bytes, ...]], parts: Sequence[EvaluationPart]) -> PooledEvaluation:

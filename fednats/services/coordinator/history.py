@@ -1,4 +1,4 @@
-"""What the coordinator shows of the versions that were evaluated: the newest, so that its status stays one message."""
+"""The newest evaluated versions, for the coordinator's status: a bounded number, so that it fits into one message."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ SHOWN_VERSIONS = 100
 
 
 class History:
-    """When the newest `SHOWN_VERSIONS` were published and evaluated, and with what figures; the journal has all."""
+    """Keeps times and figures of the newest `SHOWN_VERSIONS` evaluated versions; the journal has all of them."""
 
     def __init__(self) -> None:
         self._published_s: dict[int, float] = {}
         self._evaluated: deque[dict[str, Any]] = deque(maxlen=SHOWN_VERSIONS)
 
     def note(self, handled: Handled) -> None:
-        """Take in what happened, now or before a restart."""
+        """Take in an event, live or in a replay."""
         event = handled.event
         if isinstance(event, VersionAnnounced):
             self._published_s.setdefault(event.version, handled.elapsed_s)
@@ -43,5 +43,5 @@ class History:
 
     @property
     def newest_metrics(self) -> Mapping[str, float]:
-        """Figures of the version evaluated last; none before the first."""
+        """Figures of the version evaluated last; empty before the first."""
         return self._evaluated[-1]["metrics"] if self._evaluated else {}

@@ -1,4 +1,4 @@
-"""The coordinator's voice: model versions and whether the run is open, in the hub's stream, also when that was lost."""
+"""Publish model versions and the run's state in the hub's stream, again if the hub loses it."""
 
 import asyncio
 import hashlib
@@ -21,13 +21,13 @@ from fednats.storage.chunk_file import read_chunks
 from fednats.transport.bus import Bus
 
 HEAD_BYTES = 2048
-"""More than a head of an update or a sum ever takes without its digests."""
+"""Upper bound on the head of an update or a sum, without its digests."""
 DIGEST_ROOM_BYTES = DIGEST_BYTES + 2
-"""Of one digest in a head."""
+"""Bytes that one digest takes in a head."""
 
 
 class ModelPublisher:
-    """Publishes versions, each with the frames that lead to it; doing it again changes nothing."""
+    """Publishes versions, each with the frames that lead to it. Publishing one again changes nothing."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class ModelPublisher:
         lease: HeldLease,
         note: Callable[[CurrentVersion], Awaitable[None]],
     ) -> None:
-        """Publish under ``lease``; ``note`` stores what a version is made of, before it is announced."""
+        """Publish under ``lease``; call ``note`` to store what a version is made of before announcing it."""
         self._daemon = daemon
         self._log = daemon.log
         self._settings = settings
@@ -51,32 +51,32 @@ class ModelPublisher:
         self._stream = subjects.models_stream(settings.run, subjects.HUB)
         self._prefix = subjects.model(settings.run)
         self.publishing = asyncio.Lock()
-        """Held while a version's frames are read; who makes the next one, which removes some, holds it too."""
+        """Held while a version's frames are read, and while the next version is made, which removes some of them."""
         self._control: Control | None = None
-        """What was said last of the run being open."""
+        """The last message that a run is open or closed."""
         self._frames: set[str] = set()
-        """Payload ids of the frames that are in the stream."""
+        """Payload ids of the frames in the stream."""
         self.sent_bytes = 0
 
     async def publish(self, version: CurrentVersion) -> ModelManifest:
-        """Publish ``version``; returns when everybody can have it."""
+        """Publish ``version``; return when the hub's stream has all of it. Raises as `_say_largest`."""
         async with self.publishing:
             return await self._publish(version)
 
     async def tell_open(self, opening: Opening) -> None:
-        """Tell everybody that a run is open; its first version was published."""
+        """Announce that a run is open. Its first version must be published already."""
         run = self._settings.run
         await self._tell(Control(run=run, opening=opening, status="open", version=opening.opened_at, reason=""))
 
     async def tell_closed(self, opening: Opening, version: int, reason: str) -> None:
-        """Tell everybody that a run is over."""
+        """Announce that a run is closed."""
         run = self._settings.run
         await self._tell(Control(run=run, opening=opening, status="closed", version=version, reason=reason))
 
     async def publish_again(self, current: Callable[[], Awaitable[CurrentVersion | None]]) -> None:
-        """Publish the ``current`` version again whenever the hub had lost its streams, for ever.
+        """Publish the current version again whenever the hub has lost its streams, forever.
 
-        It is asked for here: the next one may just have been made.
+        ``current`` is called each time, because a newer version may just have been made.
         """
         async for stream in self._bus.recreated():
             if stream == self._stream:
@@ -110,10 +110,10 @@ class ModelPublisher:
         return manifest
 
     def _say_largest(self, chunk_bytes: int, n_update_chunks: int, manifest_bytes: int) -> None:
-        """Tell the regions, with the pulse, how large the run's messages are: chunks, manifests, heads of updates and sums.
+        """Announce with the pulse the size of the run's largest message: chunk, manifest, or head of an update or sum.
 
         Raises:
-            ConfigError: the hub's server does not take them.
+            ConfigError: the hub's server does not accept messages of that size.
         """
         head_bytes = HEAD_BYTES + n_update_chunks * DIGEST_ROOM_BYTES
         limit = self._bus.need(max(chunk_bytes + wire.ROOM_BYTES, head_bytes, manifest_bytes))
@@ -121,7 +121,7 @@ class ModelPublisher:
             raise ConfigError(f"{limit.remedy}, or make delta.chunk_bytes larger if the heads are too large")
 
     async def _publish_frame(self, frame: Frame) -> int:
-        """Publish the chunks of ``frame`` unless they are in the stream; return the bytes sent."""
+        """Publish the chunks of ``frame`` unless the stream has them; return the number of bytes sent."""
         payload = frame.payload
         if payload.payload_id in self._frames:
             return 0

@@ -1,4 +1,4 @@
-"""The next model version on disk: two passes over the files of the current one, block by block."""
+"""Make the next model version on disk, in two passes over the files of the current one, block by block."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +21,13 @@ from fednats.storage.chunk_file import ChunkFile
 from fednats.storage.tensor_file import TensorFile
 
 KEYFRAME_AFTER = 2.0
-"""A keyframe is due when the differences since the last one come to so many times its bytes."""
+"""A keyframe is due when the differences since the last one exceed this many times its bytes."""
 
 LONGEST_CHAIN = 16
-"""Differences after which a keyframe is due whatever they weigh; twice as many are kept for who missed some versions."""
+"""Number of differences after which a keyframe is due, whatever their size. Twice as many are kept for slow sites."""
 
 FRAMES_SHARE = 0.5
-"""Of the largest message, for the frames that a manifest lists; the rest is for parameters, grid and settings."""
+"""Share of the largest message for the frames in a manifest; the rest is for parameters, grid and settings."""
 
 _LISTED_DIGEST_BYTES = DIGEST_BYTES + 2
 _LISTED_STEP_BYTES = 9
@@ -36,17 +36,17 @@ _LISTED_FRAME_BYTES = 128
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a version is made of."""
+    """The sums that a version was made of."""
 
     combination_id: str
     norms: dict[str, float] = field(default_factory=dict)
-    """L2 norms of the sums that were there, by id."""
+    """L2 norms of all sums that arrived for it, by id."""
     quarantined: dict[str, str] = field(default_factory=dict)
-    """Those of them that were left out, and why."""
+    """Reason for each sum that was left out, by id."""
 
 
 Check = Callable[[int, NDArray[np.float32]], None]
-"""Given values of the flat vector and where they begin; raises RefusedError if no model can hold them."""
+"""Called with an index into the flat vector and values from there on. Raises RefusedError if no model can hold them."""
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def _closing_on_error(*files: TensorFile) -> Iterator[None]:
 
 
 class NextVersion:
-    """Makes one version from ``current``."""
+    """Makes the version after ``current``."""
 
     def __init__(
         self,
@@ -83,10 +83,10 @@ class NextVersion:
     def make(
         self, optimizer: ServerOptimizer, mean_delta: NDArray[np.float32], made: Provenance, grids: tuple[Grid, ...]
     ) -> Checkpoint:
-        """Step along ``mean_delta`` float32[n], round the way to the result, commit; durable on return.
+        """Step along ``mean_delta`` float32[n], round the difference, commit; durable on return.
 
         Raises:
-            RefusedError: what ``check`` raises of the result; nothing was committed.
+            RefusedError: ``check`` refuses the result; nothing was committed.
         """
         version, made_by = self._current.version + 1, made.combination_id
         weights, state = self._checkpoints.create(version)
@@ -123,7 +123,7 @@ class NextVersion:
         return checkpoint
 
     def _key_is_new(self) -> bool:
-        """Whether the newest keyframe cannot be read by who has the newest key alone."""
+        """Whether the newest keyframe is sealed with an older key, so the newest key alone cannot open it."""
         keyframe = next(frame for frame in reversed(self._current.frames) if frame.is_keyframe)
         sealed = next(self._checkpoints.frame(keyframe.payload.payload_id))
         return sealing.sealing_key_id(sealed) != self._keys.newest
@@ -166,7 +166,7 @@ class NextVersion:
 
 @dataclass(frozen=True)
 class Start:
-    """What an opening begins with."""
+    """What the first version of an opening is made of."""
 
     opening: Opening
     settings: RunSettings
@@ -175,12 +175,12 @@ class Start:
     """float32[n_parameters]"""
     frozen_digests: bytes
     state: Vector | None = None
-    """The optimiser's, to go on with: ``target``, then its slots; none: a fresh one."""
+    """The optimiser's state to continue with: ``target``, then its slots. None for a fresh one."""
     n_steps: int = 0
 
 
 def first_version(checkpoints: Checkpoints, keys: ModelKeys, start: Start, chunk_bytes: int) -> Checkpoint:
-    """Commit the version that an opening begins with, a keyframe; durable on return."""
+    """Commit the first version of an opening, a keyframe; durable on return."""
     version = start.opening.opened_at
     weights, state = checkpoints.create(version)
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -219,7 +219,7 @@ def write_keyframe(
 
 
 def _append(file: ChunkFile, keys: ModelKeys, payload_id: str, position: int, values: bytes) -> None:
-    """Write a chunk as it is published: what is published again, after a restart, is this file."""
+    """Write a chunk sealed, as it will be published. Publishing again after a restart reads this file."""
     file.append(keys.seal(payload_id, position, wire.pack(Chunk(parts=(values,)))))
 
 
@@ -234,9 +234,9 @@ def _keyframe_is_due(kept: Sequence[Frame], max_message_bytes: int) -> bool:
 
 
 def still_of_use(kept: Sequence[Frame], max_message_bytes: int) -> tuple[Frame, ...]:
-    """Keep the newest differences and the two newest keyframes: one may be half fetched when the next comes.
+    """Keep the newest differences and the two newest keyframes: a site may have half fetched one when the next comes.
 
-    Fewer where a manifest that lists them would be no message any more; the newest chain stays.
+    Keep fewer if the manifest would otherwise be too large for a message, but always the newest chain.
     """
     keyframes = [frame for frame in kept if frame.is_keyframe][-2:]
     differences = [frame for frame in kept if not frame.is_keyframe][-2 * LONGEST_CHAIN :]
@@ -247,7 +247,7 @@ def still_of_use(kept: Sequence[Frame], max_message_bytes: int) -> tuple[Frame, 
 
 
 def _newest_chain(kept: Sequence[Frame]) -> Sequence[Frame]:
-    """Return the newest keyframe and the differences since."""
+    """Return the newest keyframe and the differences after it."""
     return kept[max(index for index, frame in enumerate(kept) if frame.is_keyframe) :]
 
 

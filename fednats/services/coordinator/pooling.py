@@ -1,4 +1,4 @@
-"""The figures of all hospitals' test cases, out of the encrypted sums that regions send."""
+"""Compute figures over all hospitals' test cases from the encrypted sums that regions send."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -17,12 +17,15 @@ from fednats.services.daemon.answers import PooledEvaluation
 
 MAX_CONFUSION_CLASSES = 30
 MAX_ROC_CLASSES = 10
-"""Of more classes no confusion matrix and no curves are shown: the status is one message."""
+"""With more classes, the confusion matrix or the ROC curves are left out, so the status fits into one message."""
 
 ROC_POINTS = 60
 
 DecodeCounts = Callable[[Sequence[bytes], int, int], NDArray[np.int64]]
-"""Decrypts the chunks of a sum of so many sites to so many counts; raises RefusedError."""
+"""Called with the chunks of a sum, its number of sites and its number of counts. Returns the counts, int64[n].
+
+Raises RefusedError.
+"""
 
 
 def pool(
@@ -32,14 +35,15 @@ def pool(
     heads: Sequence[EvaluationSum],
     min_sites: int,
 ) -> PooledEvaluation:
-    """Decrypt the chunks of several regions' sums, and work out the figures of all their test cases.
+    """Decrypt the chunks of several regions' sums, and compute the figures over all their test cases.
 
-    Class counts give figures of the cases pooled, sums of figures give means over the hospitals. One that fewer than
-    ``min_sites`` of them have is left out: it is not many hospitals' figure. ``heads`` are of one kind.
+    Class counts give figures over the pooled cases; sums of figures give means over the hospitals. A mean over fewer
+    than ``min_sites`` hospitals is left out, to reveal no single hospital's figure. ``heads`` must all have the same
+    classes, arrangement and key.
 
     Raises:
-        RefusedChunkError: a sum is malformed, of another number of test cases than its hospitals registered, or none of so
-            many sites; ``index`` says which. The others can be pooled without it.
+        RefusedChunkError: a sum is malformed, its counts are impossible for its number of sites, or its number of test
+            cases differs from its head's; ``index`` says which. The others can be pooled without it.
     """
     n_classes, arrangement, bits = heads[0].n_classes, heads[0].arrangement, count_bits(settings)
     names = () if arrangement is None else known_names([head.figures for head in heads], arrangement)

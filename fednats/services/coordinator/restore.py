@@ -1,9 +1,9 @@
-"""A coordinator whose state is from a backup: it takes up the newest version on the bus, and goes on above it.
+"""Restart a coordinator whose state is from a backup, from the newest version on the bus.
 
-Sites and aggregators refuse a version that is older than the newest they know. So a coordinator looks, when it starts,
-for the newest manifest in the hub's stream that it signed itself. If that is newer than its own state it fetches the
-frames, which are sealed with a key that it holds, makes the weights, and reads in its notes (`Compositions`) which sums
-each version since its backup was made of: what of them is delivered again is not applied again.
+Sites and aggregators refuse a version older than the newest they know. So when a coordinator starts, it looks for the
+newest manifest in the hub's stream, which it signed itself. If that is newer than its own state, it fetches the frames,
+which are sealed with a key that it holds, and rebuilds the weights. Its notes (`Compositions`) say which sums each
+version since the backup was made of, so sums that are delivered again are not applied twice.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fednats.services.coordinator.worker import CoordinatorWorker
 
 Note = Composition | OpeningNote
-"""What is noted of a version."""
+"""What the bus keeps about a version: the sums it was made of, or the opening it began."""
 
 REMEDY = (
     "restore a newer backup of the coordinator's state_dir; without one this run cannot go on: start another run"
@@ -42,7 +42,7 @@ REMEDY = (
 
 
 class Restoration:
-    """Brings a coordinator's state up to what the bus has."""
+    """Brings a coordinator's state up to date with the bus."""
 
     def __init__(
         self,
@@ -64,10 +64,10 @@ class Restoration:
         self._is_on_bus = False
 
     async def brought_up(self, own: CurrentVersion | None) -> CurrentVersion | None:
-        """Return the version to go on from: ``own``, or a newer one on the bus, which is durable then.
+        """Return the version to continue from: ``own``, or a newer one from the bus, durable on return.
 
         Raises:
-            RestoreError: there is a newer one, and it cannot be taken up.
+            RestoreError: the bus has a newer version that cannot be taken up.
         """
         manifest = await self._newest(own)
         self._is_on_bus = manifest is not None
@@ -97,10 +97,10 @@ class Restoration:
         return taken
 
     async def missed(self, machine: Coordinator, version: CurrentVersion | None) -> Restored | None:
-        """Return what the journal of ``machine`` misses up to ``version``, the newest checkpoint; None if it is whole.
+        """Return what the journal of ``machine`` lacks up to ``version``, the newest checkpoint; None if nothing.
 
         Raises:
-            RestoreError: the checkpoints are older than the journal, or what the newest version was made of is unknown.
+            RestoreError: the checkpoints are older than the journal, or there is no note for the newest version.
         """
         known, newest_version = machine.version, -1 if version is None else version.version
         if newest_version < known:
@@ -111,7 +111,7 @@ class Restoration:
         if version is None or newest_version == known or _follows(version, machine):
             return None
         if known < 0 and not self._is_on_bus:
-            return None  # the journal and the bus are lost together: nothing of before comes again
+            return None  # the journal and the bus are both lost: no old sum can be delivered again
         newest = await self._note(newest_version)
         if newest is None or newest.weights_digest != version.weights_digest:
             raise RestoreError(
@@ -138,10 +138,10 @@ class Restoration:
     # --- what the bus has ---------------------------------------------------------------------------------------------
 
     async def _newest(self, own: CurrentVersion | None) -> ModelManifest | None:
-        """Return the newest manifest of this coordinator's, None if there is none, or none that matters.
+        """Return the newest manifest on the bus; None if there is none, or an unreadable one not above ``own``.
 
         Raises:
-            RestoreError: it may be newer than ``own``, and is not signed with this coordinator's key, or unreadable.
+            RestoreError: it may be newer than ``own``, but is unreadable or not signed with this coordinator's key.
         """
         subject = subjects.head(self._prefix)
         record = await ask(self._log, lambda: self._bus.last(self._stream, subject))
@@ -152,7 +152,7 @@ class Restoration:
         except RefusedError as error:
             claimed, own_version = _claimed_version(record.data), -1 if own is None else own.version
             if claimed is not None and claimed <= own_version:
-                return None  # of a key that was replaced since; the next manifest is above it
+                return None  # signed with a key replaced since; the next manifest will have a higher version
             said = "cannot be read" if claimed is None else f"says that it is version {claimed}"
             raise RestoreError(
                 f"the newest manifest on the bus {said}, the state here is at version {own_version}, and it is not to be"
@@ -160,7 +160,7 @@ class Restoration:
             ) from error
 
     async def _fetch(self, frame: Frame, n_parameters: int) -> bool:
-        """Have the chunks of ``frame`` on the disk, sealed as they are; False if the bus has not all of them."""
+        """Fetch the chunks of ``frame`` to disk, still sealed; return False if the bus does not have all of them."""
         path = frame_file(checkpoints_folder(self._settings.state_dir), frame.payload.payload_id)
         digests = frame.payload.digests
         try:
@@ -177,7 +177,7 @@ class Restoration:
         return True
 
     async def _settings_of(self, manifest: ModelManifest, own: CurrentVersion | None) -> RunSettings:
-        """Return the settings of the run that ``manifest`` is of."""
+        """Return the settings of the run of ``manifest``. Raises RestoreError if the bus has no note of them."""
         opening = manifest.opening
         if own is not None and own.opening == opening:
             return own.settings
@@ -195,7 +195,10 @@ class Restoration:
         return await self._compositions.read(str(version)) or await self._compositions.read_opening(version)
 
     async def _notes(self, after: int, version: int, newest: Note) -> tuple[tuple[Note, ...], tuple[int, ...]]:
-        """Return the notes of the versions above ``after`` in order, and the versions that have none."""
+        """Return the notes of the versions above ``after`` up to ``version``, in order, and the versions without one.
+
+        A note that the following one contradicts is left out, and its version counts as without one.
+        """
         notes: list[Note] = [newest]
         unknown: list[int] = []
         following: Note | None = newest
@@ -210,7 +213,7 @@ class Restoration:
         return tuple(reversed(notes)), tuple(reversed(unknown))
 
     async def _closed(self, version: CurrentVersion) -> str | None:
-        """Return why the run was closed at ``version``, None if the bus does not say so."""
+        """Return why the run of ``version`` was closed; None if the bus does not say that it was."""
         subject = subjects.control(self._settings.run)
         record = await ask(self._log, lambda: self._bus.last(self._stream, subject))
         try:
@@ -223,14 +226,14 @@ class Restoration:
 
 
 def _contradicts(note: Note, following: Note | None) -> bool:
-    """Whether the next version was made after another one than ``note`` tells of."""
+    """Whether ``following`` names another combination as its predecessor than the one of ``note``."""
     if not isinstance(note, Composition) or not isinstance(following, Composition):
         return False
     return following.previous not in {"", note.made_by}
 
 
 def _follows(version: CurrentVersion, machine: Coordinator) -> bool:
-    """Whether ``version`` is what the journal was about to announce: made, or opened, before the daemon was killed."""
+    """Whether the journal was about to announce ``version``: it was made or opened before the daemon was killed."""
     if version.version != machine.version + 1:
         return False
     if not version.made_by:
@@ -239,7 +242,7 @@ def _follows(version: CurrentVersion, machine: Coordinator) -> bool:
 
 
 def _is_newer(manifest: ModelManifest, own: CurrentVersion | None) -> bool:
-    """Whether others know a version that ``own`` would contradict."""
+    """Whether ``manifest`` is above ``own``, or is the same version with other weights."""
     if own is None:
         return True
     if manifest.version == own.version:

@@ -1,4 +1,4 @@
-"""Orders to a coordinator that runs, from who holds its kit: what ``fednats run start``, ``extend`` and ``list`` send."""
+"""Send orders to a running coordinator, as ``fednats run start``, ``extend`` and ``list`` do; needs its kit."""
 
 import secrets
 from collections.abc import AsyncIterator
@@ -14,11 +14,11 @@ from fednats.services.daemon.identity import Identity
 from fednats.transport.bus import Bus
 
 ANSWER_S = 120.0
-"""A coordinator that is told to start a run reads the model first, which may be a large one."""
+"""Time to wait for an answer. To start a run, the coordinator first reads the model, which may be large."""
 
 
 class Orders:
-    """Sends orders; `giving_orders` connects."""
+    """Sends orders. Connect with `giving_orders`."""
 
     def __init__(self, settings: CoordinatorSettings, identity: Identity, bus: Bus) -> None:
         self._run = settings.run
@@ -30,16 +30,16 @@ class Orders:
         return (await self._order("list", -1)).runs
 
     async def start(self, run: RunSettings) -> RunRow:
-        """Start ``run``; return it as the coordinator has it.
+        """Start ``run``; return it as the coordinator lists it.
 
         Raises:
             ConfigError: the coordinator refuses it; the text says why.
-            BusError: the bus is away, or no coordinator is there.
+            BusError: the bus is away, or no coordinator answers.
         """
         return await self._change("start", run.model_dump_json())
 
     async def extend(self, extension: Extension) -> RunRow:
-        """Let the newest run, which is closed, go on; return it. Raises as `start`."""
+        """Extend the newest run, which must be closed; return it. Raises as `start`."""
         return await self._change("extend", extension.model_dump_json())
 
     async def _change(self, verb: Literal["start", "extend"], settings: str) -> RunRow:
@@ -62,7 +62,7 @@ class Orders:
 
 @asynccontextmanager
 async def giving_orders(settings: CoordinatorSettings) -> AsyncIterator[Orders]:
-    """Connect as the coordinator, whose kit ``settings`` are of."""
+    """Connect as the coordinator, with the ``settings`` of its kit."""
     name = user_name("coordinator", subjects.HUB)
     identity = Identity(name, settings.run, settings.bus.nkey_seed_file, settings.signers_file)
     async with Bus.connect(settings.bus, name) as bus:

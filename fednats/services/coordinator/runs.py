@@ -1,7 +1,8 @@
-"""The coordinator's runs: the first one from its own settings, the others by orders that come over the bus.
+"""The coordinator's runs: the first from its own settings, later ones by orders over the bus.
 
-Who may order is who holds the coordinator's kit: the bus lets nobody else publish there, and an order is signed. It names
-the newest version that its sender knew, and every opening makes a new one, so an order that is sent again does nothing.
+Only a holder of the coordinator's kit can give orders: the bus lets nobody else publish there, and orders are signed.
+An order names the newest version that its sender knew. Every opening makes a new version, so a repeated order is
+refused.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Runs:
-    """Opens runs, ends the open one when its time is over, and says what runs there were."""
+    """Opens runs, ends the open one when its time is up, and lists them."""
 
     def __init__(
         self,
@@ -43,17 +44,17 @@ class Runs:
         self._worker = worker
         self._log = log
         self._times: dict[int, list[float]] = {}
-        """By first version: seconds since the epoch at which a run was opened, and closed last."""
+        """Seconds since the epoch when a run was opened and, if it was closed, closed last; keyed by first version."""
         self._opened_s = 0.0
-        """When the newest one was opened last, on the clock of the `Tier`."""
+        """`Tier.elapsed_s` when the newest run was last opened or extended."""
         self._opened = asyncio.Event()
         self.told_closed = False
-        """Whether everybody was told that the newest one is closed."""
+        """Whether the closing of the newest run was announced."""
 
     def note(self, handled: Handled) -> None:
-        """Take in what happened, now or before a restart."""
+        """Take in an event, live or in a replay."""
         if isinstance(handled.event, Restored):
-            for note in handled.event.openings:  # when they were opened is not known
+            for note in handled.event.openings:  # the true opening times are not known
                 self._times.setdefault(note.opening.first_version, [handled.at_s])
                 self._opened_s = handled.elapsed_s
         for command in handled.commands:
@@ -68,7 +69,7 @@ class Runs:
 
     @property
     def state(self) -> str:
-        """The newest run's state; it is closed when everybody has been told."""
+        """The newest run's state; ``closed`` only once that was announced."""
         if self._machine.opening is None:
             return "starting"
         if self._machine.state is RunState.CLOSED and not self.told_closed:
@@ -76,10 +77,10 @@ class Runs:
         return self._machine.state.name.lower()
 
     async def open_first(self, version: CurrentVersion | None) -> None:
-        """Open the run in the daemon's own settings; with a ``version`` on disk the journal is lost, and it goes on.
+        """Open the run in the daemon's own settings; with a ``version`` on disk the journal was lost: resume its run.
 
         Raises:
-            ConfigError: it does not fit keys, regions or task.
+            ConfigError: the run does not fit the keys, the regions or the task.
         """
         if version is None:
             await self._open(self._settings.settings, 0)
@@ -87,7 +88,7 @@ class Runs:
             await self._tier.feed(RunOpened(opening=version.opening, settings=version.settings))
 
     async def watch_clock(self) -> None:
-        """End the open run when it has lasted as long as it may, for ever."""
+        """End each run when it has been open for ``stop.max_wall_s``, forever."""
         while True:
             self._opened.clear()
             settings, is_open = self._machine.settings, self._machine.state is RunState.OPEN
@@ -103,7 +104,7 @@ class Runs:
     # --- orders -------------------------------------------------------------------------------------------------------
 
     async def take_orders(self, bus: Bus) -> None:
-        """Take orders from whoever holds the coordinator's kit, for ever, one after the other."""
+        """Take orders from holders of the coordinator's kit, one at a time, forever."""
         await bus.answer(subjects.run_order(self._settings.run), self._respond)
         await asyncio.Event().wait()
 
@@ -181,7 +182,7 @@ class Runs:
 
 
 def extended(stop: StopSettings, extension: Extension, n_versions: int) -> StopSettings:
-    """Return the stop rules of a run that goes on; ``n_versions`` it has, the one that it goes on with included.
+    """Return the stop rules of an extended run with ``n_versions`` so far, the one that the extension opens included.
 
     >>> extended(StopSettings(max_versions=40, max_wall_s=60), Extension(versions=10), n_versions=41).max_versions
     51

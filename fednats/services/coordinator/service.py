@@ -87,11 +87,11 @@ async def coordinator(daemon: Daemon, settings: CoordinatorSettings) -> None:
 
 
 SHOWN_QUARANTINED = 20
-"""Newest quarantined sums that /status shows."""
+"""Number of newest quarantined sums that /status shows."""
 
 
 class SumsRefusedError(FednatsError):
-    """Sums of a combination turned out bad when they were decrypted; ``refused`` says which, and why."""
+    """Sums of a combination turned out to be bad when decrypted; ``refused`` has the reasons by id."""
 
     def __init__(self, refused: dict[str, tuple[Reason, str]]) -> None:
         super().__init__(f"sums are refused: {refused}")
@@ -141,9 +141,9 @@ class CoordinatorService:
         self._restored: dict[str, Any] | None = None
         self._runs = Runs(settings, identity, self._machine, self._tier, worker, daemon.log)
         self._ending: asyncio.TimerHandle | None = None
-        """Ends the run when the last evaluations do not come."""
+        """Ends the run if the evaluations of its last version do not arrive."""
         self._stepping = asyncio.Lock()
-        """Held while the mean is in the worker process: other jobs may end the process."""
+        """Held while the mean is in the worker process, because another job may end the process."""
         self._evaluations = EvaluationReader(identity, self._tier.chunks, worker, self._stepping, daemon.log)
         self._alarm = NormAlarm()
         self._jumped: dict[str, Any] | None = None
@@ -154,13 +154,13 @@ class CoordinatorService:
         daemon.buses.append(bus)
 
     async def live(self) -> None:
-        """Keep the run until told to stop."""
+        """Coordinate until told to stop."""
         async with self._tier.journalling():
             await self._live()
         self._recorder.close()
 
     async def _live(self) -> None:
-        """Make the streams, publish the current version, then take aggregates."""
+        """Make the streams, publish the current version, then take in sums."""
         run = self._settings.run
         self._daemon.doing = "making the run's streams"
         at_hub = streams.at_hub(run, self._settings.regions, leaves=self._settings.leaves)
@@ -221,7 +221,7 @@ class CoordinatorService:
         )
 
     def _progress(self) -> tuple[int, int] | None:
-        """Return what changes while sites contribute; None while no run is open."""
+        """Return a value that changes as sites contribute; None while no run is open."""
         is_open = self._machine.state is RunState.OPEN
         return (self._machine.version, self._tier.accepted) if is_open else None
 
@@ -261,7 +261,7 @@ class CoordinatorService:
     # --- versions -----------------------------------------------------------------------------------------------------
 
     async def _announce(self, version: "CurrentVersion") -> VersionAnnounced:
-        """Publish ``version`` and the frames that lead to it; doing it again changes nothing."""
+        """Publish ``version`` and the frames that lead to it. Publishing it again changes nothing."""
         self._n_parameters = sum(math.prod(spec.shape) for spec in version.parameters)
         manifest = await self._publisher.publish(version)
         await self._put_state()
@@ -283,13 +283,13 @@ class CoordinatorService:
     async def _combine(self, combination: Combination) -> list[Event]:
         """Decrypt the sums, leave out those whose norm is an outlier, step the model, publish the next version.
 
-        A version is made even if nothing is left: sites that wait for one go on.
+        A version is made even if every sum is left out, so that sites waiting for one go on.
         """
         identity = combination.combination_id
         version: CurrentVersion = await self._worker.persist(self._log, "current")
         if older := sum(part.head.key_id != version.key_id for part in combination.parts):
-            self._log.info("older_key_in_use", n_sums=older)  # it has not drained yet
-        if version.made_by != identity:  # else it was applied before a restart, and only the publishing is left
+            self._log.info("older_key_in_use", n_sums=older)
+        if version.made_by != identity:  # if equal, it was applied before a restart and only needs publishing
             try:
                 async with self._stepping:
                     version = await self._step(combination)
@@ -306,12 +306,12 @@ class CoordinatorService:
         return [announced, done]
 
     async def _step(self, combination: Combination) -> CurrentVersion:
-        """Make the next version of what is sound and no outlier.
+        """Make the next version from the sums whose norms are not outliers.
 
         Raises:
             SumsRefusedError: a sum is bad.
-            VanishedError: a sum is gone.
-            ImpossibleModelError: no model could hold the version.
+            VanishedError: the stream has lost a sum.
+            ImpossibleModelError: no model can hold the result.
         """
         identity = combination.combination_id
         parts = {part.head.aggregate_id: part for part in combination.parts if isinstance(part.head, Aggregate)}
@@ -347,14 +347,14 @@ class CoordinatorService:
             self._daemon.notices.add(What.QUARANTINED, {"contribution": identity, "source": region})
 
     async def _decrypt(self, parts: list[Part]) -> dict[str, float]:
-        """Decrypt the sums into one mean; return the L2 norm of each sum. Raises as `_step`."""
+        """Decrypt the sums into one mean; return the L2 norm of each sum's mean delta. Raises as `_step`."""
         try:
             return await self._decrypt_together(parts)
         except WorkerDiedError:
             for part in parts:
                 try:
                     await self._decrypt_together([part])
-                except WorkerDiedError as error:  # the sum that, decrypted alone, ends the worker process
+                except WorkerDiedError as error:  # this sum alone ends the worker process
                     refused = {contribution_id(part.head): (Reason.CIPHERTEXT, str(error))}
                     raise SumsRefusedError(refused) from None
             return await self._decrypt_together(parts)
@@ -375,7 +375,7 @@ class CoordinatorService:
         return norms
 
     def _note(self, handled: Handled) -> None:
-        """Keep the figures that operators see, now or from the journal."""
+        """Update the figures that operators see, live or in a replay."""
         self._history.note(handled)
         self._runs.note(handled)
         if isinstance(handled.event, Combined):
@@ -410,10 +410,10 @@ class CoordinatorService:
     # --- runs ---------------------------------------------------------------------------------------------------------
 
     async def _open(self, command: OpenRun) -> None:
-        """Make and publish the version that an opening begins with, and tell everybody."""
+        """Make and publish the first version of an opening, and announce that the run is open."""
         opening = command.opening
         if self._ending is not None:
-            self._ending.cancel()  # of the run before
+            self._ending.cancel()  # the timer of the previous run
         async with self._publisher.publishing, self._stepping:
             version: CurrentVersion = await self._worker.persist(
                 self._log, "open_run", opening, command.settings, command.initial_digest
@@ -448,7 +448,7 @@ class CoordinatorService:
                 raise UnknownCommandError(type(command).__name__, "coordinator")
 
     async def _read_evaluations(self, command: SumEvaluations) -> None:
-        """Have read what regions summed of their sites' evaluations, and say it."""
+        """Read the regions' sums of evaluations for a version, and publish the figures."""
         current = self._machine.collector.current
         assert current is not None  # noqa: S101 - evaluations are of versions that were announced
 

@@ -1,4 +1,4 @@
-"""What the coordinator notes of each version before it announces it: which sums it was made of."""
+"""Note which sums each version was made of, before it is announced."""
 
 from fednats import subjects
 from fednats.messages import OpeningNote
@@ -9,7 +9,7 @@ from fednats.services.tier.compositions import Compositions
 
 
 class VersionNotes:
-    """Knows the newest combinations of the journal, and stores what is made of them."""
+    """Remembers the newest combinations in the journal, and stores a note for each version made of them."""
 
     def __init__(self, compositions: Compositions, run: str) -> None:
         self._compositions = compositions
@@ -17,11 +17,11 @@ class VersionNotes:
         self._made: list[Combination] = []
 
     def combined(self, combination: Combination) -> None:
-        """Keep in mind what the newest version was made of, now or before a restart."""
+        """Remember what the newest version was made of, live or in a replay."""
         self._made = [*self._made[-1:], combination]
 
     async def write(self, version: CurrentVersion, in_flight: Combination | None) -> None:
-        """Store what ``version`` is made of; it is stored already, or the first one, where this does not know."""
+        """Store what ``version`` was made of, or opened with. Its note exists already if the combination is unknown."""
         if not version.made_by:
             note = OpeningNote(
                 run=self._run,

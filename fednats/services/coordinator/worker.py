@@ -1,6 +1,6 @@
-"""What the coordinator does in its worker process: decrypt sums, step the model, checkpoint, make the next frames.
+"""The coordinator's worker process: decrypt sums, step the model, checkpoint, make the next frames.
 
-One vector of the model's size, the mean delta, is in memory; weights and optimiser state are worked on block by block.
+It keeps one vector of the model's size in memory, the mean delta, and processes weights and optimiser state in blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class CoordinatorWorker:
         self._current: Checkpoint | None = None
         stored = newest_checkpoint(checkpoints_folder(settings.state_dir))
         if stored is not None:
-            # the first run may be given other settings with a restart; later ones have theirs from who started them
+            # a restart may change the first run's settings; later runs keep those in the order that started them
             run = settings.settings if stored.opening.opened_at == 0 else stored.settings
             stored = stored.model_copy(update={"settings": run.model_copy(update={"initial_model": None})})
             self._refuse_changed(self._use(stored.settings), stored)
@@ -65,12 +65,13 @@ class CoordinatorWorker:
     # --- runs ---------------------------------------------------------------------------------------------------------
 
     def prepare_run(self, run: RunSettings) -> bytes | None:
-        """Check that ``run`` can be opened here, and copy what it begins with; return the digest of that.
+        """Check that ``run`` can be opened here, and copy its initial weights; return their digest.
 
-        None if it begins with what the task makes with its seed.
+        Returns None, and copies nothing, if the run begins with the weights that the task makes from its seed.
 
         Raises:
             ConfigError: the keys, the regions, the task or ``initial_model`` do not fit; the text names the remedy.
+            HospitalError: the task fails to make the model.
         """
         self._check_delta(run)
         model = self._make_model(run)
@@ -95,11 +96,12 @@ class CoordinatorWorker:
         return digest_of(weights)
 
     def open_run(self, opening: Opening, run: RunSettings, initial_digest: bytes | None) -> CurrentVersion:
-        """Make the version that ``opening`` begins with, unless it is there; durable on return.
+        """Make the first version of ``opening``, unless it exists; durable on return.
 
         Raises:
-            ConfigError: the copy of the initial model is gone or damaged, or the keys are others than when it was made.
-            LocalStorageError: the disk is full; nothing was changed.
+            ConfigError: the copy of the initial model is gone or damaged, a key does not fit, or a frozen tensor of an
+                extended run has changed.
+            LocalStorageError: the disk is full; no version was made.
         """
         current = self._current
         if current is None or current.opening != opening:
@@ -123,7 +125,7 @@ class CoordinatorWorker:
             return initial_model(self._task, run.seed)
 
     def _refuse_impossible(self, model: nn.Module) -> None:
-        """Refuse to begin with weights that are not finite. Raises ConfigError."""
+        """Refuse initial weights that no model can hold, such as ones that are not finite. Raises ConfigError."""
         flat = FlatModel(model)
         try:
             for block in blocks(len(flat)):
@@ -132,10 +134,10 @@ class CoordinatorWorker:
             raise ConfigError(f"the model as model() makes it cannot be trained: {error.detail}") from None
 
     def _refuse_changed(self, model: nn.Module, stored: Checkpoint) -> None:
-        """Refuse to go on with a run whose frozen tensors are others than it began with.
+        """Refuse to continue a run if its frozen tensors have changed since it began.
 
         Raises:
-            ConfigError: naming one of them.
+            ConfigError: the text names one that has changed.
         """
         if changed := unlike(list(frozen_of(model)), self._frozen_digests, stored.frozen_digests):
             raise ConfigError(
@@ -144,12 +146,12 @@ class CoordinatorWorker:
             )
 
     def _write_whole(self, path: Path, version: int) -> None:
-        """Write ``version`` as torch reads it."""
+        """Write the whole model of ``version`` to ``path``, so that torch can read it without fednats."""
         with self._checkpoints.weights(version) as weights:
             write_whole_model(path, self._task, self._run.seed, weights, version)
 
     def _use(self, run: RunSettings) -> nn.Module:
-        """Go on with the settings of a run; return the model as the task makes it."""
+        """Switch to the settings of ``run``; return the model as the task makes it."""
         run = fit_messages(run, self._max_message_bytes)
         self._run = run
         self._decoder, *older = (decoder(run.delta, key) for key in self._keys or (None,))
@@ -178,7 +180,7 @@ class CoordinatorWorker:
         return Start(opening, run, current.grids, weights, current.frozen_digests, state, current.n_steps)
 
     def _check_delta(self, run: RunSettings) -> None:
-        """Refuse what the kits cannot serve. Raises as `prepare_run`."""
+        """Refuse delta settings that the kits' keys do not support. Raises as `prepare_run`."""
         kits = self._settings.settings.delta
         if run.delta.tiers != kits.tiers:
             raise ConfigError(f"delta.tiers is {run.delta.tiers}, the federation has {kits.tiers}: set it to that")
@@ -200,7 +202,7 @@ class CoordinatorWorker:
     # --- versions -----------------------------------------------------------------------------------------------------
 
     def current(self) -> CurrentVersion | None:
-        """Return the current version, None before the first run is opened."""
+        """Return the current version; None before the first run is opened."""
         return None if self._current is None else self._version()
 
     def _version(self) -> CurrentVersion:
@@ -230,14 +232,14 @@ class CoordinatorWorker:
         return self._current
 
     def begin(self) -> None:
-        """Start a new combination, dropping what an earlier one left."""
+        """Start a new combination with a mean of zero; drop what an earlier one left."""
         self._mean = np.zeros(self._layout.n_parameters, np.float32)
 
     def decrypt(self, head: Aggregate, share: float, position: int, data: bytes) -> float:
         """Decrypt one chunk of ``head`` and add its mean delta times ``share``; return that delta's sum of squares.
 
         Raises:
-            RefusedError: it cannot be decrypted, or does not hold what such a chunk must.
+            RefusedError: the key or grid is unknown, or the chunk cannot be decrypted or is malformed.
         """
         if head.key_id not in self._decoders:
             raise RefusedError(Reason.WRONG_KEY, f"encrypted for key {head.key_id}, which is no longer held")
@@ -259,12 +261,12 @@ class CoordinatorWorker:
     ) -> CurrentVersion:
         """Step the model along ``scale`` times the mean of the decrypted deltas of ``heads``; durable on return.
 
-        ``norms`` and ``quarantined`` are kept with the version, for a daemon that is killed before it can write them down.
+        ``norms`` and ``quarantined`` are stored with the version, in case the daemon is killed before it journals them.
 
         Raises:
-            RefusedError: ``not_finite``: nothing was changed.
-            ImpossibleModelError: the result is none that a model can hold; nothing was changed.
-            LocalStorageError: the disk is full; the version is not made, and can be made again.
+            RefusedError: ``not_finite``: the mean delta is not finite; nothing was changed.
+            ImpossibleModelError: no model can hold the result; no version was made.
+            LocalStorageError: the disk is full; no version was made.
         """
         squares = sum(_squares(self._mean[block]) for block in blocks(self._mean.size))
         if not np.isfinite(squares):
@@ -300,13 +302,13 @@ class CoordinatorWorker:
         note: Composition | None,
         noted_grids: Sequence[Grid],
     ) -> CurrentVersion:
-        """Take up the version of ``manifest``, whose ``fetched`` frames are on the disk, in place of an older one.
+        """Replace an older version by that of ``manifest``, made from its ``fetched`` frames on disk.
 
-        The optimiser begins anew: its state was nowhere but here. Durable on return.
+        The optimiser begins anew, because its state is not on the bus. Durable on return.
 
         Raises:
-            RefusedError: it is of another model than the task's, no chain of frames leads there, one is malformed or not
-                sealed with a key that is held, or the weights have another digest than was announced.
+            RefusedError: the model is not the task's, no chain of frames leads to the version, a frame is malformed or
+                sealed with a key not held here, or the weights do not have the announced digest.
         """
         before = () if self._current is None else self._current.grids
         self._use(run)
@@ -343,11 +345,11 @@ class CoordinatorWorker:
     def pool(
         self, inputs: Sequence[Sequence[bytes]], heads: Sequence[EvaluationSum], min_sites: int
     ) -> PooledEvaluation:
-        """Decrypt what several regions summed; see `fednats.services.coordinator.pooling.pool`."""
+        """Decrypt and pool several regions' sums; see `fednats.services.coordinator.pooling.pool`."""
         return pool(self._decoders[heads[0].key_id].decode_counts, self._run.delta, inputs, heads, min_sites)
 
     def keep_best(self, version: int) -> bool:
-        """Keep a version as the best one; False if its checkpoint is gone already."""
+        """Write a version's whole model as the best one; return False if its checkpoint is gone."""
         if not self._checkpoints.has(version):
             return False
         with local_disk(self._state_dir):
@@ -364,7 +366,7 @@ class CoordinatorWorker:
         before, max_staleness = self._newest.grids, self._run.aggregation.staleness.max_staleness
         current = before[-1]
         if any(head.grid_id != current.grid_id for head in heads):
-            return before  # what was clipped on an older grid says nothing of this one
+            return before  # clipping on an older grid says nothing about this one
         n_values = self._layout.n_parameters * sum(head.n_updates for head in heads)
         saturated = sum(head.saturated for head in heads)
         adapted = grids.adapt(current, self._layout, self._mean, saturated, n_values, self._decoder.qmax)
@@ -375,7 +377,7 @@ class CoordinatorWorker:
 
 
 def fit_messages(run: RunSettings, max_payload_bytes: int) -> RunSettings:
-    """Lower the run's ``chunk_bytes`` to what one message of the hub's server can carry."""
+    """Lower the run's ``chunk_bytes`` to what fits into one message of the hub's server."""
     chunk_bytes = min(run.delta.chunk_bytes, max_payload_bytes - wire.ROOM_BYTES)
     return run.model_copy(update={"delta": run.delta.model_copy(update={"chunk_bytes": chunk_bytes})})
 
