@@ -105,7 +105,7 @@ async def _refuse_rival(bus: Bus, settings: SiteSettings, own: int, known: int, 
         await asyncio.sleep(_POLL_S)
         now = await presence()
         if now is None:
-            return  # it has expired
+            return  # the presence has expired
         if now.sequence != before.sequence:
             raise CopiedSiteError(
                 f"another process sends as {settings.site} now: the region knows its number {known}, the newest here is"
