@@ -201,7 +201,7 @@ def uplink(run: str, region: str, below: Sequence[str] = ()) -> Permissions:
 
 
 def coordinator(run: str, regions: Sequence[str]) -> Permissions:
-    """The coordinator, in the hub's account: sends models and control, reads ``regions``' aggregates, stores rejects."""
+    """The coordinator, in the hub's account: sends models and control, reads regions' aggregates, keeps rejects."""
     models, inboxes = subjects.models_stream(run, HUB), [subjects.inbox_stream(run, HUB, region) for region in regions]
     return Permissions(
         publish=(
