@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 LIMIT = 10.0
-"""A source's interval counts as at most this many times, and at least this fraction of, the mean source's interval."""
+"""A source's interval is bounded to the mean source's, times or divided by this, so that no single update decides."""
 
 DECAY = 0.95
 """Decay of a source's history per flush that it is in: half of it is forgotten after 14."""
