@@ -31,7 +31,7 @@ _GROUPS = {
 }
 """Group of each attribute in an enhanced multi-frame file: it is in the frame's group, or in the shared group."""
 AXIAL = 0.85
-"""Least cosine between a slice's rows and columns and the patient's left and back; less than 1 if the gantry is tilted."""
+"""Least cosine between a slice's rows and columns and the patient's left and back; a tilted gantry lowers it."""
 SPACING_TOLERANCE = 0.02
 
 
@@ -162,7 +162,7 @@ class Slice:
                 " rows to the patient's left and columns to the back"
             )
 
-    # --- what it is made of ------------------------------------------------------------------------------------------
+    # --- attributes and pixels ---------------------------------------------------------------------------------------
 
     def _expected(self, name: str, length: int, why: str) -> tuple[float, ...]:
         found = self.numbers(name, length)

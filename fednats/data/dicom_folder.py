@@ -2,7 +2,9 @@
 
 ::
 
-    SCANS = DicomFolder(Classes("label", {"benign": 0, "malignant": 1}), ("CT",), size=(64, 64), low=-1150, high=350, spacing_mm=1)
+    SCANS = DicomFolder(
+        Classes("label", {"benign": 0, "malignant": 1}), ("CT",), size=(64, 64), low=-1150, high=350, spacing_mm=1
+    )
     train, test = SCANS.read(Path("scans")).split()
 """
 
