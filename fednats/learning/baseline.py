@@ -1,4 +1,4 @@
-"""What a federation is compared with: a hospital alone, and the data of all hospitals in one place."""
+"""Baselines for a federation: each hospital alone, and the data of all hospitals pooled."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,9 @@ from fednats.learning.trainer import trained
 
 
 class PooledTask(Task):
-    """Several hospitals' data in one place, learned as the first one's task.
+    """Several hospitals' data pooled, learned as the first hospital's task.
 
-    ``evaluate(Pooled(tasks), weights, seed)`` scores everybody's test cases together.
+    ``evaluate(PooledTask(tasks), weights, seed=seed)`` scores all hospitals' test cases together.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -46,15 +46,15 @@ class PooledTask(Task):
 
     @property
     def has_own_metrics(self) -> bool:
-        """Whether the first task has."""
+        """Whether the first task has metrics of its own."""
         return self._first.has_own_metrics
 
 
 def train_alone(task: Task, settings: TrainingSettings, n_steps: int, seed: int) -> NDArray[np.float32]:
-    """Weights float32[n] after ``n_steps`` steps without a federation, from the initial weights of ``seed``.
+    """Return the weights float32[n] after ``n_steps`` steps without a federation, from the initial weights of ``seed``.
 
-    Same model, optimiser and batch size as in the federation; give the number of steps that a site takes in it. There
-    is no early stopping: the test data chooses nothing. There is no noise either: what stays in a hospital needs none.
+    Model, optimiser and batch size are those of the federation; give the number of steps that a site takes in it. There
+    is no early stopping, so the test data influences no choice. No noise is added, since nothing leaves the hospital.
     """
     alone = settings.model_copy(update={"local_steps": n_steps, "dp": None})
     return read_vector(trained(task, initial_vector(task, seed), alone, seed))

@@ -1,7 +1,7 @@
-"""Batches of a data set's cases, as a model takes them: the only place where samples are put together.
+"""Batches of a data set's cases, in the form a model takes. Samples are collated only here.
 
-A sample is ``(input, target)``. The input is a tensor, a tuple or list of them for a model with several inputs, or a dict
-for one that takes them by name; PyTorch's `default_collate` puts samples together. Floating-point values get the dtype
+A sample is ``(input, target)``. The input is a tensor, a tuple or list of tensors for a model with several inputs, or a
+dict for a model that takes them by name. PyTorch's `default_collate` joins samples. Floating-point values get the dtype
 of the model's parameters.
 """
 
@@ -25,10 +25,10 @@ EXPECTED = (
 
 
 class Batches(Dataset[tuple[Any, ...]]):
-    """Puts the cases of ``data``, which a task's method ``name`` returned, into batches for ``model``.
+    """Batches for ``model`` of the cases in ``data``, which a task's method ``name`` returned.
 
     Raises:
-        ConfigError: there is none, or the first is no ``(input, target)`` that can be put into a batch.
+        ConfigError: there is no case, or the first is not an ``(input, target)`` that can be put into a batch.
     """
 
     def __init__(self, task: Task, name: str, data: Examples, model: nn.Module) -> None:
@@ -52,11 +52,11 @@ class Batches(Dataset[tuple[Any, ...]]):
         return self._data[index]
 
     def of(self, indices: Sequence[int]) -> Batch:
-        """Put these cases into a batch."""
+        """Return the cases ``indices`` as a batch."""
         return self._batch([self._data[index] for index in indices])
 
     def loader(self, batch_size: int, **how: Any) -> Iterator[Batch]:
-        """Go through all cases once; ``how`` as for torch's `DataLoader`."""
+        """Yield all cases once in batches; ``how`` goes to torch's `DataLoader`."""
         yield from DataLoader(self, batch_size, collate_fn=self._batch, **how)
 
     def _batch(self, samples: Sequence[Any]) -> Batch:
@@ -79,10 +79,10 @@ class Batches(Dataset[tuple[Any, ...]]):
 
 
 def loss_of(task: Task, model: nn.Module, inputs: Inputs, targets: Tensor) -> Tensor:
-    """Return the task's mean loss of a batch, a scalar.
+    """Return the task's mean loss of a batch, a scalar tensor.
 
     Raises:
-        TaskError: it is no scalar tensor, or no parameter of the model can learn from it.
+        TaskError: the loss is not a scalar tensor, or does not depend on the model's parameters.
     """
     try:
         loss = task.loss(model, inputs, targets)
@@ -104,7 +104,7 @@ def loss_of(task: Task, model: nn.Module, inputs: Inputs, targets: Tensor) -> Te
 
 
 def _kind(sample: object) -> str:
-    """Say what a sample is, without its values."""
+    """Describe a sample without its values."""
     if isinstance(sample, Mapping):
         return f"a dict with {', '.join(map(str, sample))}"
     if isinstance(sample, tuple | list):

@@ -1,7 +1,7 @@
-"""The files of a task's code, and the hash that a hospital's policy knows them by.
+"""The files of a task's code, and the hash by which a hospital's policy knows them.
 
-A task is a Python file, a folder that is a Python package, or a wheel. It is read once: the bytes that are hashed are the
-bytes that are copied into a kit, and the bytes that run.
+A task is a Python file, a folder that is a Python package, or a wheel. It is read once, so the bytes that are hashed
+are also the bytes that a kit gets and that run.
 """
 
 import hashlib
@@ -13,32 +13,32 @@ from pathlib import Path, PurePosixPath
 from fednats.errors import ConfigError
 
 MAX_BYTES = 2**28
-"""Of all files of a task together, also when a wheel is unpacked."""
+"""Largest total size of a task's files, also for an unpacked wheel."""
 
 _NOT_READABLE = {".pyc", ".pyo", ".pyd", ".so", ".dylib", ".dll"}
-"""Files that Python would run and nobody can read."""
+"""Suffixes of compiled code, which nobody can read."""
 
 
 @dataclass(frozen=True)
 class CodeFiles:
-    """What was read at ``path``, which is absolute."""
+    """A task's code as read from ``path``, which is absolute."""
 
     path: Path
     files: Mapping[str, bytes]
-    """By name below the folder that ``path`` is in: ``own.py``, ``mine-1.0-py3-none-any.whl``, or ``mine/__init__.py``
-    and so on."""
+    """Content by name below the parent folder of ``path``: ``own.py``, ``mine-1.0-py3-none-any.whl``, or
+    ``mine/__init__.py`` and so on."""
     sha256: str
-    """In hexadecimal: of the bytes of a file, or `tree_sha256` of a folder."""
+    """Hexadecimal SHA-256 of a file's bytes, or `tree_sha256` of a folder."""
 
 
 def read_code(path: Path) -> CodeFiles:
     """Read a ``.py`` file, a ``.whl`` file, or a folder with an ``__init__.py``.
 
     Raises:
-        ConfigError: it is none of these, cannot be read, is too large, or has a file that `check_name` refuses, or a link
-            that leads out of the folder.
+        ConfigError: it is none of these, cannot be read, is too large, has a file that `check_name` refuses, or has a
+            link that leads out of the folder.
     """
-    place = Path(os.path.abspath(path))  # noqa: PTH100 - a link keeps its name, which is the name of the package
+    place = Path(os.path.abspath(path))  # noqa: PTH100 - keeps a link's name, which is the package's
     try:
         if place.is_dir():
             files = _read_folder(place)
@@ -54,7 +54,7 @@ def read_code(path: Path) -> CodeFiles:
 
 
 def tree_sha256(files: Mapping[str, bytes]) -> str:
-    """Return the SHA-256 of what ``sha256sum`` prints for these files in the order of their names' UTF-8 bytes.
+    """Return the SHA-256 of the lines that ``sha256sum`` prints for these files, ordered by the UTF-8 of their names.
 
     >>> tree_sha256({"mine/b.py": b"", "mine/a.py": b"x"}) == tree_sha256({"mine/a.py": b"x", "mine/b.py": b""})
     True
@@ -67,9 +67,9 @@ def tree_sha256(files: Mapping[str, bytes]) -> str:
 
 
 def names_in(folder: Path) -> Iterator[str]:
-    """Yield the names below ``folder`` of the files that belong to it.
+    """Yield the names of a task's files below ``folder``.
 
-    Left out are names that begin with a dot and ``__pycache__``, with all that is in them.
+    Names that begin with a dot and ``__pycache__`` are left out, with everything in them.
     """
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not _left_out(name))
@@ -80,7 +80,7 @@ def names_in(folder: Path) -> Iterator[str]:
 
 
 def check_name(where: Path, name: str) -> None:
-    """Raise ConfigError if the file ``name`` of a task must not be in it."""
+    """Raise ConfigError if a task may not contain the file ``name``."""
     if not name.isprintable() or "\\" in name:
         raise ConfigError(f"task {where}: {name!r} is no name of a file that all systems know; rename it")
     if PurePosixPath(name).suffix.lower() in _NOT_READABLE:

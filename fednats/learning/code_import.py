@@ -1,7 +1,7 @@
 """Import a task's code from a private copy of the bytes that were read.
 
-Python imports the copy as it imports any package: relative imports, data files beside the code and processes that a task
-starts work as usual. What is added or changed at the original place later is never looked at.
+Python imports the copy like any package, so relative imports, data files beside the code and child processes of the
+task work as usual. Later changes to the original have no effect.
 """
 
 import atexit
@@ -25,21 +25,21 @@ from fednats.learning.task_errors import show_as, shown, task_code
 
 COPIES = "task-code"
 COPY = "fednats-task-"
-"""How the name of a folder begins that holds a copy; the rest is the hash of the code."""
+"""Prefix of the name of a folder with a copy; the rest is the hash of the code."""
 
 
 def import_code(code: CodeFiles, *, copy_in: Path | None = None, alone: bool = False) -> ModuleType:
-    """Import ``code`` and return its module or package; the same one again for the same code.
+    """Import ``code`` and return its module or package; the same code gives the same module again.
 
     Args:
-        code: what was read.
-        copy_in: the folder for the copy, in a folder `COPIES` that is written anew; None is a temporary one.
-        alone: it may import installed packages, and nothing that lies beside it.
+        code: the files to import.
+        copy_in: folder for the copy; its subfolder `COPIES` is replaced. None uses a temporary folder.
+        alone: whether the code may import only itself and installed packages, nothing else that lies beside it.
 
     Raises:
-        ConfigError: it is no wheel of one package; another package of that name is installed, or was imported before; or
+        ConfigError: not a wheel of one package; another package of that name is installed or was imported before; or
             the copy cannot be written.
-        TaskError: it does not import.
+        TaskError: the import fails.
     """
     name, files = _importable(code)
     if alone:
@@ -50,7 +50,7 @@ def import_code(code: CodeFiles, *, copy_in: Path | None = None, alone: bool = F
     copy = _write(code, files, copy_in)
     if code.path.suffix != ".py":
         show_as(copy, code.path if code.path.suffix == ".whl" else code.path.parent)
-    sys.path.insert(0, str(copy))  # processes that the task starts get it, too
+    sys.path.insert(0, str(copy))  # child processes of the task inherit it
     importlib.invalidate_caches()
     try:
         with task_code("importing the task"):
@@ -63,7 +63,7 @@ def import_code(code: CodeFiles, *, copy_in: Path | None = None, alone: bool = F
 
 
 def _importable(code: CodeFiles) -> tuple[str, Mapping[str, bytes]]:
-    """Return the name to import, and the files to find it in."""
+    """Return the name to import, and the files that hold it."""
     if code.path.suffix == ".whl":
         return _unpacked(code)
     if code.path.suffix == ".py":
@@ -72,7 +72,7 @@ def _importable(code: CodeFiles) -> tuple[str, Mapping[str, bytes]]:
 
 
 def _single(code: CodeFiles) -> tuple[str, Mapping[str, bytes]]:
-    """Give a single file a name that no package has. It keeps its own ``__file__``: data may lie beside it."""
+    """Give a single file a module name that no package has. It keeps its own ``__file__``: data may lie beside it."""
     stem = re.sub(r"\W", "_", code.path.stem)
     name = f"fednats_task_{stem}_{hashlib.sha256(f'{code.path}:{code.sha256}'.encode()).hexdigest()[:16]}"
     read = "__import__('pathlib').Path(__file__).with_name('code').read_bytes()"
@@ -81,7 +81,7 @@ def _single(code: CodeFiles) -> tuple[str, Mapping[str, bytes]]:
 
 
 def _unpacked(code: CodeFiles) -> tuple[str, Mapping[str, bytes]]:
-    """Return the one package of a wheel, and all its files: with its metadata, without compiled copies."""
+    """Return the name of a wheel's one package, and all files of the wheel except compiled copies."""
     files: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(code.files[code.path.name])) as wheel:
@@ -109,7 +109,7 @@ def _unpacked(code: CodeFiles) -> tuple[str, Mapping[str, bytes]]:
 
 
 def _same(loaded: ModuleType, code: CodeFiles) -> ModuleType:
-    """Return what was ``loaded`` of the same code."""
+    """Return the module ``loaded`` earlier if it is the same code."""
     origin = str(loaded.__spec__ and loaded.__spec__.origin)
     if f"{COPY}{code.sha256}" in (place.name for place in Path(origin).parents):
         return loaded
@@ -120,7 +120,7 @@ def _same(loaded: ModuleType, code: CodeFiles) -> ModuleType:
 
 
 def _refuse_other(name: str, code: CodeFiles) -> None:
-    """Refuse a package that would be imported in the place of another one."""
+    """Refuse a task whose name is also that of another package."""
     found = PathFinder.find_spec(name, [entry for entry in sys.path if not Path(entry).name.startswith(COPY)])
     is_namespace = found is not None and found.origin is None  # a folder that happens to have the name
     others = [] if is_namespace else [place for place in _places(found) if place != code.path.resolve()]
@@ -152,14 +152,14 @@ def _write(code: CodeFiles, files: Mapping[str, bytes], copy_in: Path | None) ->
 
 
 class _NothingBeside(MetaPathFinder):
-    """Refuses to import modules and packages that lie beside a task's code or in its folder, also later on."""
+    """Refuses, at any time, imports of modules and packages that lie beside a task's code or in its folder."""
 
     def __init__(self, code: CodeFiles) -> None:
         self._path = code.path
         self._folder = code.path.resolve().parent
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, _target: object = None) -> ModuleSpec | None:
-        """Return nothing, so that the finders after this one are asked. Raises ImportError: it lies beside the code."""
+        """Return None, so that later finders are asked. Raises ImportError: the module lies beside the code."""
         if path is None:
             for place in _places(PathFinder.find_spec(fullname)):
                 if place.parent == self._folder or place.is_relative_to(self._path.resolve()):

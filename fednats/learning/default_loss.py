@@ -1,4 +1,4 @@
-"""The default loss: cross entropy, for the shapes that have one."""
+"""The default loss: cross entropy, for shapes that have one."""
 
 from torch import Tensor
 from torch.nn import functional
@@ -11,11 +11,11 @@ def default_loss(scores: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross entropy of a batch, a scalar.
 
     Args:
-        scores: logits float[n, classes, ...], or float of the size of ``targets``: the logit of 1 against 0.
+        scores: float logits [n, classes, ...], or with as many values as ``targets``, each the logit of 1 against 0.
         targets: int64[n, ...], or all 0 or 1.
 
     Raises:
-        ConfigError: shapes and dtypes for which there is no cross entropy.
+        ConfigError: these shapes and dtypes have no cross entropy.
     """
     kind = kind_of(scores.detach(), targets) if isinstance(scores, Tensor) else Kind.OTHER
     match kind:

@@ -1,4 +1,4 @@
-"""Default figures of one hospital's test cases, taken in batch by batch: no more is kept than the figure needs."""
+"""Default metrics of one hospital's test cases, computed batch by batch; only what the metric needs is kept."""
 
 from abc import ABC, abstractmethod
 
@@ -14,22 +14,22 @@ Figures = dict[str, float]
 
 
 class Scoring(ABC):
-    """Takes in batches of scores and targets; works the figures out at the end."""
+    """Takes in batches of scores and targets, then computes the figures."""
 
     @abstractmethod
     def add(self, scores: Tensor, targets: Tensor) -> None:
-        """Take in a batch: as many scores as targets."""
+        """Take in a batch with as many scores as targets."""
 
     @abstractmethod
     def figures(self) -> Figures:
-        """Return the figures that the cases allow; one that they do not is left out."""
+        """Return the figures; those that the cases do not allow are left out."""
 
 
 def default_metrics(scores: Tensor, targets: Tensor) -> Figures:
     """Return the default figures for all ``scores`` and ``targets`` at once; see `fednats.learning.outputs.outputs_of`.
 
     Raises:
-        ConfigError: their shapes and dtypes are none that are known.
+        ConfigError: their shapes and dtypes are unknown.
     """
     scoring = scoring_of(outputs_of(scores, targets).kind)
     scoring.add(scores, targets)
@@ -37,7 +37,7 @@ def default_metrics(scores: Tensor, targets: Tensor) -> Figures:
 
 
 def scoring_of(kind: Kind) -> Scoring:
-    """Return what works out the default figures of a kind of problem."""
+    """Return a `Scoring` for the default figures of a kind of problem."""
     match kind:
         case Kind.CLASSES:
             return _Classes()
@@ -54,7 +54,7 @@ def scoring_of(kind: Kind) -> Scoring:
 
 
 class _Classes(Scoring):
-    """``auc``, one against the rest, averaged over the classes, left out where a class has no case; ``accuracy``."""
+    """``accuracy``; ``auc``, one against the rest, averaged over the classes, left out if a class has no case."""
 
     def __init__(self) -> None:
         self._scores: list[Tensor] = []
@@ -75,7 +75,7 @@ class _Classes(Scoring):
 
 
 class _Labels(Scoring):
-    """Of each output its ``auc`` and its ``accuracy`` at even odds; the mean over the outputs that have both answers."""
+    """``accuracy`` at even odds over all outputs; ``auc`` averaged over the outputs that have both answers."""
 
     def __init__(self) -> None:
         self._scores: list[Tensor] = []
@@ -95,7 +95,7 @@ class _Labels(Scoring):
 
 
 class _Regression(Scoring):
-    """``rmse``, ``mae``, and ``r2``: 1 minus squared error over variance, of each output, averaged; left out without variance."""
+    """``rmse``; ``mae``; ``r2``, 1 minus squared error over variance, averaged over the outputs whose targets vary."""
 
     def __init__(self) -> None:
         self._n_cases = 0
@@ -103,12 +103,12 @@ class _Regression(Scoring):
         self._origin: Tensor | None = None
 
     def add(self, scores: Tensor, targets: Tensor) -> None:
-        outputs = -1 if scores.ndim <= 2 else 1  # noqa: PLR2004 - [n, outputs]; of an image all pixels are one output
+        outputs = -1 if scores.ndim <= 2 else 1  # noqa: PLR2004 - [n, outputs]; an image's pixels are one output
         wanted = targets.double().reshape(len(targets), outputs) if outputs == -1 else targets.double().reshape(-1, 1)
         got = scores.double().reshape(wanted.shape)
         if self._origin is None:
             self._origin = wanted[0]
-        error, apart = got - wanted, wanted - self._origin  # sums of what is near 0 lose no digits
+        error, apart = got - wanted, wanted - self._origin  # sums of values near 0 lose no digits
         self._n_cases += len(wanted)
         self._absolute = self._absolute + error.abs().sum(0)
         self._squared = self._squared + (error**2).sum(0)
@@ -128,9 +128,9 @@ class _Regression(Scoring):
 
 
 class _Pixels(Scoring):
-    """``accuracy`` of pixels; ``dice`` = 2 TP / (2 TP + FP + FN) of each class but 0, the background, averaged.
+    """``accuracy`` of pixels; ``dice`` = 2 TP / (2 TP + FP + FN), averaged over the classes but 0, the background.
 
-    All pixels of the hospital are counted together (Dice, 1945); a class that is neither there nor predicted is left out.
+    All pixels of the hospital count together (Dice, 1945). A class neither present nor predicted is left out.
     """
 
     def __init__(self, *, one_structure: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a hospital's data set holds, in figures that a person can check; no value of a case is among them."""
+"""Describes a hospital's data set in figures that a person can check, without any value of a case."""
 
 import hashlib
 import time
@@ -12,10 +12,10 @@ from torch import Tensor
 from fednats.learning.task import Examples
 
 LOOK_S = 20.0
-"""Time after which the rest of a large data set is not looked at."""
+"""Time after which the remaining cases of a large data set are skipped."""
 
 MAX_CLASSES = 100
-"""Distinct targets beyond which they are numbers rather than classes."""
+"""Largest number of distinct targets that count as classes; with more they are numbers."""
 
 
 @dataclass
@@ -24,23 +24,23 @@ class Described:
 
     n_cases: int
     n_seen: int = 0
-    """Cases that were looked at; fewer than ``n_cases`` where that took longer than `LOOK_S`."""
+    """Cases that were looked at; fewer than ``n_cases`` if that took longer than `LOOK_S`."""
     kinds: Counter[str] = field(default_factory=Counter)
-    """Number of cases by the shapes and dtypes of their inputs and target; more than one kind is a fault."""
+    """Number of cases by shapes and dtypes of input and target; more than one kind is a fault."""
     targets: Counter[float] = field(default_factory=Counter)
-    """Number of cases by target; empty where targets are not single numbers of a few values."""
+    """Number of cases by target; empty if no target is a single number."""
     n_not_finite: int = 0
     """Cases with a value that is not finite."""
     missing: Mapping[str, int] = field(default_factory=dict)
-    """Missing values by column, where the data set says."""
+    """Missing values by column, if the data set reports them."""
     patients: frozenset[str] = frozenset()
-    """Where the data set says; never to be shown."""
+    """Patients, if the data set reports them; never to be shown."""
     digests: set[bytes] = field(default_factory=set)
-    """Of the inputs of each case."""
+    """Digests of the cases' inputs."""
 
     @property
     def n_repeated(self) -> int:
-        """Cases whose inputs another case has, too."""
+        """Cases whose inputs equal those of an earlier case."""
         return self.n_seen - len(self.digests)
 
 
@@ -74,7 +74,7 @@ def _look(found: Described, case: object) -> None:
 
 
 def few_targets(found: Described) -> dict[str, int]:
-    """Number of cases of each target, by its text; empty where the targets are numbers rather than classes."""
+    """Return the number of cases per target, by its text; empty if the targets are numbers rather than classes."""
     whole = all(target == round(target) for target in found.targets)
     if not whole or not 0 < len(found.targets) <= MAX_CLASSES:
         return {}

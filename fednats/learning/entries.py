@@ -1,7 +1,7 @@
-"""What of a model travels, and what stays as ``task.model()`` makes it.
+"""Which tensors of a model travel, and which stay as ``task.model()`` makes them.
 
-The trainable parameters travel, tied ones once, and the running statistics of the normalisation layers that gather them.
-Everything else in the state dict is *frozen*: it is never sent, and is the same to the bit at every site and for ever.
+Trainable parameters travel (tied ones once), and so do running statistics of normalisation layers that gather them.
+Everything else in the state dict is *frozen*: it is never sent, and stays the same to the bit at every site.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from fednats.errors import ConfigError
 from fednats.messages import FROZEN_DIGEST_BYTES, MAX_FROZEN_BYTES
 
 LOG_SUFFIX = ".log"
-"""Ends the name of a running variance that is written as its logarithm."""
+"""Suffix of the name of a running variance that travels as its logarithm."""
 
 SMALLEST_EPS = 1e-12
-"""Added to a variance whose layer adds nothing itself."""
+"""Added to a variance whose layer adds no epsilon of its own."""
 
 MAX_FROZEN = MAX_FROZEN_BYTES // FROZEN_DIGEST_BYTES
-"""Most frozen tensors of a model: their digests fit in a manifest."""
+"""Largest number of frozen tensors whose digests fit in a manifest."""
 
 Values = NDArray[np.float32]
 
@@ -39,27 +39,27 @@ class StateEntry:
     statistic: bool = False
     """Whether it is a running mean or variance: no gradient moves it."""
     eps: float | None = None
-    """Of a running variance: it travels as ``log(variance + eps)``, so that no sum of deltas makes it negative."""
+    """For a running variance: it travels as ``log(variance + eps)``, so no sum of deltas makes it negative."""
 
     def encoded(self, held: Tensor) -> Values:
-        """Return the values of the flat vector for the tensor's values ``held``."""
+        """Encode ``held``, values of the tensor, as values of the flat vector."""
         values = held.detach().to("cpu", torch.float32 if self.eps is None else torch.float64).numpy()
         return values if self.eps is None else np.log(values + self.eps).astype(np.float32)
 
     def decoded(self, values: Values) -> Tensor:
-        """Return what the tensor holds for ``values`` of the flat vector: rounded to its type."""
+        """Return the tensor values for ``values`` of the flat vector, rounded to the tensor's dtype."""
         if self.eps is None:
             return torch.tensor(values).to(self.tensor.dtype)
-        with np.errstate(over="ignore"):  # an infinite variance is for the caller to refuse
+        with np.errstate(over="ignore"):  # the caller refuses an infinite variance
             variance = np.maximum(np.exp(values.astype(np.float64)) - self.eps, 0.0)
         return torch.from_numpy(variance).to(self.tensor.dtype)
 
     def moved(self, now: Values, start: Values) -> Values:
         """Return the delta from ``start`` to ``now``, both as `encoded`.
 
-        That of a variance is its relative change where it fell, and the logarithm's where it rose: the mean of hospitals'
-        deltas then vanishes near the mean of their variances, not at a geometric mean, which one hospital with a
-        constant feature (variance 0) would draw to nothing.
+        The delta of a variance is its relative change if it fell, and the change of its logarithm if it rose. The mean
+        of the hospitals' deltas then vanishes near the mean of their variances. With logarithms alone it would vanish
+        at the geometric mean, which one hospital with a constant feature (variance 0) would pull to zero.
 
         >>> variance = StateEntry("running_var.log", torch.ones(2), statistic=True, eps=0.0)
         >>> variance.moved(np.log(np.float32([0.5, 8])), np.log(np.float32([1, 4]))).round(4)
@@ -70,10 +70,10 @@ class StateEntry:
 
 
 def entries_of(model: nn.Module) -> tuple[StateEntry, ...]:
-    """Return what travels, in the order of the state dict.
+    """Return the tensors that travel, in the order of the state dict.
 
     Raises:
-        ConfigError: the model has something that cannot travel, or nothing to train; the text names it and the remedy.
+        ConfigError: the model has a tensor or layer that cannot travel, or nothing to train; the text has the remedy.
     """
     _refuse_unsuitable(model)
     gathers = {id(layer) for layer in gathering(model)}
@@ -94,7 +94,7 @@ def entries_of(model: nn.Module) -> tuple[StateEntry, ...]:
 
 
 def frozen_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return by name what is in the state dict and does not travel."""
+    """Return the frozen tensors of the state dict, by name."""
     travels = {id(entry.tensor) for entry in entries_of(model)}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in travels}
 
@@ -103,7 +103,7 @@ def frozen_digests(model: nn.Module) -> bytes:
     """Return BLAKE2b-64 of the name, type, shape and bytes of each frozen tensor, in the order of `frozen_of`.
 
     Raises:
-        ConfigError: as `entries_of`, or there are too many.
+        ConfigError: as `entries_of`, or there are more than `MAX_FROZEN`.
     """
     frozen = frozen_of(model)
     if len(frozen) > MAX_FROZEN:
@@ -112,7 +112,7 @@ def frozen_digests(model: nn.Module) -> bytes:
 
 
 def unlike(frozen: list[str], own: bytes, announced: bytes) -> str:
-    """Say which of the ``frozen`` tensors differs between two results of `frozen_digests`; empty if none does."""
+    """Name the first of the ``frozen`` tensors that differs between two results of `frozen_digests`; empty if none."""
     if len(own) != len(announced):
         n_own, n_announced = (len(digests) // FROZEN_DIGEST_BYTES for digests in (own, announced))
         return f"the number of frozen tensors ({n_own}, not {n_announced}) differs"
@@ -126,7 +126,7 @@ def unlike(frozen: list[str], own: bytes, announced: bytes) -> str:
 def gathering(model: nn.Module) -> list[_NormBase]:
     """Return the normalisation layers whose running statistics follow the data in training.
 
-    Those whose own parameters are all frozen do not (`set_training`), nor those that the model keeps in eval mode.
+    Layers whose own parameters are all frozen do not (`set_training`), nor layers that the model keeps in eval mode.
     """
     modes = {layer: layer.training for layer in model.modules()}
     set_training(model)
@@ -139,9 +139,9 @@ def gathering(model: nn.Module) -> list[_NormBase]:
 
 
 def set_training(model: nn.Module) -> None:
-    """Put ``model`` in training mode, but for normalisation layers whose own parameters are all frozen.
+    """Put ``model`` in training mode, except normalisation layers whose own parameters are all frozen.
 
-    Those go on normalising with the statistics that they came with, as their weights go on weighing.
+    Those layers keep normalising with the statistics they came with.
     """
     model.train()
     for layer in model.modules():

@@ -1,4 +1,4 @@
-"""Metrics of a version of the model on test data."""
+"""Evaluates a model version on a site's test data."""
 
 import math
 import traceback
@@ -26,36 +26,36 @@ from fednats.messages import MAX_METRIC
 
 BATCH_SIZE = TrainingSettings().batch_size
 MAX_SCORES_BYTES = 2**31
-"""Most that a task's own ``metrics()`` is given at once."""
+"""Most bytes of outputs that a task's own ``metrics()`` gets at once."""
 
 
 @dataclass(frozen=True)
 class LocalEvaluation:
-    """Metrics by name, and how many test cases they are of."""
+    """Metrics by name, and the number of test cases behind them."""
 
     metrics: dict[str, float]
     """All finite."""
     n_samples: int
     counts: Counts | None
-    """None if the task scores no classes; see `fednats.learning.outputs.Outputs.n_classes`."""
+    """None if no classes are counted; see `fednats.learning.outputs.Outputs.n_classes`."""
     figures: tuple[str, ...] | None
-    """Names of the figures that only a mean over hospitals can tell, those that this one's cases do not allow among them;
-    None: the counts tell all."""
+    """Names of the figures that must be averaged over hospitals, including any that this hospital's cases do not allow.
+    None: the counts give all figures."""
     problem: str = ""
-    """Traceback of what the task's own ``metrics()`` raised: for the hospital's eyes only, it may quote data."""
+    """Traceback of the task's own ``metrics()``, for the hospital only, since it may quote data."""
 
     @property
     def n_classes(self) -> int:
-        """Whose cases are counted; 0 for none."""
+        """Number of classes whose cases are counted; 0 for none."""
         return 0 if self.counts is None else self.counts.n_classes
 
     @property
     def arrangement(self) -> int | None:
-        """Of the figures; None if there are none to be summed. Raises LocalDataError: there are too many."""
+        """Arrangement of the figures; None if there are none to sum. Raises LocalDataError: there are too many."""
         return None if self.figures is None else arrangement_of(self.figures)
 
     def flat(self, bits: int) -> NDArray[np.int64]:
-        """Return what is sent, int64[`fednats.learning.figures.n_integers`], each of at most so many ``bits``."""
+        """Return the integers to send, int64[`fednats.learning.figures.n_integers`], each of at most ``bits`` bits."""
         parts = [] if self.counts is None else [self.counts.flat()]
         if self.figures is not None and self.arrangement is not None:
             allowed = {name: self.metrics[name] for name in self.figures if name in self.metrics}
@@ -64,7 +64,7 @@ class LocalEvaluation:
 
 
 class Evaluator:
-    """Holds a task's test data between versions; the model is lent, as a `Trainer`'s is."""
+    """Holds a task's test data between versions. The model is lent, as to a `Trainer`."""
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task = task
@@ -78,10 +78,10 @@ class Evaluator:
 
     @cached_property
     def outputs(self) -> Outputs:
-        """What the model gives for the test cases, and which figures there will be; runs the model on one batch.
+        """Kind of the model's outputs for the test cases, and its figures; found by running the model on one batch.
 
         Raises:
-            ConfigError: there is no test case, or the default metrics do not know such outputs and targets.
+            ConfigError: the default loss or metrics do not know such outputs and targets.
         """
         scores, targets = next(self._scored(BATCH_SIZE))
         own = self._task.has_own_metrics
@@ -103,12 +103,12 @@ class Evaluator:
     def evaluate(self, weights: Vector, batch_size: int = BATCH_SIZE) -> LocalEvaluation:
         """Score every test case with ``weights`` float32[n], ``batch_size`` at a time.
 
-        A metric that is not finite is left out. What the task's own ``metrics()`` raises is told as ``problem``.
+        A metric that is not finite is left out. Exceptions of the task's own ``metrics()`` go into ``problem``.
 
         Raises:
             ConfigError: as `outputs`.
-            LocalDataError: the model's outputs are not finite, a target is no class of the model's, there is more than
-                ``metrics()`` can be given, or ``weights`` is not of the model's size.
+            LocalDataError: the model's outputs are not finite, a target is not a class of the model, there are more
+                outputs than ``metrics()`` can get, or ``weights`` does not have the model's size.
             RefusedError: ``weights`` has a value that the model cannot hold (`FlatModel.check`).
         """
         write_vector(self._model, weights)
@@ -121,7 +121,7 @@ class Evaluator:
     def _scored(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         self._model.eval()
         for inputs, targets in self._cases.loader(batch_size):
-            with torch.no_grad():  # no inference mode: what a model caches in it, training could not use
+            with torch.no_grad():  # not inference mode: training could not use tensors that a model caches in it
                 yield self._scores(inputs, len(targets)), targets
 
     def _scores(self, inputs: Inputs, n_cases: int) -> Tensor:
@@ -142,7 +142,7 @@ class Evaluator:
 
 @dataclass
 class _Tally:
-    """What is kept of the batches of one evaluation."""
+    """Accumulates the batches of one evaluation."""
 
     outputs: Outputs
     own: bool
@@ -205,8 +205,8 @@ def _counts(scores: Tensor, targets: Tensor, n_classes: int) -> Counts:
 
 
 def evaluate(task: Task, weights: Vector, batch_size: int = BATCH_SIZE, seed: int = 0) -> LocalEvaluation:
-    """Metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`.
+    """Return the metrics of ``weights`` float32[n] on the task's test data; see `Evaluator.evaluate`.
 
-    What is frozen is made from ``seed``.
+    Frozen tensors are made from ``seed``.
     """
     return Evaluator(task, initial_model(task, seed)).evaluate(weights, batch_size)

@@ -1,11 +1,11 @@
-"""A task's figures as sums that hospitals can add up: of each a numerator and a denominator, in fixed point.
+"""A task's figures as sums that hospitals can add up: a numerator and a denominator for each, in fixed point.
 
-The sum of the numerators over that of the denominators is the figure of all of them: with a hospital's figure times its
-cases above and its cases below, the mean over hospitals weighted by cases. A figure that a hospital's cases do not allow
-adds nothing to either.
+The sum of numerators over the sum of denominators is the figure over all hospitals. The numerator is a hospital's
+figure times its cases, the denominator its cases, so the result is the mean weighted by cases. A figure that a
+hospital's cases do not allow adds nothing to either.
 
-Each figure has a cell, and its name says which: hospitals need not have the same figures, nor know of each other's. Two
-names of a task that fall into one cell are kept apart by another *arrangement*.
+A figure's name decides its cell, so hospitals need not have the same figures or know each other's. If two names of a
+task fall into one cell, another *arrangement* keeps them apart.
 """
 
 import math
@@ -22,10 +22,10 @@ from fednats.learning.scores import n_counts
 from fednats.messages import MAX_COUNT, MAX_FIGURES, MAX_METRIC
 
 N_CELLS = 448
-"""So many that the counts of two classes and the figures are one ciphertext of the usual size."""
+"""Chosen so that two classes' counts and the figures fill one ciphertext of the usual size."""
 
 FRACTION_BITS = 32
-"""Numerators are multiples of 2 to the minus this."""
+"""Numerators are multiples of 2^-32."""
 
 NUMERATOR_BITS = 126
 DENOMINATOR_BITS = 40
@@ -34,7 +34,7 @@ MAX_ARRANGEMENT = 2**16
 
 @dataclass(frozen=True)
 class Share:
-    """What hospitals put into a figure together."""
+    """The hospitals' joint contribution to a figure."""
 
     numerator: float
     denominator: float
@@ -43,11 +43,11 @@ class Share:
 
     @property
     def value(self) -> float:
-        """The figure."""
+        """Value of the figure."""
         return self.numerator / self.denominator
 
     def __add__(self, other: "Share") -> "Share":
-        """Put together what different hospitals put in."""
+        """Add the contributions of different hospitals."""
         return Share(
             self.numerator + other.numerator, self.denominator + other.denominator, self.n_sites + other.n_sites
         )
@@ -66,7 +66,7 @@ def arrangement_of(names: tuple[str, ...]) -> int:
 
 
 def cells(names: Iterable[str], arrangement: int) -> dict[int, str]:
-    """Return the names that have a cell, by cell; of several for one cell the first."""
+    """Return the names by cell; if several names share a cell, the first."""
     found: dict[int, str] = {}
     for name in names:
         digest = blake2b(f"{arrangement}/{name}".encode(), digest_size=8).digest()
@@ -75,10 +75,10 @@ def cells(names: Iterable[str], arrangement: int) -> dict[int, str]:
 
 
 def known_names(named: Sequence[Collection[str]], arrangement: int) -> tuple[str, ...]:
-    """Return the figures of a sum, given those that each part names: those with cells of their own.
+    """Return the figures of a sum, from the names that each part gives; each must have a cell to itself.
 
-    Names that more parts give come first, so that nobody can push another's out; otherwise they stay in the order of the
-    task.
+    If names share a cell, the one that more parts give is kept, so nobody can push another's figure out. The order is
+    that of the task.
     """
     order = {name: None for names in named for name in names}
     by_claims = sorted(order, key=lambda name: -sum(name in names for names in named))
@@ -87,7 +87,7 @@ def known_names(named: Sequence[Collection[str]], arrangement: int) -> tuple[str
 
 
 def n_integers(n_classes: int, arrangement: int | None, bits: int) -> int:
-    """Return how many integers an evaluation is sent as: class counts, then figures if there is an arrangement of them.
+    """Return the number of integers in an evaluation: class counts, then figures if there is an arrangement.
 
     >>> n_integers(2, None, 15), n_integers(2, 0, 15)
     (2292, 8129)
@@ -97,9 +97,9 @@ def n_integers(n_classes: int, arrangement: int | None, bits: int) -> int:
 
 
 def flat_figures(figures: Mapping[str, float], n_cases: int, arrangement: int, bits: int) -> NDArray[np.int64]:
-    """Write a hospital's ``figures``, each weighted by its ``n_cases``, as int64[n]; of a row the number of all cases is the first.
+    """Encode a hospital's ``figures``, each weighted by its ``n_cases``, as int64[n]; row 0 has the number of cases.
 
-    ``bits``: of the magnitude of an integer.
+    Integers have magnitudes of at most ``bits`` bits.
 
     Raises:
         LocalDataError: a figure is not finite, or too large.
@@ -117,10 +117,12 @@ def flat_figures(figures: Mapping[str, float], n_cases: int, arrangement: int, b
 def read_figures(
     flat: NDArray[np.int64], names: Iterable[str], arrangement: int, bits: int, n_sites: int
 ) -> tuple[int, dict[str, Share]]:
-    """Return the number of cases in a sum, and what was put into each of ``names`` that any hospital has.
+    """Return the number of cases in a sum, and the share of each of ``names`` that any hospital has.
+
+    Shares whose numbers are impossible are left out.
 
     Raises:
-        RefusedError: ``malformed``: the cases are not a number that so many sites can have.
+        RefusedError: ``malformed``: ``n_sites`` sites cannot have that number of cases.
     """
     table = flat.reshape(N_CELLS + 1, _width(bits))
     _, n_cases, _ = _numbers(table[0], bits)
@@ -140,7 +142,7 @@ def _width(bits: int) -> int:
 
 
 def _row(numerator: int, denominator: int, bits: int) -> list[int]:
-    """Write both in digits of ``bits``, each with the number's sign, and a 1 for the site."""
+    """Write both numbers in digits of ``bits`` bits, each with the number's sign, then a 1 for the site."""
     return [*_digits(numerator, NUMERATOR_BITS, bits), *_digits(denominator, DENOMINATOR_BITS, bits), 1]
 
 

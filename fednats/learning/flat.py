@@ -1,4 +1,4 @@
-"""A model as one flat float32 vector of what travels (`fednats.learning.entries`), in the order of its state dict."""
+"""A model's travelling tensors (`fednats.learning.entries`) as one flat float32 vector, in state-dict order."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from fednats.learning.task import Task
 from fednats.messages import ParameterSpec
 
 LARGEST = 1e15
-"""Magnitude of a value above which it is impossible: squares of float32 overflow soon after."""
+"""Largest possible magnitude of a value; squares of float32 overflow soon above it."""
 
 LARGEST_LOG = 80.0
-"""Magnitude of a variance's logarithm above which it is impossible; float32 ends at 88."""
+"""Largest possible magnitude of a variance's logarithm; exp overflows float32 at 88."""
 
 
 def parameters_of(model: nn.Module) -> tuple[ParameterSpec, ...]:
-    """Name and shape of every tensor in the flat vector, in its order.
+    """Return name and shape of every tensor in the flat vector, in order.
 
     >>> [(p.name, p.shape) for p in parameters_of(nn.Linear(3, 2))]
     [('weight', (2, 3)), ('bias', (2,))]
@@ -39,7 +39,7 @@ def parameters_of(model: nn.Module) -> tuple[ParameterSpec, ...]:
 
 
 class FlatModel:
-    """What of a model travels, as one float32 vector, read and written part by part.
+    """The travelling tensors of a model as one float32 vector, read and written part by part.
 
     >>> flat = FlatModel(nn.Linear(1, 2))
     >>> flat.write(1, np.float32([2.0, 3.0]))
@@ -72,21 +72,21 @@ class FlatModel:
                 tensor, held = entry.tensor, _possible(entry, values[outside])
                 flat = tensor.reshape(-1)
                 flat[inside] = held.to(tensor.device)
-                if flat.data_ptr() != tensor.data_ptr():  # not contiguous: what was written is a copy
+                if flat.data_ptr() != tensor.data_ptr():  # not contiguous: reshape made a copy
                     tensor.copy_(flat.view(tensor.shape))
 
     def check(self, start: int, values: NDArray[np.float32]) -> None:
-        """Refuse ``values`` float32[m], from value ``start`` on, that the model cannot hold; it is not changed.
+        """Refuse ``values`` float32[m], from value ``start`` on, that the model cannot hold; does not change the model.
 
         Raises:
-            RefusedError: ``not_finite``, naming the tensor: a value is not finite, above `LARGEST`, or so large that it is
-                none in the tensor's type; or a variance is impossible.
+            RefusedError: ``not_finite``, naming the tensor: a value is not finite, above `LARGEST`, or overflows the
+                tensor's dtype; or a variance is impossible.
         """
         for entry, _, outside in self._overlaps(start, start + len(values)):
             _possible(entry, values[outside])
 
     def hollow(self) -> "FlatModel":
-        """Return a model without values, which takes no memory and can `check`."""
+        """Return a copy without values, which takes no memory and can only `check`."""
         hollow = FlatModel.__new__(FlatModel)
         hollow._ends = self._ends  # noqa: SLF001 - its own
         hollow._entries = tuple(  # noqa: SLF001 - its own
@@ -95,9 +95,9 @@ class FlatModel:
         return hollow
 
     def delta(self, start: Vector) -> Vector:
-        """Return what training has changed since ``start`` float32[n] was written, float32[n], computed where it is read.
+        """Return the change by training since ``start`` float32[n] was written, float32[n], computed when it is read.
 
-        It is taken from what the model held of ``start``: in a model of bfloat16 the rest is no result of training.
+        It is relative to ``start`` as the model held it: in a bfloat16 model, rounding ``start`` is not training.
         """
         return _Delta(self, start)
 
@@ -110,7 +110,7 @@ class FlatModel:
         return delta
 
     def _overlaps(self, start: int, stop: int) -> Iterator[tuple[StateEntry, slice, slice]]:
-        """Yield each tensor that has values of ``start`` to ``stop``, which of its own, and where they lie in the part."""
+        """Yield each tensor with values in ``start:stop``, their slice of the tensor, and their slice of the part."""
         for index in range(bisect_right(self._ends, start), len(self._entries)):
             entry = self._entries[index]
             first = self._ends[index] - entry.tensor.numel()
@@ -134,7 +134,7 @@ class _Delta:
 
 
 def _possible(entry: StateEntry, values: NDArray[np.float32]) -> torch.Tensor:
-    """Return what the tensor holds for ``values``. Raises as `FlatModel.check`."""
+    """Return the tensor values for ``values``. Raises as `FlatModel.check`."""
     held = entry.decoded(values)
     if not bool(torch.isfinite(held).all()):
         raise RefusedError(
@@ -156,7 +156,7 @@ def _type_of(entry: StateEntry) -> str:
 
 
 def read_vector(model: nn.Module) -> NDArray[np.float32]:
-    """Copy what of the model travels into one vector, float32[n]."""
+    """Copy the model's travelling tensors into one vector, float32[n]."""
     flat = FlatModel(model)
     return flat[0 : len(flat)]
 
@@ -165,7 +165,7 @@ def write_vector(model: nn.Module, vector: Vector) -> None:
     """Copy ``vector`` float32[n] into the model, in place, block by block.
 
     Raises:
-        LocalDataError: the vector's length is not the model's.
+        LocalDataError: the vector does not have the model's size.
         RefusedError: ``not_finite``, as `FlatModel.check`.
     """
     flat = FlatModel(model)
@@ -176,12 +176,12 @@ def write_vector(model: nn.Module, vector: Vector) -> None:
 
 
 def initial_model(task: Task, seed: int) -> nn.Module:
-    """Build the task's model; it is the same for the same seed, and torch's generator stays as it was."""
+    """Build the task's model, the same for the same seed; torch's generator keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return task.model()
 
 
 def initial_vector(task: Task, seed: int) -> NDArray[np.float32]:
-    """Return what travels of `initial_model`, float32[n]."""
+    """Return the flat vector of `initial_model`, float32[n]."""
     return read_vector(initial_model(task, seed))

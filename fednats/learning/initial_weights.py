@@ -1,4 +1,4 @@
-"""Weights that a run begins with, from a safetensors file."""
+"""Initial weights of a run, from a safetensors file."""
 
 from pathlib import Path
 
@@ -11,13 +11,13 @@ from fednats.learning.entries import LOG_SUFFIX, StateEntry, entries_of, frozen_
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Copy what travels from ``file`` into ``model``; what is frozen must be the same there.
+    """Copy the travelling tensors from ``file`` into ``model``; its frozen floating-point tensors must be the same.
 
-    ``file`` is an ``output/model.safetensors`` or the state dict of such a model, or a checkpoint of a coordinator, which
-    holds logarithms of the variances and nothing frozen.
+    ``file`` is an ``output/model.safetensors`` or the state dict of such a model, or a coordinator's checkpoint, which
+    holds logarithms of variances and no frozen tensors.
 
     Raises:
-        ConfigError: it cannot be read, or does not fit; the first tensor that differs is named.
+        ConfigError: the file cannot be read, or does not fit; the text names the first tensor that differs.
     """
     frozen = frozen_of(model)
     try:

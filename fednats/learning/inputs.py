@@ -1,4 +1,4 @@
-"""What a model is given: a tensor, several in order, or several by name."""
+"""A model's inputs: one tensor, several in order, or several by name."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from fednats.learning.outputs import shape_of
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-"""A batch's inputs, as PyTorch's `default_collate` puts them together."""
+"""Inputs of a batch, as PyTorch's `default_collate` returns them."""
 
 
 def predict(model: nn.Module, inputs: Inputs) -> Any:
-    """Give ``inputs`` to the model: ``model(x)``, ``model(*several)`` or ``model(**by_name)``."""
+    """Call the model with ``inputs``: ``model(x)``, ``model(*several)`` or ``model(**by_name)``."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, tuple | list):
@@ -30,7 +30,7 @@ def each(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def described(values: object) -> str:
-    """Write shapes and dtypes.
+    """Describe tensors by shape and dtype.
 
     >>> import torch
     >>> described((torch.zeros(8, 3), {"age": torch.zeros(8)}))

@@ -1,6 +1,6 @@
-"""What kind of problem a model's outputs and a task's targets make, and so which figures a version gets.
+"""Finds the kind of problem from a model's outputs and a task's targets, and thus a version's figures.
 
-The default metrics go by shapes and dtypes. What they do not know they refuse, with what was got and what is expected.
+The default metrics depend on shapes and dtypes. They refuse unknown ones and say what they expect.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ EXPECTED = """expected one of
 
 
 class Kind(Enum):
-    """What a task learns; the value is how people read it."""
+    """Kinds of problem; the value is its name for people."""
 
     CLASSES = "classification"
     BINARY = "two classes from one logit"
@@ -37,7 +37,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model gives for a task's cases, and which figures there will be."""
+    """A model's outputs for a task's cases, and the figures to expect."""
 
     kind: Kind
     scores: str
@@ -45,15 +45,15 @@ class Outputs:
     targets: str
     """Shape and dtype of a batch of targets."""
     n_classes: int
-    """Classes whose cases are counted, so that figures are exact over all hospitals; 0 where nothing is counted."""
+    """Classes whose cases are counted, which makes figures exact over all hospitals; 0 if nothing is counted."""
     pooled: tuple[str, ...]
-    """Figures of all hospitals' test cases pooled; one that the cases do not allow is left out."""
+    """Figures over the pooled test cases of all hospitals; those that the cases do not allow are left out."""
     means: tuple[str, ...]
-    """Figures of which the coordinator gets the mean over hospitals, weighted by cases. A task's own ``metrics()`` names its
-    own when they are first worked out."""
+    """Figures that the coordinator gets as means over hospitals, weighted by cases. A task's own ``metrics()`` names
+    its figures only when it has run."""
 
     def __str__(self) -> str:
-        """Say it in a line."""
+        """Describe it in one line."""
         figures = [f"{', '.join(self.pooled)} of all hospitals' cases pooled"] if self.pooled else []
         if self.means:
             figures.append(f"{', '.join(self.means)} as means over hospitals")
@@ -71,16 +71,16 @@ MEANS: dict[Kind, tuple[str, ...]] = {
     Kind.MASK: ("dice", "accuracy"),
     Kind.OTHER: (),
 }
-"""Default figures of one hospital, most telling first."""
+"""Default figures of one hospital, most informative first."""
 
 
 def outputs_of(scores: object, targets: object, more_targets: Iterable[Tensor] = ()) -> Outputs:
-    """Say what a batch of a model's outputs and targets are.
+    """Classify a batch of a model's outputs and targets.
 
-    ``more_targets``: those of other batches, asked only where 0 and 1 could be numbers as well as classes.
+    ``more_targets`` are those of other batches. They are read only if targets of 0 and 1 could be numbers or classes.
 
     Raises:
-        ConfigError: the default metrics do not know such shapes and dtypes.
+        ConfigError: the default metrics do not know these shapes and dtypes.
     """
     if not isinstance(scores, Tensor) or not isinstance(targets, Tensor):
         raise ConfigError(f"{unknown(scores, targets)}; both must be tensors, or the task must write metrics()")
@@ -112,7 +112,7 @@ def kind_of(scores: Tensor, targets: Tensor, more_targets: Iterable[Tensor] = ()
 
 
 def _as_many_as_outputs(scores: Tensor, targets: Tensor) -> bool:
-    """Whether there is a target for each output: the same shape, but for an axis of length 1 after the first."""
+    """Return whether each output has a target: equal shapes, apart from an axis of length 1 after the first."""
     return _without_ones(scores) == _without_ones(targets)
 
 
@@ -133,19 +133,19 @@ def _only_0_and_1(targets: Tensor) -> bool:
 
 
 def gives_probabilities(model: nn.Module, scores: object) -> bool:
-    """Whether the model seems to end in a sigmoid or softmax: the default loss and metrics take logits."""
+    """Return whether the model seems to end in a sigmoid or softmax; the default loss and metrics take logits."""
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     ends = bool(leaves) and isinstance(leaves[-1], nn.Sigmoid | nn.Softmax)
     return ends and isinstance(scores, Tensor) and bool(((scores >= 0) & (scores <= 1)).all())
 
 
 def unknown(scores: object, targets: object) -> str:
-    """Name what was got."""
+    """Describe outputs and targets."""
     return f"the model's outputs are {shape_of(scores)}, the targets {shape_of(targets)}"
 
 
 def shape_of(value: object) -> str:
-    """Write shape and dtype as in ``float32[n, 2]``.
+    """Describe shape and dtype as in ``float32[n, 2]``.
 
     >>> import torch
     >>> shape_of(torch.zeros(8, 2)), shape_of({"out": 1})

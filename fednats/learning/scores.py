@@ -1,7 +1,7 @@
-"""How good scores are, from counts that hospitals can add up: histograms instead of the scores themselves.
+"""Metrics from counts that hospitals can add up: histograms instead of the scores themselves.
 
-A site counts, the counts of several sites are summed, and from the sum come the figures of all their test cases pooled:
-AUC, accuracy, recall of every class, calibration. Which site has which cases is in none of them.
+Each site counts; the sum over sites gives the metrics of all pooled test cases: AUC, accuracy, recall of every class,
+calibration. The sum does not show which site has which cases.
 """
 
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ N_BINS = 1024
 """Bins of a class's scores."""
 
 LOG_ODDS_RANGE = 512.0
-"""Scores are binned by their log-odds, between minus and plus this."""
+"""Scores are binned by log-odds, from minus to plus this value."""
 
 LOG_ODDS_FINE = 0.05
-"""Nearer to even odds than this the bins are equally wide, beyond it ever wider: an early model is hardly ever sure."""
+"""Log-odds around 0 where bins are equally wide. Beyond, they widen, since an early model is hardly ever sure."""
 
 N_CONFIDENCE_BINS = 15
 """Bins of the calibration error, as in Guo et al. 2017."""
 
 _PER_BIN = 8
-"""Finer bins of each, from which its mean confidence is taken."""
+"""Finer bins per confidence bin, from which its mean confidence is computed."""
 
 MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts over the test cases of one site, or of several: each int64, none negative.
+    """Counts over the test cases of one or several sites, int64, not negative.
 
-    For two classes only those of class 1 are kept: class 0 is its mirror.
+    With two classes, only class 1 is ranked: class 0 is its mirror image.
     """
 
     positives: NDArray[np.int64]
@@ -41,9 +41,9 @@ class Counts:
     negatives: NDArray[np.int64]
     """[ranked classes, N_BINS]: cases of the other classes, likewise."""
     confusion: NDArray[np.int64]
-    """[classes, classes]: cases of the row's class that were taken for the column's."""
+    """[classes, classes]: cases of the row's class that were predicted as the column's."""
     confidence: NDArray[np.int64]
-    """[2, bins]: cases that were taken for a wrong and for the right class, by how sure the model was."""
+    """[2, bins]: cases with a wrong (0) and a right (1) prediction, by the model's confidence."""
 
     @classmethod
     def of(cls, logits: NDArray[np.float64], targets: NDArray[np.int64]) -> "Counts":
@@ -66,12 +66,12 @@ class Counts:
 
     @property
     def n_classes(self) -> int:
-        """Classes that are told apart."""
+        """Number of classes."""
         return len(self.confusion)
 
     @property
     def n_cases(self) -> int:
-        """Test cases that were counted."""
+        """Number of test cases counted."""
         return int(self.confusion.sum())
 
     def flat(self) -> NDArray[np.int64]:
@@ -85,7 +85,7 @@ class Counts:
         """Undo `flat`.
 
         Raises:
-            RefusedError: ``malformed``: a count is negative, or the parts do not speak of the same cases.
+            RefusedError: ``malformed``: a count is negative, or the parts contradict each other.
         """
         n_ranked = _n_ranked(n_classes)
         ends = np.cumsum([n_ranked * N_BINS, n_ranked * N_BINS, n_classes**2])
@@ -115,9 +115,9 @@ class Counts:
     def metrics(self) -> dict[str, float]:
         """Return ``accuracy``, ``ece``, ``recall_C`` and ``share_C`` of every class C that has a case, and ``auc``.
 
-        ``auc``: one against the rest, averaged over the classes, ties within a bin counted half; left out where a class
-        has no case. ``ece``: expected calibration error (Guo et al. 2017, arXiv:1706.04599, section 2), whose mean
-        confidence in a bin is taken from finer bins. ``share``: part of all cases that are of that class.
+        ``auc``: one against the rest, averaged over the classes, ties within a bin count half; left out if a class has
+        no case. ``ece``: expected calibration error (Guo et al. 2017, arXiv:1706.04599, section 2); the mean confidence
+        of a bin comes from finer bins. ``share``: the class's share of all cases.
         """
         n_cases = self.n_cases
         own = self.confusion.sum(1)
@@ -130,9 +130,10 @@ class Counts:
         return found
 
     def roc(self, n_points: int) -> dict[str, list[tuple[float, float]]]:
-        """Return the ROC curve of every class that has cases and is ranked, one against the rest, from (0, 0) to (1, 1).
+        """Return the ROC curves of ranked classes, one against the rest, from (0, 0) to (1, 1).
 
-        Each is at most ``n_points`` pairs of false and true positive rate (Fawcett 2006), by the class's number.
+        A class needs cases of its own and of the others. Each curve, by the class's number, has at most ``n_points``
+        pairs of false and true positive rate (Fawcett 2006).
         """
         first = self.n_classes - len(self.positives)
         found = {}
@@ -150,7 +151,7 @@ class Counts:
 
 
 def pooled_names(n_classes: int) -> tuple[str, ...]:
-    """Return the names of all figures that counts can give, defined or not; none where no classes are counted.
+    """Return the names of all metrics that counts can give, defined or not; empty if no classes are counted.
 
     >>> pooled_names(2)
     ('auc', 'accuracy', 'ece', 'recall_0', 'recall_1', 'share_0', 'share_1')
@@ -162,7 +163,7 @@ def pooled_names(n_classes: int) -> tuple[str, ...]:
 
 
 def n_counts(n_classes: int) -> int:
-    """Return how many counts there are; none where no classes are counted.
+    """Return the number of counts; 0 if no classes are counted.
 
     >>> n_counts(0), n_counts(2), n_counts(10)
     (0, 2292, 20820)
@@ -177,14 +178,14 @@ def _n_ranked(n_classes: int) -> int:
 
 
 def _log_odds(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the log-odds of each class against all others, float64[n, classes]; 0 where all are equally likely."""
+    """Return the log-odds of each class against all others, float64[n, classes]; 0 if all are equally likely."""
     others = [np.delete(logits, index, axis=1) for index in range(logits.shape[1])]
     against = np.stack([np.logaddexp.reduce(each, axis=1) for each in others], axis=1)
     return np.asarray(logits - against + np.log(len(others) - 1))
 
 
 def _histogram(log_odds: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return how many scores are in each bin, int64[N_BINS]."""
+    """Count the scores in each bin, int64[N_BINS]."""
     places = np.arcsinh(np.clip(log_odds, -LOG_ODDS_RANGE, LOG_ODDS_RANGE) / LOG_ODDS_FINE)
     places /= 2 * np.arcsinh(LOG_ODDS_RANGE / LOG_ODDS_FINE)
     bins = np.minimum(((places + 0.5) * N_BINS).astype(np.int64), N_BINS - 1)
@@ -192,13 +193,13 @@ def _histogram(log_odds: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _auc(positives: NDArray[np.int64], negatives: NDArray[np.int64]) -> float:
-    """Return the chance that a positive case is in a higher bin than a negative one, the same bin counting half."""
+    """Return the probability that a positive case is in a higher bin than a negative one; a tie counts half."""
     below = np.concatenate([[0], np.cumsum(negatives)[:-1]])
     return float((positives * (below + negatives / 2)).sum() / (positives.sum() * negatives.sum()))
 
 
 def _thinned(false: NDArray[np.float64], true: NDArray[np.float64], n_points: int) -> list[tuple[float, float]]:
-    """Return points of a curve, about evenly spaced along it, its ends among them."""
+    """Return points about evenly spaced along a curve, both ends included."""
     way = false + true
     chosen = np.unique(np.searchsorted(way, np.linspace(0.0, way[-1], n_points)))
     return [(round(float(false[at]), 4), round(float(true[at]), 4)) for at in chosen]

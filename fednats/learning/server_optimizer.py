@@ -31,17 +31,17 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Parameter, ServerSettings, float], optim.O
 
 
 STATISTIC_RATE = 0.5
-"""Of the mean delta of running statistics, that is applied where the rule for weights has a memory."""
+"""Share of the mean delta that is applied to running statistics if the rule for weights has a memory."""
 
 
 class ServerOptimizer:
     """Steps global weights along mean deltas; SGD with rate 1 and no momentum gives exactly weights + delta.
 
-    Running statistics are no weights: their delta is no gradient but the way to where they belong, and a rule with a memory
-    (momentum, Adam) would go past it, or never get there. They are moved by a share of it.
+    Running statistics are not weights. Their delta is not a gradient but the distance to their right value, which a
+    rule with a memory (momentum, Adam) would overshoot or never reach. So they move by a share of it.
 
-    Every rule here works value by value, so a large model is stepped block by block; who calls keeps the state. All
-    slots begin as zeros.
+    Every rule works value by value, so a large model is stepped block by block. The caller keeps the state. All slots
+    begin as zeros.
 
     >>> optimizer = ServerOptimizer(ServerSettings())
     >>> weights, slots = optimizer.step(np.zeros(2, np.float32), {}, np.array([0.5, -1.0], np.float32), n_steps=0)
@@ -56,7 +56,7 @@ class ServerOptimizer:
             "sgd": ("momentum_buffer",) if settings.momentum else (),
             "adam": ("exp_avg", "exp_avg_sq"),
         }[settings.optimizer]
-        """Names of what the rule keeps for each weight."""
+        """Names of the arrays that the rule keeps, one value per weight."""
         has_memory = settings.optimizer != "sgd" or settings.momentum > 0
         self._statistic_rate = np.float32(STATISTIC_RATE if has_memory else min(1.0, self._rate))
 
@@ -68,12 +68,12 @@ class ServerOptimizer:
         n_steps: int,
         statistics: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[np.float32]]]:
-        """Return the weights and slots after one more step; all arrays are float32[m], ``n_steps`` were made before.
+        """Return weights and slots after one more step; all arrays are float32[m], ``n_steps`` were taken before.
 
-        ``statistics`` bool[m] says which of the values are running statistics; none are if it is left out.
+        ``statistics`` bool[m] marks the values that are running statistics; by default none are.
 
         Raises:
-            ValueError: ``mean_delta`` is not of the weights' shape or not finite.
+            ValueError: ``mean_delta`` does not have the weights' shape, or is not finite.
         """
         if mean_delta.shape != weights.shape or not np.isfinite(mean_delta).all():
             raise ValueError(f"mean delta of shape {mean_delta.shape}: expected finite values, {weights.shape}")

@@ -1,4 +1,4 @@
-"""What a hospital's engineer writes.
+"""The class that a hospital's engineer derives a task from.
 
 ::
 
@@ -26,13 +26,13 @@ from fednats.learning.default_metrics import default_metrics
 from fednats.learning.inputs import predict
 
 Examples = Dataset[tuple[Any, ...]]
-"""A map-style data set: ``len(data)`` examples, ``data[i]`` one ``(input, target)``.
+"""A map-style data set: ``len(data)`` examples; ``data[i]`` is one ``(input, target)``.
 
 The input is a tensor, a tuple of tensors for a model with several inputs, or a dict of tensors by name of the model's
-argument. PyTorch's `default_collate` makes batches of them, and floating-point values get the dtype of the model's parameters.
+argument. PyTorch's `default_collate` makes batches; floating-point values get the dtype of the model's parameters.
 
-It may say whose its examples are with ``patients``, one text for each, and how many values are missing with ``n_missing``, a
-count for each column; `fednats.data.cases.Cases` does.
+A data set may name the patient of each example in ``patients``, a text each, and the number of missing values in each
+column in ``n_missing``; `fednats.data.cases.Cases` does.
 """
 
 
@@ -44,9 +44,9 @@ class Recommended:
     server: ServerSettings = field(default_factory=ServerSettings)
     n_versions: int = 20
     private: TrainingSettings | None = None
-    """Instead of ``training`` with differential privacy: fewer steps, larger batches, so that the noise costs less."""
+    """Used instead of ``training`` with differential privacy: fewer steps and larger batches, so noise costs less."""
     private_options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the task with differential privacy."""
+    """The task's options with differential privacy."""
     target_metric: str = "auc"
     target: float | None = None
 
@@ -66,37 +66,37 @@ class Task(ABC):
 
     @abstractmethod
     def train_data(self) -> Examples:
-        """Load what this hospital trains on: cases ``(input, target)``."""
+        """Load the cases that this hospital trains on, ``(input, target)``."""
 
     @abstractmethod
     def test_data(self) -> Examples:
-        """Load what this hospital tests on; no case of it may be in `train_data`."""
+        """Load the cases that this hospital tests on; none of them may be in `train_data`."""
 
     def loss(self, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-        """Mean loss of a batch, a scalar; ``inputs`` are a batch of what `train_data` gives, see `Examples`.
+        """Return the mean loss of a batch, a scalar; ``inputs`` are a batch of `train_data`, see `Examples`.
 
-        Here cross entropy, by shapes: of logits [batch, classes, ...] and int64 targets [batch, ...], or of logits and
-        targets 0 or 1 of the same size. Raises ConfigError for anything else.
+        The default is cross entropy, by shapes: of logits [batch, classes, ...] and int64 targets [batch, ...], or of
+        logits and targets 0 or 1 of the same size. It raises ConfigError for anything else.
         """
         return default_loss(predict(model, inputs), targets)
 
     def metrics(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
-        """Figures for the model's outputs on all test cases, by name; nan, or left out, where the cases do not allow one.
+        """Return figures by name for the model's outputs on all test cases; nan or left out if the cases allow none.
 
-        Here by shapes: `fednats.learning.outputs` says which. A method of your own gets all outputs at once, so they must
-        fit into memory.
+        The default depends on shapes; `fednats.learning.outputs` lists them. Your own method gets all outputs at once,
+        so they must fit into memory.
         """
         return default_metrics(scores, targets)
 
     @property
     def has_own_metrics(self) -> bool:
-        """Whether `metrics` is other than the default."""
+        """Whether the task overrides `metrics`."""
         return type(self).metrics is not Task.metrics
 
     @classmethod
     def sites(cls, n: int, seed: int, data: Path | None = None) -> dict[str, dict[str, Any]]:
-        """Share a public data set over ``n`` hospitals: constructor options by site name, fit for TOML and JSON.
+        """Split a public data set over ``n`` hospitals: constructor options by site name, fit for TOML and JSON.
 
-        For the testbed; a hospital's own task needs none.
+        Only the testbed uses it; a hospital's own task does not need it.
         """
         raise ConfigError(f"{cls.__name__} has no ready split of {data or 'data'} over {n} hospitals (seed {seed})")

@@ -1,7 +1,7 @@
 """Find a task's code and load it.
 
-`make_task` takes the name of a shipped task or ``path:ClassName``, and the options of its constructor. The path is that of
-a Python file, of a folder that is a package, or of a wheel.
+`make_task` takes the name of a shipped task or ``path:ClassName``, and the options of its constructor. The path names a
+Python file, a folder that is a package, or a wheel.
 """
 
 import inspect
@@ -43,7 +43,7 @@ SHIPPED: Mapping[str, Callable[[], type[Task]]] = {
 
 
 Check = Callable[[Path, str], None]
-"""Given the path of a task's code and its SHA-256 before any of it runs; raises ConfigError if it must not."""
+"""Gets the path of a task's code and its SHA-256 before any of it runs; raises ConfigError if it must not run."""
 
 
 def make_task(
@@ -54,7 +54,7 @@ def make_task(
     copy_in: Path | None = None,
     alone: bool = True,
 ) -> Task:
-    """Construct the task that ``path`` names with ``options``.
+    """Construct the task named by ``path`` with ``options``.
 
     Raises:
         ConfigError: as `load_task`, or the options do not fit the constructor.
@@ -71,7 +71,7 @@ def make_task(
 
 
 def code_path(path: str) -> Path:
-    """Return where the code lies of the task that ``path`` names, with or without a class; nothing of it is run."""
+    """Return the path of the code of a task, given with or without a class; runs nothing of it."""
     if path in SHIPPED:
         return Path(__file__).parent / "tasks" / f"{path.replace('-', '_')}.py"
     code, colon, _ = path.rpartition(":")
@@ -79,16 +79,16 @@ def code_path(path: str) -> Path:
 
 
 def load_task(path: str, check: Check | None = None, *, copy_in: Path | None = None, alone: bool = True) -> type[Task]:
-    """Find a task class: the name of a shipped one, or ``path:ClassName``, see `fednats.learning.code_files.read_code`.
+    """Find a task class: a shipped task's name, or ``path:ClassName`` (see `fednats.learning.code_files.read_code`).
 
     Args:
-        path: which task.
-        check: asked before any of the code runs.
-        copy_in: where the copy is that runs, see `fednats.learning.code_import.import_code`.
-        alone: with ``check``, the code may import nothing that lies beside it: that was not checked.
+        path: the task.
+        check: called before any of the code runs.
+        copy_in: folder for the copy that runs, see `fednats.learning.code_import.import_code`.
+        alone: whether, with ``check``, the code may import nothing that lies beside it, because that was not checked.
 
     Raises:
-        ConfigError: no such name, code or class, the class is no complete `Task`, or ``check`` refuses the code.
+        ConfigError: no such name, code or class, the class is not a complete `Task`, or ``check`` refuses the code.
         TaskError: the code does not import.
     """
     _, colon, name = path.rpartition(":")

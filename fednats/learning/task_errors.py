@@ -1,4 +1,4 @@
-"""Errors of a task's code, in full for the hospital and without data for everybody else."""
+"""Errors in a task's code: complete for the hospital, without data for everybody else."""
 
 import sysconfig
 import traceback
@@ -14,12 +14,12 @@ _LIBRARIES = tuple(dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib",
 
 
 def show_as(copy: Path, original: Path) -> None:
-    """Show what lies below ``copy``, which runs, as what lies below ``original``, which people know."""
+    """Show paths below ``copy``, the code that runs, as paths below ``original``, which people know."""
     _shown_as[str(copy)] = str(original)
 
 
 def shown(text: str) -> str:
-    """Return ``text`` with the paths that people know."""
+    """Return ``text`` with copies' paths replaced by the originals'."""
     for copy, original in _shown_as.items():
         text = text.replace(copy, original)
     return text
@@ -27,15 +27,15 @@ def shown(text: str) -> str:
 
 @contextmanager
 def task_code(doing: str) -> Iterator[None]:
-    """Turn whatever a task's code raises into a `TaskError` that says what was done and where it failed.
+    """Turn any exception of a task's code into a `TaskError` that says what failed and where.
 
-    Text and traceback quote the exception: they are for the hospital. An exception may quote a record, so ``public``
-    names only its class and its place. An error of ours keeps its text and gets the same ``public``.
+    Its text and traceback quote the exception, for the hospital. An exception may quote a record, so ``public`` names
+    only its class and place. A `HospitalError` keeps its text and gets ``public`` in the same form.
     """
     try:
         yield
     except HospitalError as error:
-        if error.traceback:  # it was told on by such a block inside this one
+        if error.traceback:  # an inner block has already handled it
             raise
         error.public = f"{doing} failed: {error.public} ({_place(error)})"
         error.traceback = _written(error)
@@ -54,7 +54,7 @@ def task_code(doing: str) -> Iterator[None]:
 
 
 def _place(error: Exception) -> str:
-    """Return the innermost line that belongs to no library; of its path only the name, which is the same everywhere."""
+    """Return the innermost line outside libraries; of its path only the file name, which is the same everywhere."""
     frames = traceback.extract_tb(error.__traceback__)
     own = next((frame for frame in reversed(frames) if not _is_library(frame.filename)), frames[-1])
     return f"in {own.name}, {Path(own.filename).name} line {own.lineno}"

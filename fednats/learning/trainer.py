@@ -1,4 +1,4 @@
-"""Local training at one site: some optimiser steps from the global weights, and the delta they make."""
+"""Local training at one site: some optimiser steps from the global weights, and the resulting delta."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +21,12 @@ from fednats.learning.task import Task
 
 @dataclass(frozen=True)
 class LocalPass:
-    """What one local pass was."""
+    """Figures of one local pass."""
 
     n_samples: int
     """Size of the site's training data."""
     train_loss: float
-    """Mean loss over the pass's batches."""
+    """Mean loss over the pass's batches; with DP-SGD, over the cases drawn."""
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -55,16 +55,16 @@ OPTIMIZERS: Mapping[str, Callable[[nn.Module, TrainingSettings], optim.Optimizer
 
 
 def load_optimizers() -> None:
-    """Make one step of nothing: torch loads a large part of itself at the first, seconds that are no training."""
+    """Take an empty step: at the first step torch loads a large part of itself, which takes seconds."""
     nothing = nn.Parameter(torch.zeros(1))
     nothing.grad = torch.zeros(1)
     optim.SGD([nothing], 0.0).step()
 
 
 class Trainer:
-    """Holds a site's task and training data between passes; a pass depends on nothing that ran before it.
+    """Holds a site's task and training data between passes; a pass does not depend on earlier ones.
 
-    The model is lent: whoever made it may use it for something else between passes.
+    The model is lent: its owner may use it for something else between passes.
     """
 
     def __init__(self, task: Task, model: nn.Module) -> None:
@@ -75,7 +75,7 @@ class Trainer:
         self.lend(model)
 
     def lend(self, model: nn.Module) -> None:
-        """Train ``model`` from now on; its frozen tensors are what they stay."""
+        """Train ``model`` from now on; its frozen tensors must stay as they are now."""
         self._model = model
         frozen = frozen_of(model).items()
         self._frozen = frozen_digests(model)
@@ -84,18 +84,18 @@ class Trainer:
     def train(self, start: Vector, settings: TrainingSettings, seed: int) -> LocalPass:
         """Take ``settings.local_steps`` steps from ``start`` float32[n], reshuffling the data every epoch.
 
-        Every batch has ``batch_size`` cases, or all of them where the site has fewer; an epoch's rest is left out.
+        Every batch has ``batch_size`` cases, or all cases if the site has fewer; the rest of an epoch is left out.
         Random augmentation and dropout that draw from torch's generator are seeded too. The model holds the result; its
-        step counters and other frozen buffers are as they were.
+        step counters and other frozen buffers are as before.
 
         Raises:
-            LocalDataError: the loss is not finite, or ``start`` is not of the model's size.
+            LocalDataError: the loss is not finite, or ``start`` does not have the model's size.
             RefusedError: ``start`` has a value that the model cannot hold (`FlatModel.check`).
-            TaskError: training changed a frozen tensor of real numbers.
+            TaskError: training changed a frozen floating-point tensor, or BatchNorm would get batches of one case.
         """
         with self._from(start, seed):
             train_loss = self._steps(settings, seed)
-        self._model.zero_grad()  # a gradient is as large as the model, and what follows needs none
+        self._model.zero_grad()  # gradients are as large as the model, and nothing needs them now
         return LocalPass(n_samples=self.n_samples, train_loss=train_loss)
 
     def parameters_without_gradient(self, settings: TrainingSettings) -> list[str]:
@@ -120,12 +120,12 @@ class Trainer:
             named = list(self._model.named_parameters())
             unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
         self._model.zero_grad()
-        self._model.load_state_dict(before, strict=False)  # what the pass told a batch norm
+        self._model.load_state_dict(before, strict=False)  # undo what the batch did to buffers such as BatchNorm's
         return unused
 
     @contextmanager
     def _from(self, start: Vector, seed: int) -> Iterator[None]:
-        """Begin with the weights ``start``; dropout and augmentation follow from ``seed``. Raises TaskError as `train`."""
+        """Start from weights ``start``; dropout and augmentation follow from ``seed``. Raises TaskError as `train`."""
         self._restore()
         write_vector(self._model, start)
         with torch.random.fork_rng(devices=[]):
@@ -137,7 +137,7 @@ class Trainer:
         self._model.load_state_dict(self._fresh, strict=False)
 
     def _refuse_moved(self) -> None:
-        """Refuse a pass that depends on what no other site would have; counters, which it may change, begin anew."""
+        """Refuse a pass that changed tensors which other sites do not get; counters may change and are reset."""
         for name, tensor in frozen_of(self._model).items():
             if name in self._fresh and not tensor.is_floating_point():
                 tensor.copy_(self._fresh[name])
@@ -186,13 +186,13 @@ class Trainer:
 
 
 def needs_two(model: nn.Module) -> str:
-    """Return the name of a layer that a batch of one case gives one value per channel to train on; empty if there is none."""
+    """Return the name of a BatchNorm layer that cannot train on a batch of one case; empty if there is none."""
     kinds = (nn.BatchNorm1d, nn.LazyBatchNorm1d)
     return next((name or "the model" for name, layer in model.named_modules() if isinstance(layer, kinds)), "")
 
 
 def train(task: Task, weights: NDArray[np.float32], settings: TrainingSettings, seed: int) -> NDArray[np.float32]:
-    """Return the delta float32[n] of one pass; see `Trainer.train`. What is frozen is made from ``seed`` too."""
+    """Return the delta float32[n] of one pass; see `Trainer.train`. Frozen tensors are made from ``seed`` too."""
     flat = FlatModel(trained(task, weights, settings, seed))
     return flat.delta(weights)[0 : len(flat)]
 

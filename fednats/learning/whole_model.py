@@ -1,4 +1,4 @@
-"""A model as a file that torch reads without fednats: its whole state dict, frozen tensors and real variances too."""
+"""Writes a model as a file that torch reads without fednats: the whole state dict, frozen tensors included."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ from fednats.learning.task import Task
 
 
 def write_whole_model(path: Path, task: Task, seed: int, weights: Vector, version: int) -> None:
-    """Write the model of a run with ``seed`` at ``weights`` float32[n]; ``task.model().load_state_dict`` takes it.
+    """Write the model of a run with ``seed`` at ``weights`` float32[n], for ``task.model().load_state_dict``.
 
-    Tied tensors are there under each of their names. The file is whole or not there, and its owner's alone.
+    Tied tensors appear under each of their names. The file appears only when complete; only its owner may read it.
 
     Raises:
-        LocalDataError: ``weights`` is not of the model's size.
+        LocalDataError: ``weights`` does not have the model's size.
         RefusedError: ``not_finite``, as `FlatModel.check`.
     """
     model = initial_model(task, seed)

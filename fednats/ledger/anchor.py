@@ -1,7 +1,7 @@
-"""The newest receipt of a hospital's region, kept beside the egress ledger: the region countersigns where the ledger ends.
+"""The region's newest receipt, kept beside a hospital's egress ledger: it countersigns where the ledger ends.
 
-A chain does not say where it should end. Each update names the newest record of its site's ledger, and the region repeats
-that name in its receipt, under its own signature: a ledger without that record has lost its end.
+A hash chain does not show where it should end. Each update names the newest record of its site's ledger, and the region
+repeats that name in its signed receipt. If the ledger lacks that record, its end is missing.
 """
 
 import os
@@ -18,33 +18,33 @@ _MOST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Anchor:
-    """A receipt as it came."""
+    """A receipt, and the signed bytes it came as."""
 
     receipt: Receipt
     signed: bytes
 
     @property
     def subject(self) -> str:
-        """Where it was published, which its signature is bound to."""
+        """Subject on which the receipt was published; its signature is bound to it."""
         return subjects.receipt(self.receipt.run, self.receipt.region, self.receipt.site)
 
     @property
     def head(self) -> str:
-        """The newest record of the site's ledger that the region has seen named."""
+        """Newest record of the site's ledger that an update named to the region."""
         read = [verdict for verdict in self.receipt.verdicts if verdict.sequence]
         return max(read, key=lambda verdict: verdict.sequence).ledger_head if read else NO_RECORD
 
 
 def anchor_file(ledger: Path) -> Path:
-    """Return where the receipt is kept: ``egress-ledger.receipt`` beside ``egress-ledger.jsonl``."""
+    """Return the receipt's file: ``egress-ledger.receipt`` beside ``egress-ledger.jsonl``."""
     return ledger.with_suffix(".receipt")
 
 
 def keep_anchor(ledger: Path, signed: bytes) -> None:
-    """Keep a receipt beside ``ledger``, in place of the one before.
+    """Store a receipt beside ``ledger``, in place of the previous one.
 
     Raises:
-        LocalStorageError: the disk does not take it; the one before is still there.
+        LocalStorageError: the disk is full or broken; the previous receipt is still there.
     """
     file = anchor_file(ledger)
     new = file.with_suffix(".new")
@@ -59,10 +59,10 @@ def keep_anchor(ledger: Path, signed: bytes) -> None:
 
 
 def read_anchor(ledger: Path) -> Anchor | None:
-    """Return the receipt beside ``ledger``, its signature unverified; None if there is none.
+    """Read the receipt beside ``ledger`` without verifying its signature; None if there is none.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or is not a receipt.
     """
     file = anchor_file(ledger)
     try:
@@ -78,9 +78,9 @@ def read_anchor(ledger: Path) -> Anchor | None:
 
 
 def missing_heads(ledger: Path, newest: str) -> list[str]:
-    """Return the records that were named as the newest of ``ledger`` and are not mentioned there.
+    """Return records that were named as the newest of ``ledger`` but that it does not mention.
 
-    The receipt beside it names one, and the site's newest update another, ``newest``.
+    One is named by the receipt beside the ledger, the other, ``newest``, by the site's newest update.
 
     Raises:
         ConfigError: the receipt cannot be read.

@@ -1,8 +1,8 @@
-"""Has a ledger lost its end, or was it made anew: it is held against what others recorded of it.
+"""Checks whether a ledger has lost its end or was made anew, by comparing it with what others recorded of it.
 
-Two kinds of witnesses: the region's receipt beside a hospital's ledger (`fednats.ledger.anchor`), and the ledgers of the
-region's aggregator or of the coordinator, whose ``accepted`` records name what they took, by digest, and for an update
-also the newest record that its site's ledger had.
+There are two kinds of witness. One is the region's receipt beside a hospital's ledger (`fednats.ledger.anchor`). The
+other is the ledger of the region's aggregator or of the coordinator: its ``accepted`` records name each accepted
+contribution by digest, and for an update also the newest record of its site's ledger.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _IN_GAP = "it left in a gap that this ledger says it has, or the end of the ledg
 
 
 def against_receipt(records: Sequence[LedgerRecord], anchor: Anchor, rosters: Sequence[SignersFile]) -> Iterator[str]:
-    """Yield what the region's receipt shows; with ``rosters`` its signature has to be the region's."""
+    """Yield problems that the region's receipt shows; with ``rosters``, the region must have signed it."""
     region = user_name("aggregator", anchor.receipt.region)
     if rosters and not any(_is_signed(anchor, roster, region) for roster in rosters):
         yield f"the receipt beside it is not signed by {region}"
@@ -30,7 +30,7 @@ def against_receipt(records: Sequence[LedgerRecord], anchor: Anchor, rosters: Se
 
 
 def against_ledger(records: Sequence[LedgerRecord], other: Sequence[LedgerRecord]) -> Iterator[str]:
-    """Yield what of this ledger the node that wrote ``other`` accepted, and this ledger does not have."""
+    """Yield contributions that the node behind ``other`` accepted from this ledger's owner, but this ledger lacks."""
     senders = {f"from {by}" for by in {record.by for record in records}}
     left = {(record.name, record.digest) for record in records}
     hashes = {BEGIN, "", *(record.hash for record in records)}

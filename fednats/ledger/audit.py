@@ -1,8 +1,8 @@
-"""Is a ledger whole, and who signed it: what `fednats audit` finds.
+"""Checks for `fednats audit` whether a ledger is complete, and who signed it.
 
-An altered byte, a missing record, one that was inserted or moved, and a cut in the middle are found in the chain. It does
-not say where it ends: records missing there are found by the region's receipt beside the ledger, and by the ledgers of
-those who accepted what left (`fednats.ledger.anchors`).
+The chain shows an altered byte, a record that is missing, inserted or moved, and a cut in the middle. It does not show
+where it should end. The region's receipt beside the ledger shows records missing at the end, and so do the ledgers of
+nodes that accepted contributions (`fednats.ledger.anchors`).
 """
 
 from collections import Counter
@@ -20,34 +20,34 @@ from fednats.ledger.records import BEGIN, DOMAIN, MAX_LINE_BYTES, LedgerRecord, 
 _FIRST = b'{"sequence":'
 
 MAX_FINDINGS = 100
-"""After so many the rest of a file is not looked at."""
+"""After this many findings, the rest of a file is not checked."""
 
 
 @dataclass
 class Audit:
-    """What is in a ledger, and what is wrong with it."""
+    """The records of a ledger, and its problems."""
 
     path: Path
     records: list[LedgerRecord] = field(default_factory=list)
-    """Those that could be read."""
+    """The records that could be read."""
     findings: list[str] = field(default_factory=list)
-    """Each with its line."""
+    """Problems, most with their line."""
     notes: list[str] = field(default_factory=list)
 
     @property
     def gaps(self) -> list[str]:
-        """What this ledger says of itself: records that a backup did not have."""
+        """Gaps that the ledger itself reports: records missing from the backup that it was restored from."""
         return [f"record {record.sequence}: {record.detail}" for record in self.records if record.what == "restored"]
 
     def run_of(self, version: int | None) -> str:
-        """Return the run that ``version`` is of, by the records that say where runs begin; empty if none says so."""
+        """Return the run of ``version``, from the records of kind ``run``; empty if none covers it."""
         begun = {record.version: record.name for record in self.records if record.what == "run"}
         first = max((at for at in begun if at is not None and version is not None and at <= version), default=None)
         return "" if first is None else begun[first]
 
     @property
     def n_bytes(self) -> Counter[str]:
-        """Bytes by kind."""
+        """Bytes sent, by kind of record."""
         counted: Counter[str] = Counter()
         for record in self.records:
             counted[record.what] += record.n_bytes
@@ -55,7 +55,7 @@ class Audit:
 
     @property
     def epsilon(self) -> float | None:
-        """The largest privacy loss on record, None without differential privacy."""
+        """Largest epsilon on record; None without differential privacy."""
         return max((record.epsilon for record in self.records if record.epsilon is not None), default=None)
 
     @property
@@ -72,12 +72,12 @@ class Audit:
 
 
 def audit(path: Path, rosters: Sequence[SignersFile] = (), against: Sequence[Path] = ()) -> Audit:
-    """Read the ledger at ``path``; with ``rosters`` also compare who signed it with the run's signers.
+    """Read the ledger at ``path`` and check it; ``rosters``, the run's signers, also show whose signatures count.
 
-    ``against`` are ledgers of nodes that accepted what left by this one.
+    ``against`` are ledgers of nodes that accepted contributions of this ledger's owner.
 
     Raises:
-        ConfigError: one of them cannot be read.
+        ConfigError: a ledger, or the receipt, cannot be read.
     """
     anchor = read_anchor(path)  # before the ledger, which may be growing
     others = [read_ledger(other, rosters) for other in against]
@@ -95,7 +95,7 @@ def audit(path: Path, rosters: Sequence[SignersFile] = (), against: Sequence[Pat
 
 
 def read_ledger(path: Path, rosters: Sequence[SignersFile] = ()) -> Audit:
-    """Read a ledger and check its chain and its signatures, by itself. Raises as `audit`."""
+    """Read one ledger and check its chain and signatures. Raises as `audit`."""
     found = Audit(path)
     expected, previous = 1, BEGIN
     for number, line in _lines(path):
@@ -124,7 +124,7 @@ def read_ledger(path: Path, rosters: Sequence[SignersFile] = ()) -> Audit:
 
 
 def _is_cut_short(line: bytes) -> bool:
-    """Whether ``line`` is the beginning of a record; one that is all there and has another end was altered."""
+    """Return whether ``line`` is only the beginning of a record. A record with just a wrong line end was altered."""
     if line.endswith(b"\n") or not line.startswith(_FIRST[: len(line)]) or len(line) == MAX_LINE_BYTES:
         return False
     try:
@@ -143,7 +143,7 @@ def _problems(record: LedgerRecord, expected: int, previous: str) -> Iterator[st
         yield f"record {record.sequence} where {expected} was expected: {record.sequence - expected} missing before it"
     elif record.sequence < expected:
         yield f"record {record.sequence} where {expected} was expected: out of order, or twice"
-    elif previous and record.previous != previous:  # what went before could not be read, or this follows it
+    elif previous and record.previous != previous:  # ``previous`` is empty after a line that could not be read
         yield f"record {record.sequence} does not follow the one before"
 
 
@@ -156,7 +156,7 @@ def _is_signed(record: LedgerRecord) -> bool:
 
 
 def _check_signers(found: Audit, rosters: Sequence[SignersFile]) -> None:
-    """Say whose keys are not those of the run."""
+    """Report keys that do not belong to the run's signers."""
     if not rosters:
         return
     for by, key in dict.fromkeys((record.by, record.key) for record in found.records):

@@ -1,4 +1,4 @@
-"""A ledger for people: a table for the terminal, and one page of HTML that needs nothing else."""
+"""A ledger for readers: a table for the terminal, and a self-contained HTML page."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } td.d { font
 
 
 def table(audit: Audit) -> Table:
-    """Return the records, one a row."""
+    """Draw the records as a table, one per row."""
     drawn = Table(title=audit.path.name)
     for name in _COLUMNS:
         drawn.add_column(name, justify="right" if name in _NUMBERS else "left", overflow="fold")
@@ -64,7 +64,7 @@ def table(audit: Audit) -> Table:
 
 
 def page(audit: Audit) -> str:
-    """Return the ledger as one HTML page: is it whole, totals by kind and by day, epsilon over time, all records."""
+    """Return the ledger as one HTML page: verdict, totals by kind and by day, epsilon over time, all records."""
     first, last = (audit.records[0], audit.records[-1]) if audit.records else (None, None)
     of = ", ".join(sorted({record.by for record in audit.records})) or "nobody"
     runs = ", ".join(sorted({record.run for record in audit.records})) or "none"
@@ -140,7 +140,7 @@ def _by_day(records: Sequence[LedgerRecord]) -> str:
 
 
 def _epsilon(records: Sequence[LedgerRecord]) -> str:
-    """Draw epsilon over the records that spend some."""
+    """Draw epsilon over the records that have one."""
     spent = [(record.at, record.epsilon) for record in records if record.epsilon is not None]
     if not spent:
         return "<p>No record says what it spends: the run trains without differential privacy.</p>"

@@ -1,13 +1,13 @@
-"""The egress ledger: one signed record, chained to the one before, of everything that leaves.
+"""The egress ledger: one signed record of everything that leaves, each chained to the one before.
 
-A line is a record: compact JSON in the order of `LedgerRecord`'s fields. ``hash`` is SHA-256 of the line without ``hash`` and
-``signature``, ``previous`` the hash of the record before; the signature (Ed25519, the participant's nkey) is over the
-hash. So nobody without the key can alter, drop, insert or reorder records, and who has the key can do so only by making
-all records from there on anew.
+Each line is a record: compact JSON in the field order of `LedgerRecord`. ``hash`` is SHA-256 of the line without
+``hash`` and ``signature``; ``previous`` is the hash of the record before. The signature (Ed25519, the participant's
+nkey) covers the hash. Nobody without the key can alter, drop, insert or reorder records. The holder of the key can, but
+must make all later records anew.
 
-A record is on the disk before the first byte of what it records leaves. It records an *attempt*: a daemon that is killed
-in between has a record of what left later, or twice, and then there are two records of one name. A line that is cut short
-was not on the disk when the daemon was killed; nothing had left for it, and the next start removes it.
+A record is on disk before the first byte it covers leaves. It records an *attempt*: if the daemon is killed in between,
+the bytes may leave later, or twice, and then two records have one name. A line that is cut short was not on disk when
+the daemon was killed, so nothing had left for it; the next start removes it.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ from fednats.errors import ConfigError, LocalStorageError
 from fednats.messages import NO_RECORD
 
 EGRESS_FILE = "egress-ledger.jsonl"
-"""A hospital's."""
+"""File name of a hospital's ledger."""
 
 LEDGER_FILE = "ledger.jsonl"
-"""An aggregator's or the coordinator's: what it accepted and published."""
+"""File name of an aggregator's or the coordinator's ledger, which has what it accepted and published."""
 
 DOMAIN = b"fednats ledger record 1"
-"""What a record's signature is bound to."""
+"""Domain of a record's signature."""
 
 BEGIN = NO_RECORD
 """``previous`` of the first record."""
@@ -47,28 +47,28 @@ _MOST = 2**60
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """What is to be recorded."""
+    """Content of a record to append."""
 
     what: str
-    """Kind: ``started``, ``restored``, ``update``, ``evaluation``, ``other``; at other nodes ``accepted`` and what they publish."""
+    """Kind: ``started``, ``restored``, ``run``, ``update``, ``evaluation``, ``other``; other nodes have more kinds."""
     version: int | None = None
-    """Model version that it is of."""
+    """Model version it belongs to."""
     name: str = ""
     """Id of the update, sum or payload."""
     n_messages: int = 0
     n_bytes: int = 0
-    """Payload of these messages; subjects, headers and what NATS and TLS add come on top."""
+    """Payload bytes of these messages, without subjects, headers, and the overhead of NATS and TLS."""
     digest: str = ""
-    """SHA-256 of the message without its signature; it names all its chunks by their digests."""
+    """SHA-256 of the message without its signature; the message names all its chunks by digest."""
     epsilon: float | None = None
-    """Privacy loss that this spends; null without differential privacy."""
+    """Epsilon spent on any one record so far, this update included; None if infinite or if the run has no noise."""
     anchors: str = ""
-    """Of an accepted update: the newest record of its site's ledger, as the update named it."""
+    """For an accepted update: the newest record of its site's ledger, as named by the update."""
     detail: str = ""
 
 
 class LedgerRecord(BaseModel):
-    """One line."""
+    """One line of a ledger."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -92,10 +92,10 @@ class LedgerRecord(BaseModel):
 
 
 class EgressLedger:
-    """Append-only file of one participant; an appended record survives the machine."""
+    """Append-only file of one participant; an appended record survives a crash of the machine."""
 
     def __init__(self, path: Path, signer: Signer, by: str, run: str) -> None:
-        """Open or begin the ledger at ``path``, removing a line that was cut short.
+        """Open or begin the ledger at ``path``; remove a last line that was cut short.
 
         Raises:
             ConfigError: its last record cannot be read.
@@ -116,7 +116,7 @@ class EgressLedger:
         self.n_records = 0 if last is None else last.sequence
         self._previous = BEGIN if last is None else last.hash
         self.removed_bytes = removed
-        """Of a line that was cut short when the daemon was killed."""
+        """Bytes of a line that was cut short when the daemon was killed, now removed."""
 
     @property
     def head(self) -> str:
@@ -124,10 +124,10 @@ class EgressLedger:
         return self._previous
 
     def append(self, *entries: LedgerEntry) -> None:
-        """Write a record of each; all are on the disk on return. Called from any thread.
+        """Write one record per entry; all are on disk on return. Safe to call from any thread.
 
         Raises:
-            LocalStorageError: the disk is full or broken; nothing is recorded, so nothing of it may leave.
+            LocalStorageError: the disk is full or broken; nothing was recorded, so none of it may leave.
         """
         with self._using:
             lines, sequence, previous = b"", self.n_records, self._previous
@@ -140,7 +140,7 @@ class EgressLedger:
                 _write(self._file, lines)
                 os.fsync(self._file)
             except OSError as error:
-                os.ftruncate(self._file, self.n_bytes)  # else half a line would be in the middle
+                os.ftruncate(self._file, self.n_bytes)  # otherwise the next record would follow half a line
                 raise LocalStorageError(
                     f"{self._path}: {error}; what cannot be recorded does not leave: make room on its disk"
                 ) from error
@@ -148,7 +148,7 @@ class EgressLedger:
             self.n_bytes += len(lines)
 
     def close(self) -> None:
-        """Close the file, once a write under way is over."""
+        """Close the file after any write in progress."""
         with self._using:
             os.close(self._file)
 
@@ -167,7 +167,7 @@ class EgressLedger:
         return LedgerRecord.model_validate({**content, "hash": digest, "signature": signature.hex()})
 
     def _mend(self) -> tuple[int, LedgerRecord | None]:
-        """Cut off a line without an end; return how long it was, and the last record."""
+        """Remove a last line without a line end; return its length, and the last record."""
         start = max(0, self.n_bytes - 2 * MAX_LINE_BYTES)
         tail = os.pread(self._file, self.n_bytes - start, start)
         removed = len(tail) - (tail.rfind(b"\n") + 1)
@@ -193,17 +193,17 @@ class EgressLedger:
 
 
 def hash_of(content: Mapping[str, Any]) -> str:
-    """Return the hash of a record, given all fields before it in their order; hexadecimal SHA-256."""
+    """Return a record's hash, hexadecimal SHA-256; ``content`` is all fields before the hash, in order."""
     return hashlib.sha256(_compact(content)).hexdigest()
 
 
 def line_of(record: LedgerRecord) -> bytes:
-    """Return a record as it is in the file."""
+    """Return a record as its line in the file."""
     return _compact(record.model_dump()) + b"\n"
 
 
 def parse(line: bytes) -> LedgerRecord:
-    """Read one line, with or without its end. Raises ValueError: it is not exactly what was written."""
+    """Read one line, with or without its line end. Raises ValueError if it is not exactly as written."""
     try:
         record = LedgerRecord.model_validate_json(line)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What a contribution must satisfy before it is buffered."""
+"""The checks a contribution must pass before it is buffered."""
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -13,15 +13,15 @@ from fednats.protocol.events import Configured, VersionAnnounced
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """Who may contribute here."""
+    """Which sites and regions may contribute to this node."""
 
     run: str
     region: str | None
-    """The region whose sites these are; None at the root."""
+    """The region that the sites belong to; None at the root."""
     sites: AbstractSet[str]
     regions: AbstractSet[str]
     n_samples: Mapping[str, int] = field(default_factory=dict)
-    """Training cases that they were registered with; not all need be."""
+    """Training cases registered per source; sources may be missing."""
 
     @property
     def sources(self) -> frozenset[str]:
@@ -29,7 +29,7 @@ class Roster:
         return frozenset(self.sites) | frozenset(self.regions)
 
     def configured(self, event: Configured) -> "Roster":
-        """Return the roster with those who report here from now on."""
+        """Return the roster with the sites, regions and case counts of ``event``."""
         return replace(
             self, sites=frozenset(event.sites), regions=frozenset(event.regions), n_samples=dict(event.n_samples)
         )
@@ -46,7 +46,7 @@ def version(head: Update | Aggregate) -> int:
 
 
 def check_sender(head: Update | Aggregate, roster: Roster) -> None:
-    """Refuse what is of another run, or of who does not report here. Raises as `check`."""
+    """Refuse a contribution from another run, or from a sender that does not report here. Raises as `check`."""
     if head.run != roster.run:
         raise RefusedError(Reason.WRONG_RUN, f"run {head.run!r}, this is {roster.run!r}")
     if not _known(head, roster):
@@ -54,7 +54,7 @@ def check_sender(head: Update | Aggregate, roster: Roster) -> None:
 
 
 def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -> None:
-    """Refuse what cannot be added here.
+    """Refuse a contribution that cannot be added here.
 
     Raises:
         RefusedError: with the reason.
@@ -86,7 +86,7 @@ def check(head: Update | Aggregate, roster: Roster, current: VersionAnnounced) -
 
 
 def check_run(head: Update | Aggregate, current: VersionAnnounced) -> None:
-    """Refuse what was made for an earlier run: it is a step from another model, made by other settings.
+    """Refuse a contribution to an earlier run: its delta belongs to another model, trained with other settings.
 
     Raises:
         RefusedError: ``earlier_run``.

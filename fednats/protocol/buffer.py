@@ -24,33 +24,33 @@ Goal = int | Literal["all"]
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """What the buffer knows of one update or aggregate."""
+    """The buffer's record of one update or aggregate."""
 
     contribution_id: str
     source: str
-    """The site or region it comes from."""
+    """The site or region that sent it."""
     n_sites: int
     version: int
     """The model version its staleness is counted from."""
     grid_id: str
     mass: float
-    """As claimed: number of samples, or for an aggregate the mass that the region computed. `Claims` says what counts."""
+    """As claimed: number of samples, or the mass that a region computed. `Claims` decides how much of it counts."""
     total_weight: int = 1
     """Sum of the integer weights already in it."""
     key_id: str = ""
     """Key that it is encrypted for."""
     min_sites: int = 1
-    """Distinct sites that it asks a sum with it to be of."""
+    """Fewest distinct sites that a sum containing it may have."""
     of_region: bool = False
 
     @property
     def claim(self) -> Claim:
-        """The mass that it says it has."""
+        """The mass that it claims."""
         return Claim(self.source, self.mass, self.of_region)
 
 
 def contribution_of(head: Update | Aggregate) -> Contribution:
-    """Return what the buffer knows of ``head``."""
+    """Return the buffer's record of ``head``."""
     if isinstance(head, Update):
         return Contribution(
             head.update_id,
@@ -78,38 +78,38 @@ def contribution_of(head: Update | Aggregate) -> Contribution:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Contributions that are summed together, ordered by id, and the mass of each after staleness and participation."""
+    """Contributions to be summed together, ordered by id, with their masses after staleness and participation."""
 
     contributions: tuple[Contribution, ...]
     version: int
     """Model version at which it was weighed."""
     masses: tuple[float, ...]
     scale: float
-    """How much mass that is compared with the usual: the length of the model's step. 1 without the correction."""
+    """Length of the model's step: this flush's mass over a usual one. 1 without the participation correction."""
     n_sites: int
     believed: tuple[float, ...] = ()
-    """How much of the mass that each contribution claims counts; the factors are not in it."""
+    """How much of each contribution's claimed mass counts, before staleness and participation factors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a buffer goes by."""
+    """The settings and circumstances that a buffer decides by."""
 
     settings: AggregationSettings
     goal: Goal
     roster: Roster
-    """Who may contribute: the goal ``all`` waits for them all."""
+    """Who may contribute; the goal ``all`` waits for everybody here."""
     present: frozenset[str]
-    """Who of them is there: a goal of so many contributions is lowered to so many."""
+    """Which of them are there. A goal of *n* contributions is lowered to this number."""
     capacity: int | None
     """Largest total weight of one flush (what the fields of an encrypted sum hold); None for no bound."""
 
 
 class Buffer:
-    """Collect contributions; give them out when the goal, or at a deadline the minimum of distinct sites, is reached.
+    """Collect contributions; give them out at the goal, or at a deadline if there are enough distinct sites.
 
-    Contributions on different grids are never given out together: their integers mean different steps. Nor are those for
-    different keys: their ciphertexts cannot be added.
+    Contributions on different grids are never given out together, because their integers mean different steps; nor are
+    those for different keys, because their ciphertexts cannot be added.
     """
 
     def __init__(self, terms: Terms) -> None:
@@ -121,7 +121,7 @@ class Buffer:
         self.configure(terms)
 
     def configure(self, terms: Terms) -> None:
-        """Go on with other terms; what is here stays."""
+        """Continue under other terms; the buffered contributions stay."""
         self._terms = terms
         self._settings = terms.settings
         self._claims.expect(terms.roster.sources, terms.roster.n_samples)
@@ -131,7 +131,7 @@ class Buffer:
         return len(self._contributions)
 
     def clear(self) -> None:
-        """Forget the contributions; what is known of their sources stays."""
+        """Drop the contributions; what is known of their sources stays."""
         self._contributions.clear()
         self._groups.clear()
 
@@ -139,13 +139,13 @@ class Buffer:
         return contribution_id in self._contributions
 
     def add(self, contribution: Contribution) -> None:
-        """Take ``contribution`` in; the same id again changes nothing."""
+        """Take ``contribution`` in; adding the same id again changes nothing."""
         if contribution.contribution_id not in self._contributions:
             self._contributions[contribution.contribution_id] = contribution
             self._groups.setdefault(_kind(contribution), Group()).add(contribution)
 
     def expire(self, version: int) -> tuple[Contribution, ...]:
-        """Take out and return what is past the staleness cut-off at model ``version``."""
+        """Remove and return the contributions past the staleness cut-off at model ``version``."""
         expired = tuple(
             contribution
             for contribution in self._contributions.values()
@@ -156,10 +156,10 @@ class Buffer:
         return expired
 
     def take(self, version: int, *, deadline: bool = False, without: AbstractSet[str] = frozenset()) -> Flush | None:
-        """Take out and weigh what is ready at model ``version``, or return None.
+        """Remove and weigh the contributions that are ready at model ``version``, or return None.
 
-        At a ``deadline`` the goal is waived, never the minimum of distinct sites, nor what a contribution asks for. Nothing of
-        the sources ``without`` is taken out, and nobody waits for them.
+        A ``deadline`` waives the goal, but neither ``min_sites`` nor what a contribution asks for. Contributions from
+        the sources in ``without`` stay in the buffer, and nobody waits for those sources.
         """
         groups = self._groups.values() if not without else [_part(group, without) for group in self._groups.values()]
         ready = [
@@ -179,9 +179,10 @@ class Buffer:
         return self.weigh(selected, version)
 
     def made(self, contributions: Sequence[Contribution], version: int, left_out: Collection[str]) -> None:
-        """Count who was in a flush that was weighed at ``version``, now that it is combined for good.
+        """Record who was in a flush weighed at ``version``, now that it is combined for good.
 
-        Those ``left_out``, by id, were refused: they leave no trace in what a source is believed, or how often it comes.
+        Contributions in ``left_out``, by id, were refused. They affect neither a source's believed mass nor its
+        frequency.
         """
         counted = [contribution for contribution in contributions if contribution.contribution_id not in left_out]
         self._participation.leave_out(
@@ -213,7 +214,7 @@ class Buffer:
             del self._groups[kind]
 
     def _may_be_ready(self, group: Group, without: AbstractSet[str], *, deadline: bool) -> bool:
-        """Whether it is worth a look at all of ``group``: each arrival asks, and must not take longer the more there are."""
+        """Whether ``group`` is worth a full look. Every arrival asks, so this must not slow down as it grows."""
         if group.n_sites < self._settings.min_sites:
             return False
         if deadline or not group.fits_together:
@@ -224,14 +225,14 @@ class Buffer:
         return len(self._terms.present - without) if without else len(self._terms.present)
 
     def _reached(self, group: Group, content: list[Contribution], without: AbstractSet[str]) -> bool:
-        """Whether nobody is waited for: who asks for more sites than are in ``group`` waits, and the others go on."""
+        """Whether ``content`` reaches the goal. Those who ask for more sites than ``group`` has do not hold it up."""
         if self._terms.goal == "all":
             return self._terms.roster.sources <= group.sources
         waiting = without | (group.sources - {contribution.source for contribution in content})
         return len(content) >= min(self._terms.goal, self._n_present(waiting))
 
     def _within_capacity(self, group: list[Contribution]) -> list[Contribution]:
-        """Keep what fits, every source's first contribution before any source's second."""
+        """Keep as much as fits, taking every source's first contribution before any source's second."""
         seen: Counter[str] = Counter()
         ranked = []
         for position, contribution in enumerate(group):
@@ -257,7 +258,7 @@ class Buffer:
 
 
 def _kind(contribution: Contribution) -> tuple[str, str]:
-    """Return grid and key: only what has the same of both adds up."""
+    """Return grid and key: only contributions with the same grid and key can be added."""
     return contribution.grid_id, contribution.key_id
 
 

@@ -1,16 +1,16 @@
-"""How much of what a source claims is believed: nothing proves a number of cases, and encryption hides the rest.
+"""How much of a source's claimed mass counts. No proof of a case count exists, and encryption hides everything else.
 
 A claim counts up to a bound that one liar cannot move. The bound is the lower of two:
 
-- The source's own past. Its claim may double from one flush to the next, so a hospital that imports an archive is followed
-  within a few flushes, and one wild figure changes little.
-- What whoever provisions has registered: a site never counts for more training cases than that. Where nothing is registered,
-  the others on the roster are the measure: a site counts at most `SITE_LIMIT` times the median of the other sites. Nobody is
-  among its own others, and one of several does not move a median far.
+- The source's own past. Its claim may double from one flush to the next, so a hospital that imports an archive is
+  followed within a few flushes, while one absurd figure changes little.
+- The number of training cases registered at provisioning. Without a registration, the other sources on the roster are
+  the measure: a site counts at most `SITE_LIMIT` times the median of the other sites. A site does not enter its own
+  median, and one site among several barely moves the median of another.
 
 A region's bound is `REGION_FACTOR` times wider.
 
-Cutting off the sizes that clients claim before they weigh anything follows Portnoy, Tirosh and Hendler 2020, "Towards
+Capping the sample counts that clients claim before weighting follows Portnoy, Tirosh and Hendler 2020, "Towards
 Federated Learning With Byzantine-Robust Client Weighting" (arXiv:2004.04986).
 """
 
@@ -21,41 +21,42 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 GROWTH = 2.0
-"""A source is believed at most this many times the largest of its last `REMEMBERED` claims, as they were believed."""
+"""A claim counts at most this many times the largest of the source's last `REMEMBERED` believed claims."""
 
 REMEMBERED = 16
 
 SITE_LIMIT = 3.0
-"""A site that is not registered counts at most this many times the median of the others.
+"""An unregistered site counts at most this many times the median of the others.
 
-Hospitals honestly differ, and what one has above the limit does not count: so it is no lower. In a region of five a liar at the
-limit has three parts of seven. At 4 it would have half, and with a flipped delta nothing would be learned: so it is no higher.
+A lower limit would hurt honest hospitals, whose sizes differ: cases above the limit do not count. A higher one would
+let a liar win: in a region of five, a liar at the limit has three sevenths of the weight. At 4 it would have half, and
+with a flipped delta the region would learn nothing.
 """
 
 REGION_FACTOR = 3.0
-"""Regions differ more than sites: by the number of their sites, and by who is in a sum."""
+"""Regions differ more than sites do: in their number of sites, and in which sites are in a sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The mass that one contribution says it has."""
+    """The mass that one contribution claims."""
 
     source: str
     mass: float
-    """Number of samples, or what a region computed."""
+    """Number of samples, or the mass that a region computed."""
     of_region: bool = False
-    """Regions are compared with regions, sites with sites."""
+    """Whether the source is a region. Regions are compared with regions, sites with sites."""
 
 
 @dataclass(slots=True)
 class _Source:
-    """What one source was believed of late."""
+    """One source's recent believed masses."""
 
     of_region: bool
     past: tuple[float, ...]
-    """The newest last."""
+    """Newest last."""
     alone: bool
-    """Whether there has been nobody to compare it with."""
+    """Whether there has been no other source to compare it with."""
 
     @property
     def usual(self) -> float:
@@ -63,7 +64,7 @@ class _Source:
 
 
 class Claims:
-    """What each source of one node was believed of late.
+    """The recent believed masses of each source of one node, and the bounds that follow from them.
 
     >>> claims = Claims()
     >>> claims.expect({"a", "b", "large", "liar"}, {"large": 5000})
@@ -80,20 +81,20 @@ class Claims:
         self._known: dict[str, _Source] = {}
 
     def expect(self, roster: Collection[str], registered: Mapping[str, int]) -> None:
-        """Compare from now on with those on ``roster``; ``registered`` are training cases, by source, of some of them."""
+        """Compare with the sources on ``roster`` from now on; ``registered`` has training cases by source."""
         self._roster, self._registered = roster, registered
 
     def believe(self, claims: Sequence[Claim]) -> tuple[float, ...]:
-        """Return how much of each claim of one flush counts. It is remembered only once it is recorded."""
+        """Return how much of each claim in one flush counts. Nothing is remembered until `record`."""
         limits = self.limits(claims)
         return tuple(min(claim.mass, limits[claim.source], self._grown(claim.source)) for claim in claims)
 
     def record(self, claims: Sequence[Claim]) -> None:
-        """Count the claims of a flush."""
+        """Remember the claims of a flush."""
         limits = self.limits(claims)
         believed = self.believe(claims)
         for source, known in self._known.items():
-            if known.alone and limits[source] < math.inf:  # now there is somebody
+            if known.alone and limits[source] < math.inf:  # it now has others to be compared with
                 known.past, known.alone = tuple(min(mass, limits[source]) for mass in known.past), False
         for claim, mass in zip(claims, believed, strict=True):
             alone = limits[claim.source] == math.inf
@@ -101,9 +102,10 @@ class Claims:
             known.past = (*known.past, mass)[-REMEMBERED:]
 
     def limits(self, claims: Sequence[Claim] = ()) -> dict[str, float]:
-        """Return what each source that is known, or in ``claims``, may grow to; infinity where there are no others.
+        """Return the bound on each source that is known or in ``claims``; infinity where there are no others.
 
-        What was believed beside others stays believed: a neighbour that claims little takes nothing from anybody.
+        What an unregistered source was believed beside others stays believed, so a neighbour with small claims takes
+        nothing from it.
         """
         usual = self._usual(claims)
         limits: dict[str, float] = {}
@@ -117,12 +119,12 @@ class Claims:
         return limits
 
     def _kept(self, source: str) -> float:
-        """Return what a source keeps, whatever the others claim."""
+        """Return the mass that a source keeps, whatever the others claim."""
         known = self._known.get(source)
         return 0.0 if known is None or known.alone else known.usual
 
     def _usual(self, claims: Sequence[Claim]) -> dict[bool, dict[str, float]]:
-        """Return the usual mass of each site, and of each region; of one that is new what it claims."""
+        """Return the usual mass of each site (False) and region (True); a new source's is the median of ``claims``."""
         usual: dict[bool, dict[str, float]] = {False: {}, True: {}}
         for source, known in self._known.items():
             usual[known.of_region][source] = known.usual
@@ -140,7 +142,7 @@ class Claims:
 
 
 class _Others:
-    """Answers with the median of all but one.
+    """Answers with the median of all masses but one.
 
     >>> _Others({"a": 1.0, "b": 2.0, "c": 3.0, "d": 9.0}).median("d"), _Others({"a": 1.0}).median("a")
     (2.0, inf)
@@ -151,7 +153,7 @@ class _Others:
         self._ordered = sorted(masses.values())
 
     def median(self, source: str) -> float:
-        """Return the median of the others than ``source``; of two in the middle the upper, which a single low one is not."""
+        """Return the median of the others; the upper of two in the middle, so that a single low mass cannot set it."""
         n = len(self._ordered) - (source in self._masses)
         if not n:
             return math.inf

@@ -1,7 +1,7 @@
-"""Which sites' evaluations may be summed together, so that sums of several versions tell no more than each alone.
+"""Decides which sites' evaluations may be summed, so that sums of several versions reveal no more than each alone.
 
-The test cases are the same for every version. Were version 1 summed over a, b and c, and version 2 over a and b, their
-difference would be how many cases c has of each class, and nearly how they were scored.
+The test cases are the same for every version. If version 1 were summed over a, b and c, and version 2 over a and b, the
+difference would show how many cases of each class c has, and roughly how they were scored.
 """
 
 import math
@@ -11,11 +11,11 @@ Block = frozenset[str]
 
 
 class Cohorts:
-    """Sites in blocks: two sites are in the same one if they were in the same sums so far.
+    """Sites in blocks: two sites share a block if they have been in the same sums so far.
 
-    A sum is of whole blocks. It may split one, and then of both parts, as of every new block, as many sites are in it as
-    each of them asks for. So whatever is worked out from sums by adding and subtracting is worked out from the sums of
-    blocks, and none of those is of fewer sites than its sites ask for.
+    A sum consists of whole blocks. It may split a block if both parts have as many sites as each of their sites asks
+    for; the same holds for a new block. Adding and subtracting sums therefore yields only sums of whole blocks, and
+    every block is as large as its sites ask for.
     """
 
     def __init__(self, blocks: Iterable[Block] = (), asked: Mapping[str, int] | None = None) -> None:
@@ -24,21 +24,21 @@ class Cohorts:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The blocks as they are now."""
+        """The current blocks."""
         return tuple(self._blocks)
 
     @property
     def asked(self) -> dict[str, int]:
-        """How many sites each site in a block asked a sum to be of."""
+        """The smallest sum that each site in a block accepts, in sites."""
         return dict(self._asked)
 
     def largest(self, asked: Mapping[str, int]) -> tuple[Block, ...]:
-        """Return the parts of the largest sum that may be made of sites, given how many sites each asks a sum to be of."""
+        """Return the parts of the largest allowed sum; ``asked`` has the smallest sum each reporting site accepts."""
         parts = [self._part(block, asked) for block in self._blocks]
         return tuple(part for part in (*parts, self._newcomers(asked)) if part)
 
     def give_out(self, parts: Iterable[Block], asked: Mapping[str, int]) -> None:
-        """Go on from a sum of ``parts``, as `largest` returned them."""
+        """Update the blocks after a sum of ``parts``, as returned by `largest`."""
         taken = frozenset[str]().union(*parts)
         rest = taken.difference(*self._blocks)
         pieces = [piece for block in self._blocks for piece in (block & taken, block - taken)]
@@ -46,7 +46,7 @@ class Cohorts:
         self._asked |= {site: asked[site] for site in taken}
 
     def _part(self, block: Block, asked: Mapping[str, int]) -> Block:
-        """Return what of ``block`` may be in a sum: all, if all are there, else so many that the others are enough too."""
+        """Return the part of ``block`` that may be summed: all of it, or a part that leaves enough other sites."""
         there = {site for site in block if asked.get(site, math.inf) <= len(block)}
         if there == block:
             return block

@@ -1,9 +1,9 @@
 """The machine of every tier: take contributions in, combine them exactly once, settle them.
 
-A region's aggregator combines by adding ciphertexts, the coordinator by stepping the model; what may be combined, when,
-and with what weight is decided here for both. Feed events to `Collector.handle`, execute the commands it returns. A
-machine that is fed the same events again is in the same state again; `Collector.outstanding` then says what was asked
-for and not yet done.
+A region's aggregator combines by adding ciphertexts, the coordinator by stepping the model. For both, this machine
+decides what is combined, when, and with what weight. Feed events to `Collector.handle` and execute the commands it
+returns. The same events always lead to the same state; `Collector.outstanding` then returns the commands that were
+given and are not done yet.
 """
 
 import hashlib
@@ -49,18 +49,18 @@ _NONE_CLOSED = RunClosed(reason="", opened_at=-1, version=-1)
 
 
 class CollectorState(Enum):
-    """What a collector is doing."""
+    """The stage that a collector is in."""
 
     WAITING = auto()
     """No version is announced yet."""
     COLLECTING = auto()
     COMBINING = auto()
-    """One combination is under way; contributions are taken in meanwhile."""
+    """One combination is in progress; contributions are taken in meanwhile."""
     CLOSED = auto()
 
 
 class Collector:
-    """Collect for one node: the ``roster`` says from whom, ``goal_of`` picks this tier's goal from the settings."""
+    """Collect for one node: ``roster`` says from whom, ``goal_of`` picks this tier's goal from the settings."""
 
     def __init__(self, roster: Roster, goal_of: Callable[[VersionAnnounced], Goal]) -> None:
         self.state = CollectorState.WAITING
@@ -68,7 +68,7 @@ class Collector:
         self.in_flight: Combination | None = None
         self._ids_in_flight: frozenset[str] = frozenset()
         self._spoilers: set[str] = set()
-        """Whose contributions have spoilt combinations since the last one that was made."""
+        """Sources whose contributions have spoilt combinations since the last one that succeeded."""
         self._flush: Flush | None = None
         self._closed = _NONE_CLOSED
         self._roster = roster
@@ -81,10 +81,10 @@ class Collector:
         self._early: Early[Update | Aggregate] = Early()
         self._settled = Settled()
         self.bounded: dict[str, ReportBounded] = {}
-        """Sources whose last claim of mass was believed in part only."""
+        """Sources whose last claim of mass counted only in part."""
 
     def handle(self, event: Event) -> list[Command]:
-        """Take in what happened, return what is to be done."""
+        """Take in an event and return the commands that follow."""
         return self._TRANSITIONS[self.state, type(event)](self, event)
 
     @property
@@ -94,12 +94,12 @@ class Collector:
 
     @property
     def present(self) -> frozenset[str]:
-        """Who is there; everybody on the roster until the machine is told."""
+        """The sources that are there; the whole roster until the machine is told."""
         return self._roster.sources if self._present is None else self._roster.sources & self._present
 
     @property
     def short_of_sites(self) -> bool:
-        """Whether no sum can be made of those who are there."""
+        """Whether too few sites are there to make any sum."""
         return self._short
 
     def known(self, event: Event) -> list[Command] | None:
@@ -118,7 +118,7 @@ class Collector:
         return [] if is_held or identity in self._heads or self._is_in_flight(identity) else None
 
     def outstanding(self) -> list[Command]:
-        """Return what a restarted daemon has to do before it goes on."""
+        """Return the commands that a restarted daemon must execute first."""
         commands: list[Command] = []
         if self.in_flight is not None:
             commands.append(Combine(self.in_flight))
@@ -139,9 +139,9 @@ class Collector:
         return list(self._heads.values())
 
     def without(self, combination: Combination, left_out: Collection[str]) -> Combination:
-        """Return ``combination``, which is in flight, as if the contributions ``left_out``, by id, had never come.
+        """Return ``combination``, which is in flight, as if the contributions in ``left_out``, by id, had never come.
 
-        The others are weighed anew: what is left out is neither in their masses nor in the length of the step.
+        The others are weighed anew, so what is left out affects neither their masses nor the length of the step.
         """
         assert self._buffer is not None  # noqa: S101 - something is in flight
         kept = {name: part for part in combination.parts if (name := contribution_id(part.head)) not in left_out}
@@ -157,7 +157,7 @@ class Collector:
         before, self.current = self.current, event
         commands = self._begin(event, before) if self._is_new(event, before) else []
         commands += self._expect()
-        assert self._buffer is not None  # noqa: S101 - there is one once a run has begun
+        assert self._buffer is not None  # noqa: S101 - it exists once a run has begun
         commands += [
             self._refuse_expired(contribution, event.version) for contribution in self._buffer.expire(event.version)
         ]
@@ -179,7 +179,7 @@ class Collector:
         return self._hold(event.head)
 
     def _hold(self, head: Update | Aggregate) -> list[Command]:
-        """Keep what is on a grid not announced here yet; a site may know a newer version than this node."""
+        """Hold a contribution whose grid is not announced here yet: a site may know a newer version than this node."""
         identity = contribution_id(head)
         try:
             admission.check_sender(head, self._roster)
@@ -196,14 +196,14 @@ class Collector:
     def _arrive_closed(self, event: ContributionArrived) -> list[Command]:
         identity = contribution_id(event.head)
         if admission.version(event.head) > self._last_version:
-            return self._hold(event.head)  # its site knows more: the next run is open, and not heard of here yet
+            return self._hold(event.head)  # the site has heard of the next run, this node has not
         return [] if self._is_in_flight(identity) else [Settle((identity,))]
 
     def _evaluate(self, event: EvaluationArrived) -> list[Command]:
         return self.evaluations.arrive(event.evaluation, self.current)
 
     def _summed(self, event: EvaluationsSummed) -> list[Command]:
-        assert self.current is not None  # noqa: S101 - else nothing was to be summed
+        assert self.current is not None  # noqa: S101 - sums are asked for only under a version
         return self.evaluations.summed(event, self.current.settings.min_sites)
 
     def _reach_deadline(self, _event: DeadlineReached) -> list[Command]:
@@ -253,7 +253,7 @@ class Collector:
         return commands + self._combine()
 
     def _restore(self, event: Restored) -> list[Command]:
-        """Know what was made since the backup, and give up what is here: what is not in it is delivered again."""
+        """Record what was made since the backup, and drop what is held here: anything not in it is delivered again."""
         self.in_flight = self._flush = None
         self._ids_in_flight = frozenset()
         self._heads.clear()
@@ -274,15 +274,15 @@ class Collector:
             self._buffer.made(made, composition.version, composition.quarantined)
 
     def _close(self, event: RunClosed) -> list[Command]:
-        """Give up what is buffered; a combination under way is finished. Another run, or an extension, may follow."""
+        """Give up the buffered contributions; a combination in progress is finished. Another run may follow."""
         if self.current is not None and event.opened_at < self.current.opening.opened_at:
-            return []  # the end of an earlier one
+            return []  # an earlier run's end
         self.state = CollectorState.CLOSED
         self._closed = event
         return self._give_up(event.version)
 
     def _close_again(self, event: RunClosed) -> list[Command]:
-        if event.opened_at > self._closed.opened_at:  # opened and closed without a version that was heard of here
+        if event.opened_at > self._closed.opened_at:  # a run was opened and closed, and no version of it came here
             self._closed = event
         return []
 
@@ -291,14 +291,14 @@ class Collector:
             return self._announce(event)
         if self.current is not None and event.version < self.current.version:
             return []
-        self.current = event  # it was in flight when the run was closed, and is evaluated like the others
+        self.current = event  # the version in flight when the run was closed; it is evaluated like any other
         return self.evaluations.announced(event)
 
     def _combined_closed(self, event: Combined) -> list[Command]:
         return self._settle_parts(self._take_in_flight(event.combination_id), event)
 
     def _combine_failed_closed(self, event: CombineFailed) -> list[Command]:
-        """Refuse what spoilt it, by its reason; the run is over without the rest."""
+        """Refuse the parts that spoilt the combination and settle the rest: the run is over without them."""
         refusals: list[Command] = []
         left_over: list[str] = []
         for part in self._take_in_flight(event.combination_id).parts:
@@ -316,11 +316,11 @@ class Collector:
     # --- parts of them ------------------------------------------------------------------------------------------------
 
     def _is_new(self, event: VersionAnnounced, before: VersionAnnounced | None) -> bool:
-        """Whether a run begins with ``event``, or goes on after it was closed; that it was closed need not be known here."""
+        """Whether ``event`` begins or extends a run. The node may not have heard that the run before was closed."""
         return before is None or event.opening.opened_at > before.opening.opened_at
 
     def _begin(self, event: VersionAnnounced, before: VersionAnnounced | None) -> list[Command]:
-        """Go on with an extended run, or with another one: then with nothing of what was learned in the one before."""
+        """Go on with an extended run, or start another one without anything learned in the one before."""
         commands: list[Command] = [] if before is None else self._give_up(event.opening.opened_at - 1)
         if self._buffer is None or before is None or event.opening.first_version != before.opening.first_version:
             self._buffer, self._flush = Buffer(self._terms(event)), None
@@ -331,7 +331,7 @@ class Collector:
         return commands
 
     def _give_up(self, version: int) -> list[Command]:
-        """Settle what was taken in and is of ``version`` or before: the run is over without it."""
+        """Settle what was taken in and is not for a version after ``version``: the run is over without it."""
         ids = tuple(self._heads)
         self._heads.clear()
         if self._buffer is not None:
@@ -347,18 +347,18 @@ class Collector:
 
     @property
     def _last_version(self) -> int:
-        """The newest version of what was closed last."""
+        """The newest version of the run that was closed last."""
         return max(self._closed.version, -1 if self.current is None else self.current.version)
 
     def _expect(self) -> list[Command]:
-        """Go on with those who are there; say so if they are too few, once."""
+        """Go on with the sources that are there; report once when they become too few."""
         commands = self.evaluations.expect(self._roster, self.present, self.current)
         if self.current is None:
             return commands
         if self._buffer is not None:
             self._buffer.configure(self._terms(self.current))
         was_short = self._short
-        # each region sends sums of enough sites, or says itself that it cannot
+        # a region checks this itself: it sends only sums of enough sites, or says that it cannot
         self._short = not self.present & self._roster.regions and len(self.present) < self.current.settings.min_sites
         if self._short and not was_short and self.state is not CollectorState.CLOSED:
             commands += self._report_waiting()
@@ -368,7 +368,7 @@ class Collector:
         return Terms(current.settings, self._goal_of(current), self._roster, self.present, current.capacity)
 
     def _report_waiting(self) -> list[Command]:
-        assert self.current is not None  # noqa: S101 - there is a minimum once there is a version
+        assert self.current is not None  # noqa: S101 - min_sites comes with a version
         return [ReportWaiting(self.n_buffered, len(self.present), self.current.settings.min_sites)]
 
     def _admit(self, head: Update | Aggregate, *, may_be_early: bool = True) -> list[Command]:
@@ -396,7 +396,7 @@ class Collector:
             return []
         version = self.current.version
         flush = None
-        if self._spoilers:  # else one who has much that is bad would spoil one combination after the other
+        if self._spoilers:  # otherwise one source with many bad contributions could spoil every combination
             flush = self._buffer.take(version, deadline=deadline, without=self._spoilers)
         flush = flush or self._buffer.take(version, deadline=deadline)
         if flush is None:
@@ -408,7 +408,7 @@ class Collector:
         return [*self._report_bounded(flush), Combine(self.in_flight)]
 
     def _report_bounded(self, flush: Flush) -> list[Command]:
-        """Say whose claims of mass are believed in part only, of each once until they are believed again."""
+        """Report each source whose claim of mass counts only in part, once until its claims count in full again."""
         before, reports = self.bounded, dict[str, ReportBounded]()
         for contribution, believed in zip(flush.contributions, flush.believed, strict=True):
             if believed < contribution.mass:

@@ -1,4 +1,4 @@
-"""What a sum or a version was made of, as a node notes it on the bus, and the combination that such a note tells of."""
+"""Notes on the bus that list the parts of a sum or a version, and the combination that can be read back from a note."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,15 @@ from fednats.protocol.events import Combination, Part
 def composition_of(
     run: str, node: str, combination: Combination, previous: str, capacity: int | None, **of_version: object
 ) -> Composition:
-    """Return what ``node`` notes of ``combination``, after the one called ``previous``.
+    """Return the note that ``node`` publishes about ``combination``.
 
     Args:
-        run: of the node.
+        run: the node's run.
         node: a region, or the hub.
-        combination: that is made.
-        previous: id of the one made before; empty before the first.
+        combination: the one being made.
+        previous: id of the combination made before it; empty for the first.
         capacity: largest total weight of a sum made here; None where sums are not made of integers.
-        of_version: at the hub: ``norms``, ``quarantined``, ``grid`` and ``weights_digest``, as in `Composition`.
+        of_version: at the hub, ``norms``, ``quarantined``, ``grid`` and ``weights_digest``, as in `Composition`.
     """
     parts = tuple(
         ComposedPart(head=_without_digests(part.head), mass=min(part.mass, MAX_MASS), staleness=part.staleness)
@@ -39,13 +39,13 @@ def composition_of(
 
 
 def combination_of(composition: Composition) -> Combination:
-    """Return the combination that was noted; its heads name their payloads without the digests of the chunks."""
+    """Return the noted combination. Its heads name their payloads, without the digests of the chunks."""
     parts = tuple(Part(part.head, part.mass, part.staleness) for part in composition.parts)
     return Combination(composition.made_by, composition.version, parts, composition.scale, composition.n_sites)
 
 
 def without_digests(payload: Payload) -> Payload:
-    """Return what is noted of ``payload``: a large one has thousands of chunks."""
+    """Return ``payload`` without digests, as noted: a large one has thousands of chunks."""
     return payload.model_copy(update={"digests": ()})
 
 

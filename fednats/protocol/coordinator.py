@@ -38,15 +38,15 @@ FINAL_EVALUATION_S = 30.0
 """How long the run stays open for the evaluations of its last version."""
 
 USUAL_METRIC = "auc"
-"""Chooses the best version where the run does not say what does, and there is one."""
+"""Metric that chooses the best version if the run names none and this one is available."""
 
 
 class RunState(Enum):
-    """Where the run stands."""
+    """The stage of the run."""
 
     OPEN = auto()
     FINISHING = auto()
-    """No version follows; the evaluations of the last one are awaited."""
+    """No further version follows; the evaluations of the last one are awaited."""
     CLOSED = auto()
 
 
@@ -55,11 +55,11 @@ class RunRecord:
     """One run, open or past."""
 
     opening: Opening
-    """The last one, if it was extended."""
+    """The latest one, if the run was extended."""
     settings: RunSettings
     state: RunState
     last_version: int
-    """Below the first one while there is none yet."""
+    """Smaller than the run's first version while it has none."""
     reason: str
     """Why it ended."""
     target_metric: str | None
@@ -68,9 +68,9 @@ class RunRecord:
 
 
 class Coordinator:
-    """Collect from regions, count versions, keep the best, end the run by the first stop rule that holds.
+    """Collect from regions, count versions, keep the best, and end the run by the first stop rule that holds.
 
-    Runs follow one another in one line of versions: one is open, or none is.
+    Runs follow one another in one line of versions. At most one is open.
     """
 
     def __init__(self, run: str) -> None:
@@ -80,11 +80,11 @@ class Coordinator:
         )
         self.state = RunState.CLOSED
         self.opening: Opening | None = None
-        """Of the newest run."""
+        """Opening of the newest run."""
         self.settings: RunSettings | None = None
-        """Of the newest run, with the stop rules as they were extended last."""
+        """Settings of the newest run, with the stop rules of its last extension."""
         self.past: list[RunRecord] = []
-        """The runs before it."""
+        """Runs before the newest."""
         self._initial_digest: bytes | None = None
         self.evaluated: dict[int, EvaluatedVersion] = {}
         self.best: EvaluatedVersion | None = None
@@ -92,14 +92,14 @@ class Coordinator:
         """First version whose target metric reached the target."""
         self.reason = ""
         self.target_metric: str | None = None
-        """By which the best version is chosen; None before the first evaluation."""
+        """Metric that chooses the best version; None before the first evaluation."""
         self.failed = False
         """Whether the run was closed because it cannot do what it was asked to."""
         self._overdue = False
-        """Whether the run is to be closed as soon as no version is in flight."""
+        """Whether the wait for evaluations is over, so that the run must close once no version is in flight."""
         self.norms = NormHistory(DefenceSettings())
         self.stop = StopSettings()
-        """Of the newest run."""
+        """Stop rules of the newest run."""
 
     @property
     def version(self) -> int:
@@ -108,12 +108,12 @@ class Coordinator:
 
     @property
     def in_flight(self) -> Combination | None:
-        """The combination that makes the next version, if one is under way."""
+        """The combination in progress, which makes the next version; None if there is none."""
         return self.collector.in_flight
 
     @property
     def n_buffered(self) -> int:
-        """Sums taken in and not yet combined."""
+        """Number of sums taken in and not yet combined."""
         return self.collector.n_buffered
 
     def known(self, event: Event) -> list[Command] | None:
@@ -121,7 +121,7 @@ class Coordinator:
         return self.collector.known(event)
 
     def handle(self, event: Event) -> list[Command]:
-        """Take in what happened, return what is to be done."""
+        """Take in an event and return the commands that follow."""
         match event:
             case RunOpened():
                 return self._open(event)
@@ -143,7 +143,7 @@ class Coordinator:
         return commands
 
     def _land(self) -> list[Command]:
-        """No version is in flight any more: close the run that waited for that, once the last version is evaluated."""
+        """Close a finishing run now that no version is in flight, or first await its last evaluations."""
         if self.version in self.evaluated or (self._overdue and self.failed):
             return self._close()
         if not self._overdue:
@@ -165,7 +165,7 @@ class Coordinator:
 
     @property
     def n_versions(self) -> int:
-        """Versions of the newest run that followed its first one."""
+        """Versions of the newest run after its first one."""
         return -1 if self.opening is None else self.version - self.opening.first_version
 
     @property
@@ -192,12 +192,12 @@ class Coordinator:
         return [*self.past, newest]
 
     def outliers(self, combination: Combination, norms: Mapping[str, float]) -> dict[str, str]:
-        """Return which sums of ``combination`` must be left out, each with the reason in words; changes nothing.
+        """Return the sums of ``combination`` that must be left out, each with the reason in words; changes nothing.
 
-        The daemon asks, leaves them out, and says so in `Combined`; a replay goes by what was said.
+        The daemon asks, leaves them out, and reports them in `Combined`. A replay uses that report.
 
         Args:
-            combination: under way.
+            combination: the one in progress.
             norms: L2 norm of each of its decrypted sums, by id.
         """
         return self.norms.outliers(
@@ -209,16 +209,16 @@ class Coordinator:
         )
 
     def without(self, combination: Combination, left_out: Collection[str]) -> Combination:
-        """Return ``combination`` as if these of its sums had never come; see `Collector.without`."""
+        """Return ``combination`` as if the sums in ``left_out`` had never come; see `Collector.without`."""
         return self.collector.without(combination, left_out)
 
     @property
     def bounded(self) -> Mapping[str, ReportBounded]:
-        """Regions whose last claim of mass was believed in part only."""
+        """Regions whose last claim of mass counted only in part."""
         return self.collector.bounded
 
     def outstanding(self) -> list[Command]:
-        """Return what a restarted daemon has to do before it goes on."""
+        """Return the commands that a restarted daemon must execute first."""
         commands = self.collector.outstanding()
         if self.opening is not None and self.settings is not None and not self.has_begun:
             commands.append(OpenRun(self.opening, self.settings, self._initial_digest))
@@ -231,7 +231,7 @@ class Coordinator:
         return commands
 
     def _restore(self, event: Restored) -> list[Command]:
-        """Go on from what was made since the backup; what follows from it comes with the version's announcement."""
+        """Add what was made since the backup. Anything that follows from it comes with the version's announcement."""
         commands = self.collector.handle(event)
         made = list(event.made)
         for note in event.openings:
@@ -246,7 +246,7 @@ class Coordinator:
         return commands
 
     def _open_since(self, note: OpeningNote) -> None:
-        """Know of a run that was opened, or extended, since the backup."""
+        """Record a run that was opened or extended since the backup."""
         if note.opening == self.opening:
             return
         n_past, self.state = len(self.past), RunState.CLOSED
@@ -262,7 +262,7 @@ class Coordinator:
                     self.norms.add(part.head.region, composition.norms[identity])
 
     def _open(self, event: RunOpened) -> list[Command]:
-        """Begin a run, or go on with the newest: with all that is known of it, and other stop rules."""
+        """Begin a run, or extend the newest one: its history stays, and the stop rules are replaced."""
         if self.state is not RunState.CLOSED or self.in_flight is not None:
             return []
         if self.opening is None or event.opening.first_version != self.opening.first_version:
@@ -270,9 +270,9 @@ class Coordinator:
             self.evaluated, self.best, self.reached_target_at, self.target_metric = {}, None, None, None
             self.norms = NormHistory(event.settings.defence)
         elif event.settings.stop.target_metric not in {None, self.target_metric}:
-            self.best, self.reached_target_at, self.target_metric = None, None, None  # another figure says what is best
+            self.best, self.reached_target_at, self.target_metric = None, None, None  # another metric decides now
         elif event.settings.stop.target != self.stop.target:
-            self.reached_target_at = None  # the first version that reaches the new one is not known yet
+            self.reached_target_at = None  # unknown until a version reaches the new target
         self.state, self.reason, self.failed = RunState.OPEN, "", False
         self.opening, self.settings, self.stop = event.opening, event.settings, event.settings.stop
         self._initial_digest = event.initial_digest
@@ -287,7 +287,7 @@ class Coordinator:
         return [] if self.opening is None else [CloseRun(self.opening, self.version, self.reason)]
 
     def _note_norms(self, event: Combined) -> None:
-        """Let the norms of what was applied count for what comes."""
+        """Add the norms of the applied sums to the history."""
         combination = self.in_flight
         for part in () if combination is None else combination.parts:
             identity = contribution_id(part.head)
@@ -296,7 +296,7 @@ class Coordinator:
 
     def _record(self, summed: EvaluationsSummed) -> list[Command]:
         if self.opening is None or summed.version < self.opening.first_version:
-            return []  # of an earlier run, whose end did not wait for it
+            return []  # from an earlier run, which closed without it
         evaluated = EvaluatedVersion(summed.version, summed.n_sites, summed.n_samples, summed.metrics, summed.means)
         self.evaluated[summed.version] = evaluated
         if self.target_metric is None and (unknown := self._choose_target((*summed.metrics, *summed.undefined))):
@@ -308,7 +308,7 @@ class Coordinator:
         return commands
 
     def _choose_target(self, figures: tuple[str, ...]) -> str:
-        """Take the metric that the run is set to, or else the usual one; return why that cannot be."""
+        """Choose the run's metric, or else the usual one; return an error text if the evaluations do not have it."""
         asked = self.stop.target_metric
         if not figures:
             return ""
@@ -318,14 +318,14 @@ class Coordinator:
         return ""
 
     def _compare(self, evaluated: EvaluatedVersion) -> list[Command]:
-        """Note whether a version is the best so far, or reaches the target."""
+        """Record whether a version is the best so far, or reaches the target."""
         metric, usual = self.target_metric, usual_population(self.evaluated.values())
         value = None if metric is None else evaluated.metrics.get(metric)
         if metric is None or value is None or not evaluated.is_of(usual):
             return []
         commands: list[Command] = []
         if self.best is not None and not self.best.is_of(usual):
-            self.best = None  # its figure is of other hospitals, or of other test cases of theirs
+            self.best = None  # its figures cover other hospitals or other test cases
         if self.best is None or self.stop.better(metric, value, self.best.metrics[metric]):
             self.best = evaluated
             commands.append(KeepBest(evaluated.version))
@@ -347,7 +347,7 @@ class Coordinator:
         return [*commands, AwaitFinalEvaluation(FINAL_EVALUATION_S)]
 
     def _give_up(self, reason: str) -> list[Command]:
-        """End the run as failed, at once: nobody waits for evaluations of a model that came to nothing."""
+        """End the run as failed, at once, without waiting for evaluations of a failed model."""
         if self.state is not RunState.OPEN:
             return []
         self.failed = True
@@ -355,7 +355,7 @@ class Coordinator:
         return [command for command in commands if not isinstance(command, AwaitFinalEvaluation)] + self._close()
 
     def _close(self) -> list[Command]:
-        """Close the run, or, while a version is in flight, as soon as it is not: that one is the last."""
+        """Close the run, or note that it must close once the version in flight, its last one, is done."""
         if self.state is not RunState.FINISHING:
             return []
         if self.in_flight is not None:

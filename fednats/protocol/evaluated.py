@@ -1,4 +1,4 @@
-"""Versions that were evaluated, and which of them may be compared: only figures over the same hospitals' test cases."""
+"""Evaluated versions, and which of them can be compared: only figures over the same hospitals and test cases."""
 
 import statistics
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 COVERAGE_VERSIONS = 10
-"""Among so many versions that were evaluated last, those of the most hospitals can be the best or reach the target."""
+"""The best version, or the first to reach the target, must cover the most hospitals among this many evaluations."""
 
 ALIKE = 0.1
-"""So far, as a part of it, a number of test cases may be from the usual one."""
+"""How far a number of test cases may be from the usual one, as a fraction of it."""
 
 
 class Population(NamedTuple):
-    """Who and what figures are of."""
+    """The sites and test cases that figures cover."""
 
     n_sites: int
     n_samples: int
@@ -29,18 +29,18 @@ class EvaluatedVersion:
     n_samples: int
     metrics: dict[str, float]
     means: tuple[str, ...]
-    """Those of ``metrics`` that are means over hospitals, weighted by cases; the others are of all cases pooled."""
+    """The ``metrics`` that are means over hospitals, weighted by cases; the others are computed on all cases pooled."""
 
     def is_of(self, population: Population) -> bool:
-        """Whether these figures are of such hospitals and cases."""
+        """Whether these figures cover as many sites and about as many cases as ``population``."""
         difference = abs(self.n_samples - population.n_samples)
         return self.n_sites == population.n_sites and difference <= ALIKE * population.n_samples
 
 
 def usual_population(evaluated: Iterable[EvaluatedVersion]) -> Population:
-    """Return what figures must be of to be compared: the most hospitals, and the number of cases that is usual with them.
+    """Return the population that comparable figures cover: the most sites, and the usual number of cases with them.
 
-    The median: one odd number of cases makes no difference.
+    The usual number is the median, so one odd count makes no difference.
 
     >>> recent = [EvaluatedVersion(v, 5, n, {}, ()) for v, n in enumerate([150, 150, 33552])]
     >>> usual_population([*recent, EvaluatedVersion(3, 2, 62, {}, ())])

@@ -1,4 +1,4 @@
-"""Sum evaluations of one version over distinct sites, so that no site's own figures go on."""
+"""Collects evaluations of one version until they can be summed over enough sites to hide each site's own figures."""
 
 from collections.abc import Collection
 from collections.abc import Set as AbstractSet
@@ -10,20 +10,20 @@ from fednats.protocol.cohorts import Cohorts
 from fednats.protocol.events import SumEvaluations, evaluated_by, evaluation_id
 
 PATIENCE_VERSIONS = 5
-"""A version whose evaluations are incomplete is summed as it is when this many newer ones have been evaluated."""
+"""After this many newer versions have been evaluated, a version is summed with the evaluations that have arrived."""
 
 MAX_CHANGE = 2
-"""A hospital may have so many times as many test cases as it registered, or so many times fewer."""
+"""Largest factor by which a site's number of test cases may differ from the registered one, up or down."""
 
 FORGOTTEN_VERSIONS = 20
-"""So far behind, a version's evaluations are given up."""
+"""After this many newer versions, a version is closed: it is summed if that is possible, and given up otherwise."""
 
 EvaluationPart = Evaluation | EvaluationSum
 
 
 @dataclass(frozen=True, slots=True)
 class ClosedTally:
-    """What becomes of evaluations of a version: some are summed, or none; the others are given up."""
+    """The outcome for one version: some evaluations are summed, or none; the others are given up."""
 
     version: int
     summing: SumEvaluations | None
@@ -31,12 +31,17 @@ class ClosedTally:
 
 
 class EvaluationTally:
-    """Collect evaluations by version; give each version out once.
+    """Collect evaluations by version; close each version once.
 
-    Of which sites it may be is up to `Cohorts`. A version is given out when every source has reported; when at least
-    ``min_sites`` sites have, with them everybody who is present, and no block is made or split by it; or when so many have
-    and it is `PATIENCE_VERSIONS` behind the newest evaluated one. One that is `FORGOTTEN_VERSIONS` behind is dropped.
-    With its first evaluation of a run a site registers how many test cases it has.
+    `Cohorts` decides which sites may be summed. A version is closed when one of these holds:
+
+    - every source has reported;
+    - the sum has at least ``min_sites`` sites, everybody present has reported, and no block is made or split;
+    - the sum has at least ``min_sites`` sites, and the version is `PATIENCE_VERSIONS` behind the newest evaluated one;
+    - the version is `FORGOTTEN_VERSIONS` behind.
+
+    If the sum then has fewer than ``min_sites`` sites, the version's evaluations are given up. A site's first
+    evaluation of a run registers its number of test cases.
     """
 
     def __init__(self, sources: AbstractSet[str]) -> None:
@@ -49,19 +54,19 @@ class EvaluationTally:
         self._registered: dict[str, int] = {}
 
     def expect(self, sources: AbstractSet[str], present: AbstractSet[str]) -> None:
-        """Go on with other sources, of whom ``present`` are there."""
+        """Continue with other sources, of which those in ``present`` are there."""
         self._sources = frozenset(sources)
         self._present = frozenset(present)
 
     def is_closed(self, version: int) -> bool:
-        """Whether ``version`` was given out, or up."""
+        """Whether ``version`` was given out or given up."""
         return version not in self._open and (version < self._done_below or version in self._done)
 
     def check_cases(self, evaluation: Evaluation) -> None:
-        """Compare the number of test cases with what the site registered.
+        """Compare the number of test cases with the one that the site registered; register it if it is the first.
 
         Raises:
-            RefusedError: ``test_cases``: they are too many, or too few.
+            RefusedError: ``test_cases``: there are more than twice, or less than half as many.
         """
         registered = self._registered.setdefault(evaluation.site, evaluation.n_samples)
         if not registered / MAX_CHANGE <= evaluation.n_samples <= registered * MAX_CHANGE:
@@ -72,39 +77,39 @@ class EvaluationTally:
             )
 
     def has(self, evaluation: EvaluationPart) -> bool:
-        """Whether this very evaluation waits here."""
+        """Whether this very evaluation is waiting here."""
         return self._open.get(evaluation.version, {}).get(evaluated_by(evaluation)) == evaluation
 
     def give_up(self, below: int) -> list[str]:
-        """Give up all of versions below ``below``, which begins a run; return the ids of their evaluations."""
+        """Give up all versions before ``below``, the first of a run; return the ids of their evaluations."""
         self._registered.clear()
         given_up = [version for version in self._open if version < below]
         return [evaluation_id(part) for version in given_up for part in self._open.pop(version).values()]
 
     def add(self, evaluation: EvaluationPart, min_sites: int) -> list[ClosedTally]:
-        """Count ``evaluation``, of a version that is not closed; return what that completes."""
+        """Count ``evaluation``, whose version must be open; return the versions that can now be closed."""
         self._newest = max(self._newest, evaluation.version)
         self._open.setdefault(evaluation.version, {})[evaluated_by(evaluation)] = evaluation
         return self.complete(min_sites)
 
     def again(self, version: int, parts: Collection[EvaluationPart], min_sites: int) -> list[ClosedTally]:
-        """Take ``parts`` in again: nothing came of the sum that they were given out for, because of others in it."""
+        """Take ``parts`` in again after others spoilt their sum; return the versions that can now be closed."""
         if parts:
             self._open[version] = {evaluated_by(part): part for part in parts}
         return self.complete(min_sites)
 
     def complete(self, min_sites: int) -> list[ClosedTally]:
-        """Return what is complete."""
+        """Close and return all versions that are ready."""
         closed = (self._close(version, min_sites) for version in sorted(self._open))
         return [each for each in closed if each is not None]
 
     @property
     def blocks(self) -> tuple[tuple[frozenset[str], ...], dict[str, int]]:
-        """The blocks of `Cohorts`, and how many sites each site asks a sum to be of."""
+        """The blocks of `Cohorts`, and the smallest sum that each site accepts, in sites."""
         return self._cohorts.blocks, self._cohorts.asked
 
     def forget(self, closed_up_to: int | None) -> None:
-        """Drop what is here; versions up to ``closed_up_to`` are given up for good."""
+        """Drop all evaluations here; versions up to ``closed_up_to`` are closed for good."""
         self._open.clear()
         if closed_up_to is not None:
             self._newest = max(self._newest, closed_up_to)
@@ -112,11 +117,11 @@ class EvaluationTally:
             self._done = {version for version in self._done if version >= self._done_below}
 
     def restore_blocks(self, noted: EvaluationBlocks) -> None:
-        """Go on from blocks as they were noted."""
+        """Continue from blocks noted on the bus."""
         self._cohorts = Cohorts(map(frozenset, noted.blocks), dict(noted.asked))
 
     def _close(self, version: int, min_sites: int) -> ClosedTally | None:
-        """Give ``version`` out, or up; None if it is worth waiting for others."""
+        """Close ``version``; return None if it should wait for further evaluations."""
         reported, n_behind = self._open[version], self._newest - version
         sites = {source: part for source, part in reported.items() if isinstance(part, Evaluation)}
         asked = {source: max(min_sites, part.min_sites) for source, part in sites.items()}

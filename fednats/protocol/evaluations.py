@@ -1,6 +1,6 @@
-"""A node's evaluations: taken in from those who report to it, summed by version, settled when that is done.
+"""A node's evaluations: taken in from the sites and regions below, summed by version, then settled.
 
-A part of the `fednats.protocol.collector.Collector`, which says who is there and which version is current.
+Part of `fednats.protocol.collector.Collector`, which knows who is present and which version is current.
 """
 
 from fednats.errors import RefusedError
@@ -24,7 +24,7 @@ from fednats.subjects import HUB
 
 
 class Evaluations:
-    """Evaluations that have come and are not settled yet."""
+    """Evaluations that have arrived and are not settled yet."""
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
@@ -35,17 +35,17 @@ class Evaluations:
 
     @property
     def outstanding(self) -> tuple[SumEvaluations, ...]:
-        """What was to be summed and is not yet."""
+        """Sums that were asked for and are not done yet."""
         return tuple(self._summing.values())
 
     def expect(self, roster: Roster, present: frozenset[str], current: VersionAnnounced | None) -> list[Command]:
-        """Go on with another ``roster``, of whom ``present`` are there."""
+        """Continue with another ``roster``, of which the sources in ``present`` are there."""
         self._roster = roster
         self._tally.expect(roster.sources, present)
         return [] if current is None else self._give_out(self._tally.complete(current.settings.min_sites))
 
     def announced(self, current: VersionAnnounced) -> list[Command]:
-        """Take in what came early, now that ``current`` is known."""
+        """Take in evaluations that came early, now that ``current`` is known."""
         commands: list[Command] = []
         for identity, evaluation in self._early.take().items():
             is_near = evaluation.version - current.version <= MAX_AHEAD
@@ -53,13 +53,13 @@ class Evaluations:
         return commands
 
     def begin(self, first_version: int) -> list[Command]:
-        """Go on with a run that begins with ``first_version``; give up what is of those before."""
+        """Begin the run whose first version is ``first_version``; give up evaluations of earlier versions."""
         self._first_version = first_version
         given_up = tuple(self._tally.give_up(first_version))
         return [Settle(given_up)] if given_up else []
 
     def arrive(self, evaluation: Evaluation | EvaluationSum, current: VersionAnnounced | None) -> list[Command]:
-        """Take in ``evaluation``, or hold it until its version is announced here: a site may be quicker than this node."""
+        """Take in ``evaluation``, or hold it until its version is announced: a site may hear of it before this node."""
         known = self.known(evaluation, current)
         if known is not None:
             return known
@@ -74,7 +74,7 @@ class Evaluations:
         return self._give_out(self._tally.add(evaluation, current.settings.min_sites))
 
     def known(self, evaluation: Evaluation | EvaluationSum, current: VersionAnnounced | None) -> list[Command] | None:
-        """Return the commands that answer a known or unwanted evaluation; None if it is new and has to be handled."""
+        """Return the commands that answer a known or unwanted evaluation; None if it is new and must be handled."""
         identity, source = evaluation_id(evaluation), evaluated_by(evaluation)
         is_ours = evaluation.run == self._roster.run and source in self._roster.sources
         if not is_ours or evaluation.version < self._first_version:
@@ -89,7 +89,7 @@ class Evaluations:
         return [] if self._tally.has(evaluation) else None
 
     def summed(self, event: EvaluationsSummed, min_sites: int) -> list[Command]:
-        """Settle what was summed; without those who spoilt a sum the others are given out again."""
+        """Settle a finished sum. If some parts spoilt it, settle those and give the others out again."""
         parts = {evaluation_id(part): part for part in self._summing.pop(event.version).parts}
         if not event.spoilt_by or event.version < self._first_version:
             return [Settle(tuple(parts))]
@@ -97,12 +97,12 @@ class Evaluations:
         return [Settle(event.spoilt_by), *self._give_out(self._tally.again(event.version, others, min_sites))]
 
     def has_closed(self, version: int) -> bool:
-        """Whether evaluations of ``version`` were given out, or up."""
+        """Whether evaluations of ``version`` were given out or given up."""
         return self._tally.is_closed(version)
 
     @property
     def blocks(self) -> EvaluationBlocks:
-        """Which sites have been in the same sums so far, and how many sites each of them asks a sum to be of."""
+        """Which sites have been in the same sums so far, and the smallest sum that each site accepts, in sites."""
         blocks, asked = self._tally.blocks
         return EvaluationBlocks(
             run=self._roster.run,
@@ -112,10 +112,10 @@ class Evaluations:
         )
 
     def restore(self, event: Restored) -> None:
-        """Give up what is here, after a backup was restored.
+        """Give up everything held here, after a backup was restored.
 
-        A region sums no evaluations of versions up to the newest any more: it may have done that since the backup, and a
-        second sum over others of its sites would tell the node above the difference.
+        A region sums no more evaluations of versions up to the newest. It may have done so since the backup, and a
+        second sum over a different set of its sites would reveal the difference to the node above.
         """
         self._early.take()
         self._summing.clear()
@@ -124,7 +124,7 @@ class Evaluations:
             self._tally.restore_blocks(event.blocks)
 
     def _give_out(self, closed: list[ClosedTally]) -> list[Command]:
-        """Have evaluations summed; they are settled once that is done."""
+        """Ask for the sums; their parts are settled once the sums are done."""
         commands: list[Command] = []
         for each in closed:
             if each.summing is None:

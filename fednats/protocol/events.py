@@ -1,4 +1,4 @@
-"""What happens to the machines (events, journalled) and what they ask for (commands, executed by the daemons)."""
+"""The machines' inputs (events, journalled) and outputs (commands, executed by the daemons)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +22,7 @@ from fednats.messages import (
 
 
 class Event(BaseModel):
-    """Base of all events: immutable and serialisable, so that a journal can replay them."""
+    """Base of all events. Immutable and serialisable, so that a journal can replay them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,32 +30,32 @@ class Event(BaseModel):
 
 
 class RunOpened(Event):
-    """The coordinator was told to begin a run, or to go on with the one that it closed last; only where none is open."""
+    """The coordinator was told to begin a run, or to extend the last one. It has an effect only if no run is open."""
 
     kind: ClassVar[str] = "run_opened"
 
     opening: Opening
     settings: RunSettings
-    """Without ``initial_model``, which is a file of the moment."""
+    """Without ``initial_model``, a path that may change."""
     initial_digest: bytes | None = None
-    """BLAKE2b-128 of the weights that it begins with, in parameter order; None: those that the task makes with its seed."""
+    """BLAKE2b-128 of the initial weights in parameter order. None: the task makes them from its seed."""
 
 
 class VersionAnnounced(Event):
-    """A model version is current; from now on contributions may be on its grid."""
+    """A model version is current; contributions may be on its grid from now on."""
 
     kind: ClassVar[str] = "version_announced"
 
     version: int
     opening: Opening
-    """The run that it is of."""
+    """The version's run."""
     grid_ids: tuple[str, ...]
-    """Grids on which contributions are still taken."""
+    """Grids still accepted in contributions."""
     key_id: str
     older_key_ids: tuple[str, ...] = ()
-    """Of epochs before, for which contributions are still taken."""
+    """Keys of earlier epochs still accepted in contributions."""
     n_chunks: int
-    """Chunks that the payload of every contribution has."""
+    """Chunks in the payload of every contribution."""
     capacity: int | None
     """Largest total weight of a sum made here; None where sums are not made of integers."""
     max_total_weight: int
@@ -64,20 +64,20 @@ class VersionAnnounced(Event):
 
 
 class Configured(Event):
-    """The daemon started with these settings of its own; journalled, so that a replay decides as was decided."""
+    """The daemon started with these settings of its own. Journalled, so that a replay makes the same decisions."""
 
     kind: ClassVar[str] = "configured"
 
     sites: tuple[str, ...]
     regions: tuple[str, ...]
     settings: RunSettings | None = None
-    """The coordinator's: they count for its first run, until that is extended or another one is opened."""
+    """The coordinator's. They apply to its first run, until that is extended or another run is opened."""
     n_samples: dict[str, int] = {}
-    """Training cases that sites and regions were registered with; not all need be."""
+    """Training cases registered per site or region; some may be missing."""
 
 
 class ContributionArrived(Event):
-    """An update of a site or an aggregate of a region was delivered, perhaps not for the first time."""
+    """A site's update or a region's aggregate was delivered, perhaps not for the first time."""
 
     kind: ClassVar[str] = "contribution_arrived"
 
@@ -93,22 +93,22 @@ class EvaluationArrived(Event):
 
 
 class PresenceChanged(Event):
-    """Other sources than before are there; until this is said, everybody on the roster is taken to be."""
+    """The set of sources that are there has changed. Before the first of these events, the whole roster counts."""
 
     kind: ClassVar[str] = "presence_changed"
 
     present: tuple[str, ...]
-    """All that are there now."""
+    """All sources that are there now."""
 
 
 class DeadlineReached(Event):
-    """The timer that was asked for ran out."""
+    """The requested timer ran out."""
 
     kind: ClassVar[str] = "deadline_reached"
 
 
 class Combined(Event):
-    """The combination asked for is durably done: a sum is published, or a model version applied and published."""
+    """The requested combination is durably done: a sum is published, or a model version applied and published."""
 
     kind: ClassVar[str] = "combined"
 
@@ -116,7 +116,7 @@ class Combined(Event):
     norms: dict[str, float] = {}
     """At the coordinator: the L2 norm of each decrypted sum, by id."""
     quarantined: dict[str, str] = {}
-    """Sums that were left out because their norm is an outlier, by id, and why: they are refused."""
+    """Sums left out and refused because their norm is an outlier, by id, each with the reason in words."""
 
 
 class CombineFailed(Event):
@@ -127,32 +127,32 @@ class CombineFailed(Event):
     combination_id: str
     refused: dict[str, tuple[Reason, str]]
     vanished: tuple[str, ...] = ()
-    """Contributions that the stream has lost, and that are taken in again if they are delivered again."""
+    """Contributions whose chunks the stream has lost. They are taken in again if they are delivered again."""
 
 
 class EvaluationsSummed(Event):
-    """What `SumEvaluations` asked for is done."""
+    """`SumEvaluations` is done."""
 
     kind: ClassVar[str] = "evaluations_summed"
 
     version: int
     n_sites: int
-    """That are in the sum; 0 if too few could be summed, and nothing was sent."""
+    """Number of sites in the sum; 0 if too few could be summed and nothing was sent."""
     n_samples: int
     metrics: dict[str, float] = {}
-    """Read at the root: of all their test cases pooled, or means over the hospitals."""
+    """At the root: metrics over all test cases pooled, or means over the hospitals."""
     means: tuple[str, ...] = ()
-    """Those of ``metrics`` that are means over the hospitals, weighted by cases."""
+    """The ``metrics`` that are means over the hospitals, weighted by cases."""
     undefined: tuple[str, ...] = ()
-    """Read at the root: names of the figures that such evaluations can have, and these cases do not allow."""
+    """At the root: figures that such evaluations can have and these test cases do not allow."""
     spoilt_by: tuple[str, ...] = ()
-    """Evaluations of sites, by id, that could not be summed: so nothing was sent, for without them it is another sum."""
+    """Evaluations, by id, that could not be summed. Nothing was sent, because a sum without them is another sum."""
 
 
 class Restored(Event):
-    """The state was from a backup: since then the node had gone on, and this is what the bus has of that.
+    """The state came from a backup. This lists what the node has done since, as far as the bus knows.
 
-    Whatever was taken in and not combined is given up; what of it the bus has not settled is delivered again.
+    Contributions taken in and not combined are given up; those that the bus has not settled are delivered again.
     """
 
     kind: ClassVar[str] = "restored"
@@ -160,31 +160,31 @@ class Restored(Event):
     version: int
     """Newest model version on the bus."""
     made: tuple[Composition, ...]
-    """What was made since the backup, in order."""
+    """Notes of what was made since the backup, in order."""
     openings: tuple[OpeningNote, ...] = ()
-    """At the root: runs that were opened, or extended, since the backup, in order."""
+    """At the root: runs opened or extended since the backup, in order."""
     unknown: tuple[int, ...] = ()
-    """At the root: versions made since the backup of which the bus has no note."""
+    """At the root: versions made since the backup without a note on the bus."""
     blocks: EvaluationBlocks | None = None
     """In a region: which sites have been in the same sums of evaluations."""
     closed: str | None = None
-    """At the root: why the run was closed meanwhile, if it was."""
+    """At the root: why the run was closed since the backup; None if it was not."""
 
 
 class RunClosed(Event):
-    """The run is over; nothing is combined any more."""
+    """The run is over; nothing more is combined."""
 
     kind: ClassVar[str] = "run_closed"
 
     reason: str
     opened_at: int
-    """Which opening of it ends."""
+    """The opening that ends, by the version at which it was opened."""
     version: int
-    """The newest of the run, as far as is known."""
+    """The newest version of the run, as far as the sender knows."""
 
 
 class RunFailed(Event):
-    """No version can follow, and none could if it were tried again."""
+    """No further version can be made, and trying again would not help."""
 
     kind: ClassVar[str] = "run_failed"
 
@@ -192,24 +192,24 @@ class RunFailed(Event):
 
 
 class FinalEvaluationOverdue(Event):
-    """The evaluations of the last version did not all come in time."""
+    """Some evaluations of the last version did not arrive in time."""
 
     kind: ClassVar[str] = "final_evaluation_overdue"
 
 
 class WallTimeReached(Event):
-    """The run has lasted as long as it may."""
+    """The run has reached its maximum duration."""
 
     kind: ClassVar[str] = "wall_time_reached"
 
 
 class EverySiteFails(Event):
-    """The training of every site of the run has failed in the same way for a while, and nothing was accepted meanwhile."""
+    """Training has failed in the same way at every site for a while, and nothing was accepted meanwhile."""
 
     kind: ClassVar[str] = "every_site_fails"
 
     why: str
-    """What all of them say, without data."""
+    """The error that all of them report, without data."""
 
 
 EVENTS: dict[str, type[Event]] = {
@@ -250,34 +250,34 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """What is to be combined; its id follows from its parts, so doing it twice is doing it once."""
+    """The contributions to combine. The id follows from the parts, so doing it twice is doing it once."""
 
     combination_id: str
     version: int
     """Model version at which it was weighed."""
     parts: tuple[Part, ...]
     scale: float
-    """Length of the model's step that it makes, 1 on average; a region's sum says it by its mass."""
+    """Length of the model's step, 1 on average. A region passes it on through the mass of its sum."""
     n_sites: int
 
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """Make this combination, then say `Combined` or `CombineFailed`."""
+    """Make this combination, then send `Combined` or `CombineFailed`."""
 
     combination: Combination
 
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """These deliveries are dealt with for good: acknowledge them and drop their payloads."""
+    """Acknowledge these deliveries, which are finished for good, and drop their payloads."""
 
     ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """This delivery is refused: say so, count it, acknowledge it and drop its payload."""
+    """Refuse this delivery: report it, count it, acknowledge it and drop its payload."""
 
     contribution_id: str
     reason: Reason
@@ -286,14 +286,14 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class StartTimer:
-    """Say `DeadlineReached` after ``delay_s`` seconds; one timer runs at a time."""
+    """Send `DeadlineReached` after ``delay_s`` seconds; one timer runs at a time."""
 
     delay_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class ReportWaiting:
-    """Fewer distinct sites than a sum must have: at a deadline, or as soon as so few are present. It waits on."""
+    """Report fewer sites than a sum must have, at a deadline or as soon as too few are present. The wait goes on."""
 
     n_contributions: int
     n_present: int
@@ -303,7 +303,7 @@ class ReportWaiting:
 
 @dataclass(frozen=True, slots=True)
 class ReportBounded:
-    """A source claims more mass than it is believed to have; said again once its claims were believed in between."""
+    """Report a source that claims more mass than counts. Repeated only after its claims counted in full in between."""
 
     source: str
     claimed: float
@@ -312,16 +312,16 @@ class ReportBounded:
 
 @dataclass(frozen=True, slots=True)
 class ReportNotEvaluated:
-    """No sum could be made of the evaluations of this version: of too few sites, or of others than sums before."""
+    """Report that a version's evaluations could not be summed: too few sites, or not a set that `Cohorts` allows."""
 
     version: int
     n_evaluations: int
-    """That had come."""
+    """Evaluations that had arrived."""
 
 
 @dataclass(frozen=True, slots=True)
 class SumEvaluations:
-    """Sum these and send the sum upwards, or at the root read it; then say `EvaluationsSummed`."""
+    """Sum these and send the sum upwards, or at the root read it; then send `EvaluationsSummed`."""
 
     version: int
     parts: tuple[Evaluation | EvaluationSum, ...]
@@ -329,21 +329,21 @@ class SumEvaluations:
 
 @dataclass(frozen=True, slots=True)
 class KeepBest:
-    """This version has the best value of the target metric so far: keep its checkpoint."""
+    """Keep the checkpoint of this version: it has the best value of the target metric so far."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class AwaitFinalEvaluation:
-    """No version follows; say `FinalEvaluationOverdue` after ``delay_s`` seconds."""
+    """Send `FinalEvaluationOverdue` after ``delay_s`` seconds; no further version follows."""
 
     delay_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRun:
-    """Make the first version of this opening and publish it, then say `VersionAnnounced`."""
+    """Make and publish the first version of this opening, then send `VersionAnnounced`."""
 
     opening: Opening
     settings: RunSettings

@@ -1,7 +1,7 @@
-"""Contributions that may be added to one another: on one grid, for one key.
+"""Contributions that may be added to one another: same grid, same key.
 
-What decides whether they may be given out, their number and how many sites they are surely of, is kept as they come and
-go: looking at it takes no longer the more there are.
+Their number and their number of surely distinct sites are updated as contributions come and go, so that asking whether
+a group is ready does not slow down as it grows.
 """
 
 from collections import Counter
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class Group:
-    """They are in the order in which they came."""
+    """Contributions in order of arrival."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, Contribution] = {}
         self._of: dict[str, Counter[int]] = {}
-        """By source: how many contributions it has of so many sites each."""
+        """For each source, how many of its contributions have a given number of sites."""
         self._asked: Counter[int] = Counter()
-        """How many contributions ask for sums of so many sites."""
+        """How many contributions ask for a given minimum of sites."""
         self.n_sites = 0
-        """As `distinct_sites` of all."""
+        """`distinct_sites` of all contributions."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -33,16 +33,16 @@ class Group:
 
     @property
     def sources(self) -> AbstractSet[str]:
-        """Who they are from."""
+        """The sources of these contributions."""
         return self._of.keys()
 
     @property
     def fits_together(self) -> bool:
-        """Whether all of them may be summed together: none asks for more sites than they are of."""
+        """Whether all contributions may be summed together: none asks for more sites than they have."""
         return not self._asked or max(self._asked) <= self.n_sites
 
     def add(self, contribution: "Contribution") -> None:
-        """Take in a contribution that is not here."""
+        """Add a contribution that is not here yet."""
         self._by_id[contribution.contribution_id] = contribution
         self._asked[contribution.min_sites] += 1
         counts = self._of.setdefault(contribution.source, Counter())
@@ -51,7 +51,7 @@ class Group:
         self.n_sites += max(counts)
 
     def remove(self, contribution: "Contribution") -> None:
-        """Take out a contribution that is here."""
+        """Remove a contribution that is here."""
         del self._by_id[contribution.contribution_id]
         _take(self._asked, contribution.min_sites)
         counts = self._of[contribution.source]
@@ -62,7 +62,7 @@ class Group:
             del self._of[contribution.source]
 
     def content(self) -> "list[Contribution]":
-        """Return those that may be summed together: each is then in a sum of as many sites as it asks for."""
+        """Return the contributions that may be summed together: the sum has as many sites as each asks for."""
         group = list(self)
         if self.fits_together:
             return group
@@ -75,7 +75,7 @@ class Group:
 
 
 def distinct_sites(contributions: "Collection[Contribution]") -> int:
-    """Count the sites that are surely distinct: regions share none, one region's aggregates may share all."""
+    """Count the surely distinct sites. Regions share no sites; aggregates of one region may share all."""
     largest: dict[str, int] = {}
     for contribution in contributions:
         largest[contribution.source] = max(largest.get(contribution.source, 0), contribution.n_sites)

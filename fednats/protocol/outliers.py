@@ -1,9 +1,9 @@
-"""Which sums are far from what sums usually are, by their L2 norms.
+"""Finds sums whose L2 norm is far above the usual.
 
-The coordinator sees a sum only as a whole; its length is what a poisoned one most often gives itself away by. Log norms
-are compared by the modified z-score, with median and median absolute deviation (MAD) in place of mean and deviation, so
-that what is looked for does not move the measure (Iglewicz and Hoaglin 1993, "How to Detect and Handle Outliers", who
-advise 3.5). Only the upper side counts: a short sum moves the model little.
+The coordinator sees a sum only as a whole, and its length is what most often betrays a poisoned one. Log norms are
+compared by the modified z-score. It uses median and median absolute deviation (MAD) instead of mean and deviation, so
+that an outlier barely moves the measure (Iglewicz and Hoaglin 1993, "How to Detect and Handle Outliers", who advise a
+threshold of 3.5). Only large norms count: a short sum moves the model little.
 """
 
 import math
@@ -15,29 +15,29 @@ from dataclasses import dataclass
 from fednats.config import DefenceSettings
 
 MIN_HISTORY = 8
-"""Norms of earlier sums without which nothing is said."""
+"""Fewest norms of earlier sums before a sum can be called an outlier."""
 
 MAD_TO_DEVIATION = 1.4826
-"""Of a Gaussian."""
+"""Standard deviation of a Gaussian divided by its MAD."""
 
 OWN_FLOOR = 3.0
-"""However alike a region's norms were: a sum up to so many times their median is no outlier."""
+"""A sum up to this many times its region's median norm is no outlier, however alike the norms were."""
 
 ALL_FLOOR = 6.0
-"""The same for the norms of all regions; honest regions differ by their number of sites and by their data."""
+"""The same for the norms of all regions: honest regions differ in their number of sites and in their data."""
 
 
 START = 8
-"""The longest of so many first sums passes at any time: when a hospital comes back, or a new one comes, norms rise to where
-they were at the beginning, far above those of a model that had come to rest."""
+"""The largest of this many first norms passes at any time. When a hospital joins or comes back, norms rise to where
+they were at the beginning, far above those of a model that had converged."""
 
 
 ALARM = 100.0
-"""A norm so many times the median of those before it is an alarm, whether or not anything is left out."""
+"""A norm this many times the median of those before it raises an alarm, whether or not a sum is left out."""
 
 
 class NormAlarm:
-    """Tells when the norm of a delta is a hundred times what it was in the same run.
+    """Detects a delta whose norm is a hundred times the usual one of the same run.
 
     >>> alarm = NormAlarm()
     >>> [alarm.median_if_jumped(1.0, 0) for _ in range(8)][-1], alarm.median_if_jumped(99.0, 0)
@@ -51,9 +51,10 @@ class NormAlarm:
         self._norms: deque[float] = deque(maxlen=64)
 
     def median_if_jumped(self, norm: float, run: int) -> float | None:
-        """Count ``norm``; return the median of those before if it is `ALARM` times that, and there are `MIN_HISTORY`.
+        """Count ``norm``; return the median of the norms before it if it is at least `ALARM` times that, else None.
 
-        ``run`` is the first version of the run that it is of: norms of another run say nothing of this one's.
+        The alarm needs `MIN_HISTORY` earlier norms. ``run`` is the first version of the run: norms of other runs do not
+        count.
         """
         if run != self._run:
             self._run = run
@@ -66,18 +67,18 @@ class NormAlarm:
 
 @dataclass(frozen=True, slots=True)
 class NormLimit:
-    """The largest norm that passes, and what it follows from."""
+    """The largest norm that passes, and how it was derived."""
 
     norm: float
     median: float
     n: int
-    """Norms that it follows from."""
+    """Number of norms it was derived from."""
     of: str
-    """Whose norms: a region's, or of all regions."""
+    """Whose norms: the name of a region, or ``all regions``."""
 
 
 class NormHistory:
-    """The norms of the sums that were applied, per region and over all.
+    """The norms of the applied sums, per region and over all.
 
     >>> history = NormHistory(DefenceSettings())
     >>> for norm in (1.0, 1.1, 0.9, 1.0, 1.2, 1.0, 0.8, 1.0):
@@ -94,13 +95,13 @@ class NormHistory:
         self.configure(settings)
 
     def configure(self, settings: DefenceSettings) -> None:
-        """Go on with other settings; what is known stays, as far as the window reaches."""
+        """Continue with other settings; known norms stay, as far back as the new window reaches."""
         self._settings = settings
         self._all = deque(self._all, settings.outlier_window)
         self._own = {region: deque(norms, settings.outlier_window) for region, norms in self._own.items()}
 
     def add(self, region: str, norm: float) -> None:
-        """Count the norm of a sum that was applied."""
+        """Count the norm of an applied sum."""
         if norm > 0:
             self._n += 1
             if self._n <= START:
@@ -109,7 +110,7 @@ class NormHistory:
             self._own.setdefault(region, deque(maxlen=self._settings.outlier_window)).append(math.log(norm))
 
     def outliers(self, norms: Mapping[str, tuple[str, float]]) -> dict[str, str]:
-        """Return which of these sums, ``id: (region, norm)``, are outliers, each with the reason in words."""
+        """Return the outliers among these sums, ``id: (region, norm)``, each with the reason in words."""
         found = {}
         for identity, (region, norm) in norms.items():
             limit = self.limit(region)
@@ -121,7 +122,7 @@ class NormHistory:
         return found
 
     def limit(self, region: str) -> NormLimit | None:
-        """Return the lower of a region's own limit and that of all; None if nothing is said."""
+        """Return the lower of the region's own limit and that of all regions; None if off or without enough norms."""
         if not self._settings.quarantine:
             return None
         own = self._limit(self._own.get(region, deque()), OWN_FLOOR, region)

@@ -1,17 +1,17 @@
-"""What makes a hospital count by its cases, however seldom it contributes.
+"""Weights that let a hospital count by its cases, however seldom it contributes.
 
-A model trained on whatever arrives is trained for whoever is quick: a hospital ten times slower than the others adds a
-tenth of what it would add in synchronous rounds. Fraboni et al. 2022, "A General Theory for Federated Optimization with
-Asynchronous and Heterogeneous Clients Updates" (arXiv:2206.10189), give the condition for the same optimum as that of
-synchronous averaging: per flush, every source must *on average* add weight in proportion to its cases, staleness weights
-included. So each contribution is multiplied by the flushes between the contributions of its source, estimated online as
-in Wang and Ji 2024, "A Lightweight Method for Tackling Unknown Participation Statistics in Federated Averaging" (FedAU,
-arXiv:2306.03401), and its staleness factor is taken relative to what is usual for its source.
+Training on whatever arrives favours fast hospitals: one that is ten times slower adds a tenth of what it would add in
+synchronous rounds. Fraboni et al. 2022, "A General Theory for Federated Optimization with Asynchronous and
+Heterogeneous Clients Updates" (arXiv:2206.10189), give the condition for the optimum of synchronous averaging: per
+flush, every source must *on average* add weight in proportion to its cases, staleness weights included. So each
+contribution is multiplied by the number of flushes between its source's contributions. That number is estimated online
+as in Wang and Ji 2024, "A Lightweight Method for Tackling Unknown Participation Statistics in Federated Averaging"
+(FedAU, arXiv:2306.03401). The staleness factor is taken relative to the source's usual one.
 
-A flush of quick sources then has less mass than one that a seldom source is in; to divide each by its own mass would
-take the correction out again. So the model's step is the longer the more mass a flush has (`Weighed.scale`), and to stay
-stable (a seldom source's update would be applied several times over) the longest of late is `LONGEST_STEP`: the quick are
-held back.
+A flush of fast sources then has less mass than one with a slow source in it; dividing each by its own mass would undo
+the correction. The model's step is therefore proportional to the mass of the flush (`Weighed.scale`). A slow source's
+update would then count several times over, which is unstable, so the longest recent step is limited to `LONGEST_STEP`
+and all others shrink in proportion.
 """
 
 import math
@@ -19,19 +19,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 LIMIT = 10.0
-"""A source counts as at most so many times as seldom, or as frequent, as the mean source: one update must not decide."""
+"""A source's interval is bounded to the mean source's, times or divided by this, so that no single update decides."""
 
 DECAY = 0.95
-"""How fast a source's past is forgotten, per flush that it is in: half of it after 14."""
+"""Decay of a source's history per flush that it is in: half of it is forgotten after 14."""
 
 LONGEST_STEP = 1.5
-"""The model's longest step of late, in steps of a usual flush; a flush of more mass shortens all others instead."""
+"""The longest recent step, in usual steps. A flush of more mass shortens all other steps instead."""
 
 SILENT = 20.0
-"""A source that is there and contributes nothing for so many intervals of the mean source holds nobody back any longer."""
+"""A present source that is silent for this many intervals of the mean source no longer shortens the others' steps."""
 
 PEAK_DECAY = 0.999
-"""How fast the largest mass of late is forgotten, per flush: half of it after 700, longer than the slowest stays away."""
+"""Decay of the largest recent mass per flush: half after 700, longer than the slowest source's interval."""
 
 
 NO_LIMITS: Mapping[str, float] = {}
@@ -39,23 +39,23 @@ NO_LIMITS: Mapping[str, float] = {}
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One contribution as it enters a flush."""
+    """One contribution offered to a flush."""
 
     source: str
     mass: float
-    """Number of samples, or what a region computed."""
+    """Number of samples, or the mass that a region computed."""
     freshness: float
     """Its staleness factor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weighed:
-    """A flush with staleness and participation in it."""
+    """A flush after staleness and participation factors."""
 
     masses: tuple[float, ...]
     """In the order of the offers."""
     scale: float
-    """The length of the model's step: their sum over a usual flush's, and over what keeps the longest of late bounded."""
+    """Length of the model's step: the flush's mass over a usual flush's, scaled so that recent steps stay bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +63,20 @@ class _Record:
     """Discounted sums over the flushes that one source was in."""
 
     since: int
-    """Number of the flush it was last in, or at which it first appeared; flushes while it was away are left out."""
+    """Flush that the source was last in or first appeared at, moved forward by the flushes it was away for."""
     away: int | None = None
-    """Number of the flush after which it went away."""
+    """Flush after which the source went away; None if it is there."""
     flushes: float = 0.0
     contributions: float = 0.0
     freshness: float = 0.0
     mass: float = 0.0
 
     def back(self, flush: int) -> "_Record":
-        """Return it as it goes on after ``flush``."""
+        """Return the record of a source that is there again at ``flush``; the time away does not count."""
         return self if self.away is None else replace(self, since=self.since + flush - self.away, away=None)
 
     def then(self, flush: int, offers: Sequence[Offer]) -> "_Record":
-        """Return it with the flush of that number, which it is in."""
+        """Return the record with ``offers`` to this flush added."""
         passed = max(1, flush - self.back(flush).since)
         return _Record(
             since=flush,
@@ -89,22 +89,22 @@ class _Record:
 
     @property
     def interval(self) -> float:
-        """Flushes per contribution."""
+        """Mean flushes per contribution."""
         return self.flushes / self.contributions
 
     @property
     def usual_freshness(self) -> float:
-        """Mean staleness factor of its contributions."""
+        """Mean staleness factor of the source's contributions."""
         return self.freshness / self.contributions
 
     @property
     def usual_mass(self) -> float:
-        """Mean mass of its contributions."""
+        """Mean mass of the source's contributions."""
         return self.mass / self.contributions
 
 
 class Participation:
-    """Counts, per source, how often it contributes, how fresh and how much."""
+    """Tracks how often, how fresh and how large each source's contributions are."""
 
     def __init__(self) -> None:
         self._flush = 0
@@ -114,7 +114,7 @@ class Participation:
         self._left_out: frozenset[str] = frozenset()
 
     def expect(self, sources: Iterable[str]) -> None:
-        """Count from now on for ``sources``: the time that one is away does not make it a slow one."""
+        """Count for ``sources`` from now on. The time that a source is away does not make it a slow one."""
         expected = frozenset(sources)
         for source in expected - self._expected:
             self._records[source] = self._records.get(source, _Record(since=self._flush)).back(self._flush)
@@ -123,19 +123,19 @@ class Participation:
         self._expected = expected
 
     def weigh(self, offers: Sequence[Offer], limits: Mapping[str, float] = NO_LIMITS) -> Weighed:
-        """Return the masses and the scale of the next flush. It counts only once it is recorded.
+        """Return the masses and the scale of the next flush. Nothing is remembered until `record`.
 
-        ``limits`` are what sources are believed at most (`Claims.limits`), whatever they were believed before.
+        ``limits`` cap the usual mass of each source (`Claims.limits`), whatever it was believed earlier.
         """
         masses, relative = self._masses(offers, limits)
         return Weighed(masses, relative / max(1.0, self._peak / LONGEST_STEP, relative / LONGEST_STEP))
 
     def leave_out(self, sources: Iterable[str]) -> None:
-        """Wait no longer for ``sources``, whose newest contributions were refused: they shorten nobody's step."""
+        """Stop waiting for ``sources``, whose newest contributions were refused, so that they shorten no steps."""
         self._left_out |= frozenset(sources)
 
     def record(self, offers: Sequence[Offer], limits: Mapping[str, float] = NO_LIMITS) -> None:
-        """Count a flush; ``limits`` as when it was weighed."""
+        """Record a flush; ``limits`` as in `weigh`."""
         _, relative = self._masses(offers, limits)
         self._peak = max(1.0, PEAK_DECAY * self._peak, relative)
         self._records |= self._next(offers)
@@ -143,7 +143,7 @@ class Participation:
         self._flush += 1
 
     def _masses(self, offers: Sequence[Offer], limits: Mapping[str, float]) -> tuple[tuple[float, ...], float]:
-        """Return the masses, and their sum over what one contribution of every source weighs: 1 on average."""
+        """Return the masses, and their sum relative to one usual contribution of every active source (1 on average)."""
         records = self._records | self._next(offers)
         counted = self._expected | {offer.source for offer in offers}
         known = {source: record for source, record in records.items() if source in counted and record.contributions}

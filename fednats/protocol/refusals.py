@@ -1,4 +1,4 @@
-"""What a site does about an update that its region refused: one table, and the pauses.
+"""How a site reacts when its region refuses an update: one table, and the pauses.
 
 Training costs time, and with differential privacy a part of the budget. A site therefore stops training where the next
 update would be refused for the same reason, and tries again after a pause that doubles.
@@ -13,14 +13,14 @@ from fednats.messages import Verdict
 
 
 class Reaction(Enum):
-    """What a site does about a refusal."""
+    """A site's reaction to a refusal."""
 
     GO_ON = auto()
-    """Train on: the next update differs. After `IN_A_ROW` of these without an accepted update it pauses as well."""
+    """Train on: the next update differs. After `IN_A_ROW` refusals in a row the site pauses as well."""
     PAUSE = auto()
-    """Stop training for a while: the next update would be refused, too, until somebody changes something."""
+    """Stop training for a while: the next update would be refused too, until somebody changes something."""
     END = auto()
-    """End the daemon: another process sends as this site. The one that was not the first to be refused pauses."""
+    """End the daemon: another process sends as this site. If that one was refused first, this one pauses instead."""
 
 
 REACTIONS: Mapping[Reason, Reaction] = MappingProxyType(
@@ -43,7 +43,7 @@ REACTIONS: Mapping[Reason, Reaction] = MappingProxyType(
         Reason.CIPHERTEXT: Reaction.GO_ON,
     }
 )
-"""By reason; what is not listed is `Reaction.GO_ON`."""
+"""Reaction by reason; any other reason means `Reaction.GO_ON`."""
 
 IN_A_ROW = 3
 FIRST_PAUSE_S = 60.0
@@ -51,23 +51,23 @@ LONGEST_PAUSE_S = 3600.0
 
 
 class Pauses:
-    """How long a site does not train, by what became of its updates."""
+    """How long a site stops training, depending on the verdicts on its updates."""
 
     def __init__(self) -> None:
         self._in_a_row = 0
         self._pause_s = FIRST_PAUSE_S
 
     def accepted(self) -> None:
-        """An update was accepted: whatever was wrong is mended."""
+        """Reset: an update was accepted, so any problem is solved."""
         self._in_a_row = 0
         self._pause_s = FIRST_PAUSE_S
 
     def refused(self, reason: Reason | None) -> float:
-        """Return how long to pause now that an update was refused, in seconds; 0 to go on.
+        """Return how many seconds to pause after a refusal; 0 to go on.
 
-        ``reason`` is None where this release does not know it.
+        ``reason`` is None if this release does not know it.
         """
-        if reason is Reason.EARLIER_RUN:  # it says nothing of updates of this run
+        if reason is Reason.EARLIER_RUN:  # says nothing about updates of this run
             return 0.0
         self._in_a_row += 1
         reaction = Reaction.GO_ON if reason is None else REACTIONS.get(reason, Reaction.GO_ON)
@@ -78,11 +78,11 @@ class Pauses:
 
 
 def sent_by_another(verdicts: Iterable[Verdict], own: Container[str], newest: int) -> str | None:
-    """Return what shows that another process sends as this site and that this one has to end; None if nothing does.
+    """Return the evidence that another process sends as this site and this one must end; None without evidence.
 
-    ``verdicts`` are the region's, the newest last; ``own`` are the names of this process's updates, ``newest`` is the
-    number of the newest of them. Of two processes that number their updates alike, the first one whose update is refused
-    as replayed ends; the other one reads that refusal, too, and goes on.
+    ``verdicts`` are the region's, newest last. ``own`` has the names of this process's updates, ``newest`` the number
+    of the newest of them. If two processes use the same numbers, the first one to have an update refused as replayed
+    ends; the other reads that refusal too, and goes on.
     """
     for verdict in verdicts:
         is_replay = verdict.reason == Reason.REPLAYED
@@ -97,10 +97,10 @@ def sent_by_another(verdicts: Iterable[Verdict], own: Container[str], newest: in
 
 
 def newest_known(verdicts: Iterable[Verdict], fresh: Iterable[Verdict], own: Container[str], newest: int) -> int:
-    """Return the newest number that a region knows of a site that starts, by its ``verdicts``; 0 for none.
+    """Return the newest update number of a starting site that its region knows, according to ``verdicts``; 0 for none.
 
-    ``own`` and ``newest`` are as of `sent_by_another`. One of the site's own updates that is among the ``fresh`` verdicts
-    as replayed says that the region knows others with the site's numbers.
+    ``own`` and ``newest`` are as in `sent_by_another`. If a ``fresh`` verdict refuses one of the site's own updates as
+    replayed, the region knows other updates with the site's numbers.
     """
     known = max((verdict.sequence for verdict in verdicts), default=0)
     refused = any(verdict.name in own and verdict.reason == Reason.REPLAYED for verdict in fresh)

@@ -1,4 +1,4 @@
-"""What a node has dealt with for good: contributions by id, settled or refused, and the numbers of the sites' updates."""
+"""Contributions that a node has finished with, by id, and the numbers of the sites' updates."""
 
 from collections import OrderedDict
 from typing import Generic, TypeVar
@@ -9,13 +9,13 @@ from fednats.protocol.events import Refuse, Settle, contribution_id
 from fednats.protocol.sequences import Sequences
 
 REMEMBERED = 100_000
-"""Settled ids kept to recognise a late duplicate."""
+"""Number of finished ids kept to recognise late duplicates."""
 
 T = TypeVar("T")
 
 
 class Newest(Generic[T]):
-    """Values by id: those of the `REMEMBERED` ids that were added last. Each takes the same time, however many there are."""
+    """Values by id, for the `REMEMBERED` ids added last. Every operation takes constant time."""
 
     def __init__(self) -> None:
         self._values: OrderedDict[str, T] = OrderedDict()
@@ -30,7 +30,7 @@ class Newest(Generic[T]):
         return self._values[identity]
 
     def add(self, identity: str, value: T) -> None:
-        """Remember ``value``; the id stays where it is if it is there."""
+        """Remember ``value``. An id that is already here keeps its place in the order."""
         self._values[identity] = value
         while len(self._values) > REMEMBERED:
             self._values.popitem(last=False)
@@ -41,7 +41,7 @@ class Newest(Generic[T]):
 
 
 class Settled:
-    """Remembers the newest `REMEMBERED` ids, and a window of numbers of each site."""
+    """Remembers the newest `REMEMBERED` ids, and a window of update numbers per site."""
 
     def __init__(self) -> None:
         self._ids: Newest[Refuse | None] = Newest()
@@ -54,11 +54,11 @@ class Settled:
         return identity in self._ids
 
     def again(self, identity: str) -> Refuse | Settle:
-        """Return what is done about a contribution that was dealt with and is delivered again."""
+        """Return the answer to a redelivered contribution that is finished: its refusal, or a settlement."""
         return self._ids[identity] or Settle((identity,))
 
     def remember(self, identity: str, refusal: Refuse | None = None) -> None:
-        """Keep in mind that ``identity`` was refused, or settled."""
+        """Remember that ``identity`` was settled, or refused with ``refusal``."""
         self._ids.add(identity, refusal)
 
     def clear(self) -> None:
@@ -66,7 +66,7 @@ class Settled:
         self._ids.clear()
 
     def take_number(self, head: Update | Aggregate) -> None:
-        """Refuse an update whose number was another's; the id of a sum follows from what is in it, and needs none.
+        """Record the number of an update, or refuse it. A sum has no number: its id follows from its content.
 
         Raises:
             RefusedError: ``replayed``.
@@ -77,12 +77,12 @@ class Settled:
             sequences.take(head.sequence, head.update_id)
 
     def settle_number(self, head: Update | Aggregate) -> None:
-        """Count the number of an update as that of one in a sum."""
+        """Record that the update with this number is in a sum."""
         if isinstance(head, Update) and head.site in self._sequences:
             self._sequences[head.site].settle(head.sequence)
 
     def note(self, composition: Composition) -> None:
-        """Know what was made since a backup as if it had been made here."""
+        """Record a sum made since a backup as if this node remembered making it."""
         for part in composition.parts:
             identity = contribution_id(part.head)
             why = composition.quarantined.get(identity)

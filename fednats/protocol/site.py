@@ -1,12 +1,14 @@
 """The site's machine: evaluate every version seen, train on the newest, one job at a time.
 
-While the bus is away no newer version can come. The site then trains on, from where it has come to by itself: what it
-makes waits in its outbox.
+While the bus is away no newer version can come. The site then trains on from its own last weights, and its updates wait
+in the outbox.
 
-When its privacy budget is spent it trains no more, and outside its hours not now. It goes on evaluating: it stays a consumer
-of the model. A run that asks for more than the hospital allows gets nothing, until a version comes that asks for less.
+Once its privacy budget is spent, the site stops training; outside its training hours, it pauses. It still evaluates, as
+it still uses the model. If a run asks for more than the hospital allows, the site does nothing for it until a version
+comes that asks for less.
 
-When the run is closed it trains no more. The last version is evaluated all the same, whichever was heard of first.
+When the run is closed, the site stops training. It still evaluates the last version, whether it hears of that version
+or of the end first.
 """
 
 from collections.abc import Callable
@@ -15,42 +17,42 @@ from enum import Enum, auto
 from typing import Any, ClassVar
 
 MAX_EVALUATIONS = 4
-"""Versions waiting to be evaluated; of more, the oldest are skipped: a slow site is not kept from training."""
+"""Most versions that wait for evaluation. Beyond that the oldest are skipped, so that a slow site still trains."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSeen:
-    """A model version is there."""
+    """A model version is available."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The job asked for is finished."""
+    """The requested job is finished."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The job asked for failed; say `Retry` after a pause."""
+    """The requested job failed; send `Retry` after a pause."""
 
     repeats: bool = False
-    """Whether training failed as it did before: nothing is trained until then, whatever versions come."""
+    """Whether training failed in the same way as before. If so, nothing is trained until `Retry`."""
 
 
 @dataclass(frozen=True, slots=True)
 class NotStored:
-    """The pass asked for was made, but its update could not be stored; it is kept. Say `Retry` after a pause."""
+    """Training is done, but its update could not be stored and is kept in memory. Send `Retry` after a pause."""
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetSpent:
-    """The training asked for would go beyond the privacy budget; nothing was trained, and asking again is of no use."""
+    """The requested training would exceed the privacy budget. Nothing was trained, and asking again will not help."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutsideHours:
-    """The training asked for is not allowed at this time; say `HoursBegun` when it is."""
+    """The requested training is not allowed at this time of day; send `HoursBegun` when it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class HoursBegun:
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """The newest version is of a run that asks for more than is allowed: nothing is done on it, nor on the ones before."""
+    """The newest version's run asks for more than the site allows. Neither it nor any earlier version is worked on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,49 +72,49 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class BusAway:
-    """The bus has been away for a while."""
+    """The bus has been unreachable for a while."""
 
 
 @dataclass(frozen=True, slots=True)
 class BusBack:
-    """The bus is there again."""
+    """The bus is reachable again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The run is over; another one, or an extension, may follow."""
+    """The run is over; another run or an extension may follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A run is open, and its versions come next; nothing more is done on those before."""
+    """A run is open and its versions come next. No more work is done on earlier versions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Evaluate this version on the test data, then say `Done` or `Failed`."""
+    """Evaluate this version on the test data, then send `Done` or `Failed`."""
 
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train on this version and store the update, then say `Done` or `Failed`."""
+    """Train on this version and store the update, then send one of `Outcome`."""
 
     version: int
     goes_on: bool = False
-    """Whether it was trained on before, and this pass starts from where the last one ended."""
+    """Whether this version was trained on before, so that this pass starts where the last one ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """Store the update of the pass on this version that is kept; then say as after `Train`."""
+    """Store the kept update of the pass on this version, then answer as after `Train`."""
 
     version: int
 
 
 Outcome = Done | Failed | NotStored | BudgetSpent | OutsideHours
-"""What a job comes to."""
+"""How a job ends."""
 
 Event = Outcome | ModelSeen | HoursBegun | Declined | Retry | BusAway | BusBack | Closed | Opened
 Job = Evaluate | Train | Store
@@ -127,9 +129,10 @@ class SiteState(Enum):
 
 
 class Site:
-    """Decide the next job. A site trains on the newest version, once, and again only while the bus is away.
+    """Choose the next job. A site trains once on the newest version, and again only while the bus is away.
 
-    ``last_trained`` is the version of the newest update in the site's outbox, -1 for none: all that a restart needs.
+    ``last_trained`` is the version of the newest update in the site's outbox, -1 for none. A restart needs nothing
+    else.
     """
 
     def __init__(self, last_trained: int = -1) -> None:
@@ -141,17 +144,17 @@ class Site:
         self._to_evaluate: list[int] = []
         self._away = False
         self.trains = True
-        """Whether it still trains; after `BudgetSpent` only another run, or a new start with a larger budget, makes it."""
+        """False after `BudgetSpent`, until another run opens or the daemon restarts with a larger budget."""
         self.within_hours = True
-        """Whether it trains now, as far as it has asked."""
+        """False after `OutsideHours`, until `HoursBegun`."""
         self._declined = False
         self._pauses = False
         """Whether training has failed repeatedly and waits for `Retry`."""
         self._kept: int | None = None
-        """Version of a pass that was made and is to be stored before anything else is done with the model."""
+        """Version of the pass whose update must be stored before any other job."""
 
     def handle(self, event: Event) -> Job | None:
-        """Take in what happened, return the job to start now, if any."""
+        """Take in an event and return the job to start now, if any."""
         return self._TRANSITIONS[self.state, type(event)](self, event)
 
     def _see(self, event: ModelSeen) -> Job | None:
@@ -166,7 +169,7 @@ class Site:
         return self._next()
 
     def _fail(self, event: Failed) -> Job | None:
-        """Go on after an evaluation, which is not repeated; after training wait until it is tried again."""
+        """Go on after a failed evaluation, which is not repeated; after failed training wait for a retry."""
         evaluated = isinstance(self.job, Evaluate)
         self._give_up()
         if evaluated:
@@ -211,19 +214,19 @@ class Site:
         return None
 
     def _close(self, _event: Closed) -> Job | None:
-        """Do nothing more but evaluate the newest version, if that was not begun."""
+        """Do nothing more but evaluate the newest version, unless that has begun."""
         self.state, self._kept = SiteState.CLOSED, None
         self._to_evaluate = self._to_evaluate[-1:]
         return None
 
     def _see_last(self, event: ModelSeen) -> Job | None:
-        """Evaluate a version that is seen after the end of its run was heard: each comes in its own time."""
+        """Evaluate a version that arrives after `Closed`: the two may come in either order."""
         if event.version > self._newest:
             self._newest, self._to_evaluate = event.version, [event.version]
         return self._evaluate_last() if self.job is None else None
 
     def _end(self, _event: Outcome) -> Job | None:
-        """A job of a run that is over has ended."""
+        """Finish a job of a run that is over."""
         return self._evaluate_last()
 
     def _evaluate_last(self) -> Job | None:
@@ -231,7 +234,7 @@ class Site:
         return self.job
 
     def _reopen(self, _event: Opened) -> Job | None:
-        """Wait for the first version; a job that is still under way is finished first."""
+        """Wait for the first version. A job still under way is finished first."""
         self.state = SiteState.IDLE if self.job is None else SiteState.BUSY
         self.trains, self._declined, self._pauses = True, False, False
         self._newest, self._to_evaluate, self._kept = -1, [], None
@@ -249,7 +252,7 @@ class Site:
         return None
 
     def _give_up(self) -> None:
-        """Forget that it was trained on: the same version is taken again, or a newer one."""
+        """Undo the note that this version was trained on, so that the site trains on it, or on a newer one, later."""
         if isinstance(self.job, Store) or (isinstance(self.job, Train) and not self.job.goes_on):
             self._last_trained = self._trained_before
         self.state, self._kept = SiteState.IDLE, None

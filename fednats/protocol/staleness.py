@@ -10,7 +10,7 @@ from typing import Literal
 from fednats.config import StalenessSettings
 
 SMALLEST = 1e-6
-"""Of a factor, whatever the settings announced: what counts nothing at all cannot be divided by."""
+"""Lower bound of a factor, whatever the settings: a factor of 0 would lead to divisions by 0."""
 
 StalenessFunction = Literal["constant", "polynomial", "hinge"]
 

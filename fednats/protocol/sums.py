@@ -1,4 +1,4 @@
-"""What the head of a sum says, worked out from what is in the sum: by the region that makes it, and by who verifies it."""
+"""The head of a sum, computed from its parts: by the region that makes the sum, and by anyone who verifies it."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -8,22 +8,22 @@ from fednats.protocol.events import Combination, Part
 from fednats.protocol.weights import apportion
 
 MAX_SHARE = 0.9
-"""Largest share of one site's updates in a sum, whatever the run's settings would give them: the sum is not to be theirs."""
+"""Largest share of a sum's mass that one site's updates may have, so that no single site dominates a sum."""
 
 
 def weigh(combination: Combination, capacity: int) -> tuple[int, ...]:
-    """Return the integer weight of each part; with the weights already in the parts they sum to at most ``capacity``."""
+    """Return the integer weight of each part. Weights times `carried_weight`, summed, are at most ``capacity``."""
     return apportion(_masses(combination.parts), [carried_weight(part) for part in combination.parts], capacity)
 
 
 def _masses(parts: Sequence[Part]) -> list[float]:
-    """Return the mass of each part; those of a site that has more than its share are lowered together."""
+    """Return the mass of each part. If a site exceeds `MAX_SHARE`, its parts' masses are lowered in proportion."""
     of_sites: defaultdict[str, float] = defaultdict(float)
     for part in parts:
         if isinstance(part.head, Update):
             of_sites[part.head.site] += part.mass
     total = sum(part.mass for part in parts)
-    for site, mass in of_sites.items():  # no more than one can have more than half
+    for site, mass in of_sites.items():  # at most one site can exceed MAX_SHARE
         most = (total - mass) * MAX_SHARE / (1 - MAX_SHARE)
         if 0 < most < mass:
             return [part.mass * (most / mass if _is_of(part, site) else 1.0) for part in parts]
@@ -35,7 +35,7 @@ def _is_of(part: Part, site: str) -> bool:
 
 
 def carried_weight(part: Part) -> int:
-    """Return the total weight that a part brings: 1 for an update."""
+    """Return the total weight already in a part: 1 for an update."""
     return 1 if isinstance(part.head, Update) else part.head.total_weight
 
 
@@ -65,7 +65,7 @@ def head_of(run: str, region: str, combination: Combination, weights: Sequence[i
 
 
 def _count(figures: Iterable[int]) -> int:
-    """Add up what others say of themselves; what passes the limit of a count stays at it."""
+    """Add up reported figures, capped at `MAX_COUNT`."""
     return min(sum(figures), MAX_COUNT)
 
 

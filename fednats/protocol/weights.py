@@ -1,14 +1,14 @@
-"""Integer weights for an encrypted sum: as near to the exact shares as a total admits."""
+"""Integer weights for an encrypted sum, as close to the exact shares as the total allows."""
 
 from collections.abc import Sequence
 
 from fednats.errors import OverflowRefusedError
 
 CANDIDATES = 64
-"""Totals that are tried, from the largest downwards, for the one that meets the shares best."""
+"""Number of totals tried, from the largest downwards, to find the one that matches the shares best."""
 
 MAX_STEPS = 2_000
-"""Contributions times candidates: with more, fewer totals are tried, so that this stays a matter of milliseconds."""
+"""Most contributions times candidates: with many contributions fewer totals are tried, to take milliseconds."""
 
 
 def apportion(masses: Sequence[float], sizes: Sequence[int], total: int) -> tuple[int, ...]:
@@ -26,7 +26,7 @@ def apportion(masses: Sequence[float], sizes: Sequence[int], total: int) -> tupl
     (9, 1)
 
     Raises:
-        OverflowRefusedError: if even weights of 1 exceed ``total``.
+        OverflowRefusedError: weights of 1 already exceed ``total``.
     """
     if sum(sizes) > total:
         raise OverflowRefusedError(f"{len(sizes)} contributions of total weight {sum(sizes)} do not fit in {total}")
@@ -41,7 +41,7 @@ def _largest_remainder(masses: Sequence[float], sizes: Sequence[int], total: int
     exact = [mass * scale / size for mass, size in zip(masses, sizes, strict=True)]
     weights = [max(1, int(value)) for value in exact]
     used = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
-    while used > total:  # weights raised to 1 took more than their share: the one most above its share gives
+    while used > total:  # weights raised to 1 took too much: reduce the one furthest above its share
         _, index = max((weights[i] / exact[i], i) for i in range(len(weights)) if weights[i] > 1)
         weights[index] -= 1
         used -= sizes[index]
@@ -53,6 +53,6 @@ def _largest_remainder(masses: Sequence[float], sizes: Sequence[int], total: int
 
 
 def _error(weights: Sequence[int], masses: Sequence[float], sizes: Sequence[int]) -> float:
-    """Return the largest difference between a share of the sum and the share of the mass."""
+    """Return the largest difference between a contribution's share of the sum and its share of the mass."""
     carried = [weight * size for weight, size in zip(weights, sizes, strict=True)]
     return max(abs(weight / sum(carried) - mass / sum(masses)) for weight, mass in zip(carried, masses, strict=True))

@@ -1,4 +1,4 @@
-"""Model versions on disk: weights, the server optimiser's state and the frames that lead there, whole or not at all."""
+"""Model versions on disk: weights, the server optimiser's state and frames. A version is stored whole or not at all."""
 
 import math
 import os
@@ -16,45 +16,44 @@ from fednats.storage.tensor_file import TensorFile, sync_folder
 from fednats.wire import unpack_values
 
 KEPT_VERSIONS = 8
-"""Newest versions kept on disk: the evaluations that show one of them to be the best take a few versions to arrive."""
+"""Number of newest versions kept. Evaluations that show a version to be the best arrive a few versions later."""
 
 BEST_FILE = "best.safetensors"
 
 
 class Checkpoint(BaseModel):
-    """One model version, but for its numbers."""
+    """One model version, without its tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int
     opening: Opening
-    """The run that it is of."""
+    """The version's run."""
     settings: RunSettings
-    """Of that run."""
+    """Settings of that run."""
     n_steps: int
     """Steps that the run's optimiser has made."""
     made_by: str
-    """Id of the combination that made this version; empty where a run was opened with it."""
+    """Id of the combination that made this version; empty for the first version of an opening."""
     weights_digest: bytes
     frozen_digests: bytes
-    """Of what does not travel, as the manifests announce it."""
+    """Digests of the tensors that do not travel, as announced in the manifests."""
     grids: tuple[Grid, ...]
-    """Grids on which contributions may still be under way; the last is the current one."""
+    """Grids of contributions that may still be on their way; the last is the current one."""
     frames: tuple[Frame, ...]
-    """Frames that are published; their chunks are on disk too."""
+    """Published frames, whose chunks are on disk too."""
     norms: dict[str, float] = {}
-    """L2 norms of the sums that were there to make it, by id."""
+    """L2 norms of the sums that arrived for this version, by id."""
     quarantined: dict[str, str] = {}
-    """Those of them that were left out, and why."""
+    """The sums that were left out, by id, each with the reason."""
 
 
 class Checkpoints:
     """A folder of versions.
 
-    ``version-<n>.safetensors`` has the weights as published, tensor by tensor; ``optimizer-<n>.safetensors`` the newest
-    version's ``target`` (the optimiser's own weights, before rounding) and its slots, each float32[n_parameters];
-    ``version-<n>.msgpack`` the rest. A version is there when
-    that file is.
+    ``version-<n>.safetensors`` holds the weights as published, tensor by tensor. ``optimizer-<n>.safetensors``, for the
+    newest version only, holds ``target`` (the optimiser's own weights, before rounding) and its slots, each
+    float32[n_parameters]. ``version-<n>.msgpack`` holds the rest; a version exists once this file does.
     """
 
     def __init__(self, directory: Path, parameters: Sequence[ParameterSpec], slots: Sequence[str]) -> None:
@@ -64,7 +63,7 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
 
     def create(self, version: int) -> tuple[TensorFile, TensorFile]:
-        """Make the files for the weights and the optimiser's state of a new version, filled with zeros."""
+        """Create the files for the weights and the optimiser's state of a new version, filled with zeros."""
         weights = TensorFile.create(
             _partial(weights_file(self._directory, version)), self._parameters, {"version": str(version)}
         )
@@ -72,7 +71,7 @@ class Checkpoints:
         return weights, TensorFile.create(_partial(self._state_file(version)), shapes, {"version": str(version)})
 
     def create_frame(self, payload_id: str) -> ChunkFile:
-        """Begin the chunks of a frame."""
+        """Begin the chunk file of a frame."""
         path = frame_file(self._directory, payload_id)
         path.unlink(missing_ok=True)
         return ChunkFile(path)
@@ -82,7 +81,7 @@ class Checkpoints:
         return read_chunks(frame_file(self._directory, payload_id))
 
     def commit(self, checkpoint: Checkpoint, weights: TensorFile, state: TensorFile) -> None:
-        """Close the files of a version and make it the newest; durable on return. Removes what is no longer needed."""
+        """Close the files of a version and make it the newest; durable on return. Removes files no longer needed."""
         files = {
             weights: weights_file(self._directory, checkpoint.version),
             state: self._state_file(checkpoint.version),
@@ -117,10 +116,10 @@ class Checkpoints:
         return file
 
     def state(self, version: int) -> TensorFile:
-        """Open the optimiser's state of the newest version: ``target``, then each slot.
+        """Open the optimiser's state at ``version``, which must be the newest: ``target``, then each slot.
 
         Raises:
-            ConfigError: it is missing, damaged, or another optimiser's.
+            ConfigError: the state is missing, damaged or another optimiser's.
         """
         file = TensorFile.read(self._state_file(version))
         n_parameters = sum(math.prod(shape) for _, shape in self._parameters)
@@ -132,16 +131,16 @@ class Checkpoints:
         return file
 
     def has(self, version: int) -> bool:
-        """Whether ``version`` is still among the newest few."""
+        """Whether ``version`` is still among the versions kept."""
         return weights_file(self._directory, version).exists()
 
     @property
     def best_file(self) -> Path:
-        """Where the best version of the run is kept, whole."""
+        """File with the weights of the run's best version."""
         return self._directory / BEST_FILE
 
     def keep_run(self, last: Checkpoint) -> Path:
-        """Keep the best version of a run in ``runs/NAME``: another one is about to begin. Return where its last goes."""
+        """Move the best version of a finished run to ``runs/NAME``; return the path for that run's last version."""
         folder = self._directory / "runs" / last.opening.name
         folder.mkdir(parents=True, exist_ok=True)
         if self.best_file.exists():
@@ -167,12 +166,12 @@ class Checkpoints:
 
 
 def checkpoints_folder(state_dir: Path) -> Path:
-    """Return where a coordinator keeps its versions."""
+    """Return the folder of a coordinator's versions."""
     return state_dir / "checkpoints"
 
 
 def frame_file(directory: Path, payload_id: str) -> Path:
-    """Return where the chunks of a frame are."""
+    """Return the file with the chunks of a frame."""
     return directory / f"frame-{payload_id}.chunks"
 
 
@@ -193,7 +192,7 @@ def newest_checkpoint(directory: Path) -> Checkpoint | None:
 
 
 def weights_file(directory: Path, version: int) -> Path:
-    """Return where the weights of ``version`` are."""
+    """Return the file with the weights of ``version``."""
     return directory / f"version-{version}.safetensors"
 
 
@@ -203,7 +202,7 @@ def _versions(directory: Path) -> list[int]:
 
 
 def _unlike(stored: Sequence[tuple[str, tuple[int, ...]]], own: Sequence[tuple[str, tuple[int, ...]]]) -> str:
-    """Say how the tensors ``stored`` differ from the task's ``own``."""
+    """Describe how the tensors ``stored`` differ from the task's ``own``."""
     for (name, shape), (own_name, own_shape) in zip(stored, own, strict=False):
         if (name, shape) != (own_name, own_shape):
             return f"{name} {shape} where the task has {own_name} {own_shape}"

@@ -1,4 +1,4 @@
-"""The chunks of one payload on disk: on their way out until they are sent, on their way in until they are all there."""
+"""The chunks of one payload on disk: outgoing until they are sent, incoming until all have arrived."""
 
 import os
 import struct
@@ -12,11 +12,11 @@ from fednats.messages import Payload
 _LENGTH = struct.Struct(">I")
 
 MAX_CHUNK_BYTES = wire.MAX_MESSAGE_BYTES + wire.ROOM_BYTES
-"""Room is made for a chunk before it is read; no longer one is ever written."""
+"""No longer chunk is ever written. The limit is checked before memory for a chunk is allocated."""
 
 
 class ChunkFile:
-    """Chunks one after the other, each behind its length."""
+    """Chunks one after the other, each preceded by its length (u32, big endian)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,18 +38,18 @@ class ChunkFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; what was appended is on the disk."""
+        """Close the file; everything appended is on disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def payload(self, payload_id: str) -> Payload:
-        """Return what a head says of the chunks appended."""
+        """Return the payload entry of a head for the chunks appended."""
         return Payload(payload_id=payload_id, n_bytes=sum(self._sizes), digests=tuple(self._digests))
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the chunks of a file; one that was cut short or is damaged ends with its last whole chunk."""
+    """Yield the chunks of a file; a truncated or damaged file ends with its last whole chunk."""
     with path.open("rb") as file:
         while len(length := file.read(_LENGTH.size)) == _LENGTH.size:
             (n_bytes,) = _LENGTH.unpack(length)
@@ -59,7 +59,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
 
 
 def keep_sound(path: Path, digests: Sequence[bytes]) -> int:
-    """Cut the file at ``path`` (it may be absent) after the leading chunks that match ``digests``; return how many."""
+    """Truncate ``path`` (it may be absent) after the leading chunks that match ``digests``; return how many match."""
     if not path.exists():
         return 0
     sound = n_bytes = 0

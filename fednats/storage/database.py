@@ -1,4 +1,4 @@
-"""SQLite files of a daemon: how they are opened, and what is said when one is locked, full or broken."""
+"""Opening a daemon's SQLite files, and the errors for one that is locked, full or broken."""
 
 import os
 import sqlite3
@@ -7,7 +7,7 @@ from pathlib import Path
 from fednats.errors import ConfigError, DatabaseLockedError, LocalStorageError
 
 BUSY_TIMEOUT_S = 10.0
-"""How long SQLite waits for another process's lock before it gives up; who called may try again."""
+"""How long SQLite waits for another process's lock before it gives up. The caller may try again."""
 
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _PRIMARY = 0xFF
@@ -42,7 +42,7 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     """Open an SQLite file that a daemon may be writing to, or had open when it was killed.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the file does not exist or cannot be opened.
     """
     try:
         return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", timeout=BUSY_TIMEOUT_S, uri=True)
@@ -51,7 +51,7 @@ def open_read_only(path: Path) -> sqlite3.Connection:
 
 
 def storage_error(path: Path, error: sqlite3.Error, remedy: str) -> LocalStorageError:
-    """Return what to raise when SQLite could not use ``path``: that it is locked, or the disk's error with ``remedy``."""
+    """Return the error for an SQLite failure on ``path``: that it is locked, or the disk's error with ``remedy``."""
     return _locked(path) if _is_locked(error) else LocalStorageError(f"{path}: {error}; {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""The journal of a machine: every event it was given, in order, in SQLite."""
+"""A machine's journal: every event it was given, in order, in SQLite."""
 
 import sqlite3
 import threading
@@ -26,12 +26,12 @@ CREATE TABLE IF NOT EXISTS written_by (first_sequence INTEGER PRIMARY KEY, relea
 
 
 class JournalEntry(NamedTuple):
-    """One event as it was journalled."""
+    """One journalled event."""
 
     sequence: int
-    """From 1 on, without gaps."""
+    """From 1, without gaps."""
     at_s: float
-    """Seconds since the epoch, by the clock of the daemon."""
+    """Seconds since the epoch, by the daemon's clock."""
     event: Event
 
 
@@ -46,11 +46,12 @@ class Journal:
         self._release_noted = False
 
     def append(self, events: Sequence[Event], at_s: float) -> None:
-        """Write ``events`` in one transaction; all are durable on return. Called from any thread.
+        """Write ``events`` in one transaction; all are durable on return. May be called from any thread.
 
         Raises:
-            DatabaseLockedError: another process holds the journal; none of ``events`` is in it, they may be given again.
-            LocalStorageError: the disk is full or broken; none of ``events`` is in the journal.
+            DatabaseLockedError: another process holds the journal; none of ``events`` was written, so they may be
+                retried.
+            LocalStorageError: the disk is full or broken; none of ``events`` was written.
         """
         rows = [(at_s, event.kind, msgpack.packb(event.model_dump(), use_bin_type=True)) for event in events]
         try:
@@ -67,12 +68,12 @@ class Journal:
         """Yield all entries in the order they were appended.
 
         Raises:
-            ConfigError: one of them cannot be read, or, after the last one, entries were deleted or altered.
+            ConfigError: an entry cannot be read, or, found after the last one, entries were deleted or altered.
         """
         yield from _entries(self._connection, self._path)
 
     def close(self) -> None:
-        """Close the file, once a write under way is over."""
+        """Close the file after the write in progress."""
         with self._using:
             self._connection.close()
 
@@ -93,7 +94,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[JournalEntry]:
-    """Return all entries of the journal of a daemon that may be running.
+    """Return all entries of a journal; its daemon may be running.
 
     Raises:
         ConfigError: there is no journal, one of its entries cannot be read, or entries were deleted or altered.
@@ -105,7 +106,7 @@ def read_journal(path: Path) -> list[JournalEntry]:
 
 
 def read_readable(path: Path) -> tuple[list[JournalEntry], ConfigError | None]:
-    """Return the entries of a journal up to the first one that cannot be read, and what is wrong with it, if anything.
+    """Return the entries of a journal up to the first unreadable one, and the problem, if there is one.
 
     Raises:
         ConfigError: there is no journal.
@@ -117,10 +118,10 @@ def read_readable(path: Path) -> tuple[list[JournalEntry], ConfigError | None]:
         if "event" in names and "row_chain" not in names:
             old = f"{path}: an older release wrote it, which kept no count of events; use that release for this run"
             return entries, ConfigError(old)
-        connection.execute("BEGIN")  # rows and their count as they were at one moment
+        connection.execute("BEGIN")  # rows and chain as of one moment
         try:
-            for entry in _entries(connection, path) if "event" in names else ():  # else its daemon is just making it
-                entries.append(entry)  # noqa: PERF402 - those before a bad one are kept
+            for entry in _entries(connection, path) if "event" in names else ():  # else its daemon is creating it
+                entries.append(entry)  # noqa: PERF402 - entries before a bad one are kept
         except ConfigError as problem:
             return entries, problem
     except sqlite3.Error as error:
@@ -148,7 +149,7 @@ def _entries(connection: sqlite3.Connection, path: Path) -> Iterator[JournalEntr
 
 
 def _note_release(connection: sqlite3.Connection) -> None:
-    """Write down which release appends from here on."""
+    """Record which release appends from here on."""
     newest = connection.execute("SELECT release FROM written_by ORDER BY first_sequence DESC LIMIT 1").fetchone()
     if newest != (__version__,):
         connection.execute(
@@ -157,7 +158,7 @@ def _note_release(connection: sqlite3.Connection) -> None:
 
 
 def _remedy(connection: sqlite3.Connection, sequence: int) -> str:
-    """Return what to do about an event that cannot be read: what wrote it decides."""
+    """Return the remedy for an unreadable event, depending on the release that wrote it."""
     query = "SELECT release FROM written_by WHERE first_sequence <= ? ORDER BY first_sequence DESC LIMIT 1"
     try:
         row = connection.execute(query, (sequence,)).fetchone()

@@ -1,4 +1,4 @@
-"""A local disk that is full or broken, told as one error."""
+"""One error for a local disk that is full or broken."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from fednats.errors import LocalStorageError
 
 @contextmanager
 def local_disk(directory: Path) -> Iterator[None]:
-    """Turn what the operating system says of ``directory`` into a LocalStorageError with the remedy."""
+    """Turn an OSError of an operation in ``directory`` into a LocalStorageError with the remedy."""
     try:
         yield
     except OSError as error:

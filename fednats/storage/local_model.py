@@ -19,7 +19,7 @@ from fednats.storage.tensor_file import TensorFile, digest_of
 class LocalModel:
     """A folder with one version, ``version-<n>.safetensors``, and frames, ``frame-<payload id>.chunks``.
 
-    The daemon fetches frames, sealed as they are; the worker opens and applies them.
+    The daemon fetches frames and stores them sealed; the worker opens and applies them.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -28,20 +28,20 @@ class LocalModel:
 
     @property
     def held(self) -> int:
-        """The version whose weights are here, -1 for none."""
+        """The version whose weights are here; -1 for none."""
         return max((int(path.stem.removeprefix("version-")) for path in self._directory.glob("version-*")), default=-1)
 
     def frame_file(self, frame: Frame) -> Path:
-        """Return where the chunks of ``frame`` go."""
+        """Return the file for the chunks of ``frame``."""
         return self._directory / f"frame-{frame.payload.payload_id}.chunks"
 
     def fetched(self) -> dict[str, int]:
-        """Return how many bytes of which payloads are here."""
+        """Return the number of bytes fetched so far, by payload id."""
         files = self._directory.glob("frame-*.chunks")
         return {path.stem.removeprefix("frame-"): path.stat().st_size for path in files}
 
     def weights(self, version: int) -> TensorFile:
-        """Open the weights of ``version``. Raises as `read_or_drop`; they are then fetched again."""
+        """Open the weights of ``version``. Raises as `read_or_drop`; the weights are then fetched again."""
         return read_or_drop(self._file(version))
 
     @staticmethod
@@ -62,12 +62,12 @@ class LocalModel:
             )
 
     def advance(self, manifest: ModelManifest, chain: Sequence[Frame], keys: ModelKeys) -> None:
-        """Make the weights of ``manifest`` from the version held along ``chain``, whose frames were fetched.
+        """Make the weights of ``manifest`` from the version held, along ``chain``, whose frames have been fetched.
 
         Raises:
-            LocalStorageError: the version held is damaged; it is dropped.
-            RefusedError: the frames are malformed or not sealed with one of ``keys``, or what they lead to has another digest than
-                was announced. Everything fetched is then forgotten, so that the next attempt starts from a keyframe.
+            LocalStorageError: the version held is damaged; it is removed.
+            RefusedError: the frames are malformed or not sealed with one of ``keys``, or the result does not have the
+                announced digest. Everything fetched is then removed, so that the next attempt starts from a keyframe.
         """
         held = self.held
         layout = Layout(manifest.parameters)
@@ -99,15 +99,15 @@ class LocalModel:
 
 
 def model_folder(state_dir: Path) -> Path:
-    """Return where a site keeps its copy of the model."""
+    """Return the folder of a site's copy of the model."""
     return state_dir / "model"
 
 
 def read_or_drop(path: Path) -> TensorFile:
-    """Open a file that can be had again.
+    """Open a file that can be obtained again.
 
     Raises:
-        LocalStorageError: it is missing or damaged; it is removed, so that the next attempt does without it.
+        LocalStorageError: the file is missing or damaged. It is removed, so that the next attempt does without it.
     """
     try:
         return TensorFile.read(path)
@@ -119,10 +119,10 @@ def read_or_drop(path: Path) -> TensorFile:
 
 
 def follow_frame(path: Path, frame: Frame, layout: Layout, made: TensorFile, keys: ModelKeys) -> None:
-    """Bring ``made`` to the version of ``frame``, whose chunks are at ``path``; a difference needs the version before in it.
+    """Bring ``made`` to the version of ``frame``, whose chunks are at ``path``. For a difference it has the one before.
 
     Raises:
-        RefusedError: it is malformed, or not sealed with one of ``keys``.
+        RefusedError: the frame is malformed, or not sealed with one of ``keys``.
     """
     start = 0
     for position, sealed in enumerate(read_chunks(path)):

@@ -1,15 +1,15 @@
-"""The site's outbox: updates with their chunks, and the residual that belongs to them, in one SQLite file.
+"""The site's outbox: updates with their chunks and the residual that belongs to them, in one SQLite file.
 
-Chunks and the residual that their quantisation left are written as they are made, under the number of an update that
-does not exist yet; storing the head makes both valid at once. A site that is killed before that has neither, so what was
-rounded away is never lost and never counted twice, and no write keeps the daemon's side waiting.
+Chunks and their quantisation residual are written as they are made, under the number of an update that does not exist
+yet. Storing the head makes both valid at once. A site that is killed before that has neither, so nothing rounded away
+is lost or counted twice, and no long write keeps the daemon waiting.
 
-An update waits until the bus has all of it in writing. When more than a few wait, the oldest whose sending has not begun
-is dropped and what it said goes back into the residual, in the same transaction in which the newest is stored: so its
-content is in exactly one update at any time. One whose sending has begun is never dropped, it may be at the bus already.
+An update waits until the bus has acknowledged all of it. When too many wait, the oldest whose sending has not begun is
+dropped, and its content goes back into the residual in the transaction that stores the newest. So its content is in
+exactly one update at any time. An update whose sending has begun is never dropped, because the bus may have it already.
 
-An outbox that was put back from a backup does not know what was sent since. Nothing that waits in it is sent, its residual
-is void, and the next update is numbered above all that its region may know (`Outbox.go_above`).
+An outbox restored from a backup does not know what was sent since. Updates that wait in it are not sent, its residual
+is void, and the next update gets a number above all that its region may know (`Outbox.go_above`).
 """
 
 import shutil
@@ -54,72 +54,72 @@ _WAITING = "sent_at IS NULL AND dropped_at IS NULL AND sequence > (SELECT COALES
 
 @dataclass(frozen=True)
 class RestoredOutbox:
-    """What was found when this outbox, put back from a backup, was older than what its region had of the site."""
+    """What was found when this outbox was restored from a backup older than the site's updates in its region."""
 
     first: int
     """Number of the next update."""
     own: int
-    """Newest number here; 0 for none."""
+    """Newest number in the restored outbox; 0 for none."""
     signed: int
-    """Newest number of an update in the region's stream that carries the site's signature; 0 for none."""
+    """Newest number in the region's stream with the site's valid signature; 0 for none."""
     known: int
-    """Newest number that the region has named, or that has the site's signature."""
+    """Newest number that the region has named, or that carries the site's signature."""
     base_version: int
-    """Version that the update numbered ``signed`` was trained on; -1 for none."""
+    """Version that update ``signed`` was trained on; -1 for none."""
     cost_nothing: bool = False
-    """Whether the updates since the backup are of a run that adds no noise, so that nothing had to be charged for them."""
+    """Whether the updates since the backup belong to a run without noise, so that they cost no privacy budget."""
 
 
 @dataclass(frozen=True)
 class Offered:
-    """An update whose sending begins, or goes on."""
+    """An update whose sending begins or continues."""
 
     update: Update
     n_chunks: int
-    """Chunks that the bus has already."""
+    """Chunks that the bus already has."""
 
 
 @dataclass(frozen=True)
 class ChunkKey:
-    """Which chunk of which update."""
+    """The place of one chunk in its update."""
 
     update_id: str
     sequence: int
     position: int
     start: int
-    """First parameter in it."""
+    """Index of its first parameter."""
 
 
 def first_number(now_s: float) -> int:
-    """Return the number of the first update of an outbox that is made at ``now_s``, in seconds since the epoch.
+    """Return the number of the first update of an outbox created at ``now_s``, in seconds since the epoch.
 
-    No site makes a hundred updates a second, so one that begins anew, with another key or without what it remembered,
-    goes on above its earlier numbers, and is not taken for a replay of itself.
+    No site makes a hundred updates a second. A site that starts over, with a new key or without its state, therefore
+    numbers its updates above its earlier ones, and is not refused for replaying them.
     """
     return int(100 * now_s)
 
 
 class Outbox:
-    """Updates on their way out, numbered from ``first`` on. One process writes (the worker), one sends (the daemon)."""
+    """Updates on their way out, numbered from ``first``. One process writes (the worker), one sends (the daemon)."""
 
     def __init__(self, path: Path, first: int = 1) -> None:
         """Open or begin the outbox at ``path``.
 
         Raises:
-            ConfigError: it cannot be opened, or updates were deleted from it.
+            ConfigError: it cannot be opened, or updates in it were deleted or altered.
         """
         self._path = path
         self._first = first
         self._database = SharedDatabase(path, _SCHEMA, "nothing was written. Make room on its disk")
         self._refuse_deleted()
-        self._database.rows("PRAGMA secure_delete = OFF")  # else removing a chunk takes as much room as it frees
+        self._database.rows("PRAGMA secure_delete = OFF")  # otherwise removing a chunk needs as much room as it frees
 
     # --- after a backup was put back ----------------------------------------------------------------------------------
 
     def go_above(self, found: RestoredOutbox) -> None:
-        """Number what comes from ``found.first`` on, and give up what waits: it may have been sent since the backup.
+        """Continue numbering at ``found.first``, and give up waiting updates: they may have been sent since the backup.
 
-        The residual is void as well: the updates sent since the backup have made up for it.
+        The residual is discarded as well, because updates sent since the backup have made up for it.
         """
         values = astuple(found)
         with self._database.transaction() as connection:
@@ -128,12 +128,12 @@ class Outbox:
             connection.execute("DELETE FROM residual")
 
     def restored(self) -> RestoredOutbox | None:
-        """Return what was found when this outbox was last put back from a backup that was older than the bus."""
+        """Return what was found when this outbox was last restored from a backup; None if it never was."""
         rows = self._database.rows(f"SELECT {_RESTORED} FROM restored ORDER BY first DESC LIMIT 1")  # noqa: S608 - a constant
         return RestoredOutbox(*rows[0]) if rows else None
 
     def note_cost_nothing(self, first_version: int) -> None:
-        """The run that began with ``first_version`` adds no noise: note it of the updates since the backup if they are of it."""
+        """Note that updates since the backup cost nothing if they are of the run that begins with ``first_version``."""
         with self._database.transaction() as connection:
             connection.execute(
                 "UPDATE restored SET cost_nothing = 1 WHERE (SELECT MAX(base_version) FROM outgoing WHERE sequence <= own) >= ?",
@@ -141,12 +141,12 @@ class Outbox:
             )
 
     def newest_number(self) -> int:
-        """Return the newest number that is taken; 0 for none."""
+        """Return the newest number in use; 0 for none."""
         found = self.restored()
         return max(self._newest(), 0 if found is None else found.first - 1)
 
     def newest_charged(self) -> int:
-        """Return the number of the newest update that was charged to the privacy account; 0 for none."""
+        """Return the number of the newest update charged to the privacy account; 0 for none."""
         return self._read("SELECT COALESCE(MAX(sequence), 0) FROM outgoing WHERE epsilon IS NOT NULL")[0]
 
     # --- the worker's side --------------------------------------------------------------------------------------------
@@ -157,14 +157,14 @@ class Outbox:
         return newest + 1 if newest else self._first
 
     def n_made(self) -> int:
-        """Return how many updates were stored."""
+        """Return the number of updates stored."""
         return self._read("SELECT COUNT(*) FROM outgoing")[0]
 
     def begin(self, max_waiting: int) -> Dropped | None:
-        """Begin an update, dropping what an unfinished one left.
+        """Begin an update, removing the remains of an unfinished one.
 
-        Returns the update that it takes the place of, if ``max_waiting`` wait already: the oldest whose sending has not
-        begun. Until the new one is stored, or given up by `release`, that one is neither sent nor dropped.
+        If ``max_waiting`` updates already wait, returns the one that the new update replaces: the oldest whose sending
+        has not begun. It is neither sent nor dropped until the new one is stored, or given up with `release`.
         """
         newest = self._newest()
         with self._database.transaction() as connection:
@@ -177,14 +177,14 @@ class Outbox:
                     f"UPDATE outgoing SET claimed = 1 WHERE sequence = (SELECT MIN(sequence) FROM outgoing"  # noqa: S608 - as above
                     f" WHERE {_WAITING} AND offered_at IS NULL) RETURNING update_id, steps"
                 ).fetchone()
-        self._database.rows("PRAGMA wal_checkpoint(TRUNCATE)")  # what was deleted is room for the chunks to come
+        self._database.rows("PRAGMA wal_checkpoint(TRUNCATE)")  # makes the room of deleted chunks available
         return None if row is None else Dropped(row[0], tuple(msgpack.unpackb(row[1])))
 
     def check_room(self, n_bytes: int) -> None:
-        """Refuse an update of ``n_bytes``, residual included, that the disk has no room for; it is not begun.
+        """Refuse to begin an update of ``n_bytes``, residual included, if the disk has no room for it.
 
         Raises:
-            LocalStorageError: with what is free.
+            LocalStorageError: with the number of free bytes.
         """
         with self._database.transaction() as connection:
             self._sweep(connection, self._newest())
@@ -196,11 +196,11 @@ class Outbox:
             )
 
     def residual(self, layout: Layout, dropped: Dropped | None) -> Residual:
-        """Return what the next update has to make up for."""
+        """Return what the next update must make up for."""
         return Residual(self._database, self._newest(), layout, dropped)
 
     def add_chunk(self, key: ChunkKey, data: bytes, values: NDArray[np.int8], residual: NDArray[np.float32]) -> None:
-        """Store one chunk of an update: what is sent, what it says (int8[n]) and the residual it leaves (float32[n]).
+        """Store one chunk of an update: the bytes to send, the quantised values (int8[n]), the residual (float32[n]).
 
         Raises:
             LocalStorageError: the disk is full, or would be with this chunk; nothing of it was written.
@@ -217,9 +217,9 @@ class Outbox:
     def add_update(
         self, update: Update, steps: tuple[float, ...], dropped: Dropped | None, epsilon: float | None = None
     ) -> None:
-        """Store the head of an update on a grid of ``steps``: its chunks and its residual count from now on.
+        """Store the head of an update on a grid of ``steps``. Its chunks and its residual become valid.
 
-        ``epsilon`` is what was spent of any one record's privacy with it; None without differential privacy.
+        ``epsilon`` is the privacy budget that any one record has spent with it; None without differential privacy.
         """
         named = (update.sequence, update.update_id, update.base_version)
         with self._database.transaction() as connection:
@@ -235,9 +235,10 @@ class Outbox:
                 connection.execute("DELETE FROM chunk WHERE update_id = ?", (dropped.update_id,))
 
     def begin_run(self, first_version: int) -> int:
-        """Drop what is of versions before ``first_version``: updates whose sending has not begun, and the residual.
+        """Drop updates for versions before ``first_version`` whose sending has not begun, and their residual.
 
-        One whose sending has begun is sent to its end, and refused by its region. Returns how many updates were dropped.
+        An update whose sending has begun is sent to the end, and its region refuses it. Returns the number of dropped
+        updates.
         """
         with self._database.transaction() as connection:
             dropped = connection.execute(
@@ -255,7 +256,7 @@ class Outbox:
     # --- the daemon's side --------------------------------------------------------------------------------------------
 
     def last_trained(self) -> int:
-        """Return the base version of the newest update, -1 for none."""
+        """Return the newest version that was trained on; -1 for none."""
         query = (
             "SELECT MAX(base_version) FROM (SELECT base_version FROM outgoing UNION SELECT base_version FROM restored)"
         )
@@ -263,37 +264,37 @@ class Outbox:
         return -1 if newest is None else int(newest)
 
     def release(self) -> None:
-        """No update is in the making: one that was to make room for it is sent like the others."""
+        """Give up the update in the making: the one that it would have replaced is sent after all."""
         with self._database.transaction() as connection:
             connection.execute("UPDATE outgoing SET claimed = 0 WHERE claimed = 1")
 
     def pending(self) -> list[Update]:
-        """Return the updates that are not yet acknowledged by the bus, oldest first."""
+        """Return the updates that the bus has not fully acknowledged, oldest first."""
         query = f"SELECT head FROM outgoing WHERE {_WAITING} ORDER BY sequence"  # noqa: S608 - a constant
         return [self._unpacked(head) for (head,) in self._database.rows(query)]
 
     def newest(self, count: int) -> list[Update]:
-        """Return the newest ``count`` updates that were stored, the newest first."""
+        """Return the newest ``count`` updates stored, newest first."""
         query = "SELECT head FROM outgoing ORDER BY sequence DESC LIMIT ?"
         return [self._unpacked(head) for (head,) in self._database.rows(query, count)]
 
     def newest_ledger_head(self) -> str:
-        """Return the record of the egress ledger that the newest update names whose sending has begun."""
+        """Return the egress ledger record named by the newest update whose sending has begun; `NO_RECORD` for none."""
         query = "SELECT head FROM outgoing WHERE offered_at IS NOT NULL ORDER BY sequence DESC LIMIT 1"
         return next((self._unpacked(head).ledger_head for (head,) in self._database.rows(query)), NO_RECORD)
 
     def counts(self) -> dict[str, int]:
-        """Return how many updates wait, were sent and were dropped."""
+        """Return the numbers of updates that wait, were sent and were dropped."""
         waiting, sent, dropped = self._read(
             f"SELECT COUNT(*) FILTER (WHERE {_WAITING}), COUNT(sent_at), COUNT(dropped_at) FROM outgoing"  # noqa: S608 - a constant
         )
         return {"waiting": int(waiting), "sent": int(sent), "dropped": int(dropped)}
 
     def offer(self, update_id: str, ledger_head: str = NO_RECORD) -> Offered | None:
-        """Note that sending begins; None if the update makes room instead.
+        """Record that sending begins; return None if the update was dropped or is being replaced.
 
-        ``ledger_head`` is the newest record of the egress ledger: it goes into the head when an update is offered for the
-        first time, and stays there, so that what is sent again is the same to the bit.
+        ``ledger_head`` is the newest record of the egress ledger. It goes into the head on the first offer and stays
+        there, so that a repeated send is identical to the bit.
         """
         with self._database.transaction() as connection:
             row = connection.execute(
@@ -313,32 +314,32 @@ class Outbox:
         return Offered(update, int(row[1]))
 
     def chunks(self, update_id: str, first: int = 0) -> Iterator[bytes]:
-        """Yield the chunks of an update in order, from number ``first`` on."""
+        """Yield the chunks of an update in order, starting with number ``first``."""
         query = "SELECT data FROM chunk WHERE update_id = ? AND position = ?"
-        position = first  # one query each: no statement stays open while the worker writes
+        position = first  # one query per chunk: no statement stays open while the worker writes
         while rows := self._database.rows(query, update_id, position):
             yield rows[0][0]
             position += 1
 
     def epsilon(self, update_id: str) -> float | None:
-        """Return what was spent when an update was made; None without differential privacy."""
+        """Return the privacy budget spent on an update; None without differential privacy."""
         query = "SELECT epsilon FROM outgoing WHERE update_id = ?"
         ((epsilon,),) = self._database.rows(query, update_id)
         return None if epsilon is None else float(epsilon)
 
     def n_bytes(self, update_id: str, first: int = 0) -> int:
-        """Return the size of the chunks of an update from number ``first`` on."""
+        """Return the size in bytes of an update's chunks, starting with number ``first``."""
         query = "SELECT COALESCE(SUM(LENGTH(data)), 0) FROM chunk WHERE update_id = ? AND position >= ?"
         ((n_bytes,),) = self._database.rows(query, update_id, first)
         return int(n_bytes)
 
     def note_sent_chunks(self, update_id: str, n_chunks: int) -> None:
-        """The bus has the first ``n_chunks`` in writing."""
+        """Record that the bus has stored the first ``n_chunks``."""
         with self._database.transaction() as connection:
             connection.execute("UPDATE outgoing SET sent_chunks = ? WHERE update_id = ?", (n_chunks, update_id))
 
     def mark_sent(self, update_id: str) -> None:
-        """The bus has the whole update in writing: keep the head as a record, drop the chunks."""
+        """Record that the bus has stored the whole update. The head stays as a record, the chunks are removed."""
         with self._database.transaction() as connection:
             connection.execute("UPDATE outgoing SET sent_at = CURRENT_TIMESTAMP WHERE update_id = ?", (update_id,))
             connection.execute("DELETE FROM chunk WHERE update_id = ?", (update_id,))
@@ -351,15 +352,15 @@ class Outbox:
 
     @staticmethod
     def _sweep(connection: sqlite3.Connection, newest: int) -> None:
-        """Remove what an unfinished update left, and residuals that a newer one replaced."""
+        """Remove chunks that belong to no waiting update, and all residuals but that of ``newest``."""
         connection.execute(
             f"DELETE FROM chunk WHERE update_id NOT IN (SELECT update_id FROM outgoing WHERE {_WAITING})"  # noqa: S608 - a constant
         )
         connection.execute("DELETE FROM residual WHERE sequence <> ?", (newest,))
 
     def _refuse_deleted(self) -> None:
-        """With updates gone their numbers would be given again, and refused."""
-        with self._database.transaction() as connection:  # the other process may be storing one
+        """Refuse an outbox with missing updates: their numbers would be used again, and refused by the region."""
+        with self._database.transaction() as connection:  # the other process may be storing an update
             rows = connection.execute("SELECT sequence, update_id FROM outgoing ORDER BY sequence").fetchall()
             wrong = difference(read_chain(connection, UPDATES_TABLE), RowChain().extended(rows))
         if wrong:
@@ -386,7 +387,7 @@ class Outbox:
         return found
 
     def _leave_room(self, n_bytes: int) -> None:
-        """Refuse to fill the disk with half an update: what is in the log must fit into the file, or it stays for ever."""
+        """Refuse a chunk that could fill the disk: the log must fit into the file, or it can never be removed."""
         log = self._path.with_name(f"{self._path.name}-wal").stat().st_size
         free = shutil.disk_usage(self._path.parent).free
         if free < log + 2 * n_bytes:
@@ -397,5 +398,5 @@ class Outbox:
 
 
 def outbox_file(state_dir: Path) -> Path:
-    """Return where a site keeps its outbox."""
+    """Return the file of a site's outbox."""
     return state_dir / "outbox.sqlite"

@@ -1,4 +1,4 @@
-"""What rounding and dropping left out of a site's updates so far; the next one makes up for it."""
+"""Error feedback: what rounding and dropped updates have left out so far, to be made up for by the next update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from fednats.storage.shared_database import SharedDatabase
 
 @dataclass(frozen=True)
 class Dropped:
-    """An update that makes room: what it said goes into the next one."""
+    """An update that is dropped to make room; its content goes into the next one."""
 
     update_id: str
     steps: tuple[float, ...]
-    """Of the grid it is on."""
+    """Steps of its grid, one per parameter tensor."""
 
 
 class Residual:
-    """What the update numbered ``sequence`` left, and what ``dropped`` said: float32[n], added up where it is read."""
+    """The rest left by update ``sequence`` plus the content of ``dropped``: float32[n], added up when read."""
 
     def __init__(self, database: SharedDatabase, sequence: int, layout: Layout, dropped: Dropped | None) -> None:
         self._database = database
@@ -44,12 +44,12 @@ class Residual:
         return values
 
     def _left(self, part: slice) -> NDArray[np.float32] | None:
-        """Return what rounding left of ``part``, float32, None if it left nothing there."""
+        """Return what rounding left out of ``part``, float32; None if nothing is stored there."""
         query = "SELECT start, data FROM residual WHERE sequence = ? AND start < ? ORDER BY start DESC"
         return self._part(query, (self._sequence, part.stop), part, lambda data: np.frombuffer(data, "<f4"))
 
     def _said(self, update_id: str, part: slice) -> NDArray[np.float32] | None:
-        """Return what an update says of ``part`` in steps of its grid, float32 of integers."""
+        """Return an update's values in ``part`` in steps of its grid, float32; None if nothing is stored there."""
         query = "SELECT start, quantised FROM chunk WHERE update_id = ? AND start < ? ORDER BY start DESC"
         return self._part(
             query,

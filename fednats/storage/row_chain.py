@@ -1,8 +1,8 @@
-"""Rows that must not vanish: how many a table has had, and a hash over all of them, kept in the same file.
+"""Detects missing or altered rows: a table's row count and a hash over all its rows, kept in the same file.
 
-A daemon that starts on a table with rows deleted, altered or put back in part would decide on half of what happened. The
-hash is made anew with each row (BLAKE2b-128 of the hash before and the row), so keeping it costs one row a transaction.
-It finds accidents: who can write the file can make the hash anew.
+A daemon that starts on a table with deleted, altered or partly restored rows would decide on half of the facts. Each
+new row extends the hash (BLAKE2b-128 of the hash so far and the row), so the chain costs one more row per transaction.
+It detects accidents, not attacks: anyone who can write the file can recompute the hash.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class RowChain:
     chain: bytes = _START
 
     def extended(self, rows: Iterable[tuple[Any, ...]]) -> "RowChain":
-        """Return the chain with ``rows`` behind it."""
+        """Return the chain with ``rows`` appended."""
         n_rows, chain = self.n_rows, self.chain
         for row in rows:
             n_rows += 1
@@ -39,19 +39,19 @@ class RowChain:
 
 
 def read_chain(connection: sqlite3.Connection, name: str) -> RowChain | None:
-    """Return the chain of table ``name``; None if none was kept."""
+    """Return the chain of table ``name``; None if it has none."""
     row = connection.execute("SELECT n_rows, chain FROM row_chain WHERE name = ?", (name,)).fetchone()
     return None if row is None else RowChain(int(row[0]), bytes(row[1]))
 
 
 def extend(connection: sqlite3.Connection, name: str, rows: Iterable[tuple[Any, ...]]) -> None:
-    """Put ``rows`` behind the chain of table ``name``, in the transaction that writes them."""
+    """Append ``rows`` to the chain of table ``name``; call this in the transaction that writes them."""
     now = (read_chain(connection, name) or RowChain()).extended(rows)
     connection.execute("INSERT OR REPLACE INTO row_chain VALUES (?, ?, ?)", (name, now.n_rows, now.chain))
 
 
 def difference(kept: RowChain | None, found: RowChain) -> str | None:
-    """Return what is wrong with the rows ``found``; None if they are those of which the chain was ``kept``."""
+    """Return what is wrong with the rows ``found``; None if they match the chain that was ``kept``."""
     if (kept or RowChain()) == found:
         return None
     if kept is None:

@@ -1,7 +1,7 @@
-"""An SQLite file that several threads of one process use over one connection: one after the other.
+"""An SQLite file that several threads of one process use in turn over one connection.
 
-SQLite lets a connection have one transaction at a time. Without turns, a thread that begins one while another thread is in
-the middle of its own fails, or becomes a part of that one and is undone with it.
+An SQLite connection has one transaction at a time. Without turns, a thread that begins a transaction during another
+thread's would fail, or would join that transaction and be rolled back with it.
 """
 
 import sqlite3
@@ -18,10 +18,10 @@ class SharedDatabase:
     """One connection to the file at ``path``."""
 
     def __init__(self, path: Path, schema: str, remedy: str) -> None:
-        """Open or create it; ``remedy`` is what is said when the disk does not take something.
+        """Open or create the file; ``remedy`` goes into the error text when something cannot be written.
 
         Raises:
-            ConfigError: it cannot be opened.
+            ConfigError: the file cannot be opened.
             DatabaseLockedError: another process holds it.
         """
         self.path = path
@@ -30,13 +30,13 @@ class SharedDatabase:
         self._turn = threading.RLock()
 
     def rows(self, query: str, *parameters: str | int) -> list[tuple[Any, ...]]:
-        """Return what ``query`` finds. Raises as `transaction`."""
+        """Return the rows that ``query`` selects. Raises as `transaction`."""
         with self.reading() as connection:
             return connection.execute(query, parameters).fetchall()
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Have a turn. Raises as `transaction`."""
+        """Take a turn: no other thread uses the connection meanwhile. Raises as `transaction`."""
         with self._turn:
             try:
                 yield self.connection
@@ -45,9 +45,10 @@ class SharedDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Read and write all or nothing, with no other thread or process between; durable at the end.
+        """Read and write all or nothing, with no other thread or process in between; durable on return.
 
         Raises:
+            DatabaseLockedError: another process holds the file; nothing was written.
             LocalStorageError: the disk is full or broken; nothing was written.
         """
         with self.reading() as connection:
@@ -61,6 +62,6 @@ class SharedDatabase:
                 raise
 
     def close(self) -> None:
-        """Close the file, once a transaction under way is over."""
+        """Close the file after the transaction in progress."""
         with self._turn:
             self.connection.close()

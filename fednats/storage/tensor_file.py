@@ -1,4 +1,4 @@
-"""A model on disk as safetensors, read and written part by part, so that it need never be in memory whole."""
+"""A model on disk as safetensors, read and written in parts, so that it is never in memory as a whole."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ from fednats.messages import DIGEST_BYTES, MAX_COUNT, MAX_DIMENSIONS
 
 _VALUE_BYTES = 4
 _LENGTH = struct.Struct("<Q")
-_MAX_HEADER_BYTES = 8 * 2**20  # as much as a manifest may take to name the same tensors
+_MAX_HEADER_BYTES = 8 * 2**20  # a manifest names the same tensors in as many bytes at most
 
 
 class TensorFile:
-    """float32 tensors in a safetensors file as one flat vector, in the order of the file.
+    """float32 tensors in a safetensors file as one flat vector, in file order.
 
-    Part ``a:b`` of the vector is read by ``file[a:b]`` and written by ``file.write(a, values)``. Open it with `read`,
-    or `create` it; it is a context manager.
+    ``file[a:b]`` reads values ``a`` to ``b`` of the vector, ``file.write(a, values)`` writes them. Open a file with
+    `read`, or make one with `create`. It is a context manager.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class TensorFile:
         self.path = path
         self.metadata = metadata
         self.tensors = list(tensors)
-        """Name and shape of each."""
+        """Name and shape of each tensor."""
         self._descriptor = descriptor
         self._start = start
         self._n_values = sum(math.prod(shape) for _, shape in tensors)
 
     @classmethod
     def create(cls, path: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Self:
-        """Make a file of zeros with these names and shapes."""
+        """Create a file of zeros with these names and shapes."""
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         n_values = 0
         for name, shape in tensors:
@@ -65,7 +65,7 @@ class TensorFile:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Open for reading.
+        """Open a file for reading.
 
         Raises:
             ConfigError: the file is missing or damaged.
@@ -97,14 +97,14 @@ class TensorFile:
         return values
 
     def write(self, start: int, values: NDArray[np.float32]) -> None:
-        """Write ``values`` float32[n] from value ``start`` on."""
+        """Write ``values`` (float32[n]) at position ``start``."""
         view = np.ascontiguousarray(values, "<f4").view(np.uint8).data
         done = 0
         while done < len(view):
             done += os.pwrite(self._descriptor, view[done:], self._start + start * _VALUE_BYTES + done)
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk."""
+        """Return when everything written is on disk."""
         os.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class TensorFile:
 
 
 def digest_of(weights: Vector) -> bytes:
-    """Return BLAKE2b-128 of ``weights``, float32 little endian, as manifests announce it."""
+    """Return the BLAKE2b-128 digest of ``weights`` as float32, little endian, as announced in manifests."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for block in blocks(len(weights)):
         digest.update(weights[block].tobytes())
@@ -129,7 +129,7 @@ def digest_of(weights: Vector) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when renames and removals in ``folder`` are on the disk."""
+    """Return when renames and removals in ``folder`` are on disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

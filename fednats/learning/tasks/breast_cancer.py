@@ -1,4 +1,4 @@
-"""Breast cancer from cell nuclei: the 569 patients that scikit-learn ships, shared over hospitals.
+"""Breast cancer from cell nuclei: the 569 patients that scikit-learn ships, split over hospitals.
 
 UCI Machine Learning Repository, Breast Cancer Wisconsin (Diagnostic), doi 10.24432/C5DW2B. Needs no download.
 """
@@ -23,18 +23,18 @@ from fednats.errors import ConfigError
 N_FEATURES = 30
 TEST_SHARE = 0.4
 LABEL_SKEW = 0.5
-"""Concentration of the Dirichlet distribution by which a class is shared; the smaller, the more uneven."""
+"""Concentration of the Dirichlet distribution that splits a class; the smaller, the more uneven."""
 FEWEST = 5
-"""Patients of each class that every hospital has at least, so that it can train and test."""
+"""Patients of each class that every hospital gets at least, so that it can train and test."""
 MOST_HOSPITALS = 40
 
 
 class BreastCancer(Task):
     """Tell malignant (1) from benign (0) by 30 features of cell nuclei; hospital ``number`` of ``n_hospitals``.
 
-    Each class is shared by Dirichlet proportions (Hsu et al. 2019, arXiv:1909.06335), so that hospitals differ in size
-    and in how many of their patients are ill; features are scaled by the data set's published minima and maxima.
-    ``hidden`` gives the widths of the hidden layers: ``(512, 512)`` makes a model of 279,554 parameters.
+    Each class is split in Dirichlet proportions (Hsu et al. 2019, arXiv:1909.06335), so hospitals differ in size and in
+    how many of their patients are ill. Features are scaled by the data set's published minima and maxima. ``hidden`` is
+    the widths of the hidden layers: ``(512, 512)`` makes a model of 279,554 parameters.
     """
 
     recommended: ClassVar[Recommended] = Recommended(
@@ -61,18 +61,18 @@ class BreastCancer(Task):
         self._number, self._n_hospitals, self._seed, self._hidden = number, n_hospitals, seed, tuple(hidden)
 
     def model(self) -> nn.Module:
-        """Build a multi-layer perceptron with the hidden layers asked for."""
+        """Build a multi-layer perceptron with the hidden layers of ``hidden``."""
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise((N_FEATURES, *self._hidden)):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear((N_FEATURES, *self._hidden)[-1], 2))
 
     def train_data(self) -> Examples:
-        """Features float32[30] and int64 labels of the hospital's patients to train on."""
+        """Return the hospital's training cases: features float32[30] and int64 labels."""
         return self._examples(0)
 
     def test_data(self) -> Examples:
-        """Features float32[30] and int64 labels of the hospital's patients to test on."""
+        """Return the hospital's test cases: features float32[30] and int64 labels."""
         return self._examples(1)
 
     def _examples(self, part: int) -> Examples:
@@ -88,10 +88,10 @@ class BreastCancer(Task):
 
     @classmethod
     def sites(cls, n: int, seed: int, data: Path | None = None) -> dict[str, dict[str, Any]]:
-        """Options of ``n`` hospitals that share the patients.
+        """Return options for ``n`` hospitals that share the patients.
 
         Raises:
-            ConfigError: ``data`` is given (scikit-learn ships it), or there are too few patients for ``n``.
+            ConfigError: ``data`` is given (scikit-learn ships it), or ``n`` is not 1 to `MOST_HOSPITALS`.
         """
         if data is not None:
             raise ConfigError(f"breast-cancer: {data}: takes no data folder, scikit-learn ships the patients")
@@ -101,7 +101,7 @@ class BreastCancer(Task):
 
 
 def share_patients(labels: NDArray[np.int64], n_hospitals: int, seed: int) -> list[NDArray[np.int64]]:
-    """Share out patients: disjoint indices for each hospital, together all of them."""
+    """Split the patients: disjoint indices for each hospital that together are all patients."""
     rng = np.random.default_rng(seed)
     shares: list[list[NDArray[np.int64]]] = [[] for _ in range(n_hospitals)]
     for label in np.unique(labels):

@@ -21,7 +21,7 @@ from fednats.errors import ConfigError, DataError
 from fednats.learning.tasks.ct_patches import HOSPITALS, SIZE, synthetic_patches
 
 WINDOW_CENTER_HU, WINDOW_WIDTH_HU = -400, 1500
-"""The usual lung window; what lies outside is clipped."""
+"""The usual lung window; values outside are clipped."""
 
 Split = Literal["train", "test"]
 PARTS: tuple[Split, ...] = ("train", "test")
@@ -29,17 +29,17 @@ LABEL = Classes("label", {0: 0, 1: 1})
 
 
 class CTNodule(Task):
-    """Tell a nodule (1) from what is mistaken for one (0) on patches float32[1, 32, 32].
+    """Tell a nodule (1) from a mimic (0) on patches float32[1, 32, 32].
 
-    Give one source of data, or none where only the model is needed:
+    Give one source of data, or none if only the model is needed:
 
-    * ``synthetic="screening"``: patches drawn as that hospital of `ct_patches.HOSPITALS` sees them. No patient is
-      behind them.
+    * ``synthetic="screening"``: synthetic patches as that hospital of `ct_patches.HOSPITALS` sees them. They show no
+      real patient.
     * ``npz="file.npz"``: MedMNIST's format, uint8 ``train_images``, ``train_labels``, ``test_images``, ``test_labels``
       of 28 or more pixels, labels 0 and 1; ``share=[i, n]`` takes the i-th of n uneven shares.
-    * ``dicom="folder"``: a file ``labels.csv`` there with columns ``file,label,split`` and, where the finding is not
-      in the middle of the slice, ``row,column`` of its centre; ``split`` is train or test. One patient's slices must
-      all be in the same split. With ``spacing_mm`` the slices are resampled; without, they must all have one spacing.
+    * ``dicom="folder"``: a folder with a ``labels.csv``, columns ``file,label,split`` and, if the finding is not in the
+      middle of the slice, ``row,column`` of its centre. ``split`` is train or test; one patient's slices must all be in
+      the same split. With ``spacing_mm`` the slices are resampled; without, they must all have the same spacing.
     """
 
     recommended: ClassVar[Recommended] = Recommended(
@@ -83,7 +83,7 @@ class CTNodule(Task):
         self._share, self._n, self._seed = tuple(share), {"train": n_train, "test": n_test}, seed
 
     def model(self) -> nn.Module:
-        """Build a CNN of 23,906 parameters with group norm, whose statistics need no exchange."""
+        """Build a CNN of 23,906 parameters. Its group norm has no running statistics to exchange."""
         model = nn.Sequential(
             *(nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.GroupNorm(4, 16), nn.ReLU()),  # [B, 16, 16, 16]
             *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(4, 32), nn.ReLU()),  # [B, 32, 8, 8]
@@ -93,11 +93,11 @@ class CTNodule(Task):
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]  # untyped in torch
 
     def train_data(self) -> Examples:
-        """Patches to train on, float32[1, 32, 32], and int64 labels."""
+        """Return the training cases: patches float32[1, 32, 32] and int64 labels."""
         return self._examples("train")
 
     def test_data(self) -> Examples:
-        """Patches to test on, float32[1, 32, 32], and int64 labels."""
+        """Return the test cases: patches float32[1, 32, 32] and int64 labels."""
         return self._examples("test")
 
     def _examples(self, part: Split) -> Examples:
@@ -115,10 +115,10 @@ class CTNodule(Task):
 
     @classmethod
     def sites(cls, n: int, seed: int, data: Path | None = None) -> dict[str, dict[str, Any]]:
-        """Options of ``n`` hospitals: synthetic ones, shares of an ``.npz``, or a folder's DICOM folders.
+        """Return options for ``n`` hospitals: synthetic ones, shares of an ``.npz``, or the DICOM folders in a folder.
 
         Raises:
-            ConfigError: more than five synthetic hospitals, or fewer folders than ``n``.
+            ConfigError: ``n`` is not 1 to 5 synthetic hospitals, or there are fewer folders than ``n``.
         """
         if data is None:
             names = list(HOSPITALS)
@@ -134,7 +134,7 @@ class CTNodule(Task):
 
 
 def windowed(patches_hu: NDArray[np.int16]) -> Tensor:
-    """Patches in HU, int16[n, 32, 32], as the model takes them: float32[n, 1, 32, 32], the window is [-2, 2].
+    """Scale patches in HU, int16[n, 32, 32], for the model: float32[n, 1, 32, 32], the window becomes [-2, 2].
 
     >>> windowed(np.array([[[-1150, -400, 350, 3000]]], np.int16)).flatten().tolist()
     [-2.0, 0.0, 2.0, 2.0]
@@ -183,7 +183,7 @@ def _refuse_labels(name: str, labels: NDArray[Any], n_images: int) -> None:
 
 
 def _share(n_images: int, share: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Indices of the i-th of n disjoint shares, whose sizes go as 1, 2, ... n."""
+    """Return the indices of the i-th of n disjoint shares, whose sizes are in proportion 1, 2, ... n."""
     number, n_shares = share
     ends = n_images * np.cumsum(np.arange(n_shares + 1)) // sum(range(n_shares + 1))
     chosen: NDArray[np.int64] = np.sort(rng.permutation(n_images)[ends[number] : ends[number + 1]])
@@ -212,7 +212,7 @@ def _read_dicom(folder: Path, part: Split, spacing_mm: float | None) -> tuple[ND
 
 
 def _refuse_overlap(patients: list[str], parts: list[int], lines: Sequence[str]) -> None:
-    """Refuse a patient who is trained and tested on: the test would be of what the model has seen."""
+    """Refuse a patient in both parts, since the model would be tested on a patient it has seen."""
     first = {patient: place for place, patient in reversed(list(enumerate(patients)))}
     for place, patient in enumerate(patients):
         if parts[place] != parts[first[patient]]:
@@ -223,7 +223,7 @@ def _refuse_overlap(patients: list[str], parts: list[int], lines: Sequence[str])
 
 
 def _patch(slice_: Slice, row: int | None, column: int | None, spacing_mm: float | None) -> NDArray[np.int16]:
-    """HU int16[32, 32] around the finding; what lies beyond the slice is air."""
+    """Cut out HU int16[32, 32] around the finding; pixels beyond the slice are air."""
     hu = slice_.hounsfield()
     at = [n // 2 if place is None else place for n, place in zip(hu.shape, (row, column), strict=True)]
     if not all(0 <= place < n for n, place in zip(hu.shape, at, strict=True)):

@@ -1,9 +1,9 @@
-"""Synthetic CT patches: lung nodules and what is mistaken for them, as different hospitals see them.
+"""Synthetic CT patches: lung nodules and their mimics, as different hospitals see them.
 
-No patient is behind any of these images, and no result on them says anything about one. They are drawn so that
-hospitals differ in the two ways that real ones do: the *scanner* (noise, reconstruction kernel, calibration, contrast
-medium) and the *case mix* (a screening centre hardly sees pleural plaques, an occupational clinic sees little else).
-Densities are in Hounsfield units (HU), lengths in pixels of about 1 mm.
+The images show no real patient, and results on them say nothing about real patients. Hospitals differ in the two ways
+that real ones do: the *scanner* (noise, reconstruction kernel, calibration, contrast medium) and the *case mix* (a
+screening centre hardly sees pleural plaques, an occupational clinic sees little else). Densities are in Hounsfield
+units (HU), lengths in pixels of about 1 mm.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ SIZE = 32
 
 Array = NDArray[np.float64]
 Canvas = tuple[Array, Array]
-"""Coordinates x and y of every pixel, [n, SIZE, SIZE], turned and shifted at random for each patch."""
+"""Coordinates x and y of every pixel, [n, SIZE, SIZE], rotated and shifted at random for each patch."""
 Draw = Callable[[Array, Canvas, np.random.Generator, "Scanner"], None]
 
 LUNG_HU, TISSUE_HU = -860.0, 30.0
@@ -25,21 +25,21 @@ LUNG_HU, TISSUE_HU = -860.0, 30.0
 
 @dataclass(frozen=True)
 class Scanner:
-    """How a hospital's scanner shows what is there."""
+    """How a hospital's scanner renders a patch."""
 
     noise_hu: float
     """Standard deviation of the noise."""
     blur: float
     """Width (sigma, pixels) of the reconstruction kernel."""
     offset_hu: float
-    """Error of the calibration."""
+    """Calibration error."""
     vessel_hu: float
     """Density of vessels; high with contrast medium."""
 
 
 @dataclass(frozen=True)
 class Hospital:
-    """A scanner, and how often each kind of nodule and each mimic is seen (relative frequencies)."""
+    """A scanner, and relative frequencies of each kind of nodule and of mimic."""
 
     scanner: Scanner
     nodules: Mapping[str, float]
@@ -65,7 +65,7 @@ def _draw_kinds(frequencies: Mapping[str, float], n: int, rng: np.random.Generat
     return rng.choice(np.array(list(frequencies)), size=n, p=weights / weights.sum())
 
 
-# --- what is in the lung ---------------------------------------------------------------------------------------------
+# --- the lung --------------------------------------------------------------------------------------------------------
 
 
 def _canvas(n: int, rng: np.random.Generator, shift: float = 2.0) -> Canvas:
@@ -80,7 +80,7 @@ def _one(n: int, rng: np.random.Generator, low: float, high: float) -> Array:
 
 
 def _inside(distance: Array, softness: float | Array = 0.6) -> Array:
-    """1 inside an outline (negative distance), 0 outside, soft at its edge."""
+    """Return 1 inside an outline (negative distance) and 0 outside, with a soft edge."""
     return 1 / (1 + np.exp(np.clip(distance / softness, -30, 30)))
 
 
@@ -95,7 +95,7 @@ def _smooth_noise(n: int, rng: np.random.Generator, cells: int) -> Array:
 
 def _background(n: int, rng: np.random.Generator, scanner: Scanner) -> Array:
     image = LUNG_HU + _one(n, rng, -30, 30) + 35 * _smooth_noise(n, rng, 8)
-    for share in (0.7, 0.4):  # small vessels pass by in both classes
+    for share in (0.7, 0.4):  # small vessels, in both classes
         x, y = _canvas(n, rng, shift=14)
         mask = _inside(np.abs(y + 0.02 * x**2) - _one(n, rng, 0.3, 0.8), 0.4)
         _fill(image, 0.7 * mask * (rng.random((n, 1, 1)) < share), scanner.vessel_hu)
@@ -112,7 +112,7 @@ def _wall(image: Array, canvas: Canvas, at: Array) -> None:
 
 
 def _lobulated(canvas: Canvas, radius: Array, rng: np.random.Generator, depth: float = 0.12) -> Array:
-    """Signed distance to a roundish outline."""
+    """Return the signed distance to a roundish outline."""
     x, y = canvas
     angle, n = np.arctan2(y, x), len(x)
     waves = np.cos(2 * angle + _one(n, rng, 0, 6.3)) + np.cos(3 * angle + _one(n, rng, 0, 6.3))
@@ -173,7 +173,7 @@ def _juxtapleural(image: Array, canvas: Canvas, rng: np.random.Generator, _: Sca
 def _vessel(image: Array, canvas: Canvas, rng: np.random.Generator, scanner: Scanner) -> None:
     n = len(image)
     x, y = canvas
-    x = np.where(rng.random((n, 1, 1)) < 0.4, np.abs(x), x)  # noqa: PLR2004 - in the plane; the others leave it: a blob with a tail
+    x = np.where(rng.random((n, 1, 1)) < 0.4, np.abs(x), x)  # noqa: PLR2004 - in the plane, else a blob with a tail
     width, reach = _one(n, rng, 1.6, 3.2), _one(n, rng, 9, 18)
     bent = np.abs(y + _one(n, rng, -0.03, 0.03) * x**2)
     tail = np.maximum(bent - width * (1 - 0.7 * x / reach), x - reach)
@@ -232,7 +232,7 @@ def _scan(image: Array, scanner: Scanner, rng: np.random.Generator) -> NDArray[n
 
 
 def _grain(shape: tuple[int, ...], blur: float, rng: np.random.Generator) -> Array:
-    """Noise of unit variance, as coarse as the kernel makes it."""
+    """Return noise of unit variance, as coarse as the kernel makes it."""
     grain = _blur(rng.standard_normal(shape), blur)
     unit: Array = grain / grain.std()
     return unit

@@ -1,7 +1,7 @@
 """Heart disease at four real hospitals: Cleveland, Budapest, Zurich/Basel and Long Beach.
 
-UCI Machine Learning Repository, Heart Disease, doi 10.24432/C52P4X (CC BY 4.0): 920 patients, 13 measurements, the
-angiogram's finding. It is not shipped; give the folder with the four ``processed.*.data`` files.
+UCI Machine Learning Repository, Heart Disease, doi 10.24432/C52P4X (CC BY 4.0): 920 patients, 13 measurements, and the
+angiogram's finding. The data is not shipped; give the folder with the four ``processed.*.data`` files.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ COLUMNS = (
 PATIENTS = Table(
     features=(
         Number("age", mean=54, scale=10, indicator=True),
-        # nobody's is 0: Zurich/Basel and part of Long Beach wrote 0 for what was not measured
+        # 0 is not a real value: Zurich/Basel and part of Long Beach wrote 0 for values that were not measured
         Number("trestbps", mean=130, scale=20, indicator=True, missing=(0,)),
         Number("chol", mean=240, scale=50, indicator=True, missing=(0,)),
         Number("thalach", mean=140, scale=25, indicator=True),
@@ -47,18 +47,18 @@ PATIENTS = Table(
     ),
     target=Classes("num", {0: 0, 1: 1, 2: 1, 3: 1, 4: 1}),
 )
-"""Means and scales are those of cardiological practice: scaling by a hospital's own mean would tell it."""
+"""Means and scales are usual values in cardiology: a hospital's own mean would reveal something about its patients."""
 MOST = 4.0
-"""Scaled values beyond are cut off."""
+"""Largest magnitude of a feature; larger values are clipped."""
 TEST_SHARE = 0.3
 
 
 class HeartDisease(Task):
-    """Tell disease (``num`` 1 to 4) from none (0) by 31 features, one hospital's patients.
+    """Tell disease (``num`` 1 to 4) from none (0) by 31 features, for one hospital's patients.
 
-    A measured value is scaled and has a second feature that is 1 where it is missing (the value is
-    then 0, the usual one). A coded value is one feature per code, all 0 where it is missing. Nothing is estimated from
-    patients. The split is stratified by disease, and the same for the same ``seed``.
+    A measured value is scaled, and a second feature is 1 if it is missing (the value is then 0, the usual one). A coded
+    value has one feature per code, all 0 if it is missing. Nothing is estimated from patients. The split is stratified
+    by disease, and the same for the same ``seed``.
     """
 
     recommended: ClassVar[Recommended] = Recommended(
@@ -83,15 +83,15 @@ class HeartDisease(Task):
         self._folder, self._hospital, self._seed = folder, hospital, seed
 
     def model(self) -> nn.Module:
-        """Build a multi-layer perceptron with one hidden layer of 16."""
+        """Build a multi-layer perceptron with one hidden layer of 16 units."""
         return nn.Sequential(nn.Linear(PATIENTS.n_features, 16), nn.ReLU(), nn.Linear(16, 2))
 
     def train_data(self) -> Examples:
-        """Features float32[31] and int64 labels of the hospital's patients to train on."""
+        """Return the hospital's training cases: features float32[31] and int64 labels."""
         return self._examples("train")
 
     def test_data(self) -> Examples:
-        """Features float32[31] and int64 labels of the hospital's patients to test on."""
+        """Return the hospital's test cases: features float32[31] and int64 labels."""
         return self._examples("test")
 
     def _examples(self, part: Literal["train", "test"]) -> Examples:
@@ -105,10 +105,10 @@ class HeartDisease(Task):
 
     @classmethod
     def sites(cls, n: int, seed: int, data: Path | None = None) -> dict[str, dict[str, Any]]:
-        """Options of the four hospitals, each a site; ``data`` is the folder with their files.
+        """Return options for the four hospitals, each a site; ``data`` is the folder with their files.
 
         Raises:
-            ConfigError: ``n`` is not 4, or there is no folder.
+            ConfigError: ``n`` is not 4, or ``data`` is not a folder.
         """
         if n != len(HOSPITALS):
             raise ConfigError(f"heart: {n} hospitals: the data has {len(HOSPITALS)}")
@@ -119,10 +119,10 @@ class HeartDisease(Task):
 
 
 def read_patients(file: Path) -> tuple[Tensor, Tensor]:
-    """Features float32[n, 31] and labels int64[n] of all patients in a file.
+    """Read features float32[n, 31] and labels int64[n] of all patients in a file.
 
     Raises:
-        DataError: naming file, line and column where a cell is not what `PATIENTS` states, or ``?``.
+        DataError: a cell is neither ``?`` nor what `PATIENTS` states; the text names file, line and column.
     """
     cases = PATIENTS.read(file, {"columns": COLUMNS, "delimiter": ",", "decimal": "."})
     features, labels = default_collate([cases[index] for index in range(len(cases))])

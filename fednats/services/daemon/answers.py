@@ -1,4 +1,4 @@
-"""What the workers answer. A daemon unpickles these, so they stand apart from the modules that load torch or TenSEAL."""
+"""The workers' answers, apart from modules that load torch or TenSEAL, because the daemons unpickle them."""
 
 from dataclasses import dataclass
 
@@ -8,60 +8,60 @@ from fednats.messages import Frame, Grid, Opening, ParameterSpec
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a site's daemon may log of its task before the first pass."""
+    """What a site's daemon may log about its task before the first pass."""
 
     task_sha256: str
-    """Of the task's code, as its policy may list it."""
+    """SHA-256 of the task's code, as the policy may list it."""
     n_samples: int
     outputs: str
-    """Which problem it is, and which figures there will be."""
+    """The kind of problem, and the figures to expect."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a site's daemon may log of a local pass."""
+    """What a site's daemon may log about a local pass."""
 
     n_samples: int
     train_loss: float
     delta_norm: float
-    """L2 norm of the delta, before noise is added to it: it stays at the hospital."""
+    """L2 norm of the delta before noise is added to it. It must stay at the hospital."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A site's metrics of a version, how many test cases they are of, and what is sent of them, encrypted."""
+    """A site's metrics for a version, their number of test cases, and the encrypted counts to send."""
 
     metrics: dict[str, float]
     n_samples: int
     key_id: str
     n_classes: int
-    """Whose cases are counted; 0 if the task scores no classes."""
+    """Classes whose cases are counted; 0 if the task scores no classes."""
     arrangement: int | None
-    """Of the figures that are summed; None if the class counts tell all."""
+    """Arrangement of the figures to sum; None if the class counts are enough."""
     figures: tuple[str, ...]
     chunks: tuple[bytes, ...]
     problem: str
-    """What the task's own ``metrics()`` raised, for the hospital's log."""
+    """Traceback of an error in the task's own ``metrics()``, for the hospital's log; empty if there was none."""
 
 
 @dataclass(frozen=True)
 class PooledEvaluation:
-    """What sums of several sites' evaluations say of all their test cases."""
+    """Figures over all test cases of several sites, from the sums of their evaluations."""
 
     n_samples: int
     metrics: dict[str, float]
-    """Of all cases pooled."""
+    """Figures over the pooled cases."""
     means: dict[str, float]
-    """Of other figures the means over hospitals, weighted by cases."""
+    """Other figures: means over hospitals, weighted by cases."""
     confusion: list[list[int]]
-    """[classes][classes]: cases of the row's class that were taken for the column's; empty for many classes or none."""
+    """[classes][classes]: cases of the row's class predicted as the column's; empty for many classes or none."""
     roc: dict[str, list[tuple[float, float]]]
-    """By class, one against the rest: false and true positive rate; thinned out; empty for many classes or none."""
+    """By class, one against the rest: (false, true) positive rates, thinned out; empty for many classes or none."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What contributions to a run must look like, and how much fits into one sum made here."""
+    """The shape of contributions to a run, and the capacity of one sum made here."""
 
     delta: DeltaSettings
     aggregation: AggregationSettings
@@ -78,9 +78,9 @@ class CurrentVersion:
 
     version: int
     opening: Opening
-    """The run that it is of."""
+    """The opening of its run."""
     settings: RunSettings
-    """Of that run, fitted to the hub's server."""
+    """The run's settings, with ``delta.chunk_bytes`` fitted to the hub's server."""
     made_by: str
     parameters: tuple[ParameterSpec, ...]
     weights_digest: bytes
@@ -89,12 +89,12 @@ class CurrentVersion:
     grids: tuple[Grid, ...]
     key_id: str
     older_key_ids: tuple[str, ...]
-    """Keys for which sums are still taken."""
+    """Ids of older keys for which sums are still accepted."""
     max_total_weight: int
     n_update_chunks: int
     delta_norm: float
     """L2 norm of the last mean delta; 0 for the first version."""
     norms: dict[str, float]
-    """L2 norms of the sums that were there to make it, by id."""
+    """L2 norms of all sums that arrived for it, by id."""
     quarantined: dict[str, str]
-    """Those of them that were left out, and why."""
+    """Reason for each sum that was left out, by id."""

@@ -1,4 +1,4 @@
-"""When the servers' certificates end: nobody can connect from then on, so it is said in time."""
+"""Warn before the servers' certificates expire, because nobody can connect from then on."""
 
 import asyncio
 import math
@@ -12,13 +12,13 @@ from fednats.services.daemon.notices import What
 from fednats.transport.tls import certificates_end_at
 
 WARNED_DAYS = (30, 7, 1)
-"""Days before the end at which it is said, once each, and once more when it has come."""
+"""Days before the end: one warning at each, and one more after the end."""
 LOOK_S = 3600.0
 DAY_S = 86400.0
 
 
 def stage(left_s: float) -> int | None:
-    """Return the least of `WARNED_DAYS` that is still more than ``left_s``; 0 after the end, None while there is time.
+    """Return the smallest of `WARNED_DAYS` not below ``left_s`` seconds; 0 after the end, None while there is time.
 
     >>> stage(31 * DAY_S), stage(29 * DAY_S), stage(6 * DAY_S), stage(60), stage(-1)
     (None, 30, 7, 1, 0)
@@ -29,7 +29,7 @@ def stage(left_s: float) -> int | None:
 
 
 async def watch_certificates(daemon: Daemon, buses: Sequence[BusSettings]) -> None:
-    """Look at the certificates of the servers that ``buses`` lead to, and warn before they end; for ever."""
+    """Watch the certificates of the servers that ``buses`` name, and warn before they end; forever."""
     said: dict[str, int | None] = {}
     while True:
         ends: dict[str, float] = {}

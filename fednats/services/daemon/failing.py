@@ -1,4 +1,4 @@
-"""Training that fails: how a site paces its tries, and when the coordinator gives the run up."""
+"""Failing training: how a site paces its retries, and when the coordinator gives up the run."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,24 +9,27 @@ from fednats.services.daemon.lifecycle import Daemon
 from fednats.services.daemon.worker import WorkerDiedError
 
 RETRY_S = 30.0
-"""Pause after a job failed, unless a newer version comes first."""
+"""First pause after a failed job, unless a newer version arrives sooner."""
 
 LONGEST_RETRY_S = 600.0
-"""Between tries of training that fails again and again: each costs a pass, and what makes it fail may be mended meanwhile."""
+"""Longest pause between retries of training that keeps failing. Each costs a pass, but the cause may be gone."""
 
 LOOK_S = 1.0
 
 
 class Failures:
-    """How a site's training fails, until it succeeds."""
+    """Counts failures of a site's training, until it succeeds."""
 
     def __init__(self) -> None:
         self.why = ""
-        """In words without data; empty while it does not fail."""
+        """How training fails, in words without data; empty while it does not fail."""
         self._n = 0
 
     def note(self, error: FednatsError) -> bool:
-        """Take in that a pass failed; return whether it did so before. What is no fault of task or data does not count."""
+        """Note that a pass failed; return whether the one before failed in the same way.
+
+        Only `HospitalError` and `WorkerDiedError` count. Others are not the fault of the task or the data.
+        """
         if not isinstance(error, HospitalError | WorkerDiedError):
             return False
         why = error.public if isinstance(error, HospitalError) else "the worker process ended in training"
@@ -36,16 +39,16 @@ class Failures:
 
     @property
     def pause_s(self) -> float:
-        """Until the next try: twice as long after every failure of the same kind."""
+        """Seconds until the next try; doubles with every failure of the same kind."""
         return float(min(RETRY_S * 2 ** max(self._n - 1, 0), LONGEST_RETRY_S))
 
     def clear(self) -> None:
-        """Take in that a pass succeeded."""
+        """Note that a pass succeeded."""
         self.why, self._n = "", 0
 
 
 def all_fail(daemon: Daemon) -> str:
-    """Return how the training of every site below fails; empty if one does not, fails otherwise, or is not known."""
+    """Return how training fails at every site below; empty unless all are known and fail in the same way."""
     presence = daemon.presence
     ways = set(presence.failing.values())
     return ways.pop() if len(ways) == 1 and len(presence.failing) == presence.n_sites else ""
@@ -57,9 +60,9 @@ async def give_up_when_all_fail(
     after_s: Callable[[], float],
     feed: Callable[[Event], Awaitable[None]],
 ) -> None:
-    """Feed `EverySiteFails` when every site has failed in the same way for ``after_s`` without any ``progress``; for ever.
+    """Feed `EverySiteFails` whenever all sites have failed in the same way for ``after_s`` without progress; forever.
 
-    ``progress`` is None while no run is open.
+    ``progress`` returns a value that changes as sites contribute, or None while no run is open.
     """
     loop = asyncio.get_running_loop()
     before, since_s = ("", progress()), loop.time()

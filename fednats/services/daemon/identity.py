@@ -1,4 +1,4 @@
-"""Who a daemon is to the others, and who they are to it: what it publishes is signed, what it reads is verified first."""
+"""Sign what a daemon publishes, and verify what it reads."""
 
 import asyncio
 from pathlib import Path
@@ -12,16 +12,16 @@ from fednats.messages import Message
 from fednats.wire import MessageT
 
 REREAD_S = 1.0
-"""How often the file of signers is looked at: so long, at most, a signer that was revoked is still taken."""
+"""Interval at which the file of signers is checked, so a revoked signer is accepted at most this much longer."""
 
 
 class Identity:
-    """Signs and verifies for one participant, ``name`` as in `permissions.user_name`.
+    """Signs and verifies for one participant, whose ``name`` is as in `permissions.user_name`.
 
-    A signature costs 0.1 ms, made or verified, on the event loop: a hop to a thread would cost as much.
+    Making or verifying a signature takes 0.1 ms on the event loop; a hop to a thread would cost as much.
 
     Raises:
-        ConfigError: the seed or the file of signers is missing, or they do not belong together.
+        ConfigError: the seed or the file of signers is missing, they do not belong together, or the key is revoked.
     """
 
     def __init__(self, name: str, run: str, seed_file: Path | None, signers_file: Path) -> None:
@@ -43,15 +43,15 @@ class Identity:
 
     @property
     def n_hospitals(self) -> int:
-        """Sites that the federation has."""
+        """Number of sites in the federation."""
         return sum(name.startswith("site.") for name in self._signers.roster.keys)
 
     def sign(self, subject: str, message: Message) -> bytes:
-        """Return ``message`` as it is published on ``subject``."""
+        """Return ``message`` packed and signed, to publish on ``subject``."""
         return self.signer.sign(subject, wire.pack(message))
 
     def open(self, subject: str, data: bytes, expected: type[MessageT]) -> MessageT:
-        """Return what came on ``subject``, once it is known to be from whom the subject says.
+        """Verify that ``data`` comes from the sender that ``subject`` names, and return its message.
 
         Raises:
             RefusedError: ``signature``, or as `wire.unpack`.
@@ -59,7 +59,7 @@ class Identity:
         return wire.unpack(self._signers.opened(subject, data), expected)
 
     async def follow_signers(self, log: Any) -> None:
-        """Read the file of signers again whenever it changes, for ever."""
+        """Read the file of signers again whenever it changes, forever."""
         failed = ""
         while True:
             await asyncio.sleep(REREAD_S)

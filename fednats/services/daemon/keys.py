@@ -1,4 +1,4 @@
-"""Key files, and what a run asks of them."""
+"""Read key files, and select the key that a run asks for."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from fednats.errors import ConfigError, Reason, RefusedError
 
 
 def read_key(path: Path | None, setting: str) -> bytes | None:
-    """Read a key file; None if the setting is not given.
+    """Read a key file; return None if ``path`` is None.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -20,7 +20,7 @@ def read_key(path: Path | None, setting: str) -> bytes | None:
 
 
 def read_keys(newest: Path | None, older: Path | None, setting: str) -> tuple[bytes, ...]:
-    """Read the keys of this epoch and of the one before, as far as they are given, the newest first.
+    """Read the keys of this epoch and of the one before, if given, the newest first.
 
     Raises:
         ConfigError: a file cannot be read, or only the older one is given.
@@ -32,15 +32,15 @@ def read_keys(newest: Path | None, older: Path | None, setting: str) -> tuple[by
 
 
 def held(public_keys: Sequence[bytes], announced: str) -> bytes | None:
-    """Return the public key with the id ``announced``, else the newest; None if there are none."""
+    """Return the public key with the id ``announced``, or else the newest; None if there are none."""
     return next((key for key in public_keys if key_id(key) == announced), public_keys[0] if public_keys else None)
 
 
 def checked_key_id(find: Callable[[], str]) -> str:
-    """Return the key id that ``find`` gives; a key that does not fit the announced settings refuses the run, not more.
+    """Return the key id from ``find``. If the key does not fit the announced settings, refuse the run, but keep going.
 
     Raises:
-        RefusedError: ``wrong_key``.
+        RefusedError: ``wrong_key``: ``find`` raised ConfigError.
     """
     try:
         return find()

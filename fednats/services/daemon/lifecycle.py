@@ -27,14 +27,14 @@ from fednats.web.server import serving
 
 PRESENCE_RENEWAL_S = 5.0
 MAX_SAID, SHORTEST_SAID = 6000, 40
-"""Characters of all that is said of those below, of one kind, and of each at least."""
+"""Characters in a presence for all reasons of one kind together, and at least for each of them."""
 
 Log = structlog.stdlib.BoundLogger
 
 
 @dataclass
 class Daemon:
-    """What one running service knows of itself."""
+    """The state of one running service."""
 
     role: str
     name: str
@@ -45,34 +45,36 @@ class Daemon:
     """Set by SIGTERM or SIGINT: take no new work, finish what is under way."""
     ready: bool = False
     doing: str = "connecting to the bus"
-    """What it does until it has started, in words; empty from then on."""
+    """What it does while starting, in words; empty once started."""
     buses: list[Bus] = field(default_factory=list)
-    """Connections without which the daemon is not ready."""
+    """Connections that must be up for the daemon to be ready."""
     status: Callable[[], Mapping[str, Any]] = dict
     private: Callable[[], Mapping[str, Any]] = dict
-    """What only its own /status shows, because it is learned from patients' data."""
+    """What only its own /status shows, not the bus: a hospital's test figures, the names of a region's sites."""
     loop_lag: LoopLag = field(default_factory=LoopLag)
     waits: Callable[[], bool] = lambda: False
-    """Whether it cannot contribute: until others are there, or any more."""
+    """Whether it cannot contribute, either until others are present or at all."""
     obstacles: dict[str, str] = field(default_factory=dict)
-    """What keeps it from working, by what it is: it is not ready meanwhile. Said by `hinder`."""
+    """Reasons why it cannot work, by obstacle; it is not ready while there is one. Set by `hinder`."""
     sources: dict[str, Mapping[str, list[str]]] = field(default_factory=dict)
-    """By role: who of those that report here is there (present), is there and waits for others (waiting), is not (absent)."""
+    """By role: which services that report here are ``present``, ``waiting`` (present, but unable to contribute) or
+    ``absent``.
+    """
     notices: Notices = field(init=False)
-    """What it tells whoever listens on the bus."""
+    """Notices for listeners on the bus."""
     declined: dict[str, Mapping[str, str]] = field(default_factory=dict)
-    """By role: which services, this one and those below, take no part in the run, and why."""
+    """Which services decline the run, this one and those below, and why. By role, or `verdicts.REFUSED`."""
     failing: dict[str, Mapping[str, str]] = field(default_factory=dict)
-    """By role: which of them fail to train, and how, in words without data."""
+    """By role: which services fail to train, and how, in words without data."""
     n_sites: dict[str, int] = field(default_factory=dict)
-    """By role of the services directly below: the sites below them; 0 while one of them has not said how many."""
+    """By role of the services directly below: number of sites below them; 0 while not all have said how many."""
 
     def __post_init__(self) -> None:
         self.notices = Notices(self.role, self.name, self.run)
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has started, its connections stand, and nothing keeps it from working."""
+        """Whether it has started, all connections are up, and nothing keeps it from working."""
         return self.not_ready() is None
 
     def not_ready(self) -> str | None:
@@ -87,7 +89,7 @@ class Daemon:
 
     @property
     def presence(self) -> Presence:
-        """What it says of itself on the bus."""
+        """Its presence, as it publishes it on the bus."""
         declined = _together(self.declined)
         if self.obstacles:
             declined[user_name(self.role, self.name)] = "; ".join(self.obstacles.values())
@@ -100,20 +102,20 @@ class Daemon:
         )
 
     def hinder(self, what: str, why: str, event: str, **fields: object) -> None:
-        """Note that ``what`` keeps it from working, and log ``event`` with the reason unless that was said before."""
+        """Note that ``what`` keeps it from working; log ``event`` and add a notice if the reason ``why`` is new."""
         if self.obstacles.get(what) != why:
             self.log.error(event, remedy=why, **fields)
             self.notices.add(What.HINDERED, {"obstacle": what, "why": why})
         self.obstacles[what] = why
 
     def unhinder(self, what: str) -> None:
-        """Note that ``what`` no longer keeps it from working."""
+        """Note that ``what`` no longer keeps it from working; log that and add a notice."""
         if self.obstacles.pop(what, None) is not None:
             self.log.info("obstacle_gone", obstacle=what)
             self.notices.add(What.UNHINDERED, {"obstacle": what})
 
     def describe(self) -> dict[str, Any]:
-        """Return what the micro service's ``status`` endpoint shows, to whoever may ask on the bus."""
+        """Return the status for the micro service's ``status`` endpoint, for anyone who may ask on the bus."""
         return {
             "role": self.role,
             "name": self.name,
@@ -128,11 +130,11 @@ class Daemon:
         }
 
     def describe_here(self) -> dict[str, Any]:
-        """Return what /status shows."""
+        """Return the status for the daemon's own /status."""
         return {**self.describe(), **self.private()}
 
     async def be_seen(self, bus: Bus, *domains: str) -> None:
-        """Register as a NATS micro service on ``bus`` and keep the presence key alive, there or in other ``domains``."""
+        """Register as a NATS micro service on ``bus``, and renew the presence key there or in ``domains``, forever."""
         await bus.serve(
             f"fednats-{self.role}",
             fednats.__version__,
@@ -155,7 +157,7 @@ class Daemon:
 def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon], Awaitable[None]]) -> int:
     """Run ``body`` until it returns or a signal asks it to stop; return the exit code.
 
-    An error that starting again cannot mend gives `fednats.errors.CONFIG_EXIT`, another one 1. SIGTERM and SIGINT set
+    An error that a restart cannot fix gives `fednats.errors.CONFIG_EXIT`, any other error 1. SIGTERM and SIGINT set
     `Daemon.stopping`; a body that has not returned ``drain_s`` later is cancelled.
     """
     configure_logging(settings.log_level)
@@ -172,9 +174,9 @@ def run(role: str, name: str, settings: DaemonSettings, body: Callable[[Daemon],
 
 
 def in_full(error: BaseException) -> dict[str, str]:
-    """Return the log field with the traceback of an error of a task's code, or of one that nobody expected.
+    """Return a log field with the traceback of an error in a task's code, or of an unexpected error.
 
-    It is for this machine's own log: it may quote a record.
+    It is for this machine's own log only: it may quote a record.
     """
     if isinstance(error, HospitalError):
         return {"exception": error.traceback} if error.traceback else {}
@@ -213,10 +215,10 @@ async def _live(daemon: Daemon, settings: DaemonSettings, body: Callable[[Daemon
 async def until_stopped(
     daemon: Daemon, forever: Mapping[str, Awaitable[None]], finish: Callable[[], Awaitable[None]]
 ) -> None:
-    """Run named side tasks; one failure stops all. When the daemon stops, await ``finish``, then end the tasks."""
+    """Run named side tasks; one failure stops all. When the daemon stops, await ``finish``, then cancel the tasks."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_endless(name, body), name=name) for name, body in forever.items()]
-        await asyncio.sleep(0)  # each has begun: what is cancelled before would never be awaited
+        await asyncio.sleep(0)  # let each begin: a coroutine cancelled before that would never be awaited
         await daemon.stopping.wait()
         await finish()
         for task in tasks:
@@ -229,7 +231,7 @@ async def _endless(name: str, body: Awaitable[None]) -> None:
 
 
 def configure_logging(level: str) -> None:
-    """Write to standard error: JSON lines, or in a terminal lines that people can read."""
+    """Log to standard error: as JSON lines, or as readable lines in a terminal."""
     shown = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
@@ -246,7 +248,7 @@ def configure_logging(level: str) -> None:
 
 
 class _LogStream:
-    """Standard error; where it cannot be written (a full disk), lines are missing, and no daemon ends for that."""
+    """Standard error. Lines that cannot be written (a full disk) are dropped, so that they do not end the daemon."""
 
     def write(self, text: str) -> None:
         with suppress(OSError):
@@ -258,7 +260,7 @@ class _LogStream:
 
 
 def _together(by_role: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return what all say, cut so that it fits into one key: else a few who say much would silence their region."""
+    """Return the reasons of all roles, cut to fit into one key. Otherwise a few long ones would silence the region."""
     said = {name: why for below in by_role.values() for name, why in below.items()}
     longest = max(SHORTEST_SAID, MAX_SAID // max(1, len(said)))
     return {name: why[:longest] for name, why in said.items()}

@@ -1,4 +1,4 @@
-"""How late an event loop is: the time that something which arrives at any moment waits for the loop."""
+"""Measure how late an event loop is: how long an event that arrives at a random moment waits for the loop."""
 
 import asyncio
 import math
@@ -12,7 +12,7 @@ _N_BUCKETS = 1 + math.ceil(math.log(1000 / _FINEST_S, _GROWTH))
 
 
 class LoopLag:
-    """A histogram of lags, by buckets 2 % apart from 0.1 ms on; what is beyond 1000 s is counted as 1000 s."""
+    """A histogram of lags, in buckets 2 % apart from 0.1 ms to 1000 s. Longer lags count in the last bucket."""
 
     def __init__(self) -> None:
         self._counts = [0] * _N_BUCKETS
@@ -20,10 +20,10 @@ class LoopLag:
         self._max_s = 0.0
 
     async def watch(self, observe: Callable[[float], None]) -> None:
-        """Sleep, see how late that ended, and tell ``observe``, until cancelled.
+        """Sleep, measure how late the sleep ended, and tell ``observe``, until cancelled.
 
-        A loop that was held up for long has missed wakings meanwhile, which count with what they would have waited; else
-        one long stop would be one sample among many short ones.
+        If the loop was held up, the wake-ups that it missed count too, each with the time it would have waited.
+        Otherwise a long stop would be one sample among many short ones.
         """
         loop = asyncio.get_running_loop()
         due = loop.time() + INTERVAL_S
@@ -43,7 +43,9 @@ class LoopLag:
         self._max_s = max(self._max_s, lag_s)
 
     def quantile_s(self, share: float) -> float:
-        """Return the lag that ``share`` of all do not exceed, at most 2 % too high; 0 before the first.
+        """Return the lag, in seconds, that a share ``share`` of all lags do not exceed; 0 before the first.
+
+        The result is at most 2 % too high.
 
         >>> lag = LoopLag()
         >>> for tenths_of_ms in range(1000):

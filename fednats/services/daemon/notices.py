@@ -1,7 +1,7 @@
-"""What a service tells whoever listens: small JSON on ``fed.<run>.event.<role>.<name>``, for people and monitoring.
+"""Publish notices for people and monitoring: small JSON on ``fed.<run>.event.<role>.<name>``.
 
-Nothing depends on a notice. It is published once, to those who listen at that moment, and lost while the bus is away.
-It has names, numbers and reasons, never anything that was learned from patients' data. bus/README.md lists them.
+Nothing depends on a notice. It is published once, to current listeners, and lost while the bus is away. It holds names,
+numbers and reasons, never anything learned from patients' data. bus/README.md lists the notices.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from fednats.errors import BusError
 from fednats.transport.bus import Bus
 
 SCHEMA = 1
-"""Of the JSON; it changes when a field is taken out or changes its meaning, not when one is added."""
+"""Version of the JSON. It changes when a field is removed or changes its meaning, not when one is added."""
 MAX_WAITING = 256
-"""Notices kept while they are being sent; more are dropped."""
+"""Most notices that may wait to be sent; more are dropped."""
 
 
 class What(StrEnum):
-    """What a notice is of; its fields are beside it."""
+    """The kind of a notice; the comment beside each lists its fields."""
 
     RUN_OPENED = "run_opened"  # opened, version
     RUN_CLOSED = "run_closed"  # opened, version, reason
@@ -40,11 +40,11 @@ class What(StrEnum):
 
 
 OF_ITSELF = frozenset({What.HINDERED, What.UNHINDERED, What.CERTIFICATE_ENDING})
-"""Notices of a service itself; those of an aggregator go to the node above as well, all others name its sites."""
+"""Notices about the service itself. An aggregator sends only these to the node above too: others may name its sites."""
 
 
 class Notices:
-    """Those of one service."""
+    """The notices of one service."""
 
     def __init__(self, role: str, name: str, run: str) -> None:
         self._who = {"role": role, "name": name, "run": run}
@@ -52,14 +52,14 @@ class Notices:
         self._waiting: asyncio.Queue[tuple[What, bytes]] = asyncio.Queue(MAX_WAITING)
 
     def add(self, what: What, details: Mapping[str, object]) -> None:
-        """Take a notice to be told; returns at once."""
+        """Queue a notice; return at once. Drop it if `MAX_WAITING` wait already."""
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         notice = {"schema": SCHEMA, "at": at, **self._who, "what": what, "details": details}
         if not self._waiting.full():
             self._waiting.put_nowait((what, json.dumps(notice).encode()))
 
     async def tell(self, bus: Bus, above: Bus | None = None) -> None:
-        """Publish what is added, for ever; what is `OF_ITSELF` on the bus ``above``, too."""
+        """Publish queued notices on ``bus``, forever; those in `OF_ITSELF` on ``above`` too."""
         while True:
             what, notice = await self._waiting.get()
             for listening in (bus, above if what in OF_ITSELF else None):
@@ -67,4 +67,4 @@ class Notices:
                     if listening is not None:
                         await listening.emit(self._subject, notice)
                 except BusError:
-                    pass  # nobody hears it
+                    pass  # the notice is lost

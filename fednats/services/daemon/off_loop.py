@@ -1,4 +1,4 @@
-"""What reads or writes files, kept off the event loop; and what is sent, held to a pace."""
+"""Read and write files off the event loop, and limit the rate of sending."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -14,13 +14,13 @@ _END = object()
 
 
 async def off_loop(items: Iterator[T]) -> AsyncIterator[T]:
-    """Yield ``items``, each of them produced in a thread."""
+    """Yield ``items``, each produced in a thread."""
     while (item := await asyncio.to_thread(next, items, _END)) is not _END:
-        yield item  # type: ignore[misc]  # it is not the sentinel
+        yield item  # type: ignore[misc]  # not the sentinel
 
 
 async def paced(chunks: AsyncIterator[bytes], max_mbit: float | None) -> AsyncIterator[bytes]:
-    """Yield ``chunks`` at no more than ``max_mbit`` (1e6 bits per second); None: as fast as they are asked for."""
+    """Yield ``chunks`` at no more than ``max_mbit`` (1e6 bits per second); None for no limit."""
     loop = asyncio.get_running_loop()
     due = loop.time()
     async for chunk in chunks:
@@ -32,7 +32,7 @@ async def paced(chunks: AsyncIterator[bytes], max_mbit: float | None) -> AsyncIt
 
 @asynccontextmanager
 async def chunk_file(path: Path) -> AsyncIterator[ChunkFile]:
-    """Open a file of chunks to append to; closing it waits for the disk, seconds for a large one, in a thread."""
+    """Open a file of chunks to append to. Closing it waits for the disk in a thread; a large file takes seconds."""
     file = await asyncio.to_thread(ChunkFile, path)
     try:
         yield file

@@ -1,4 +1,4 @@
-"""What a daemon accepts and publishes, put on record before it leaves: the services' hand on their ledger."""
+"""Record what a daemon accepts and publishes in its ledger, before anything leaves."""
 
 import asyncio
 import hashlib
@@ -20,29 +20,29 @@ from fednats.services.daemon.lifecycle import Daemon
 from fednats.transport.bus import Bus
 
 INTERVAL_S = 60.0
-"""How often what is summed up is put on record."""
+"""Interval between records of traffic that is only summed up."""
 
 SUMMED_UP = f"presence, status answers, notices, requests to the bus and acknowledgements are summed up as 'other' every {INTERVAL_S:.0f} s"
 
 
 class Traffic(NamedTuple):
-    """How much has been sent."""
+    """An amount of traffic sent."""
 
     n_messages: int
     n_bytes: int
-    """Of payload."""
+    """Bytes of payload."""
 
     def less(self, other: "Traffic") -> "Traffic":
-        """Return what is beyond ``other``."""
+        """Return the difference to ``other``."""
         return Traffic(self.n_messages - other.n_messages, self.n_bytes - other.n_bytes)
 
     def more(self, other: "Traffic") -> "Traffic":
-        """Return both together."""
+        """Return the sum with ``other``."""
         return Traffic(self.n_messages + other.n_messages, self.n_bytes + other.n_bytes)
 
 
 class Recorder:
-    """Records what one daemon accepts and publishes; a record is on the disk when the call returns."""
+    """Records what one daemon accepts and publishes. A record is on disk when the call returns."""
 
     def __init__(self, daemon: Daemon, identity: Identity, path: Path) -> None:
         """Open the ledger at ``path``. Raises as `EgressLedger`."""
@@ -61,7 +61,7 @@ class Recorder:
         self._ledger.close()
 
     async def begin(self, detail: str = "") -> None:
-        """Record that the daemon has started, and what its last life left half written."""
+        """Record that the daemon has started, and whether a half-written record was removed. Raises as `record`."""
         removed = self._ledger.removed_bytes
         cut = (
             f"a record that was cut short after {removed} bytes was removed, nothing had left for it" if removed else ""
@@ -69,14 +69,14 @@ class Recorder:
         await self.record(LedgerEntry("started", detail="; ".join(filter(None, (detail, cut)))))
 
     async def record(self, *entries: LedgerEntry) -> None:
-        """Write ``entries``. Raises LocalStorageError: they are not on the disk, and must not leave."""
+        """Write ``entries``. Raises LocalStorageError: they are not on disk, so what they record must not be sent."""
         await asyncio.to_thread(self._ledger.append, *entries)
         self._daemon.metrics.ledger_records.set(self._ledger.n_records)
         self._daemon.metrics.ledger_bytes.set(self._ledger.n_bytes)
 
     @asynccontextmanager
     async def sending(self, bus: Bus, entry: LedgerEntry) -> AsyncIterator[None]:
-        """Record ``entry``, then count what leaves meanwhile as recorded, up to what the entry says. Raises as `record`."""
+        """Record ``entry``; in the context, count traffic up to its amount as recorded. Raises as `record`."""
         await self.record(entry)
         before = Traffic(*bus.sent)
         try:
@@ -88,7 +88,10 @@ class Recorder:
             )
 
     async def sum_up(self, bus: Bus) -> None:
-        """Record what has left over ``bus`` without a record of its own since this was last called; not while sending."""
+        """Record the traffic on ``bus`` since the last call that has no record of its own. Never call while `sending`.
+
+        It is the connection's total minus everything recorded individually. Raises as `record`.
+        """
         rest = Traffic(*bus.sent).less(self._covered).less(self._summed)
         if rest.n_messages > 0 or rest.n_bytes > 0:
             rest = Traffic(max(0, rest.n_messages), max(0, rest.n_bytes))
@@ -106,7 +109,7 @@ def entry_of(
     epsilon: float | None = None,
     detail: str = "",
 ) -> LedgerEntry:
-    """Return the entry of a signed message and, if it is a head, of its ``payload``."""
+    """Return the entry for a signed message and, if it is a head, for its ``payload``."""
     packed = wire.pack(message)
     return LedgerEntry(
         what,
@@ -121,12 +124,12 @@ def entry_of(
 
 
 def run_begins(opening: Opening) -> LedgerEntry:
-    """Return the entry that says of which run versions are from the first one of ``opening`` on; nothing leaves with it."""
+    """Return the entry that marks the first version of a run. Nothing is sent with it."""
     return LedgerEntry("run", version=opening.first_version, name=opening.name)
 
 
 def accepted(head: Update | Aggregate) -> LedgerEntry:
-    """Return the entry of a contribution that goes into a sum or a version."""
+    """Return the entry for a contribution that goes into a sum or a version."""
     sender = user_name("site" if isinstance(head, Update) else "aggregator", admission.source(head))
     entry = entry_of(
         "accepted",

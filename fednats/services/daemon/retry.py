@@ -1,4 +1,4 @@
-"""What is sent or asked until the bus takes it: through outages, full streams and streams that are made anew."""
+"""Retry bus requests through outages, full streams and streams that are made anew."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -13,11 +13,11 @@ from fednats.transport.streams import BucketSpec, StreamSpec
 Answer = TypeVar("Answer")
 
 RETRY_S = 2.0
-"""Pause after the bus refused something, before it is offered or asked again."""
+"""Pause before a request is tried again."""
 
 
 async def persist(log: Any, publish: Callable[[], Awaitable[object]]) -> None:
-    """Publish, and again while the stream is full or not there."""
+    """Publish; retry while the stream is full or missing."""
     while True:
         try:
             await publish()
@@ -29,7 +29,7 @@ async def persist(log: Any, publish: Callable[[], Awaitable[object]]) -> None:
 
 
 async def ask(log: Any, question: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Return the bus's answer; ask again while the bus or the stream is away."""
+    """Return the bus's answer; ask again after any BusError."""
     while True:
         try:
             return await question()
@@ -39,7 +39,7 @@ async def ask(log: Any, question: Callable[[], Awaitable[Answer]]) -> Answer:
 
 
 async def find(log: Any, question: Callable[[], Awaitable[Answer | None]]) -> Answer | None:
-    """Return the bus's answer, None if the stream is not made yet; ask again while the bus is away. Raises BusError."""
+    """Return the bus's answer, None if there is no stream yet; ask again while the bus is away. Raises BusError."""
     while True:
         try:
             return await question()
@@ -52,7 +52,7 @@ async def find(log: Any, question: Callable[[], Awaitable[Answer | None]]) -> An
 
 
 async def ensure(log: Any, bus: Bus, streams: Iterable[StreamSpec], buckets: Iterable[BucketSpec] = ()) -> None:
-    """Have the bus make streams and buckets, in order; again while it is away.
+    """Make streams and buckets on the bus, in order; retry while it is away.
 
     Raises:
         BusError: not permitted, or an incompatible change (the text names it).

@@ -1,4 +1,4 @@
-"""Whether the server that a daemon is connected to takes messages as large as the run's."""
+"""Check that a daemon's server accepts messages as large as the run's."""
 
 from fednats.services.daemon.lifecycle import Daemon
 from fednats.transport.bus import Bus
@@ -7,7 +7,7 @@ OBSTACLE = "server limit"
 
 
 async def follow_server_limit(daemon: Daemon, bus: Bus) -> None:
-    """Keep the daemon from being ready, and say why, while its server takes smaller messages than the run's; for ever."""
+    """Hold the daemon unready, and say why, while its server does not accept messages of the run's size; forever."""
     async for limit in bus.limits():
         if limit.too_small:
             daemon.hinder(OBSTACLE, limit.remedy, "server_limit_too_small", **limit._asdict())

@@ -1,4 +1,4 @@
-"""A daemon's ``state_dir``: what is written there is closed to other users, and one daemon's at a time."""
+"""A daemon's ``state_dir``: closed to other users, and used by one daemon at a time."""
 
 import fcntl
 import os
@@ -16,14 +16,14 @@ _OTHERS_WRITE, _GROUP_WRITES = 0o002, 0o020
 
 @contextmanager
 def own(state_dir: Path) -> Iterator[None]:
-    """Keep other users out of what is written, and other daemons out of ``state_dir``, while the context is open.
+    """Lock ``state_dir`` against other daemons while the context is open, and make new files private.
 
-    The process's umask is set for good: whatever the daemon and its worker write, there or elsewhere, is theirs alone
-    (0600). A folder that is not there is made, closed to others (0700). One that is there, a volume or what a link leads
-    to, keeps its mode and owner; it is refused if others could put their own files in the place of the daemon's.
+    The process's umask is set for good: all files that the daemon and its worker write, here or elsewhere, have mode
+    0600. A missing folder is made with mode 0700. An existing one, such as a volume or the target of a link, keeps its
+    mode and owner. It is refused if other users may write in it, because they could replace the daemon's files.
 
     Raises:
-        ConfigError: it cannot be made or written, others may write in it, or a daemon runs on it.
+        ConfigError: the folder cannot be made, written or locked, others may write in it, or a daemon runs on it.
     """
     os.umask(0o077)
     try:
@@ -43,7 +43,7 @@ def own(state_dir: Path) -> Iterator[None]:
 
 def _refuse_open(state_dir: Path, found: os.stat_result) -> None:
     mode = stat.S_IMODE(found.st_mode)
-    roots_group = found.st_uid == 0 and os.geteuid() != 0  # a volume of Kubernetes with fsGroup
+    roots_group = found.st_uid == 0 and os.geteuid() != 0  # a Kubernetes volume with fsGroup
     if mode & _OTHERS_WRITE or (mode & _GROUP_WRITES and not roots_group):
         raise ConfigError(
             f"state_dir: others may write in {state_dir} (mode {mode:o}, owner {found.st_uid}), and so change what the daemon"

@@ -1,8 +1,8 @@
-"""One long-lived process beside a daemon, for training and cryptography, so that the event loop is never held up.
+"""One long-lived process beside a daemon, for training and cryptography, so that they never block the event loop.
 
-The process is spawned, not forked, and owns what is heavy: torch, TenSEAL, the data. It ends with its daemon, also when
-that is killed. A worker that dies (hostile ciphertext, out of memory) is replaced; what it was doing fails, and nothing
-else: a job reaches the process only when the one before it is done.
+The process is spawned, not forked, and owns what is heavy: torch, TenSEAL, the data. It ends with its daemon, even if
+the daemon is killed. A worker that dies (hostile ciphertext, out of memory) is replaced. Only its current job fails,
+because a job reaches the process only when the one before is done.
 """
 
 import asyncio
@@ -24,26 +24,26 @@ from fednats.services.daemon.retry import RETRY_S
 JobsT = TypeVar("JobsT")
 
 NICENESS = 10
-"""How far a worker stands back: training must not keep the daemons, or the hospital's own work, from a processor."""
+"""Added to a worker's niceness, so that training does not slow down the daemons or the hospital's own work."""
 
 OF_THE_DAEMON = (signal.SIGINT, signal.SIGTERM)
-"""Ctrl-C and a supervisor's SIGTERM reach the whole process group; the daemon decides, and ends its worker."""
+"""Signals that a worker ignores. They reach the whole process group; the daemon handles them and ends its worker."""
 
 START_METHOD = "spawn"
-"""How a worker is started. A testbed's daemon, itself a fork, sets ``forkserver``."""
+"""Start method of multiprocessing. A testbed's daemon, itself a fork, sets ``forkserver``."""
 
 _made: list[Any] = []
 _make: list[Callable[[], Any]] = []
 
 
 class WorkerDiedError(FednatsError):
-    """The worker process ended while it worked; a new one is started for the next job."""
+    """The worker process ended during a job. A new one is started for the next job."""
 
 
 class Worker(Generic[JobsT]):
-    """Runs the methods of one object that ``make(*args)`` makes in the worker process.
+    """Runs methods of one object, which ``make(*args)`` makes in the worker process.
 
-    ``make`` is a module-level function that imports what is heavy inside itself, so the daemon stays light.
+    ``make`` is a module-level function. It does heavy imports in its body, so the daemon stays light.
     """
 
     def __init__(self, make: Callable[..., JobsT], *args: object) -> None:
@@ -61,12 +61,12 @@ class Worker(Generic[JobsT]):
         processes = list((self._pool._processes or {}).values())  # noqa: SLF001 - the pool offers no terminate before 3.14
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
-            process.kill()  # it leaves SIGTERM to its daemon
+            process.kill()  # the worker ignores SIGTERM
         for process in processes:
             await asyncio.to_thread(process.join)
 
     async def call(self, method: str, *args: object) -> Any:
-        """Run ``method`` of the object and return what it returns or raise what it raises.
+        """Run ``method`` of the object; return its result or raise its error.
 
         Raises:
             WorkerDiedError: the process ended.
@@ -84,7 +84,10 @@ class Worker(Generic[JobsT]):
                 ) from None
 
     async def persist(self, log: Any, method: str, *args: object) -> Any:
-        """Run ``method`` as `call` does, and again until no process ends in it: for what must be known to go on."""
+        """Run ``method`` as `call` does, and again whenever the process ends during it.
+
+        For results without which the daemon cannot go on.
+        """
         while True:
             try:
                 return await self.call(method, *args)
@@ -99,8 +102,8 @@ class Worker(Generic[JobsT]):
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Keep what the daemon decides on from a process that is started meanwhile, until that ignores it by itself."""
-    resource_tracker.ensure_running()  # else multiprocessing starts it in between, and lets the signals through again
+    """Block the signals in `OF_THE_DAEMON`: a process started meanwhile inherits the block until it ignores them."""
+    resource_tracker.ensure_running()  # otherwise multiprocessing starts it below, and unblocks the signals
     held = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_DAEMON)
     try:
         yield
@@ -125,6 +128,6 @@ def _end_with_parent() -> None:
 
 
 def _run(method: str, args: tuple[object, ...]) -> Any:
-    if not _made:  # made by the first job, so that its errors reach the caller
+    if not _made:  # the first job makes the object, so that errors reach the caller
         _made.append(_make[0]())
     return getattr(_made[0], method)(*args)

@@ -1,6 +1,6 @@
-"""A node's notes to itself on the bus: what its versions, or its sums, were made of. A node restored from a backup reads them.
+"""A node's notes to itself on the bus, for restoring from a backup: what its versions or sums were made of.
 
-A note is stored before what it is of is published, so for whatever is published there is one.
+A note is stored before its version or sum is published, so everything published has one.
 """
 
 from collections.abc import Awaitable, Callable
@@ -15,16 +15,16 @@ from fednats.transport.bus import Bus
 from fednats.wire import MessageT
 
 BLOCKS = "evaluation_blocks"
-"""Name of the note of which sites have been in the same sums of evaluations; no sum has such an id."""
+"""Name of the note that says which sites share sums of evaluations. It is no valid id of a sum."""
 
 
 def opening_name(version: int) -> str:
-    """Return the name of the note of what was opened with ``version``."""
+    """Return the name of the note of the opening whose first version is ``version``."""
     return f"opening-{version}"
 
 
 class Compositions:
-    """The notes of one node; ``may_write`` returns when this process may publish for it."""
+    """The notes of one node. ``may_write`` returns when this process may publish for the node."""
 
     def __init__(
         self, bus: Bus, run: str, node: str, identity: Identity, log: Any, may_write: Callable[[], Awaitable[None]]
@@ -39,29 +39,29 @@ class Compositions:
         self._blocks: EvaluationBlocks | None = None
 
     async def write(self, name: str, composition: Composition) -> None:
-        """Store what the version or the sum called ``name`` is made of; doing it again changes nothing."""
+        """Store what the version or sum ``name`` was made of. Storing it again changes nothing."""
         await self._write(name, composition)
 
     async def write_opening(self, note: OpeningNote) -> None:
-        """Store with which settings a run was opened, or extended."""
+        """Store the settings with which a run was opened or extended."""
         await self._write(opening_name(note.opening.opened_at), note)
 
     async def read_opening(self, version: int) -> OpeningNote | None:
-        """Return what was opened with ``version``."""
+        """Return the note of the opening at ``version``; None if there is none that this node signed."""
         return await self._read(opening_name(version), OpeningNote)
 
     async def write_blocks(self, blocks: EvaluationBlocks) -> None:
-        """Store which sites are in the same sums of evaluations from now on, unless that is what is stored."""
+        """Store which sites share sums of evaluations from now on, unless this process has stored the same before."""
         if blocks != self._blocks:
             await self._write(BLOCKS, blocks)
             self._blocks = blocks
 
     async def read(self, name: str) -> Composition | None:
-        """Return what ``name`` was made of, None if there is no note that this node signed."""
+        """Return what ``name`` was made of; None if there is no note that this node signed."""
         return await self._read(name, Composition)
 
     async def read_blocks(self) -> EvaluationBlocks | None:
-        """Return the newest note of `write_blocks`."""
+        """Return the newest note of `write_blocks`; None if there is none that this node signed."""
         return await self._read(BLOCKS, EvaluationBlocks)
 
     async def _write(self, name: str, message: Message) -> None:

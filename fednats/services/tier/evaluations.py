@@ -1,4 +1,4 @@
-"""Evaluations that are summed: whose chunks can be read and added, and what is known of all of them together."""
+"""Sum evaluations: select those that can be read and added, and describe their sum."""
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
@@ -19,15 +19,15 @@ from fednats.services.tier.inbox import VanishedError
 EvaluationPart = Evaluation | EvaluationSum
 Read = Callable[[EvaluationPart], AsyncGenerator[bytes, None]]
 Kind = tuple[int, int | None, str]
-"""Classes, arrangement and key: only what has the same of all three adds up."""
+"""Classes, arrangement and key id. Only evaluations with the same three can be added."""
 
 Sum = TypeVar("Sum")
 
 FEWEST_COUNTS, FEWEST_BITS = 512, 4
-"""Counts in a chunk, the last one apart, and bits of a count: whatever the settings are, no fewer."""
+"""Lower bounds, for any settings: counts in a chunk (except the last one), and bits of a count."""
 
 COUNT_BYTES, MORE_BYTES = 16, 2**20
-"""Bytes that a count takes, and what comes on top of all: whatever the settings are, no more."""
+"""Upper bounds in bytes, for any settings: one count, and the overhead of all chunks together."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,14 @@ class Loaded:
 
 
 Add = Callable[[Sequence[tuple[bytes, ...]], Sequence[EvaluationPart]], Awaitable[Sum]]
-"""Takes the chunks of evaluations, and their heads: all have the same classes, arrangement and key."""
+"""Called with the chunks of evaluations and their heads, all of one `Kind`; returns the sum."""
 
 
 class Summing(Generic[Sum]):
     """Sums evaluations in the worker process.
 
-    Whatever cannot be summed is left out, and said to be: a part that is damaged, lost, for none of ``key_ids``, of fewer
-    than ``min_sites`` sites or of more than there are, or of other classes, in another arrangement or for another key than
-    most.
+    It leaves out, and logs, parts that are damaged, lost, too large or for none of ``key_ids``; sums of fewer than
+    ``min_sites`` sites or of more than ``n_hospitals``; and parts whose `Kind` differs from that of most.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Summing(Generic[Sum]):
         self._log = log
 
     async def run(self, summing: SumEvaluations) -> tuple[list[EvaluationPart], Sum | None]:
-        """Return the evaluations that were summed, and the sum; none where they are of too few sites."""
+        """Return the evaluations that were summed, and the sum; ([], None) if they come from too few sites."""
         loaded = await self._load(summing)
         while sites_of([each.part for each in loaded]) >= self._min_sites:
             try:
@@ -91,7 +90,7 @@ class Summing(Generic[Sum]):
         return loaded
 
     async def _read_all(self, part: EvaluationPart) -> tuple[bytes, ...]:
-        """Return its chunks; as many bytes as can be meant are in memory, however many its sender has stored."""
+        """Return its chunks. Raises RefusedError at more bytes than its counts can take, to bound the memory."""
         most, n_bytes, read = _n_counts(part) * COUNT_BYTES + MORE_BYTES, 0, []
         async with aclosing(self._read(part)) as chunks:
             async for chunk in chunks:
@@ -110,7 +109,7 @@ class Summing(Generic[Sum]):
         if not part.n_classes and part.arrangement is None:
             raise RefusedError(Reason.WRONG_SHAPE, "neither classes nor figures are counted")
         most = _n_counts(part) // FEWEST_COUNTS + 1
-        if len(part.payload.digests) > most:  # they are read into memory: no more than can be meant
+        if len(part.payload.digests) > most:  # the chunks are read into memory, so limit them
             raise RefusedError(Reason.OVERSIZED, f"{len(part.payload.digests)} chunks, its counts have at most {most}")
         least = max(self._min_sites, part.min_sites)
         if isinstance(part, EvaluationSum) and part.n_sites < least:
@@ -124,14 +123,14 @@ class Summing(Generic[Sum]):
         return await self._add([each.chunks for each in loaded], [each.part for each in loaded])
 
     async def _survives(self, loaded: Loaded) -> bool:
-        """Whether summing this one alone leaves the worker process alive."""
+        """Whether the worker process survives summing this one alone."""
         try:
             await self._sum([loaded])
         except WorkerDiedError as error:
             self._leave_out(loaded.part, error)
             return False
         except RefusedError:
-            pass  # refused by name when all are summed
+            pass  # left out when all are summed
         return True
 
     def _leave_out(self, part: EvaluationPart, error: FednatsError) -> None:
@@ -139,7 +138,7 @@ class Summing(Generic[Sum]):
 
 
 def _n_counts(part: EvaluationPart) -> int:
-    """Return how many counts an evaluation has at most."""
+    """Return the largest number of counts that an evaluation can have."""
     return n_integers(part.n_classes, part.arrangement, FEWEST_BITS)
 
 
@@ -148,10 +147,10 @@ def _kind(part: EvaluationPart) -> Kind:
 
 
 def payload_of(source: str, version: int, chunks: Sequence[bytes]) -> Payload:
-    """Name and describe the counts of one version that a site or region sends: the same name for the same counts.
+    """Return the payload of the counts that a site or region sends for one version.
 
-    It follows from the counts: with a name that others can make in advance they could send something under it first, and
-    the stream would drop the counts as sent before.
+    Its name is derived from the counts, so nobody can guess it. Otherwise somebody could publish under the name first,
+    and the stream would drop the counts as duplicates.
     """
     digests = tuple(map(wire.digest, chunks))
     name = wire.digest(b"".join([f"evaluation.{source}.{version}.".encode(), *digests])).hex()
@@ -159,7 +158,7 @@ def payload_of(source: str, version: int, chunks: Sequence[bytes]) -> Payload:
 
 
 def sum_of(run: str, region: str, parts: Sequence[EvaluationPart], payload: Payload) -> EvaluationSum:
-    """Return the head of the sum of ``parts``, which are of one version and at least one."""
+    """Return the head of the sum of ``parts``: one or more evaluations of the same version."""
     return EvaluationSum(
         run=run,
         region=region,
@@ -182,18 +181,18 @@ def sites_of(parts: Sequence[EvaluationPart]) -> int:
 
 
 def cases_of(parts: Sequence[EvaluationPart]) -> int:
-    """Count the test cases that metrics are of."""
+    """Count the test cases in ``parts``."""
     return min(sum(part.n_samples for part in parts), MAX_COUNT)
 
 
 def figures_of(parts: Sequence[EvaluationPart]) -> tuple[str, ...]:
-    """Return the names of the figures that are summed in ``parts``, which are of one arrangement."""
+    """Return the names of the figures summed in ``parts``, which must have the same arrangement."""
     arrangement = parts[0].arrangement
     return () if arrangement is None else known_names([part.figures for part in parts], arrangement)
 
 
 def mean_metrics(parts: Sequence[EvaluationPart]) -> dict[str, float]:
-    """Return the means, weighted by number of samples, of the metrics that all of ``parts`` give."""
+    """Return the means, weighted by number of samples, of the metrics common to all ``parts``."""
     n_samples = sum(part.n_samples for part in parts)
     names = set.intersection(*(set(part.metrics) for part in parts)) if n_samples else set()
     return {name: sum(part.metrics[name] * part.n_samples for part in parts) / n_samples for name in sorted(names)}
@@ -202,7 +201,7 @@ def mean_metrics(parts: Sequence[EvaluationPart]) -> dict[str, float]:
 def evaluations_summed(
     version: int, parts: Sequence[EvaluationPart], pooled: PooledEvaluation | None
 ) -> EvaluationsSummed:
-    """Return what is known at the root of ``parts``, given what was decrypted of them; of none where they were too few."""
+    """Return the coordinator's figures for ``parts``. ``pooled`` holds their decrypted sums, None if too few sites."""
     if pooled is None:
         return EvaluationsSummed(version=version, n_sites=0, n_samples=0)
     metrics = {**mean_metrics(parts), **pooled.means, **pooled.metrics}

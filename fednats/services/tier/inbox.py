@@ -1,4 +1,4 @@
-"""Where contributions and evaluations come from: verified, parsed, held to their sender's subject, read and acknowledged."""
+"""Receive contributions and evaluations: verify, parse, check the sender's subject, read chunks, acknowledge."""
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -14,16 +14,16 @@ from fednats.services.tier.rejects import Rejects
 from fednats.transport.bus import Bus, Delivery
 
 READ_AHEAD = 2
-"""Chunks of one contribution that are read ahead."""
+"""Chunks of one contribution to read ahead."""
 
 Arrived = ContributionArrived | EvaluationArrived
 
 Head = Update | Aggregate | Evaluation | EvaluationSum
-"""What names the chunks of a payload."""
+"""A message that names the chunks of a payload."""
 
 
 class VanishedError(FednatsError):
-    """The stream has lost a contribution that was taken in; the node that it came from may send it again."""
+    """The stream has lost a contribution that was taken in. Its sender may send it again."""
 
     def __init__(self, contribution_id: str, detail: str) -> None:
         super().__init__(f"{contribution_id}: {detail}")
@@ -31,22 +31,22 @@ class VanishedError(FednatsError):
 
 
 class Inbox:
-    """The streams that contributions come from, one for each sender, and the connection they are read on."""
+    """The streams of contributions, one for each sender, and the connection to read them on."""
 
     def __init__(self, bus: Bus, stream_of: Callable[[str], str], run: str, identity: Identity, log: Any) -> None:
         self.bus = bus
         self.stream_of = stream_of
-        """Names the stream of a sender."""
+        """Returns the name of a sender's stream."""
         self._run = run
         self._identity = identity
         self._log = log
         self._delivered: dict[str, dict[tuple[str, int], tuple[Delivery, Head | None]]] = {}
 
     def open(self, delivery: Delivery) -> Arrived:
-        """Verify and parse a delivery and hold its sender to the subject that it may publish on; remember how to settle it.
+        """Verify and parse a delivery, check that its sender may publish on its subject, and remember how to settle it.
 
         Raises:
-            RefusedError: it is not what its subject says; it is to be refused under `unreadable_id`.
+            RefusedError: it does not fit its subject; refuse it under `unreadable_id`.
         """
         try:
             event = _parse(delivery, self._run, self._identity)
@@ -58,23 +58,23 @@ class Inbox:
         return event
 
     def unreadable_id(self, delivery: Delivery) -> str:
-        """Return what a delivery is called that does not say what it is."""
+        """Return the id for a delivery that cannot be read: its stream and sequence number."""
         return f"{delivery.stream}.{delivery.stream_sequence}"
 
     def n_unsettled(self, sender: str) -> int:
-        """Count what of ``sender`` was delivered here and is not settled."""
+        """Count the messages of ``sender`` that were delivered here and are not settled."""
         stream = self.stream_of(sender)
         return sum(where == stream for deliveries in self._delivered.values() for where, _ in deliveries)
 
     async def settle(self, identity: str) -> None:
-        """Drop the payload of ``identity`` and acknowledge its deliveries; nothing if it was delivered elsewhere."""
+        """Drop the payload of ``identity`` and acknowledge its deliveries. Do nothing if it was not delivered here."""
         for delivery, head in self._deliveries(identity):
             await self._drop(head)
             await delivery.ack()
             self._forget(identity, delivery)
 
     async def refuse(self, identity: str, rejects: Rejects, reason: Reason, detail: str) -> None:
-        """Put the deliveries of ``identity`` among the rejects, drop its payload and terminate them."""
+        """Add the deliveries of ``identity`` to ``rejects``, drop its payload and terminate the deliveries."""
         for delivery, head in self._deliveries(identity):
             await rejects.add(self.unreadable_id(delivery), delivery.subject, delivery.data, reason, detail)
             await self._drop(head)
@@ -82,9 +82,9 @@ class Inbox:
             self._forget(identity, delivery)
 
     async def chunks(self, head: Head) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks of a contribution, each checked against its digest; waits while the bus is away.
+        """Yield the chunks of a contribution, each checked against its digest. Waits while the bus is away.
 
-        They are read by their subjects: it matters not whether the contribution was delivered to this process.
+        Chunks are read by subject, whether or not the contribution was delivered to this process.
 
         Raises:
             RefusedError: a chunk is damaged, or was never sent.
@@ -105,7 +105,7 @@ class Inbox:
             raise
 
     async def _vanished(self, head: Head) -> bool:
-        """Whether the stream was made anew after the contribution came, or does not deliver it to this process (yet)."""
+        """Whether the stream was made anew since the contribution arrived, or has not delivered it to this process."""
         stream = self.stream_of(sender_of(head))
         delivered = self._delivered.get(identity_of(head), {})
         arrived = max((number for where, number in delivered if where == stream), default=None)
@@ -131,7 +131,7 @@ class Inbox:
 
 
 def sender_of(head: Head) -> str:
-    """Return the site or region that ``head`` is from."""
+    """Return the site or region that sent ``head``."""
     return head.site if isinstance(head, Update | Evaluation) else head.region
 
 
@@ -160,7 +160,7 @@ def _parse(delivery: Delivery, run: str, identity: Identity) -> Arrived:
     if subject != _subject(event):
         raise RefusedError(Reason.WRONG_SENDER, f"came on {subject}, says it is from {_subject(event)}")
     if isinstance(event, ContributionArrived) and event.head.payload.payload_id != contribution_id(event.head):
-        # else many heads could name one payload: it would be read, and added, for each of them
+        # otherwise many heads could name one payload, which would be added once for each
         detail = (
             f"{contribution_id(event.head)} names the payload {event.head.payload.payload_id}, which is not its own"
         )

@@ -1,7 +1,7 @@
-"""Takes in what the senders of one node send: each from a stream of its own, by a consumer of its own, at its own pace.
+"""Take in the messages of a node's senders: each has its own stream, its own consumer and its own pace.
 
-So one sender that floods fills its own stream, waits for its own settlements, and spends its own allowance. What is beyond
-waits in its stream; when that is full, the server refuses what it publishes. Nothing of it holds another sender up.
+So a sender that floods fills only its own stream, waits for its own settlements and spends its own allowance. The
+excess waits in its stream; when that is full, the server refuses what it publishes. Other senders are not held up.
 """
 
 import asyncio
@@ -23,30 +23,32 @@ from fednats.transport.consumer import MAX_UNSETTLED
 from fednats.transport.streams import StreamSpec
 
 POLL_S = 0.25
-"""Between two looks at whether a sender may go on."""
+"""Pause between two checks whether a sender may go on."""
 
 WEIGHED_EVERY_S = 5.0
-"""How often the daemon looks at how full the senders' streams are."""
+"""Interval between two looks at how full the senders' streams are."""
 
 NEARLY_FULL = 0.9
 
 
 @dataclass(frozen=True)
 class Senders:
-    """What is known of those who send to one node: sites, or regions."""
+    """What one kind of sender to a node, sites or regions, has in common."""
 
     per_version: int
-    """Messages that a version earns each, see `Pace`."""
+    """Messages that each version earns a sender, see `Pace`."""
     stream_of: Callable[[str], StreamSpec]
-    """The stream of each."""
+    """Returns the stream of a sender."""
     heads_of: Callable[[str], list[str]]
-    """Subjects that are taken in from there."""
+    """Returns the subjects to take in from that stream."""
     chunks_of: Callable[[str], str] | None = None
-    """Filter of the chunks of each, of which orphans are dropped (`Orphans`); None: never, as where a copy may go on later."""
+    """Returns the subject filter of a sender's chunks, to drop orphans (`Orphans`). None to drop none, where the stream
+    is a copy that may continue later.
+    """
 
 
 def of_sites(run: str, region: str) -> Senders:
-    """Return the sites of a region."""
+    """Describe the sites of a region."""
     return Senders(
         OF_SITE,
         lambda site: streams.updates(run, region, site),
@@ -56,7 +58,7 @@ def of_sites(run: str, region: str) -> Senders:
 
 
 def of_regions(run: str, node: str, *, leaves: bool) -> Senders:
-    """Return the regions directly below a node."""
+    """Describe the regions directly below a node."""
     return Senders(
         OF_REGION,
         lambda region: streams.inbox(run, node, region, leaves=leaves),
@@ -65,7 +67,7 @@ def of_regions(run: str, node: str, *, leaves: bool) -> Senders:
 
 
 class Intake:
-    """The senders to one inbox; ``take`` is given what is delivered, ``version`` returns the current version."""
+    """Receives from all senders to one inbox. ``take`` gets each delivery; ``version`` returns the current version."""
 
     def __init__(
         self,
@@ -92,12 +94,12 @@ class Intake:
         self._orphans = Orphans(inbox.bus, daemon.log)
 
     def expect(self, names: Collection[str]) -> None:
-        """Take in what ``names`` send, too. Who is no longer among them is heard to the end: the machine refuses it."""
+        """Expect ``names`` from now on. Earlier senders are still received; the machine refuses what they send."""
         self._names = frozenset(names)
         self._changed.set()
 
     async def run(self) -> None:
-        """Take in for ever."""
+        """Receive from all expected senders, forever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._weigh(), name="weigh streams")
             while True:
@@ -109,7 +111,7 @@ class Intake:
 
     @property
     def status(self) -> Mapping[str, Any]:
-        """Who is held back because it sends more than its share, what of each is not settled, whose stream is nearly full."""
+        """Senders held back for sending too much, unsettled messages of each, and streams that are nearly full."""
         unsettled = {name: self._inbox.n_unsettled(name) for name in sorted(self._paces)}
         held_back = [
             name
@@ -126,10 +128,10 @@ class Intake:
             async for delivery in deliveries:
                 await self._keep_pace(name, len(delivery.data))
                 self._take(self._inbox, delivery)
-                await asyncio.sleep(0)  # to check a signature takes its time: the others have their turn
+                await asyncio.sleep(0)  # checking a signature takes time: let other tasks run
 
     async def _make_stream(self, name: str) -> None:
-        """Make the stream of a sender; of one that has just joined, once the server was told of it."""
+        """Make the stream of a sender, retrying until the server permits it: it may not know a new sender yet."""
         while True:
             try:
                 await self._inbox.bus.ensure_stream(self._senders.stream_of(name))
@@ -155,7 +157,7 @@ class Intake:
             await asyncio.sleep(POLL_S)
 
     async def _weigh(self) -> None:
-        """See how full the streams are, for ever: what a full one does not take waits at its sender."""
+        """Watch how full the streams are, forever. What a full stream refuses waits at its sender."""
         while True:
             for name in sorted(self._paces):
                 try:
@@ -176,7 +178,7 @@ class Intake:
             await self._orphans.look(name, stream, chunks, usage.newest, now, is_there=is_there)
 
     def _note_crowded(self, name: str) -> None:
-        """Say so when a sender has all that it may have in work here: it floods, or nothing is made of what it sends."""
+        """Warn once when a sender has `MAX_UNSETTLED` messages unsettled: it floods, or nothing is made of them."""
         if self._inbox.n_unsettled(name) < MAX_UNSETTLED:
             self._crowded.discard(name)
         elif name not in self._crowded:

@@ -1,13 +1,13 @@
-"""One daemon at a time: the lease that a coordinator or an aggregator holds while it works, and the fence that it gives.
+"""One daemon at a time: the lease that a coordinator or an aggregator holds while it works, and the fence it provides.
 
-A copied machine has the state, the name and the keys of the first one. Both would take from one inbox and publish under
-one name. So each process draws an identity when it starts and writes it as a `Lease` into the stream that it publishes
-to. The newest lease there counts, and the server stores nothing that was published under an older one
-(`fednats.transport.fence`): this holds for a process that was stopped or cut off, too, however late it goes on.
+A copied machine has the state, the name and the keys of the original. Both would take from one inbox and publish under
+one name. So each process draws a random identity when it starts and writes it as a `Lease` into the stream that it
+publishes to. The newest lease there counts, and the server stores nothing published under an older one
+(`fednats.transport.fence`). This also stops a process that was paused or cut off, however late it resumes.
 
-The live one wins: a newcomer asks the holder of the lease first, and ends if it answers. It waits `PATIENCE_S` for that
-answer, unless the holder had the same folder on the same boot of the same machine: that one has ended, for the folder's
-lock is free (`fednats.services.daemon.state_dir`).
+The live process wins: a newcomer asks the holder of the lease first, and ends if it answers. The newcomer waits
+`PATIENCE_S` for an answer, unless the holder used the same folder on the same boot of the same machine. That holder
+must have ended, because the folder's lock is free (`fednats.services.daemon.state_dir`).
 """
 
 import asyncio
@@ -36,30 +36,30 @@ from fednats.transport.bus import Bus
 from fednats.transport.fence import Fence
 
 PATIENCE_S = 5.0
-"""A holder that has not answered for so long is taken to be gone."""
+"""A holder that has not answered for this long counts as gone."""
 
 FRESH_S = 3.0
-"""A lease that was seen to be the newest so long ago is looked at again before anything is settled; below `PATIENCE_S`."""
+"""Before anything is settled, the lease must have been seen as the newest within this time; below `PATIENCE_S`."""
 
 LOOK_S = 1.0
-"""How often the holder looks whether its lease is still the newest."""
+"""Interval at which the holder checks that its lease is still the newest."""
 
 ANSWER_S = 1.0
 _PAUSE_S = 0.25
 
 
 class _Seen(NamedTuple):
-    """The newest lease in the stream, None if it is none of this participant's, and its sequence; 0 if there is none."""
+    """The newest lease in the stream, None if it cannot be opened, and its sequence; None and 0 if there is none."""
 
     lease: Lease | None
     sequence: int
 
 
 class HeldLease:
-    """The lease of one process. `take` it before anything else, `keep` it while the daemon lives, publish with `publish`."""
+    """The lease of one process. `take` it before anything else, `keep` it while the daemon lives; publish under it."""
 
     def __init__(self, daemon: Daemon, identity: Identity, bus: Bus, stream: str, prefix: str, state_dir: Path) -> None:
-        """Use the lease of what is published below ``prefix``, in ``stream``."""
+        """Use the lease for publishing below ``prefix``, in ``stream``."""
         self._daemon = daemon
         self._log = daemon.log
         self._identity = identity
@@ -82,14 +82,14 @@ class HeldLease:
 
     @property
     def status(self) -> dict[str, Any]:
-        """What /status shows."""
+        """The lease as /status shows it."""
         return {**self._me.model_dump(exclude={"instance"}), "rivals_refused": self._rivals_refused}
 
     async def take(self, make: Callable[[], Awaitable[None]]) -> None:
-        """Take the lease; ``make`` makes the stream where there is none yet.
+        """Take the lease. ``make`` is called to make the stream if there is none yet.
 
         Raises:
-            RivalError: another process holds it and is alive.
+            RivalError: another live process holds it.
         """
         seen = await self._read(make)
         while not await self._write(seen, term=seen.lease.term + 1 if seen.lease else 1):
@@ -98,13 +98,13 @@ class HeldLease:
         self._log.info("lease_taken", term=self._me.term)
 
     async def keep(self) -> None:
-        """Look after the lease for ever. Raises RivalError: another process has taken it over."""
+        """Check the lease every `LOOK_S`, forever. Raises RivalError if another process has taken it over."""
         while True:
             await asyncio.sleep(LOOK_S)
             await self._look()
 
     async def confirmed(self) -> None:
-        """Return when the lease was the newest within the last `FRESH_S`; what is settled then is this process's to settle.
+        """Return when the lease was seen as the newest within the last `FRESH_S`; this process may settle then.
 
         Raises:
             RivalError: another process has taken it over.
@@ -116,10 +116,10 @@ class HeldLease:
                 await asyncio.sleep(_PAUSE_S)
 
     async def publish(self, publish: Callable[[Fence], Awaitable[object]]) -> None:
-        """Publish under the lease, and again while the stream is full or not there.
+        """Publish under the lease; retry while the stream is full or missing.
 
         Raises:
-            RivalError: another process has taken the lease over; nothing was stored since.
+            RivalError: another process has taken the lease over; nothing has been stored since then.
         """
         while True:
             fence = self._fence
@@ -137,7 +137,7 @@ class HeldLease:
     async def _read(self, make: Callable[[], Awaitable[None]]) -> _Seen:
         while True:
             try:
-                # asked first: with a subscriber to everything, no answer does not say that there is no stream
+                # ask about the stream first: if anybody subscribes to everything, silence does not prove it missing
                 await self._bus.first_sequence(self._stream)
                 return await self._newest()
             except (NobodyError, NoStreamError):
@@ -158,14 +158,14 @@ class HeldLease:
             return _Seen(None, record.sequence)
 
     async def _write(self, after: _Seen, term: int) -> bool:
-        """Take the lease over from ``after``; False if somebody else was quicker. Raises RivalError: its holder lives."""
+        """Take over from ``after``; return False if another process was faster. Raises RivalError: its holder lives."""
         if after.sequence and (after.lease is None or after.lease.place != self._place):
             await self._outlive()
         started_s = _now_s()
         lease = Lease(run=self._daemon.run, instance=self._me.instance, term=term, place=self._place)
         signed = self._identity.sign(self._subject, lease)
         fence = Fence(self._subject, after.sequence)
-        with suppress(FencedError):  # perhaps by this very lease, whose acknowledgement was lost
+        with suppress(FencedError):  # perhaps by this very lease, if its acknowledgement was lost
             await persist(
                 self._log, lambda: self._bus.publish(self._subject, signed, secrets.token_hex(16), fence=fence)
             )
@@ -176,7 +176,7 @@ class HeldLease:
         return True
 
     async def _outlive(self) -> None:
-        """Return when the holder of the lease has not answered for `PATIENCE_S`. Raises RivalError: it does."""
+        """Return when the lease's holder has not answered for `PATIENCE_S`. Raises RivalError if it answers."""
         until_s = _now_s() + PATIENCE_S
         self._log.info("asking_holder_of_lease", patience_s=PATIENCE_S)
         while _now_s() < until_s:
@@ -189,10 +189,10 @@ class HeldLease:
             await asyncio.sleep(_PAUSE_S)
             if not self._bus.connected:
                 await self._bus.wait_connected()
-                until_s = _now_s() + PATIENCE_S  # what could not be asked was not left unanswered
+                until_s = _now_s() + PATIENCE_S  # while disconnected, nobody could be asked
 
     async def _look(self) -> None:
-        """See whether the lease is still the newest; put it back where the stream has lost it."""
+        """Check that the lease is still the newest; put it back if the stream has lost it."""
         async with self._looking:
             started_s = _now_s()
             try:
@@ -208,7 +208,7 @@ class HeldLease:
             self._mine(seen, started_s)
 
     async def _put_back(self) -> None:
-        """Write the lease again into a stream that was lost, or that has dropped it, unless a later one was there."""
+        """Write the lease again into a stream that has lost it, unless a holder with a later term answers."""
         holder = await self._ask()
         if holder is not None and holder.term > self._me.term:
             await self._replaced()
@@ -216,7 +216,7 @@ class HeldLease:
             self._log.warning("lease_put_back", term=self._me.term)
 
     def _mine(self, seen: _Seen, at_s: float) -> None:
-        assert seen.lease is not None  # noqa: S101 - it was looked at
+        assert seen.lease is not None  # noqa: S101 - the callers checked it
         self._me = self._me.model_copy(update={"term": seen.lease.term})
         self._fence = Fence(self._subject, seen.sequence)
         self._confirmed_s = at_s
@@ -232,7 +232,7 @@ class HeldLease:
     # --- questions ----------------------------------------------------------------------------------------------------
 
     async def _ask(self) -> Holder | None:
-        """Return what another holder of the lease says of itself, None if there is no answer."""
+        """Return how another holder of the lease describes itself; None if there is no answer."""
         try:
             said = await self._bus.ask(self._question, self._me.model_dump_json().encode(), ANSWER_S)
         except BusError:
@@ -262,15 +262,15 @@ def _named(holder: Holder) -> str:
 
 
 def _place(state_dir: Path) -> str:
-    """Return a digest over this boot of the machine and the folder: two processes with the same one share its lock."""
+    """Return a digest of this boot and the folder: two processes with the same digest compete for the folder's lock."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     except OSError:
-        boot = secrets.token_hex(16)  # a machine that does not say: no other process is taken to have ended
+        boot = secrets.token_hex(16)  # boot unknown: never assume that another process has ended
     found = state_dir.stat()
     return hashlib.blake2b(f"{boot}/{found.st_dev}/{found.st_ino}".encode(), digest_size=16).hexdigest()
 
 
 def _now_s() -> float:
-    """Return seconds of a clock that goes on while the process, or the machine, is stopped."""
+    """Return seconds on a clock that goes on while the process or the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

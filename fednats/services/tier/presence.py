@@ -1,4 +1,4 @@
-"""Who of those that report here is there, from the presence keys that they renew on the bus."""
+"""Track which sites and regions below are present, from the presence keys that they renew on the bus."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -15,30 +15,30 @@ from fednats.services.daemon.notices import What
 from fednats.transport.bus import Bus
 
 PAUSE_S = 1.0
-"""After a change of who is there: each is journalled, and one that comes and goes is to leave no more than these."""
+"""Pause after each change of attendance. Changes are journalled, so this limits what a flapping service writes."""
 
 
 class PresenceMachine(Protocol):
-    """What is told who is there."""
+    """A machine that is told which sources are present."""
 
     @property
     def present(self) -> frozenset[str]:
-        """Who it takes to be there."""
+        """Sources that it takes to be present."""
 
     @property
     def short_of_sites(self) -> bool:
-        """Whether no sum can be made of those who are there."""
+        """Whether too few sources are present to make a sum."""
 
 
 class Attendance:
-    """Who of those that report to a node is there, of all roles: sites in its region's account, regions in its uplink's.
+    """Attendance of everything that reports to a node: sites in its region's account, regions in its uplink's.
 
-    The machine takes note of what it is told after that was written down. So this remembers what it has told it: two
-    roles that change at once are both told.
+    The machine learns of a change only once it is journalled. `Attendance` remembers what it has fed already, so that
+    changes in two roles at the same time do not undo each other.
     """
 
     def __init__(self, daemon: Daemon, machine: PresenceMachine, feed: Callable[[Event], Awaitable[None]]) -> None:
-        """Tell ``machine``, by ``feed``. What depends on others and is short of them says so by its own presence."""
+        """Tell ``machine`` through ``feed``. While it is short of sites, the daemon's own presence says so."""
         self._daemon = daemon
         self._machine = machine
         self._feed = feed
@@ -48,7 +48,7 @@ class Attendance:
         daemon.waits = lambda: machine.short_of_sites
 
     async def watch(self, bus: Bus, role: str, names: tuple[str, ...]) -> None:
-        """Tell the machine which of its sources ``names``, services of ``role``, are there, for ever."""
+        """Tell the machine which of its sources ``names``, services of ``role``, are present, forever."""
         async for entries in bus.watch(subjects.presence_bucket(self._daemon.run)):
             said = {name: said_by(role, name, entries.get(subjects.presence_key(role, name))) for name in names}
             there = _note(self._daemon, role, said)
@@ -70,7 +70,7 @@ class Attendance:
 
 
 def _note(daemon: Daemon, role: str, said: Mapping[str, Presence | None]) -> frozenset[str]:
-    """Note what the services of ``role`` say; return who of them is there and contributes."""
+    """Note the presence of the services of ``role``; return those that are present and not waiting."""
     there = frozenset(name for name, presence in said.items() if presence is not None and not presence.waits)
     waiting = frozenset(name for name, presence in said.items() if presence is not None and presence.waits)
     absent = said.keys() - there - waiting
@@ -81,9 +81,9 @@ def _note(daemon: Daemon, role: str, said: Mapping[str, Presence | None]) -> fro
 
 
 def said_by(role: str, name: str, value: bytes | None) -> Presence | None:
-    """Return what a service says of what is its own; None if it is not there, or what it says is no presence.
+    """Return a service's presence, cut to what it may speak for; None if it is absent or malformed.
 
-    A site speaks for itself alone, and a region of as many failing sites as it has: what others say of theirs stays.
+    A site may speak only for itself. A region that names more failing sites than it has is believed about none.
     """
     try:
         presence = None if value is None else Presence.model_validate_json(value)
@@ -102,7 +102,7 @@ def said_by(role: str, name: str, value: bytes | None) -> Presence | None:
 
 
 def note_said(daemon: Daemon, role: str, said: Collection[Presence | None]) -> None:
-    """Note who takes no part, who fails, and how many sites there are, from what all services of ``role`` said."""
+    """Note which services decline, which fail, and how many sites there are, from all presences of ``role``."""
     there = [presence for presence in said if presence is not None]
     declined = {name: why for presence in there for name, why in presence.declined.items()}
     failing = {name: why for presence in there for name, why in presence.failing.items()}

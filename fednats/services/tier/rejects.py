@@ -1,4 +1,4 @@
-"""What a node refuses, put where its operator finds it."""
+"""Keep what a node refuses in a stream where its operator finds it."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from fednats.messages import Reject
 from fednats.transport.bus import Bus
 
 MAX_DATA_BYTES = 64 * 2**10
-"""So much of what was refused is kept: all of a head, the beginning of anything larger."""
+"""Bytes kept of a refused message: a whole head, or the beginning of anything larger."""
 
 MAX_DETAIL = 1000
 
 
 class Rejects:
-    """The bounded stream of what one node refused."""
+    """The bounded stream of one node's refused messages."""
 
     def __init__(self, bus: Bus, run: str, node: str, log: Any) -> None:
         self._bus = bus
@@ -23,9 +23,10 @@ class Rejects:
         self._log = log
 
     async def add(self, source: str, subject: str, data: bytes, reason: Reason, detail: str) -> None:
-        """Keep ``data``, which came on ``subject``; again with the same ``source`` (where it is stored) changes nothing.
+        """Keep ``data``, which came on ``subject``. Adding the same ``source`` again changes nothing.
 
-        It is for people to look at: that it cannot be kept is logged, and holds nothing up.
+        ``source`` says where the message is stored: stream and sequence number. Rejects are for people to look at, so a
+        failure to keep one is only logged.
         """
         sender = subjects.sender(subject)
         reject = Reject(

@@ -1,4 +1,4 @@
-"""Who reports to an aggregator: ``sites`` and ``n_samples`` of its settings file, read again when the file changes."""
+"""Reread ``sites`` and ``n_samples`` from an aggregator's settings file whenever the file changes."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -15,11 +15,11 @@ FOLLOWED = ("sites", "n_samples")
 
 
 async def changed_settings(log: Any, path: Path, held: AggregatorSettings) -> AsyncGenerator[AggregatorSettings, None]:
-    """Yield the settings in ``path`` whenever its sites, or the training cases they are registered with, change; for ever.
+    """Yield the settings in ``path`` whenever its sites or their registered numbers of training cases change; forever.
 
-    Whatever else has changed in it is logged: it holds from the next start on. A file that cannot be read changes nothing.
+    Other changes are logged, and hold from the next start on. A file that cannot be read changes nothing.
     """
-    stamp: tuple[int, int, int] | None = None  # it may have changed since the daemon read it
+    stamp: tuple[int, int, int] | None = None  # the file may have changed since the daemon read it
     while True:
         await asyncio.sleep(REREAD_S)
         before, stamp = stamp, _stamp(path)
@@ -38,7 +38,7 @@ async def changed_settings(log: Any, path: Path, held: AggregatorSettings) -> As
 
 
 async def renewed(changed: asyncio.Event, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run what ``make`` returns, and that of a new call each time that ``changed`` is set; for ever."""
+    """Run the coroutine that ``make`` returns; cancel it and make a new one each time ``changed`` is set; forever."""
     while True:
         running = asyncio.create_task(make())
         waiting = asyncio.create_task(changed.wait())

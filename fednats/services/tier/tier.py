@@ -1,7 +1,7 @@
-"""What the aggregator and the coordinator share: a `Collector` fed from the bus, its journal, its commands.
+"""What the aggregator and the coordinator share: a machine fed from the bus, its journal and its commands.
 
 An event is durable before it is handled, and handled before its commands are executed. A delivery is acknowledged only
-when the machine settles it, so whatever a killed daemon had not finished is delivered again.
+when the machine settles it, so the bus redelivers whatever a killed daemon had not finished.
 """
 
 import asyncio
@@ -38,24 +38,24 @@ from fednats.storage.journal import Journal
 from fednats.transport.bus import Delivery
 
 MAX_BATCH = 256
-"""Events that are journalled in one transaction, and handled before anything else has its turn."""
+"""Most events that are journalled in one transaction and handled in one go."""
 
 
 class TierMachine(Protocol):
     """A collector, or a machine around one."""
 
     def handle(self, event: Event) -> list[Command]:
-        """Take in what happened, return what is to be done."""
+        """Take in an event; return the commands to execute."""
 
     def known(self, event: Event) -> list[Command] | None:
-        """Return the commands that answer a known event; None if the event is new and has to be handled."""
+        """Return the commands that answer a known event; None if the event is new and must be handled."""
 
     def outstanding(self) -> list[Command]:
-        """Return what a restarted daemon has to do."""
+        """Return the commands that a restarted daemon must execute."""
 
     @property
     def in_flight(self) -> Combination | None:
-        """What is being combined."""
+        """The combination under way."""
 
     @property
     def n_buffered(self) -> int:
@@ -63,27 +63,27 @@ class TierMachine(Protocol):
 
     @property
     def bounded(self) -> Mapping[str, ReportBounded]:
-        """Sources whose last claim of mass was believed in part only."""
+        """Sources whose last claim of mass was believed only in part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handled:
-    """What became of one event, now or before a restart."""
+    """One event and its outcome, live or in a replay."""
 
     event: Event
     at_s: float
-    """Since the epoch."""
+    """Seconds since the epoch."""
     elapsed_s: float
-    """Since the first event."""
+    """Seconds since the first event."""
     commands: list[Command]
     combination: Combination | None
-    """The one that the event says is done, without what was left out of it."""
+    """The combination that the event completes, without quarantined parts; None for other events."""
 
 
 class Tier:
-    """Feeds one machine and executes its commands in order; combining runs beside, one combination at a time.
+    """Feeds one machine and executes its commands in order. Combinations run beside that, one at a time.
 
-    ``note`` is told of every event that was handled, those of the journal included.
+    ``note`` is called for every handled event, including those replayed from the journal.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Tier:
         self.log = daemon.log
         self.rejects = rejects
         self.inboxes: Mapping[type[Head], Inbox] = {}
-        """Where contributions and evaluations of each kind come from."""
+        """Inbox for each kind of contribution and evaluation."""
         self.note_unreadable: Callable[[Delivery, Refuse], None] = lambda _delivery, _refuse: None
-        """Told of what was delivered, could not be read and is refused."""
+        """Called for each delivery that is refused because it cannot be read."""
         self.may_settle: Callable[[], Awaitable[None]] = _at_once
-        """Returns when this process may settle or refuse what was delivered; raises if it no longer may."""
+        """Returns when this process may settle or refuse deliveries; raises if it no longer may."""
         self.accepted = 0
         self.refused = 0
         self.refusals: dict[str, int] = {}
@@ -118,7 +118,7 @@ class Tier:
 
     @asynccontextmanager
     async def journalling(self) -> AsyncIterator[None]:
-        """Take events in until the context is left; ends with LocalStorageError when the journal cannot be written."""
+        """Take in events until the context is left. Raises LocalStorageError if the journal cannot be written."""
         try:
             async with asyncio.TaskGroup() as group:
                 keeping = group.create_task(self._keep_journal(), name="keep journal")
@@ -130,9 +130,9 @@ class Tier:
             self._journal.close()
 
     async def replay(self) -> int:
-        """Replay the journal into the machine; return the number of events. Then `take_up`.
+        """Replay the journal into the machine; return the number of events. Call `take_up` next.
 
-        Meanwhile ``/status`` says so, and what it said before: what a thread is changing cannot be looked at.
+        Meanwhile ``/status`` keeps its last content and says ``replaying``, because a thread is changing the machine.
         """
         before = {**self.daemon.status(), "state": "replaying"}
         status, self.daemon.status = self.daemon.status, lambda: before
@@ -142,21 +142,21 @@ class Tier:
             self.daemon.status = status
 
     def take_up(self) -> None:
-        """Go on with what was under way when the journal ended."""
+        """Resume what was under way when the journal ended."""
         for command in self._machine.outstanding():
             self._commands.put_nowait(command)
 
     async def feed(self, *events: Event) -> None:
-        """Return when ``events`` are durable and handled, in order; their commands are executed in turn."""
+        """Feed ``events`` in order; return when they are durable and handled. Their commands are queued."""
         handled = [self._put(event) for event in events]
         await handled[-1]
 
     def feed_later(self, delay_s: float, event: Event) -> asyncio.TimerHandle:
-        """Feed ``event`` after a while."""
+        """Feed ``event`` after ``delay_s`` seconds."""
         return asyncio.get_running_loop().call_later(delay_s, self._put, event)
 
     def take(self, inbox: Inbox, delivery: Delivery) -> None:
-        """Take in a contribution or an evaluation; one that is known is answered, and not journalled again."""
+        """Take in a contribution or an evaluation. A known one is answered, but not journalled again."""
         self.daemon.metrics.received_bytes.inc(len(delivery.data))
         try:
             event = inbox.open(delivery)
@@ -168,7 +168,7 @@ class Tier:
             return
         commands = self._machine.known(event)
         if commands is None:
-            self._put(event)  # not awaited: what is delivered together is journalled together
+            self._put(event)  # not awaited, so that deliveries are journalled in batches
             return
         self._note(Handled(event, self._now_s(), self.elapsed_s, commands, None))
         for command in commands:
@@ -182,7 +182,7 @@ class Tier:
     # --- commands -----------------------------------------------------------------------------------------------------
 
     async def execute(self, other: Callable[[Command], Awaitable[None]]) -> None:
-        """Execute commands in order for ever; what is not common to all tiers goes to ``other``."""
+        """Execute commands in order, forever. Commands that not all tiers have go to ``other``."""
         while True:
             command = await self._commands.get()
             match command:
@@ -208,9 +208,9 @@ class Tier:
                     await other(command)
 
     async def combine(self, make: Callable[[Combination], Awaitable[list[Event]]]) -> None:
-        """Make combinations for ever: ``make`` returns the events that say what came of it.
+        """Make combinations, forever. ``make`` returns the events that tell the outcome.
 
-        None if the daemon stops before it is done: it is taken up after the restart.
+        It returns none if the daemon stops first; the combination is then resumed after the restart.
         """
         while True:
             combination = await self._combinations.get()
@@ -224,11 +224,11 @@ class Tier:
         await self._idle.wait()
 
     def chunks(self, head: Head) -> AsyncGenerator[bytes, None]:
-        """Yield the chunks of a contribution or evaluation, checked; see `Inbox.chunks`."""
+        """Yield the checked chunks of a contribution or evaluation; see `Inbox.chunks`."""
         return self.inboxes[type(head)].chunks(head)
 
     async def refuse(self, source: str, subject: str, data: bytes, error: RefusedError) -> None:
-        """Count, log and keep something that is refused and was not delivered through an inbox."""
+        """Count, log and keep a refused message that did not come through an inbox."""
         self._count_refused(Refuse(source, error.reason, error.detail))
         self.log.warning("refused", subject=subject, reason=error.reason.value, detail=error.detail)
         await self.rejects.add(source, subject, data, error.reason, error.detail)
@@ -250,12 +250,12 @@ class Tier:
             for event, handled in batch:
                 for command in self._handle(event, at_s):
                     self._commands.put_nowait(command)
-                if not handled.done():  # who fed it may have been cancelled
+                if not handled.done():  # the feeding task may have been cancelled
                     handled.set_result(None)
             self._show_machine()
 
     async def _append(self, events: list[Event], at_s: float) -> None:
-        """Have ``events`` written; while another process holds the journal, nothing goes on."""
+        """Write ``events``. Wait, and let nothing else proceed, while another process has locked the journal."""
         while True:
             try:
                 await asyncio.to_thread(self._journal.append, events, at_s)
@@ -271,7 +271,7 @@ class Tier:
             n_events = entry.sequence
             self._handle(entry.event, entry.at_s)
             wall_s, monotonic_s = self._started
-            self._started = (max(wall_s, entry.at_s), monotonic_s)  # time does not go back with a clock that was set
+            self._started = (max(wall_s, entry.at_s), monotonic_s)  # time must not go back if the clock was set back
         self._show_machine()
         return n_events
 
@@ -280,7 +280,7 @@ class Tier:
         self.daemon.metrics.claims_bounded.set(len(self._machine.bounded))
 
     def _handle(self, event: Event, at_s: float) -> list[Command]:
-        """Let the machine handle what is journalled, and count what comes of it."""
+        """Let the machine handle a journalled event, and count the outcome."""
         if self._first_at_s is None:
             self._first_at_s = at_s
         in_flight = self._machine.in_flight
@@ -303,7 +303,7 @@ class Tier:
             self.daemon.metrics.staleness.observe(part.staleness)
 
     def _count_refused(self, command: Refuse) -> None:
-        """Count what is refused, once, however often it is delivered."""
+        """Count a refused message once, however often it is delivered."""
         if command.contribution_id in self._refused_ids:
             return
         self._refused_ids.add(command.contribution_id, None)
@@ -345,10 +345,10 @@ class Tier:
         self._timer = self.feed_later(delay_s, DeadlineReached())
 
     def _now_s(self) -> float:
-        """Return the time of day at the start, and since then as much as has passed, whatever the clock is set to."""
+        """Return seconds since the epoch. Setting the system clock while the daemon runs does not change them."""
         wall_s, monotonic_s = self._started
         return wall_s + time.monotonic() - monotonic_s
 
 
 async def _at_once() -> None:
-    """Whoever is alone may."""
+    """Return at once: without a lease, a process may always settle."""
