@@ -1,4 +1,4 @@
-"""A model of any size that is quickly trained: one linear map."""
+"""A model of any size that trains quickly: one linear map."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Small federations over the task in ``tests/e2e/own_task.py``, on the patients that scikit-learn ships."""
+"""Small federations with the task in ``tests/e2e/own_task.py``, on the breast cancer data of scikit-learn."""
 
 import os
 import time
@@ -15,7 +15,7 @@ from fednats.testbed.federation import FederationSettings
 
 OWN_TASK = Path(__file__).parent / "own_task.py"
 NORMED = Path(__file__).parent / "normed"
-"""A task in a folder: batch norm, and one logit."""
+"""A task in a folder: a network with batch norm and one logit."""
 
 MakeFederation = Callable[..., FederationSettings]
 
@@ -23,17 +23,17 @@ ENDING_S = 10.0
 
 
 LONGEST = ("test_faults_bus", "test_soak", "test_big_model", "test_participation", "test_bad_input", "test_liars")
-"""Modules that are begun first, so that no process is left with a long test at the end."""
+"""Modules to begin first, so that no long test is left for the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest first."""
+    """Put the longest tests first."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_left_running(tmp_path: Path) -> Iterator[None]:
-    """Assert that whatever a test started has ended with it, also what it killed the parent of."""
+    """Assert that all processes of a test have ended with it, even those whose parent it killed."""
     yield
     deadline = time.monotonic() + ENDING_S
     while left := users_of(tmp_path):
@@ -42,9 +42,9 @@ def _nothing_left_running(tmp_path: Path) -> Iterator[None]:
 
 
 def users_of(folder: Path) -> dict[int, str]:
-    """Return other processes that have ``folder`` or a file below it open, as all daemons and servers have.
+    """Return the other processes that have ``folder`` or a file below it open, as all daemons and servers have.
 
-    By process id: the command line.
+    The result maps process ids to command lines.
     """
     users = {}
     for process in Path("/proc").glob("[0-9]*"):
@@ -52,7 +52,7 @@ def users_of(folder: Path) -> dict[int, str]:
             files = [str(file.readlink()) for file in (process / "fd").iterdir()]
             command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
-            continue  # it has ended, or is not ours
+            continue  # it has ended, or belongs to another user
         if int(process.name) != os.getpid() and any(f"{file}/".startswith(f"{folder}/") for file in files):
             users[int(process.name)] = command
     return users

@@ -1,4 +1,4 @@
-"""Copies of daemons, as a copied machine has them: the same name, keys and state, in another place."""
+"""Copies of daemons, as on a copied machine: the same name, keys and state, in another folder."""
 
 import os
 import shutil
@@ -17,19 +17,19 @@ LEFT_OUT = shutil.ignore_patterns(LOCK_FILE, PORT_FILE, LOG_FILE)
 
 
 def frozen_copy(daemon: DaemonProcess, folder: Path) -> None:
-    """Let a daemon and its worker stand still until `goes_on`, and copy their state to ``folder``, all of one moment."""
-    os.killpg(daemon.pid, signal.SIGSTOP)  # it leads a session of its own
+    """Stop a daemon and its worker until `goes_on`, and copy their state to ``folder``, all from one moment."""
+    os.killpg(daemon.pid, signal.SIGSTOP)  # it leads its own session
     shutil.copytree(daemon.state_dir, folder, ignore=LEFT_OUT)
 
 
 def goes_on(daemon: DaemonProcess) -> None:
-    """Let a daemon go on that stood still."""
+    """Let a stopped daemon go on."""
     os.killpg(daemon.pid, signal.SIGCONT)
 
 
 @asynccontextmanager
 async def copied(now: Running, name: str, folder: Path, **settings: Any) -> AsyncIterator[DaemonProcess]:
-    """Start a copy of the daemon ``name`` on the state in ``folder``, and kill it in the end."""
+    """Start a copy of the daemon ``name`` on the state in ``folder``; kill the copy at the end."""
     true = now.daemons[name]
     copy = DaemonProcess(true.role, name, true.settings.model_copy(update={"state_dir": folder, **settings}))
     await copy.start()
@@ -40,7 +40,7 @@ async def copied(now: Running, name: str, folder: Path, **settings: Any) -> Asyn
 
 
 async def puts_in_place_of(now: Running, name: str, folder: Path) -> None:
-    """Go on with the state in ``folder`` as that of the daemon ``name``, which has ended."""
+    """Kill the daemon ``name``, replace its state with the one in ``folder`` and start it; its log stays."""
     daemon = now.daemons[name]
     await daemon.kill()
     log = daemon.log_file.read_bytes()

@@ -1,4 +1,4 @@
-"""What tests of faults share: a task of any size, and files of daemons as they are at one moment."""
+"""Helpers for tests of faults: a task of any size, and readers of daemons' files."""
 
 import asyncio
 import json
@@ -37,18 +37,18 @@ class Wide(own_task.MyTask):
 
 
 def wide(folder: Path, n_parameters: int) -> dict[str, Any]:
-    """Settings of a federation whose model has about ``n_parameters``."""
+    """Return settings for a federation whose model has about ``n_parameters``."""
     (folder / "wide.py").write_text(_TASK)
     return {"task": f"{folder / 'wide.py'}:Wide", "options": {"n_units": n_parameters // PARAMETERS_PER_UNIT}}
 
 
 def in_state(name: str, state: str) -> Callable[[Statuses], bool]:
-    """Whether the daemon ``name`` says that it is in ``state``."""
+    """Return a check that the daemon ``name`` reports ``state``."""
     return lambda statuses: statuses.get(name, {}).get("state") == state
 
 
 async def found(running: Running, look: Callable[[], T | None]) -> T:
-    """Return what ``look`` finds in files, as soon as it finds something; fail when a daemon has died meanwhile."""
+    """Return the first result of ``look`` that is not None; fail if a daemon dies meanwhile."""
     try:
         async with asyncio.timeout(LIMIT_S):
             while True:
@@ -61,7 +61,7 @@ async def found(running: Running, look: Callable[[], T | None]) -> T:
 
 
 def outbox(running: Running, site: str, query: str) -> list[tuple[Any, ...]]:
-    """Ask the outbox of a site, which may be running, or about to make it."""
+    """Query the outbox of a site, which may be running, or about to create it."""
     file = running.output / f"site-{site}" / "outbox.sqlite"
     if not file.exists():
         return []
@@ -77,19 +77,19 @@ def outbox(running: Running, site: str, query: str) -> list[tuple[Any, ...]]:
 
 
 def events(running: Running, daemon: str) -> list[Event]:
-    """Return what a tier's daemon has journalled so far."""
+    """Return the events in the journal of an aggregator or the coordinator."""
     file = running.output / daemon / "journal.sqlite"
     return [entry.event for entry in read_journal(file)] if file.exists() else []
 
 
 def outbox_of(statuses: Statuses, site: str) -> dict[str, int]:
-    """Return how many updates wait at a site, were sent and were dropped."""
+    """Return how many updates of a site wait, were sent and were dropped."""
     counts: dict[str, int] = statuses.get(f"site-{site}", {}).get("outbox", {})
     return counts
 
 
 def logged(running: Running, daemon: str, event: str) -> list[dict[str, Any]]:
-    """Return what a daemon has logged under the name ``event``."""
+    """Return a daemon's log entries of the event ``event``."""
     text = running.daemons[daemon].log_file.read_text(encoding="utf-8")
     lines = (line for line in text.splitlines() if f'"event": "{event}"' in line)
     return [json.loads(line) for line in lines]

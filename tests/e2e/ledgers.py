@@ -1,4 +1,4 @@
-"""End a test with the ledger of its run."""
+"""Check the ledgers of a run at the end of a test."""
 
 import asyncio
 import base64
@@ -26,10 +26,10 @@ _POLL_S = 0.5
 
 
 async def balanced(output: Path) -> Books:
-    """Return the ledger once all that was sent has been taken in, and assert that nothing is wrong with it."""
+    """Wait until everything sent has been taken in; return the ledger and assert that it has no findings."""
     try:
         async with asyncio.timeout(LIMIT_S):
-            while (ledger := await settled(output)).n_under_way and not ledger.findings:  # noqa: ASYNC110 - files tell no one
+            while (ledger := await settled(output)).n_under_way and not ledger.findings:  # noqa: ASYNC110 - files have no event
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
         raise AssertionError(f"still under way after {LIMIT_S} s: {ledger}") from None
@@ -38,7 +38,7 @@ async def balanced(output: Path) -> Books:
 
 
 async def figures(running: Running, node: str) -> dict[str, int]:
-    """Return the sums of the figures of the consumers that a region takes updates from, or the hub aggregates."""
+    """Return the figures of a node's consumers, summed: of updates at a region, of aggregates at the hub."""
     run, plan = running.servers.run, running.servers.plan
     if node == HUB:
         made = [subjects.inbox_stream(run, HUB, name) for name, region in plan.items() if region.parent is None]
@@ -53,9 +53,9 @@ async def figures(running: Running, node: str) -> dict[str, int]:
 
 
 async def all_settled(running: Running, node: str, copies: int = 1) -> None:
-    """Wait until the bus has nothing left to deliver to ``node`` but evaluations that wait for those of other sites.
+    """Wait until the bus has only evaluations left to deliver to ``node``, which wait for those of other sites.
 
-    Each of these may have been sent up to ``copies`` times.
+    Each of them may have been sent up to ``copies`` times.
     """
     folder = "coordinator" if node == HUB else f"aggregator-{node}"
 
@@ -69,7 +69,7 @@ async def all_settled(running: Running, node: str, copies: int = 1) -> None:
 
 
 def audited(output: Path) -> dict[str, list[LedgerRecord]]:
-    """Assert that ``fednats audit verify`` passes on every ledger of a run; return the records by participant's folder."""
+    """Assert that ``fednats audit verify`` passes on every ledger of a run; return the records by folder."""
     ledgers = sorted(output.glob("**/*ledger.jsonl"))
     assert {file.parent.name for file in ledgers} == {
         *(folder.parent.name for folder in output.glob("*/daemon.log")),
@@ -96,7 +96,7 @@ def audited(output: Path) -> dict[str, list[LedgerRecord]]:
 
 
 def assert_sealed(output: Path, run: str) -> None:
-    """Assert that what the servers have of the newest model are sealed chunks, and nothing of what is in them."""
+    """Assert that the servers hold sealed chunks of the newest model, and none of their content in the clear."""
     folder = checkpoints_folder(output / "coordinator")
     newest = newest_checkpoint(folder)
     keys = ModelKeys.read(output / "kits" / "coordinator" / "model-1.key", None, run)
@@ -113,7 +113,7 @@ def assert_sealed(output: Path, run: str) -> None:
 
 
 def assert_no_secret_is_logged(output: Path) -> None:
-    """Assert that no log of daemon or server has key material in it, in any form that a log would show it in."""
+    """Assert that no log of a daemon or server has key material, in any form that a log might show."""
     kits = output / "kits"
     files = [file for file in kits.glob("*/*") if file.is_file() and file.suffix not in {".log", ".pid"}]
     private = [file for file in files if file.stat().st_mode & 0o077 == 0]

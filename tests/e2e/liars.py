@@ -1,4 +1,4 @@
-"""A hospital and a region that hold real keys and lie about numbers: what they send is signed, encrypted and well formed."""
+"""A hospital and a region with real keys that lie about numbers, in signed, encrypted and well-formed messages."""
 
 import asyncio
 import time
@@ -32,39 +32,39 @@ from tests.makers import aggregate
 Flat = NDArray[np.int64]
 
 MADE_UP = 33_552
-"""Test cases: as many as one count of one hospital can say."""
+"""Number of test cases: the largest count that one hospital can report."""
 
 LABELS = np.repeat([0, 1], MADE_UP // 2)
 FAULTLESS = Counts.of(np.where(LABELS[:, None] == [0, 1], 5.0, -5.0), LABELS)
-"""So many cases, none of which the model got wrong."""
+"""Counts of `MADE_UP` cases, all of which the model gets right."""
 
 
 @dataclass
 class Lie:
-    """What the hospital says; may be changed while it runs."""
+    """The numbers that the hospital reports; a test may change them during the run."""
 
     claim: int
     """Training cases in the head of an update."""
     registered: int
     """Test cases in the head of an evaluation."""
     counts: Callable[[LocalEvaluation, int], Flat] = LocalEvaluation.flat
-    """What it encrypts as its counts, given the honest ones and the bits of a count."""
+    """Returns the counts that it encrypts, given the honest ones and the bits of a count."""
 
 
 def made_up(found: LocalEvaluation, bits: int) -> Flat:
-    """A model without a fault, on very many cases."""
+    """Claim a faultless model, on very many cases."""
     return replace(found, counts=FAULTLESS, n_samples=MADE_UP).flat(bits)
 
 
 def negative(found: LocalEvaluation, bits: int) -> Flat:
-    """Fewer than no cases with the lowest score."""
+    """Claim a negative number of cases with the lowest score."""
     flat = found.flat(bits)
     flat[0] -= 1000
     return flat
 
 
 def moved(found: LocalEvaluation, bits: int) -> Flat:
-    """As many cases as ever, all of class 1; by the histograms they are still of both."""
+    """Claim the true number of cases, but all of class 1, while the histograms still have both classes."""
     counts = found.counts
     assert counts is not None
     confusion = np.zeros_like(counts.confusion)
@@ -73,7 +73,7 @@ def moved(found: LocalEvaluation, bits: int) -> Flat:
 
 
 class LyingSite:
-    """Sends, of every version, an update that has learned nothing and an evaluation, both with the numbers of ``lie``."""
+    """Sends an update of zeros and an evaluation for every version, both with the numbers of ``lie``."""
 
     def __init__(self, bus: Bus, identity: Identity, region: str, site: str, csv: Path, public_key: bytes) -> None:
         task = MyTask(str(csv))
@@ -89,7 +89,7 @@ class LyingSite:
         self.lie = Lie(claim=self.n_train, registered=self.n_test)
 
     async def run(self) -> None:
-        """Be there and lie, for ever."""
+        """Report presence and lie, without end."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._be_seen())
             group.create_task(self._follow())
@@ -166,7 +166,7 @@ def nothing_learned(manifest: ModelManifest, encode: Encoder, payload_id: str) -
 async def send_sum(
     bus: Bus, identity: Identity, region: str, manifest: ModelManifest, public_key: bytes, mass: float
 ) -> str:
-    """Send a sum that has learned nothing in the name of ``region``, of so much ``mass``; return its id."""
+    """Send a sum of zeros with the given ``mass`` in the name of ``region``; return its id."""
     name, prefix = uuid.uuid4().hex, subjects.aggregate("small", region)
     _, updates = nothing_learned(manifest, encoder(manifest.delta, public_key), name)
     add = summer(manifest.delta, public_key)

@@ -1,4 +1,4 @@
-"""The own task of the hospitals in these tests: 30 measurements, and any model that a test needs."""
+"""The task of the hospitals in these tests: 30 measurements and a small network."""
 
 import math
 from pathlib import Path
@@ -18,25 +18,25 @@ class MyTask(Task):
         self.csv = csv
 
     def model(self) -> nn.Module:
-        """Two layers."""
+        """Return a network of two layers."""
         return nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 2))
 
     def train_data(self) -> Examples:
-        """Four patients in five."""
+        """Return four patients in five."""
         return self.patients(test=False)
 
     def test_data(self) -> Examples:
-        """Every fifth patient."""
+        """Return every fifth patient."""
         return self.patients(test=True)
 
     def metrics(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
-        """Two figures beside the usual ones, one of which hospital a does not have."""
+        """Return two metrics beside the usual ones; hospital a lacks one of them."""
         margin = float((scores[:, 1] - scores[:, 0]).abs().mean())
         not_at_a = math.nan if Path(self.csv).stem == "a" else margin
         return {**super().metrics(scores, targets), "margin": margin, "not_at_a": not_at_a}
 
     def patients(self, *, test: bool) -> TensorDataset:
-        """Read one part of the CSV."""
+        """Return the training or the test patients of the CSV."""
         rows = torch.from_numpy(np.loadtxt(self.csv, delimiter=",", dtype=np.float32, ndmin=2))
         chosen = rows[(torch.arange(len(rows)) % 5 == 0) == test]
         return TensorDataset(chosen[:, :-1], chosen[:, -1].long())

@@ -1,4 +1,4 @@
-"""What who runs the servers can read: a user of their own in every account, who hears all that passes."""
+"""Read what a server operator can read: a user in every account hears all messages."""
 
 import json
 import ssl
@@ -23,25 +23,25 @@ from tests.support.connected_bus import until
 
 
 class Tap:
-    """All messages of all accounts of all servers, of every subject, from when it began to listen."""
+    """All messages heard in all accounts of all servers, on every subject."""
 
     def __init__(self) -> None:
         self.subjects: set[str] = set()
         self.heard: list[bytes] = []
 
     async def keep(self, message: Msg) -> None:
-        """Take in a message."""
+        """Keep a message."""
         self.subjects.add(message.subject)
         self.heard.append(message.data)
 
     def read(self) -> list[bytes]:
-        """Return all that can be made of what was heard: it, and what is in it when it is unpacked."""
+        """Return all data heard, both as it is and unpacked."""
         return [form for data in self.heard for form in (data, *_parts(data))]
 
 
 @asynccontextmanager
 async def tapped(servers: BusServers) -> AsyncIterator[Tap]:
-    """Add a user to every account, which takes nothing but the servers' configuration, and listen."""
+    """Add a user to every account and listen; that takes only access to the servers' configuration."""
     tap = Tap()
     async with AsyncExitStack() as stack:
         for name in (HUB, *servers.leaves):
@@ -68,7 +68,7 @@ async def tapped(servers: BusServers) -> AsyncIterator[Tap]:
 
 
 async def _listening(url: str, seed_file: Path, authority: Path, tap: Tap) -> Client | None:
-    """Connect and listen; None as long as the server has not read its configuration again, which cuts connections."""
+    """Connect and listen; return None if that fails, as while the server reloads, which cuts connections."""
     client = Client()
     try:
         await client.connect(
@@ -88,7 +88,7 @@ async def _listening(url: str, seed_file: Path, authority: Path, tap: Tap) -> Cl
 
 
 async def _ignore(_error: Exception) -> None:
-    """Nobody's: what the server says is seen by what does not arrive."""
+    """Ignore errors; if something is denied, it does not arrive."""
 
 
 def _parts(data: bytes) -> tuple[bytes, ...]:

@@ -1,4 +1,4 @@
-"""Bad input of every kind into a running federation: refused with its reason, counted, and the others go on."""
+"""Bad input of every kind to a running federation is refused with a reason and counted, and the run goes on."""
 
 import asyncio
 import base64
@@ -70,7 +70,7 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
                 data: (reason, "nan", HEAD) for data, reason in sent.items()
             }
             assert await as_the_document_says(observer, "malformed", tmp_path) in {str(reject) for reject in kept}
-            # what is asked for after the refusals is done after them: then none of it is on its way to be refused
+            # after two more versions all refusals are done, and no bad input is still under way
             await until(federation_running, reached(statuses["coordinator"]["version"] + 2))
             aggregator = federation_running.daemons["aggregator-north"]
             await aggregator.kill()
@@ -78,7 +78,7 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
             await until(federation_running, reached(statuses["coordinator"]["version"] + 5))
             again = (await until(federation_running, refused(JOURNALLED)))["aggregator-north"]["refusals"]
             assert again.keys() & (EXPECTED - JOURNALLED) == set(), "what was refused came again"
-            await until(federation_running, evaluated(current.version + 5))  # nobody else's evaluations are lost
+            await until(federation_running, evaluated(current.version + 5))  # the evaluations of others are not lost
             statuses = await end_after(federation_running, 1)
             ledger = await balanced(tmp_path / "out")
             assert len(await rejects(bus, len(sent))) == len(sent)
@@ -97,14 +97,14 @@ async def test_bad_input_is_refused_and_the_run_goes_on(make_federation: MakeFed
 
 
 def evaluated(version: int) -> Callable[[Statuses], bool]:
-    """Whether a version beyond ``version`` has been evaluated."""
+    """Return a check that a version after ``version`` has been evaluated."""
     return lambda statuses: any(
         entry["version"] > version for entry in statuses.get("coordinator", {}).get("history", [])
     )
 
 
 JOURNALLED = {"replayed", "wrong_grid", "wrong_key", "wrong_shape", "checksum", "ciphertext"}
-"""Reasons to refuse what could be read."""
+"""Reasons to refuse a message that could be read; these refusals are journalled."""
 
 EXPECTED = {"signature", "malformed", "oversized", "wrong_run", "wrong_sender"} | JOURNALLED
 
@@ -116,7 +116,7 @@ def refused(reasons: set[str]) -> Callable[[Statuses], bool]:
 
 
 async def rejects(bus: Bus, count: int) -> list[Reject]:
-    """Read all that the region refused, once there are so many, as its operator may."""
+    """Wait for ``count`` rejects of the region and return all, read with its operator's key."""
     stream = subjects.rejects_stream("small", "north")
 
     async def all_there() -> bool:
@@ -134,7 +134,7 @@ async def rejects(bus: Bus, count: int) -> list[Reject]:
 
 
 async def as_the_document_says(observer: BusSettings, reason: str, folder: Path) -> str:
-    """Run the example of bus/README.md that reads the newest reject of a kind; return what it prints."""
+    """Run the example in bus/README.md that reads the newest reject of a kind; return its last line of output."""
     (code,) = re.findall(r"```python\n(.*?)```", BUS_README.read_text(encoding="utf-8"), re.DOTALL)
     for documented, actual in (
         ('"tls://127.0.0.1:4223"', repr(observer.url)),
@@ -153,9 +153,9 @@ async def as_the_document_says(observer: BusSettings, reason: str, folder: Path)
 
 
 async def steady(bus: Bus) -> ModelManifest:
-    """Return the manifest of a version whose grid was that of the three before: the first versions find it.
+    """Return the manifest of the first version with the same grid as the three versions before it.
 
-    An update on a grid that is left waits for others on it, and is not looked into.
+    The grid changes in the first versions, and an update on an old grid waits for others without being read.
     """
     grids: dict[int, str] = {}
     stream, head = subjects.models_stream("small", "north"), subjects.head(subjects.model("small"))
@@ -170,7 +170,7 @@ async def steady(bus: Bus) -> ModelManifest:
 
 
 async def send_bad_updates(bus: Bus, identity: Identity, current: ModelManifest) -> dict[bytes, str]:
-    """Send one of each kind; return the messages, each with the reason that it must be refused for."""
+    """Send a bad update of each kind; return the messages, each with the reason for which it must be refused."""
     prefix = subjects.update("small", "north", "nan")
     chunk = wire.pack(Chunk(parts=(b"no ciphertext",)))
     sent: dict[bytes, str] = {}
@@ -212,15 +212,15 @@ async def send_bad_updates(bus: Bus, identity: Identity, current: ModelManifest)
     await announce("grid", "wrong_grid", head("grid", grid_id="unheard", base_version=0))
     await announce("key", "wrong_key", head("key", key_id="other"))
     await announce("shape", "wrong_shape", head("shape", payload=Payload(payload_id="shape", n_bytes=0, digests=())))
-    await announce("absent", "checksum", head("absent"))  # its chunk is never sent
-    await announce("twice", "replayed", head("twice", sequence=len(sent)))  # the number of the one before
+    await announce("absent", "checksum", head("absent"))  # without its chunk
+    await announce("twice", "replayed", head("twice", sequence=len(sent)))  # the same number as the message before
     await bus.publish_payload(prefix, "noise", [chunk])
     await announce("noise", "ciphertext", head("noise"))
     return sent
 
 
 async def claim_ids(bus: Bus, versions: range) -> None:
-    """Store something of one's own under the ids by which the stream could take others' evaluations for known."""
+    """Store messages under the ids that would make the stream drop other sites' evaluations as duplicates."""
     for version in versions:
         for site in ("a", "b"):
             guess = evaluation_id(evaluation(site, version))

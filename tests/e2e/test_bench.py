@@ -1,4 +1,4 @@
-"""The benches measure what they say, in their smallest form; what the figures are is not for a test."""
+"""Run the benchmarks in their smallest form, and check what they report, but not the figures themselves."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A large model over a long link: the link is filled, and no daemon holds more than a few models."""
+"""A large model over a long link: it fills the link, and no daemon holds more than a few models in memory."""
 
 import time
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ BYTES_PER_S = MBIT * 1e6 / 8
 
 @dataclass
 class Watched:
-    """How far the memory of each daemon and of its worker grew, and what crossed the link when."""
+    """The memory growth of each daemon and its worker, and the bytes across the link over time."""
 
     began: dict[int, int] = field(default_factory=dict)
-    """By process: its peak when it was first seen, which is at its start."""
+    """Peak memory of each process when first seen, which is at its start."""
     growth: dict[str, int] = field(default_factory=dict)
     down: list[tuple[float, int]] = field(default_factory=list)
     up: list[tuple[float, int]] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Watched:
 
 
 def peaks(pid: int) -> Iterator[tuple[int, int]]:
-    """Yield the peak resident bytes of a process and of all below it."""
+    """Yield the peak resident bytes of a process and of all its descendants."""
     with suppress(FileNotFoundError, ProcessLookupError):
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
         yield pid, 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
@@ -53,7 +53,7 @@ def peaks(pid: int) -> Iterator[tuple[int, int]]:
 
 
 def share_used(samples: list[tuple[float, int]], first: int, last: int) -> float:
-    """Share of the link's rate at which bytes number ``first`` to ``last`` crossed it."""
+    """Return the share of the link's rate that was used for bytes number ``first`` to ``last``."""
     started = next(at for at, n_bytes in samples if n_bytes >= first)
     ended = next(at for at, n_bytes in samples if n_bytes >= last)
     return (last - first) / (ended - started) / BYTES_PER_S
@@ -88,7 +88,7 @@ async def test_a_large_model_fills_the_link_and_not_the_memory(tmp_path: Path, w
         await balanced(tmp_path / "out")
     assert statuses["coordinator"]["n_updates"] == 2
     model, update = BYTES_OF_A_PARAMETER * width**2, int(BYTES_OF_A_PARAMETER_IN_AN_UPDATE * width**2)
-    keyframe = int(0.9 * model)  # zstd takes 8 % off
+    keyframe = int(0.9 * model)  # zstd saves 8 %
     assert share_used(watched.down, keyframe // 20, keyframe) >= 0.8
     assert share_used(watched.up, update // 20, update) >= 0.8
     for name, grown in watched.growth.items():

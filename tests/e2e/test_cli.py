@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""The command line, as users run it."""
 
 import asyncio
 import json
@@ -39,13 +39,13 @@ def run(arguments: Sequence[str], *, code: int = 0) -> subprocess.CompletedProce
 
 
 def logged(output: Path, site: str, event: str) -> list[dict[str, Any]]:
-    """Return what a site's log has of ``event``."""
+    """Return the entries of ``event`` in a site's log."""
     lines = map(json.loads, (output / f"site-{site}" / "daemon.log").read_text().splitlines())
     return [line for line in lines if line["event"] == event]
 
 
 def passes_s(output: Path, site: str) -> list[float]:
-    """Return how long each pass of a site took, from its log."""
+    """Return the duration of each training pass of a site, from its log."""
     return [line["train_s"] for line in logged(output, site, "trained")]
 
 
@@ -78,7 +78,7 @@ async def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     async with asyncio.timeout(LIMIT_S):
-        first = await process.stdout.readline()  # the first version is evaluated: everything runs
+        first = await process.stdout.readline()  # the first version is evaluated, so everything runs
         assert first.startswith(b"version 0")
         assert len(users_of(output)) >= 3 + 7
         process.send_signal(signal.SIGINT)
@@ -118,7 +118,7 @@ def test_four_real_hospitals_beat_the_mean_hospital_alone(tmp_path: Path) -> Non
 def test_wrong_arguments_are_named_in_one_line(arguments: list[str], expected: str, tmp_path: Path) -> None:
     output = ["--output", str(tmp_path / "out")] if arguments[0] in {"demo", "run"} else []
     is_daemon = arguments[0] in {"site", "aggregator", "coordinator"}
-    errors = run([*arguments, *output], code=78 if is_daemon else 1).stderr  # 78: starting it again does not help
+    errors = run([*arguments, *output], code=78 if is_daemon else 1).stderr  # 78: a restart would not help
     assert expected in errors
     assert "Traceback" not in errors
 

@@ -1,6 +1,6 @@
-"""A task that goes wrong at every site: its deltas jump, which is an alarm, then its loss raises, and the run ends with that.
+"""A task that fails at every site: its deltas jump, which raises an alarm, then its loss raises, which ends the run.
 
-What the exception quotes stays at the hospital.
+The text of the exception stays at the hospital.
 """
 
 import hashlib

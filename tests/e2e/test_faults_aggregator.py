@@ -1,4 +1,4 @@
-"""An aggregator that is killed, or whose disk is full, at the worst moment: every update still counts exactly once."""
+"""An aggregator is killed, or its disk is full, at the worst moment: every update still counts exactly once."""
 
 import asyncio
 import resource
@@ -28,17 +28,17 @@ from tests.support.connected_bus import until as happens
 RUN = "small"
 NORTH = "aggregator-north"
 SLOW = WanSettings(delay_ms=400)
-"""An answer takes as long: enough to see what was asked for, and to kill who waits for the answer."""
+"""Delays answers, so that a test can see a request and kill the aggregator before its answer."""
 
 
 def summed(output: Path) -> list[str]:
-    """Ids of the sums that the region has journalled as published."""
+    """Return the ids of the sums that the region has journalled as published."""
     entries = read_journal(output / NORTH / "journal.sqlite")
     return [entry.event.combination_id for entry in entries if isinstance(entry.event, Combined)]
 
 
 def evaluated(output: Path) -> list[int]:
-    """Versions whose evaluations the region has journalled as summed."""
+    """Return the versions whose evaluations the region has journalled as summed."""
     entries = read_journal(output / NORTH / "journal.sqlite")
     return [entry.event.version for entry in entries if isinstance(entry.event, EvaluationsSummed)]
 
@@ -69,7 +69,7 @@ async def test_killed_with_half_a_buffer(make_federation: MakeFederation, tmp_pa
     assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] == 4 * 3
     assert statuses[NORTH]["accepted"] >= 4 * 3, (
         "it counts on from before it was killed"
-    )  # more, if it heard late of the end
+    )  # more, if it learned late of the end
 
 
 async def test_killed_between_publishing_a_sum_and_hearing_that_it_is_stored(
@@ -93,7 +93,7 @@ async def test_killed_between_publishing_a_sum_and_hearing_that_it_is_stored(
 async def test_killed_between_publishing_evaluations_and_hearing_that_they_are_stored(
     make_federation: MakeFederation, tmp_path: Path
 ) -> None:
-    """Two sums of one version, of other hospitals, would tell the coordinator their difference."""
+    """Two sums of one version over different hospitals would reveal their difference to the coordinator."""
     federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 3})
     output = tmp_path / "out"
     async with running(federation, output, links={"uplink-north": SLOW}) as federation_running:
@@ -108,7 +108,7 @@ async def test_killed_between_publishing_evaluations_and_hearing_that_they_are_s
 
 
 async def killed_after(federation_running: Running, subject: str, kind: type[MessageT]) -> MessageT:
-    """Kill the aggregator as soon as its server has its first message on ``subject``; return the message."""
+    """Kill the aggregator as soon as its server has the first message on ``subject``; return that message."""
     servers = federation_running.servers
     direct = servers.uplink("north").model_copy(update={"url": servers.node("north").url})
     async with Bus.connect(direct, user_name("uplink", "north")) as bus:
@@ -118,13 +118,13 @@ async def killed_after(federation_running: Running, subject: str, kind: type[Mes
 
 
 async def first(bus: Bus, subject: str, kind: type[MessageT]) -> MessageT:
-    """Return the first message on ``subject``, as soon as the region's server has it."""
+    """Wait for the first message on ``subject`` at the region's server, and return it."""
     stream = subjects.aggregates_stream(RUN, "north")
 
     async def look() -> StoredMessage | None:
         try:
             return await bus.last(stream, subject)
-        except BusError:  # the aggregator has not made the stream yet
+        except BusError:  # the aggregator has not created the stream yet
             return None
 
     record = await happens(look, patience_s=120)
@@ -176,7 +176,7 @@ async def test_everything_delivered_again_counts_once(make_federation: MakeFeder
 
 
 async def send_all_again(federation_running: Running, mark: str) -> int:
-    """Publish every head of everybody once more, with other message ids; return their number."""
+    """Publish the heads of all participants once more, under new message ids; return their number."""
     plan = federation_running.servers.plan
     sites = [await send_site_again(federation_running, site, mark) for region in plan.values() for site in region.sites]
     regions = [await send_region_again(federation_running, region, mark) for region in plan]
@@ -186,7 +186,7 @@ async def send_all_again(federation_running: Running, mark: str) -> int:
 async def test_a_full_disk_stops_the_aggregator_and_room_lets_it_go_on(
     make_federation: MakeFederation, tmp_path: Path
 ) -> None:
-    """The kernel refuses to let any file of the daemon grow beyond what the journal has, as a full disk would."""
+    """The kernel lets no file of the daemon grow beyond the journal's size, as a full disk would."""
     federation = make_federation({"north": ["a", "b"]}, stop={"max_versions": 8})
     output = tmp_path / "out"
     async with running(federation, output) as federation_running:

@@ -1,4 +1,4 @@
-"""Servers that are killed or lose their disk, and links that are cut: the others go on, and nothing is lost or counted twice."""
+"""Servers are killed or lose their disk, and links are cut: the run goes on, and nothing is lost or counted twice."""
 
 import asyncio
 import signal
@@ -23,14 +23,14 @@ from tests.e2e.until import LIMIT_S, end_after, reached, takes_part, until, vers
 from tests.support.connected_bus import until as happens
 
 FAR = WanSettings(delay_ms=100)
-"""Between each site and its region: paces the run, so that nobody has to train for long."""
+"""Link between each site and its region; it paces the run without long training."""
 MANY = 12
-"""Versions after which a stream that is made anew is shorter than what others have copied of the lost one."""
+"""Versions after which a stream that is created again is shorter than the copies of the lost one."""
 
 
 @pytest.fixture
 def federation(make_federation: MakeFederation) -> FederationSettings:
-    """Two regions of two sites, in a run that goes on until it is ended and takes what comes late."""
+    """Return two regions of two sites, in a run that goes on until the test ends it and that accepts late updates."""
     made = make_federation(
         {"north": ["a", "b"], "south": ["c", "d"]},
         aggregation={"staleness": {"max_staleness": 1000}},
@@ -41,12 +41,12 @@ def federation(make_federation: MakeFederation) -> FederationSettings:
 
 
 async def version_grows(federation_running: Running, n_versions: int = 2) -> None:
-    """Wait until there are so many more versions."""
+    """Wait for ``n_versions`` more versions."""
     await until(federation_running, reached(version_now(federation_running) + n_versions))
 
 
 async def ends_well(federation_running: Running) -> Books:
-    """End the run; every accepted update is in the model, but for those that waited when it closed."""
+    """End the run; assert that the model has every accepted update, except those that waited when the run closed."""
     statuses = await end_after(federation_running, 3)
     ledger = await balanced(federation_running.output)
     assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"]
@@ -54,14 +54,14 @@ async def ends_well(federation_running: Running) -> Books:
 
 
 async def wiped(server: NatsServer) -> None:
-    """SIGKILL, lose the disk, and start again."""
+    """Kill a server (SIGKILL), remove its store, and start it again."""
     await server.kill()
     await server.wipe()
     await server.start()
 
 
 async def goes_on(federation_running: Running) -> None:
-    """Wait until every region is in the model with what it does from now on; nothing was lost, nothing counted twice."""
+    """Wait until the model has a new sum of every region; assert that nothing was lost or counted twice."""
     for region in federation_running.servers.plan:
         await takes_part(federation_running, region)
     assert (await asyncio.to_thread(verify, federation_running.output)).findings == []
@@ -124,9 +124,9 @@ async def test_a_leaf_link_is_cut_for_a_minute_and_flaps(federation: FederationS
 
 
 async def test_a_leaf_link_is_too_thin_for_its_region(tmp_path: Path) -> None:
-    """It carries a sum in 2 s, the region could make several: it makes fewer, of more updates, and all of them count.
+    """The link takes 2 s for a sum, so the region makes fewer sums of more updates, and all updates count.
 
-    Evaluations leave room for sums: versions that are overtaken are not evaluated there.
+    Evaluations leave room for sums: the region skips the evaluations of overtaken versions.
     """
     thin = parse(
         {
@@ -164,15 +164,15 @@ async def test_a_leaf_link_is_too_thin_for_its_region(tmp_path: Path) -> None:
 
 
 def waiting(output: Path, region: str) -> list[str]:
-    """Return the ids of the updates that ``region`` has taken in and not summed."""
+    """Return the ids of the updates that ``region`` has taken in but not summed."""
     book = Book(region, output / f"aggregator-{region}" / "journal.sqlite")
     return [identity for identity, taken in book.taken.items() if taken.fate is Fate.WAITING]
 
 
 async def hold_still(federation_running: Running, region: str) -> None:
-    """Stop the sites of ``region`` in a moment in which its server has nothing that is not elsewhere as well.
+    """Stop the sites of ``region`` at a moment when everything at its server is also stored elsewhere.
 
-    But for updates that were left alone on an old grid: nobody asks for them any more.
+    Updates left alone on an old grid are excepted, as they will never be summed.
     """
     sites = [federation_running.daemons[f"site-{site}"] for site in federation_running.servers.plan[region].sites]
 
@@ -197,7 +197,7 @@ async def hold_still(federation_running: Running, region: str) -> None:
 
 @pytest.mark.long
 async def test_what_a_lost_store_alone_had_is_named_as_lost(federation: FederationSettings, tmp_path: Path) -> None:
-    """A site keeps an update until its region's server has it; the one that waits there for another is on one disk."""
+    """A site keeps an update until its region's server has it; while it waits there, it is on that disk only."""
     output = tmp_path / "out"
     async with running(federation, output) as federation_running:
         await until(federation_running, reached(60))  # by then the grid changes seldom
@@ -221,7 +221,7 @@ async def test_what_a_lost_store_alone_had_is_named_as_lost(federation: Federati
 
 
 def left_over_on_a_grid_of_its_own(output: Path, region: str, identities: list[str]) -> set[str]:
-    """Return which of these nobody asked for: the grid changed, so no other site's update could be summed with them."""
+    """Return which of these could not be summed, because no other site had an update on the same grid; assert that."""
     taken = Book(region, output / f"aggregator-{region}" / "journal.sqlite").taken
     left = {identity for identity in identities if identity in taken}
     waited = [each.head for each in taken.values() if each.fate is Fate.LEFT_OVER and isinstance(each.head, Update)]

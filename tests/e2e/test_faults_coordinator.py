@@ -1,4 +1,4 @@
-"""A coordinator that is killed: it goes on at the version it had, and applies nothing twice."""
+"""A killed coordinator goes on at the version it had, and applies nothing twice."""
 
 import random
 from contextlib import aclosing
@@ -73,10 +73,10 @@ async def test_a_coordinator_killed_again_and_again_applies_every_update_once(
 
 
 async def loses_its_bus_as_it_starts(now: Running) -> None:
-    """Cut the link of a coordinator that has connected and asked for nothing yet; it waits, and goes on."""
+    """Cut the coordinator's link after it has connected, but before its first request; it waits, and goes on."""
     link = now.links["coordinator"]
     link.cut()
-    link.restore()  # the connection is reset: it knows at once
+    link.restore()  # resets the connection, which it notices at once
     link.cut()
     await found(now, lambda: logged(now, "coordinator", "bus_waits") or None)
     link.restore()
@@ -94,7 +94,7 @@ def announced(now: Running) -> set[int]:
 
 
 async def manifest(now: Running, at_least: int) -> ModelManifest:
-    """Return the first that a site of the north is told of from version ``at_least`` on."""
+    """Return the first manifest of version ``at_least`` or later that a site of north receives."""
     stream, subject = subjects.models_stream("small", "north"), subjects.head(subjects.model("small"))
     async with (
         Bus.connect(now.servers.site("north", "b"), user_name("site", "b")) as bus,

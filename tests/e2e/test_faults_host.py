@@ -1,4 +1,4 @@
-"""A site whose disk is full, or whose clock is wrong: it goes on when there is room, and needs no clock."""
+"""A site with a full disk goes on when there is room; a wrong clock changes nothing."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
     )
     state_dir = tmp_path / "out" / "site-a"
     with small_disk(state_dir, n_bytes=16 * 2**20):
-        (state_dir / "daemon.log").symlink_to(tmp_path / "site-a.log")  # a log is not kept on the disk of the state
+        (state_dir / "daemon.log").symlink_to(tmp_path / "site-a.log")  # the log is on another disk than the state
         async with running(federation, tmp_path / "out") as now:
             await until(now, lambda statuses: outbox_of(statuses, "a").get("sent", 0) >= 1)
             ballast = state_dir / "ballast"
@@ -41,7 +41,7 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
             n_stored = len(logged(now, "site-a", "update_stored"))
             assert (
                 n_stored <= len(logged(now, "site-a", "trained")) <= n_stored + 1
-            )  # a pass that is kept is not made again
+            )  # a pass that is stored is not made again
             ballast.unlink()
             before = await until(now, lambda statuses: "site-a" in statuses)
             after = await until(now, lambda s: outbox_of(s, "a")["sent"] > outbox_of(before, "a")["sent"])
@@ -53,7 +53,7 @@ async def test_a_full_disk_stops_a_site_until_there_is_room(make_federation: Mak
             )
             assert outbox(now, "a", orphans) == []
         assert ledger.accepted[APPLIED] >= 2 * 18
-    assert len(failures) <= 18  # once for every version: it does not spin
+    assert len(failures) <= 18  # once for each version, so it does not spin
     assert any("outbox.sqlite" in failure["error"] for failure in failures)
     assert all("Make room on its disk" in failure["error"].replace("make", "Make") for failure in failures)
 
@@ -87,7 +87,7 @@ async def answers(state_dir: Path, page: str) -> int:
 
 
 def fill(ballast: Path, *, but_for: int) -> None:
-    """Leave only so many bytes of the disk free."""
+    """Fill the disk, leaving ``but_for`` bytes free."""
     free = os.statvfs(ballast.parent)
     with ballast.open("ab") as file:
         os.posix_fallocate(file.fileno(), 0, file.tell() + free.f_bavail * free.f_frsize - but_for)

@@ -1,4 +1,4 @@
-"""Sites that are killed or cut off: nothing is lost, nothing counts twice."""
+"""Sites are killed or cut off: nothing is lost, and nothing counts twice."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.e2e.ledgers import audited, balanced
 from tests.e2e.until import closed, reached, until
 
 PAIR = {"north": ["a", "b"]}
-"""A sum has updates of two sites in it: without the one, the other gets no further."""
+"""A sum needs updates of two sites, so neither site gets further without the other."""
 
 UNSENT = "SELECT update_id FROM outgoing WHERE sent_at IS NULL AND dropped_at IS NULL ORDER BY sequence"
 LONG_PASS = {"local_steps": 1500, "batch_size": 16, "learning_rate": 0.001}
@@ -66,7 +66,7 @@ async def test_a_site_killed_in_encrypting_makes_the_very_same_update_again(
         left = outbox(now, "a", residual)
         await now.daemons["site-a"].start()
         await found(now, lambda: outbox(now, "a", "SELECT 1 FROM outgoing LIMIT 1 OFFSET 1") or None)
-        # Same version, seed and residual of the first update: what was worked out twice is equal, and counts once.
+        # Version, seed and residual are the same, so both computations give the same update, which counts once.
         assert outbox(now, "a", residual)[: len(left)] == left
         assert outbox(now, "a", f"SELECT 1 FROM chunk WHERE update_id = '{killed_id}'") == []  # noqa: S608 - an id
         await until(now, closed)
@@ -102,13 +102,13 @@ async def test_a_site_trains_on_without_its_link_and_catches_up(
         await until(now, reached(1))
         link = now.links["site-a"]
         link.cut()
-        link.restore()  # connections are reset: the site knows at once, and waits only as long as a break may take
+        link.restore()  # resets connections, which the site notices at once; it then waits only the usual time
         link.cut()
         statuses = await until(now, lambda statuses: outbox_of(statuses, "a").get("dropped", 0) >= 3)
         assert statuses["site-a"]["outbox"]["waiting"] == 4
         assert not statuses["site-a"]["ready"]
         sequences = [number for (number,) in outbox(now, "a", UNSENT.replace("update_id", "sequence", 1))]
-        assert sequences[1:] == list(range(sequences[-1] - 2, sequences[-1] + 1))  # the first may be half sent
+        assert sequences[1:] == list(range(sequences[-1] - 2, sequences[-1] + 1))  # the first may be sent in part
         version = statuses["coordinator"]["version"]
         link.restore()
         await until(now, closed)
@@ -165,11 +165,11 @@ async def test_fetching_goes_on_where_a_killed_site_was(make_federation: MakeFed
     assert ledger.accepted[APPLIED] == 2
 
 
-# --- what they share ----------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------------
 
 
 def large_and_plain(make_federation: MakeFederation, folder: Path, n_parameters: int) -> Any:
-    """One version of a model that a slow link takes seconds for, in many small chunks."""
+    """Return a federation for one version of a model that takes seconds over a slow link, in many small chunks."""
     return make_federation(
         PAIR,
         **wide(folder, n_parameters),

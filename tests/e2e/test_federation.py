@@ -1,4 +1,4 @@
-"""Whole federations as processes, over real servers, with real encryption."""
+"""Whole federations as processes, with real servers and real encryption."""
 
 import asyncio
 import json
@@ -127,12 +127,12 @@ async def test_a_federation_without_leaves_is_the_same_federation(
         async with Bus.connect(federation_running.servers.observer("north"), "observer.north") as observer:
             shown = json.loads(await observer.ask(subjects.status("small", "site", "a")))
     assert statuses["site-a"]["metrics"].keys() >= {"auc", "accuracy"}
-    assert shown.keys() == statuses["site-a"].keys() - {"metrics"}  # a hospital's own figures are for its own port
+    assert shown.keys() == statuses["site-a"].keys() - {"metrics"}  # only a hospital's own port shows its metrics
     assert ledger.accepted[APPLIED] == 6
     assert statuses["coordinator"]["n_updates"] == 6
-    last = statuses["coordinator"]["history"][-1]  # read from encrypted counts: a fifth of 569 patients
+    last = statuses["coordinator"]["history"][-1]  # from encrypted counts over a fifth of 569 patients
     assert (last["version"], last["n_sites"], last["n_samples"]) == (3, 2, 114)
-    assert last["means"] == ["margin"]  # only one hospital has the other, fewer than min_sites
+    assert last["means"] == ["margin"]  # only one hospital has the other metric, which is fewer than min_sites
     assert "not_at_a" not in last["metrics"]
     exact = evaluate_pooled(federation, last_weights(tmp_path / "out"))
     assert last["metrics"]["auc"] == pytest.approx(exact["auc"], abs=0.002)
@@ -191,7 +191,7 @@ async def test_killed_daemons_come_back_and_nothing_counts_twice(
 async def test_everything_is_cut_to_what_the_servers_take_in_one_message(
     make_federation: MakeFederation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Models, updates and sums: the coordinator reads from the hub's server how large a message may be."""
+    """Covers models, updates and sums; the coordinator reads the size limit from the hub's server."""
 
     def small(name: str) -> Path:
         file = tmp_path / name

@@ -1,8 +1,8 @@
-"""A ciphertext that ends the worker process: the daemon goes on, names the culprit, and sums the others.
+"""A ciphertext ends the worker process: the daemon goes on, names the sender, and sums the other updates.
 
-The readers of ciphertexts let TenSEAL read nothing that others wrote, so no known bytes do that. Here they are made
-careless: the daemons start with a ``sitecustomize`` that lets TenSEAL read, and add to an encryption of zero, whatever has
-not the length of a ciphertext. Then the bytes in ``tests/killing.py`` end the process with SIGSEGV.
+Readers of ciphertexts never let TenSEAL parse bytes of others, so no known bytes can do this. Here they are made
+careless: the daemons start with a ``sitecustomize`` that lets TenSEAL parse, and add to an encryption of zero, anything
+that has not the length of a ciphertext. Then the bytes in ``tests/killing.py`` end the process with SIGSEGV.
 """
 
 import json
@@ -114,7 +114,7 @@ async def send_update(bus: Bus, identity: Identity, current: ModelManifest, ciph
         region="north",
         site="c",
         update_id="killing",
-        sequence=sequence,  # none that the site itself has used
+        sequence=sequence,  # a number that the site has not used
         base_version=current.version,
         grid_id=current.grid.grid_id,
         key_id=current.key_id,

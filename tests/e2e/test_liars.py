@@ -1,4 +1,4 @@
-"""One hospital and one region with real keys that lie about numbers, one lie after the other: named, and nobody is stopped."""
+"""A hospital and a region with real keys lie about numbers, one lie after another: both are named, and nobody stops."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ LEARNING = {
     "server": {"learning_rate": 0.2},
 }
 N_VERSIONS = 30
-"""After so many the federation without the liar's hospital has learned what it can."""
+"""Versions after which the federation without the liar's hospital has learned all it can."""
 
 
 async def test_a_hospital_and_a_region_that_lie_about_numbers_stop_nobody(
@@ -46,7 +46,7 @@ async def test_a_hospital_and_a_region_that_lie_about_numbers_stop_nobody(
 ) -> None:
     federation = make_federation({"north": ["a", "b", "liar"], "south": ["c", "d"]}, **LEARNING, stop=ENDLESS)
     async with running(federation, tmp_path / "out") as now:
-        await now.daemons["site-liar"].kill()  # the test has its key, and sends in its name
+        await now.daemons["site-liar"].kill()  # the test sends in its name, with its key
         await until(now, lambda statuses: statuses.get("aggregator-north", {}).get("version", -1) >= 0)
         servers, public_key = now.servers, (now.output / "kits" / "region-north" / "epoch-1.public").read_bytes()
         async with (
@@ -87,7 +87,7 @@ async def test_a_hospital_and_a_region_that_lie_about_numbers_stop_nobody(
 
 
 async def lies_about_cases(now: Running, liar: LyingSite, notices: list[Mapping[str, Any]]) -> None:
-    """A hospital says that it has far more training cases, from the first version on: it counts for three, and is named."""
+    """A hospital claims far too many training cases from the first version on: it counts for three, and is named."""
     untrained = accuracy(now)
     for n_times, claim in (("ever so many", 10**12), ("20 times", 20 * liar.n_train)):
         liar.lie.claim = claim
@@ -112,7 +112,7 @@ async def lies_about_cases(now: Running, liar: LyingSite, notices: list[Mapping[
 async def lies_about_mass(
     now: Running, claim: Callable[[float], Awaitable[None]], notices: list[Mapping[str, Any]]
 ) -> None:
-    """A region says that its sum has far more mass: it counts for a bounded part, and is named."""
+    """A region claims far too much mass for its sum: it counts for a bounded part, and is named."""
     usual = statistics.median(
         taken.head.mass
         for taken in Book(HUB, now.output / COORDINATOR / "journal.sqlite").taken.values()
@@ -130,7 +130,7 @@ async def lies_about_mass(
 
 
 async def lies_about_test_cases(now: Running, liar: LyingSite) -> None:
-    """A hospital makes up its evaluations: they are left out, by its region or with its region's, and choose no version."""
+    """A hospital makes up its evaluations: they are left out, alone or with its region's, and choose no version."""
     await until(now, evaluated_by_all)
     liar.lie.registered = MADE_UP
     statuses = await until(now, lambda statuses: "test_cases" in statuses["aggregator-north"]["refusals"])
@@ -158,7 +158,7 @@ async def lies_about_test_cases(now: Running, liar: LyingSite) -> None:
 
 
 async def accuracy_without(now: Running, folder: Path) -> float:
-    """Return what a second run of the same federation learns without the liar's hospital."""
+    """Return the accuracy of a second run of the same federation, without the liar's hospital."""
     first = (await until(now, reached(0)))[COORDINATOR]["version"] + 1
     order = order_file(folder, **LEARNING, name="without", seed=0, stop=ENDLESS)
     assert f"its first version is {first}" in await run(now.output, "start", order)
@@ -167,7 +167,7 @@ async def accuracy_without(now: Running, folder: Path) -> float:
 
 
 def register(aggregator: DaemonProcess, **n_samples: int) -> None:
-    """Change the settings file of a running aggregator, as its operator does who got a new one."""
+    """Change the settings file of a running aggregator, as its operator does with a new kit."""
     file = aggregator.state_dir / "aggregator.toml"
     settings = tomllib.loads(file.read_text(encoding="utf-8"))
     new = file.with_suffix(".new")
@@ -183,7 +183,7 @@ def taken_into(notices: list[Mapping[str, Any]]) -> Callable[[bytes], Awaitable[
 
 
 def said_of(notices: list[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
-    """Return whose claims a role said were believed in part only."""
+    """Return the notices of a role about claims that it believes only in part."""
     return [each["details"] for each in notices if (each["role"], each["what"]) == (role, "claim_bounded")]
 
 
@@ -205,7 +205,7 @@ def evaluated_by_all(statuses: Statuses) -> bool:
 
 
 def n_left_out(now: Running, why: str) -> int:
-    """Count the evaluations of north that the coordinator left out for this reason."""
+    """Count the evaluations of north that the coordinator left out for the reason ``why``."""
     return sum(why in line["detail"] for line in log_of(now.daemons[COORDINATOR], "evaluation_left_out"))
 
 
@@ -216,7 +216,7 @@ def scales(now: Running) -> list[float]:
 
 
 def accuracy(now: Running) -> float:
-    """Return the newest version's on all patients of the honest hospitals."""
+    """Return the newest version's accuracy on all patients of the honest hospitals."""
     folder = checkpoints_folder(now.output / COORDINATOR)
     newest = newest_checkpoint(folder)
     assert newest is not None

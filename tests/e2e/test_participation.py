@@ -1,4 +1,4 @@
-"""Hospitals and regions that come and go: the others go on, and no sum is ever of fewer sites than it must be."""
+"""Hospitals and regions come and go: the others go on, and no sum ever has fewer sites than it must."""
 
 import json
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from tests.e2e.until import ENDLESS, Statuses, end_after, reached, until
 from tests.support.connected_bus import until as happens
 
 PATIENCE_S = 60.0
-"""For a daemon to start, or for its presence to run out."""
+"""Longest wait for a daemon to start, or for its presence to expire."""
 
 
 async def further(federation: Running, n_versions: int) -> Statuses:
-    """Wait until ``n_versions`` more versions are made than there are now."""
+    """Wait for ``n_versions`` more versions."""
     now = await until(federation, reached(0))
     return await until(federation, reached(now["coordinator"]["version"] + n_versions))
 
@@ -36,7 +36,7 @@ async def metric(daemon: DaemonProcess, name: str) -> float:
 
 
 async def becomes(daemon: DaemonProcess, name: str, value: float) -> None:
-    """Wait until a figure of ``daemon`` has this value."""
+    """Wait until the metric ``name`` of ``daemon`` has the value ``value``."""
 
     async def has_value() -> bool:
         return await metric(daemon, name) == value
@@ -45,7 +45,7 @@ async def becomes(daemon: DaemonProcess, name: str, value: float) -> None:
 
 
 async def is_present(daemon: DaemonProcess, count: int) -> None:
-    """Wait until ``daemon`` sees so many of its sources."""
+    """Wait until ``daemon`` sees ``count`` of its sources."""
     await becomes(daemon, "fednats_present", count)
 
 
@@ -56,7 +56,7 @@ def log_of(daemon: DaemonProcess, event: str) -> list[Mapping[str, Any]]:
 
 
 def changes_of(daemon: DaemonProcess, source: str) -> list[str]:
-    """Return what the daemon said of the coming and going of one of its sources."""
+    """Return the changes of presence that the daemon logged for one of its sources."""
     joined = log_of(daemon, "source_joined"), log_of(daemon, "source_left")
     lines = sorted((line for kind in joined for line in kind), key=lambda line: line["timestamp"])
     return [line["event"] for line in lines if line["source"] == source]
@@ -82,7 +82,7 @@ async def test_two_of_three_go_on_while_the_third_is_late_or_down(
         await further(federation_running, 3)
         joined = len(sizes_of_sums(federation_running, "north"))
         await late.kill()
-        await is_present(aggregator, 2)  # nobody has told the region but the key that was not renewed
+        await is_present(aggregator, 2)  # the region knows only by the key that was not renewed
         away = len(sizes_of_sums(federation_running, "north"))
         await further(federation_running, 3)
         alone = len(sizes_of_sums(federation_running, "north"))
@@ -115,7 +115,7 @@ async def test_a_region_under_a_region_is_not_waited_for_while_it_is_down(
         await is_present(europe, 2)
         await south.kill()
         await is_present(europe, 1)
-        await further(federation_running, 3)  # of sums of north alone
+        await further(federation_running, 3)  # from sums of north alone
         assert set(sizes_of_sums(federation_running, "europe")[-2:]) == {2}
         await south.start()
         await is_present(europe, 2)
@@ -145,7 +145,7 @@ async def test_one_region_goes_on_while_the_other_lacks_a_site_or_is_down(
         await becomes(south, "fednats_waiting_for_sites", waited + 1)
         waiting = log_of(south, "waiting_for_sites")[-1]
         assert (waiting["n_present"], waiting["min_sites"]) == (1, 2)
-        await is_present(coordinator, 1)  # south says itself that it can send nothing
+        await is_present(coordinator, 1)  # south itself reports that it can send nothing
         sums = len(sizes_of_sums(federation_running, "south"))
         await further(federation_running, 3)
         assert len(sizes_of_sums(federation_running, "south")) == sums
@@ -211,7 +211,7 @@ async def test_a_hospital_whose_policy_the_run_breaks_takes_no_part_and_the_coor
         why = "the run sums 2 sites, the policy says min_sites = 3"
         assert seen["coordinator"]["declined"] == {"site.c": why}
         before = len(sizes_of_sums(federation_running, "north"))
-        statuses = await further(federation_running, 3)  # the others do not wait for it
+        statuses = await further(federation_running, 3)  # the others do not wait for the hospital
         assert set(sizes_of_sums(federation_running, "north")[before + 1 :]) == {2}
         assert statuses["site-c"]["state"] == "declined"
         policy.write_text("min_sites = 2")
@@ -230,7 +230,7 @@ async def test_a_hospital_whose_policy_the_run_breaks_takes_no_part_and_the_coor
 async def test_outside_its_hours_a_hospital_evaluates_and_nobody_waits_for_it(
     make_federation: MakeFederation, tmp_path: Path
 ) -> None:
-    """The goal is three updates: were the third waited for, no version would come until its hours begin."""
+    """The goal is three updates: if the region waited for the third, no version would come until its hours begin."""
     policy = tmp_path / "policy.toml"
     begin, end = ((datetime.now().astimezone() + timedelta(hours=hours)).strftime("%H:%M") for hours in (6, 7))
     policy.write_text(f'hours = ["{begin}-{end}"]')
@@ -245,7 +245,7 @@ async def test_outside_its_hours_a_hospital_evaluates_and_nobody_waits_for_it(
         began = now["coordinator"]["version"]
 
         def evaluates_on(found: Statuses) -> bool:
-            """Whether site c has evaluated, not only seen, later versions."""
+            """Return whether site c has evaluated later versions, not only seen them."""
             return bool(found.get("site-c", {}).get("version", -1) >= began + 3)
 
         await until(federation_running, evaluates_on)

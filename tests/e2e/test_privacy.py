@@ -1,4 +1,4 @@
-"""Differential privacy in whole federations: what is spent, who stops, and that nobody waits."""
+"""Differential privacy in whole federations: the budget is kept, sites without budget stop, nobody waits for them."""
 
 import json
 import re
@@ -34,7 +34,7 @@ ALLOWED = 3
 
 
 def n_cases(file: Path) -> int:
-    """Training cases in a site's table: four in five."""
+    """Return the number of training cases in a site's table: four in five."""
     rows = len(np.loadtxt(file, delimiter=","))
     return rows - -(-rows // 5)
 
@@ -52,7 +52,7 @@ async def metrics(folder: Path) -> str:
 async def test_a_site_whose_budget_is_spent_stays_a_consumer_and_nobody_waits_for_it(
     make_federation: MakeFederation, tmp_path: Path
 ) -> None:
-    """The goal is three updates of three sites: were the spent one waited for, no version would come any more."""
+    """The goal is three updates of three sites: if the region waited for the spent one, no version would follow."""
     federation = make_federation(
         {"north": ["a", "b", "c"]}, training=TRAINING, aggregation={"goal": 3}, stop={"max_versions": 10_000}
     )
@@ -80,7 +80,7 @@ async def test_a_site_whose_budget_is_spent_stays_a_consumer_and_nobody_waits_fo
         assert float(re.findall(r"^fednats_epsilon_budget (\S+)$", text, re.MULTILINE)[0]) == pytest.approx(budget)
 
         assert (output / "privacy-a.sqlite").exists()
-        await now.daemons["site-a"].kill()  # the account is not in its memory
+        await now.daemons["site-a"].kill()  # the account is on disk, not only in memory
         await now.daemons["site-a"].start()
         await until(now, lambda found: is_spent(found) and follows(found, "site-a"))
         statuses = await end_after(now, 2)
@@ -94,7 +94,7 @@ async def test_a_site_whose_budget_is_spent_stays_a_consumer_and_nobody_waits_fo
         json.loads(line) for line in (output / "site-a" / "daemon.log").read_text().splitlines() if line[0] == "{"
     ]
     said = [event for event in events if event["event"] == "budget_spent"]
-    assert 1 <= len(said) <= 2  # once, and once more after the restart
+    assert 1 <= len(said) <= 2  # once, and perhaps once more after the restart
     assert "max_epsilon" in said[0]["reason"]
     assert sum(event["event"] == "update_stored" for event in events) == ALLOWED
 
@@ -102,7 +102,7 @@ async def test_a_site_whose_budget_is_spent_stays_a_consumer_and_nobody_waits_fo
 async def test_two_daemons_on_one_account_keep_one_budget_though_one_is_killed_in_training(
     make_federation: MakeFederation, tmp_path: Path
 ) -> None:
-    """Hospitals a and b train on the same patients, so they share an account; its budget allows both of them six passes."""
+    """Hospitals a and b train on the same patients and share an account; its budget allows six passes in total."""
     allowed = 6
     federation = make_federation({"north": ["a", "b", "c"]}, training=TRAINING, stop=ENDLESS)
     step = rdp.sampled_gaussian(4.0, min(1.0, 64 / n_cases(tmp_path / "a.csv")))
@@ -119,7 +119,7 @@ async def test_two_daemons_on_one_account_keep_one_budget_though_one_is_killed_i
         await found(
             now, lambda: (account.exists() and PrivacyAccount(account).n_unfinished(Place("small", "a", 0))) or None
         )
-        await now.daemons["site-a"].kill()  # its pass is charged and will send nothing
+        await now.daemons["site-a"].kill()  # its pass is charged, but sends nothing
         await now.daemons["site-a"].start()
         statuses = await until(now, both_spent)
         n_stored = sum(int(outbox(now, name, "SELECT COUNT(*) FROM outgoing")[0][0]) for name in "ab")
@@ -150,7 +150,7 @@ async def test_both_kinds_of_noise_travel_encrypted_and_are_accounted(
         assert site.record.epsilon is not None
         assert 0 < site.record.epsilon < 10
         assert site.site.epsilon is not None
-        assert site.site.epsilon > 1000  # so little noise on so few sites hides no site, and it is said
+        assert site.site.epsilon > 1000  # little noise on few sites hides no site, and the status says so
     assert spent(summary) is not None
     assert {path.name for path in (tmp_path / "out").glob("*.sqlite")} == {f"privacy-{n}.sqlite" for n in "abcd"}
     report = (tmp_path / "out" / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Kits in use: the command line, a hospital that is shut out while all goes on, a new epoch of encryption."""
+"""Kits in use: the command line, a hospital revoked during a run, a new epoch of encryption."""
 
 import asyncio
 import os
@@ -151,7 +151,7 @@ async def test_a_new_epoch_begins_while_the_old_one_drains(make_federation: Make
         await until(now, reached(2))
         before = await announced(now)
         await asyncio.to_thread(rotate, now.servers.kits.root)
-        for daemon in sorted(now.daemons, key=lambda daemon: daemon.name == COORDINATOR):  # whoever encrypts goes first
+        for daemon in sorted(now.daemons, key=lambda daemon: daemon.name == COORDINATOR):  # the coordinator is last
             await renewed(now, daemon)
         await until(now, reached(await asyncio.to_thread(version_now, now) + 6))
         after = await announced(now)
@@ -167,7 +167,7 @@ async def test_a_new_epoch_begins_while_the_old_one_drains(make_federation: Make
 
 
 async def renewed(now: Running, daemon: DaemonProcess) -> None:
-    """Start a daemon again with the keys in its kit."""
+    """Restart a daemon with the keys in its kit."""
     if isinstance(daemon.settings, SiteSettings):
         kit: DaemonSettings = now.servers.site_settings(daemon.settings.site)
     elif isinstance(daemon.settings, AggregatorSettings):

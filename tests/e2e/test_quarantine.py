@@ -1,4 +1,4 @@
-"""A sum that stands out by its norm, encrypted, over a real bus: left out, refused, visible, and the same after a restart."""
+"""An encrypted sum with an outlying norm is left out, refused and reported, and a restart still knows that."""
 
 from pathlib import Path
 
@@ -54,13 +54,13 @@ async def test_a_sum_that_stands_out_is_quarantined_and_a_restart_knows_it(
         ledger = await balanced(out)
     assert any("quarantined: sum poison of north by hub" in note for note in ledger.notes)
     assert "sum_quarantined" in (out / "coordinator" / "daemon.log").read_text()
-    # the honest sums passed: what was left out is the one
+    # the honest sums passed; only the poisoned one was left out
     assert statuses["coordinator"]["accepted"] + 1 >= statuses["coordinator"]["version"]
     assert statuses["coordinator"]["best"]["metrics"]["auc"] > 0.9
 
 
 async def send_poison(bus: Bus, identity: Identity, current: ModelManifest, public_key: bytes) -> None:
-    """Send, in the region's name, a sum of honest form whose values are all at the end of the grid."""
+    """Send a well-formed sum in the region's name, with all values at the end of the grid."""
     layout = Layout(current.parameters)
     steps = layout.steps(current.grid.steps, 0, layout.n_parameters)
     nothing = np.zeros(layout.n_parameters, np.float32)

@@ -1,4 +1,4 @@
-"""Sites hear what became of their updates: a copied site ends, one of another release stops training and says why."""
+"""Sites learn what became of their updates: a copied site ends, one of another release stops training and says why."""
 
 import asyncio
 import os
@@ -43,7 +43,7 @@ async def test_a_copied_site_ends_and_one_of_another_release_stops_training_and_
     async with running(federation, tmp_path / "out") as now:
         newer = now.daemons["site-new"]
         await until(now, lambda statuses: "site-new" in statuses)
-        await stop_group(newer)  # its worker is loading the data
+        await stop_group(newer)  # while its worker loads the data
         newer.environment = {"PYTHONPATH": f"{tmp_path / 'release'}:{os.environ.get('PYTHONPATH', '')}"}
         await newer.start()
         statuses = await until(now, lambda all_: "site.new" in str(all_.get("coordinator", {}).get("declined")))
@@ -62,7 +62,7 @@ async def test_a_copied_site_ends_and_one_of_another_release_stops_training_and_
             assert refused.ended_with == CONFIG_EXIT, "no supervisor starts it again"
             assert "another process sends as a" in refused.log_tail()
             other = original if refused is copy else copy
-            await refused.kill()  # it has ended: nobody waits for it any more
+            await refused.kill()  # it has ended; `kill` makes `check` ignore it
             version = (await until(now, reached(version + 3)))["coordinator"]["version"]
             await until(now, reached(version + 2))
             assert not other.ended
@@ -90,7 +90,7 @@ async def test_a_copied_site_ends_and_one_of_another_release_stops_training_and_
 
 
 async def stop_group(daemon: DaemonProcess) -> None:
-    """Stop a daemon as systemd does, by a signal to its whole process group, and assert that it ends cleanly."""
+    """Stop a daemon as systemd does, with a signal to its process group, and assert that it ends cleanly."""
     os.killpg(daemon.pid, signal.SIGTERM)
     assert await daemon.wait() == 0
 

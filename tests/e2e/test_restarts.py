@@ -1,4 +1,4 @@
-"""``fednats run`` starts again what dies, as a supervisor does in the field."""
+"""``fednats run`` restarts processes that die, as a supervisor does in the field."""
 
 import asyncio
 import os
@@ -48,7 +48,7 @@ async def test_whatever_is_killed_under_fednats_run_is_started_again(
 
 
 def verified(output: Path) -> bool:
-    """Whether a version has been made of the hospitals' updates."""
+    """Return whether a version has been made from the hospitals' updates."""
     try:
         return verify(output).accepted.total() > 0
     except ConfigError:
@@ -56,5 +56,5 @@ def verified(output: Path) -> bool:
 
 
 def leader_of(log: Path) -> int:
-    """Return the process that leads the session of those that write ``log``."""
+    """Return the process that leads the session of the processes that write ``log``."""
     return next(os.getsid(process) for process in users_of(log))

@@ -1,4 +1,4 @@
-"""Daemons whose disk was lost and whose state is restored from a backup: the run goes on, and the books say what is known."""
+"""Daemons lose their disk and are restored from a backup: the run goes on, and the books say what is known."""
 
 import shutil
 from pathlib import Path
@@ -73,7 +73,7 @@ async def test_a_run_goes_on_with_a_coordinator_an_aggregator_and_a_site_that_ar
 
 
 async def stopped_copy(now: Running, name: str, folder: Path) -> None:
-    """Make a backup as `docs/backup.md` says: stop, copy, start."""
+    """Make a backup as in `docs/backup.md`: stop, copy, start."""
     daemon = now.daemons[name]
     assert await daemon.stop() == 0
     shutil.copytree(daemon.state_dir, folder, ignore=LEFT_OUT)
@@ -81,7 +81,7 @@ async def stopped_copy(now: Running, name: str, folder: Path) -> None:
 
 
 async def a_site_is_backed_up(now: Running, folder: Path) -> None:
-    """Keep its state and its privacy account, once it has sent an update."""
+    """Back up site a's state and its privacy account, once it has sent an update."""
     await found(now, lambda: outbox(now, "a", "SELECT 1 FROM outgoing WHERE sent_at IS NOT NULL") or None)
     site = now.daemons["site-a"]
     assert await site.stop() == 0
@@ -92,7 +92,7 @@ async def a_site_is_backed_up(now: Running, folder: Path) -> None:
 
 
 async def a_site_goes_on_above_what_it_had_sent(now: Running, backup: Path) -> None:
-    """Neither the copy that is started beside it goes on, nor is one of its numbers used twice, nor its budget forgotten."""
+    """A copy started beside the site ends; the restored site uses no number twice and forgets no spent budget."""
     own = max(numbers(backup / "state"))
     since = f"SELECT 1 FROM outgoing WHERE sequence > {own} AND sent_at IS NOT NULL"  # noqa: S608 - a number
     await found(now, lambda: outbox(now, "a", since) or None)
@@ -130,7 +130,7 @@ def the_site_s_ledger_says_what_it_lacks(output: Path) -> None:
 
 
 def put_account_back(now: Running, backup: Path) -> None:
-    """Put it in the place of the one that is there; SQLite would take the newest pages of that for pages of this one."""
+    """Replace the privacy account by the backup, with its side files, whose pages SQLite would otherwise mix in."""
     for file in account_of(now):
         file.unlink()
     for file in backup.glob("privacy-a.sqlite*"):
@@ -138,7 +138,7 @@ def put_account_back(now: Running, backup: Path) -> None:
 
 
 def account_of(now: Running) -> list[Path]:
-    """Return the account's file, and those that SQLite keeps beside it."""
+    """Return the account's file and SQLite's side files."""
     return list(now.daemons["site-a"].state_dir.parent.glob("privacy-a.sqlite*"))
 
 
@@ -147,7 +147,7 @@ def numbers(state: Path) -> list[int]:
 
 
 def accepted_numbers(now: Running, first: int) -> list[int]:
-    """Return the numbers of site a's updates from ``first`` on that are in a sum of its region."""
+    """Return the numbers of site a's updates, from ``first`` on, that its region has summed."""
     book = Book("north", now.daemons[REGION].state_dir / "journal.sqlite")
     return sorted(
         taken.head.sequence
@@ -160,7 +160,7 @@ def accepted_numbers(now: Running, first: int) -> list[int]:
 
 
 async def a_backup_that_cannot_be_brought_up_is_refused(now: Running, folder: Path) -> None:
-    """The newest model is not whole on the bus any more: the coordinator says so, and is never ready."""
+    """The bus no longer has the whole newest model: the coordinator says so, and never becomes ready."""
     await now.daemons["coordinator"].kill()
     run = now.servers.run
     async with Bus.connect(now.servers.coordinator(), user_name("coordinator", HUB)) as bus:

@@ -1,4 +1,4 @@
-"""A copied machine: of two coordinators, or two aggregators of one region, the live one goes on and the other ends."""
+"""A copied machine: of two coordinators, or two aggregators of a region, the live one goes on and the other ends."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Robust sums by real daemons: a region that sees its updates sums them by the run's rule, and the books balance."""
+"""Robust sums by real daemons: a region that can read updates sums them by the run's rule, and the books balance."""
 
 from pathlib import Path
 

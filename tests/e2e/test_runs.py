@@ -1,4 +1,4 @@
-"""Several runs on one set of kits, by the commands of an operator, while daemons stand, and one or the other is killed."""
+"""Several runs on one set of kits, ordered by an operator's commands, while some daemons are killed."""
 
 import asyncio
 import hashlib
@@ -31,7 +31,7 @@ SECOND = {
 
 
 async def run(output: Path, *arguments: str, code: int = 0) -> str:
-    """Give an order from the coordinator's kit."""
+    """Run ``fednats run`` with these arguments, from the coordinator's kit."""
     done = await asyncio.to_thread(
         subprocess.run,
         [
@@ -54,7 +54,7 @@ async def run(output: Path, *arguments: str, code: int = 0) -> str:
 
 
 def of_run(name: str, opened_at: int) -> Callable[[Statuses], bool]:
-    """Whether the coordinator has closed this run, and everybody knows."""
+    """Return a check that the coordinator has closed this run and all daemons know."""
 
     def holds(statuses: Statuses) -> bool:
         opening = statuses.get(COORDINATOR, {}).get("opening") or {}
@@ -70,13 +70,13 @@ def order_file(folder: Path, **changes: object) -> str:
 
 
 def keys(output: Path) -> dict[str, str]:
-    """Return digests of all files in the kits but what servers write."""
+    """Return digests of all files in the kits, except those that servers write."""
     files = [file for file in (output / "kits").glob("*/*") if file.is_file() and file.suffix != ".log"]
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two files hold the same tensors."""
+    """Return whether two files hold the same tensors."""
     first, second = load_file(one), load_file(other)
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 

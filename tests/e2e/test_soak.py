@@ -1,4 +1,4 @@
-"""All faults at random over one federation; ``make soak SEED=3`` is the long form, with any seed."""
+"""Put one federation through all faults at random; ``make soak SEED=3`` is the long form, with any seed."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.chaos import Chaos
 
 SEED = int(os.environ.get("SOAK_SEED", "1"))
 FAR = WanSettings(delay_ms=50)
-"""Between each site and its region."""
+"""Link between each site and its region."""
 
 
 @pytest.mark.parametrize(

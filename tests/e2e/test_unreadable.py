@@ -1,4 +1,4 @@
-"""Who runs the servers hears every message and has every file of theirs, and still reads no delta and no model."""
+"""A server operator, with every message and every file of the servers, can read no delta and no model."""
 
 import base64
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.e2e.tap import tapped
 from tests.e2e.until import ENDLESS, end_after, reached, until
 
 N_BYTES = 32
-"""So much of a delta or a model is looked for."""
+"""Size of the pieces of a delta or model that the search looks for."""
 
 WAITING = (
     "SELECT update_id, quantised FROM chunk WHERE position = 0"
@@ -32,7 +32,7 @@ WAITING = (
 async def test_neither_deltas_nor_models_are_readable_on_the_bus_in_its_stores_or_in_any_log(
     make_federation: MakeFederation, tmp_path: Path, cipher: str
 ) -> None:
-    """Without the cipher the same search finds the delta, which shows that it would."""
+    """Without the cipher, the same search finds the delta, which shows that the search works."""
     federation = make_federation({"north": ["a", "b"]}, delta={"cipher": cipher}, stop=ENDLESS)
     output = tmp_path / "out"
     async with running(federation, output, {"site-a": WanSettings()}) as now, tapped(now.servers) as tap:
@@ -42,9 +42,9 @@ async def test_neither_deltas_nor_models_are_readable_on_the_bus_in_its_stores_o
             link.cut,
             link.restore,
             link.cut,
-        ):  # connections are reset: the site knows at once, and trains on
+        ):  # resets connections, so the site notices at once, and trains on
             switch()
-        # what is sent is forgotten, so it is looked at while it waits
+        # a site forgets sent updates, so read one that waits
         update_id, delta = await found(now, lambda: unsent(now, "a"))
         link.restore()
         await end_after(now, 2)
@@ -65,21 +65,21 @@ async def test_neither_deltas_nor_models_are_readable_on_the_bus_in_its_stores_o
 
 
 def unsent(now: Running, site: str) -> tuple[str, NDArray[np.int8]] | None:
-    """Return an update that waits in a site's outbox, and what it says in steps of the grid."""
+    """Return an update that waits in a site's outbox, and its delta in steps of the grid."""
     for update_id, quantised in outbox(now, site, WAITING):
         return str(update_id), np.frombuffer(zstandard.decompress(quantised), np.int8)
     return None
 
 
 def of_delta(delta: NDArray[np.int8]) -> list[bytes]:
-    """Return telling pieces of the delta as a run without encryption sends it: values, without those that are 0."""
+    """Return distinctive pieces of the delta as an unencrypted run sends it: its values other than 0."""
     values = delta[delta != 0].tobytes()
     pieces = [values[start : start + N_BYTES] for start in range(0, len(values) - N_BYTES, N_BYTES)]
     return [piece for piece in pieces if len(set(piece)) > N_BYTES // 2]
 
 
 def frames(output: Path, run: str) -> tuple[list[bytes], list[bytes]]:
-    """Return pieces of the frames of the newest version: as they are sealed, and of what is in them; and of its weights."""
+    """Return the newest version's sealed chunks, and pieces of their content and of the weights in the clear."""
     folder = checkpoints_folder(output / "coordinator")
     newest = newest_checkpoint(folder)
     assert newest is not None
@@ -96,7 +96,7 @@ def frames(output: Path, run: str) -> tuple[list[bytes], list[bytes]]:
 
 
 def as_logged(piece: bytes) -> list[bytes]:
-    """Return how a log would show ``piece``."""
+    """Return the forms in which a log might show ``piece``."""
     numbers = str(list(np.frombuffer(piece, np.int8)))[1:-1]
     return [
         piece,

@@ -1,4 +1,4 @@
-"""Wait for what the daemons of a running federation say of themselves."""
+"""Wait for the daemons of a running federation to report a state."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -14,14 +14,14 @@ from fednats.verify.books import Book, Fate
 Statuses = Mapping[str, Mapping[str, Any]]
 
 ENDLESS = {"max_versions": 100_000}
-"""Of a run that a test ends itself, with `end_after`."""
+"""Stop settings of a run that a test ends itself, with `end_after`."""
 
 LIMIT_S = 120.0
 _POLL_S = 0.1
 
 
 async def until(running: Running, holds: Callable[[Statuses], bool], limit_s: float = LIMIT_S) -> Statuses:
-    """Return the first statuses for which ``holds``; fail after ``limit_s`` or when a daemon has died."""
+    """Return the first statuses for which ``holds`` is true; fail after ``limit_s``, or when a daemon dies."""
     statuses: dict[str, Mapping[str, Any]] = {}
     try:
         async with asyncio.timeout(limit_s):
@@ -36,22 +36,22 @@ async def until(running: Running, holds: Callable[[Statuses], bool], limit_s: fl
 
 
 def closed(statuses: Statuses) -> bool:
-    """Whether the coordinator has closed the run."""
+    """Return whether the coordinator has closed the run."""
     return statuses.get("coordinator", {}).get("state") == "closed"
 
 
 def closed_at(*names: str) -> Callable[[Statuses], bool]:
-    """Whether these daemons know that the run is closed."""
+    """Return a check that these daemons know that the run is closed."""
     return lambda statuses: all(statuses.get(name, {}).get("state") == "closed" for name in names)
 
 
 def reached(version: int) -> Callable[[Statuses], bool]:
-    """Whether the coordinator is at ``version`` or beyond."""
+    """Return a check that the coordinator is at ``version`` or later."""
     return lambda statuses: int(statuses.get("coordinator", {}).get("version", -1)) >= version
 
 
 async def end_after(running: Running, n_versions: int) -> Statuses:
-    """End the run so many versions from now, as its operator does: the coordinator is told so and started again."""
+    """End the run ``n_versions`` from now, as its operator would: change the coordinator's settings and restart it."""
     daemon = running.daemons[COORDINATOR]
     await daemon.stop()
     settings = daemon.settings
@@ -65,14 +65,14 @@ async def end_after(running: Running, n_versions: int) -> Statuses:
 
 
 def version_now(federation_running: Running) -> int:
-    """Return the newest version that is made, whether or not the coordinator lives."""
+    """Return the newest version, whether or not the coordinator is running."""
     newest = newest_checkpoint(checkpoints_folder(federation_running.output / COORDINATOR))
     assert newest is not None
     return newest.version
 
 
 async def takes_part(federation_running: Running, region: str) -> None:
-    """Wait until a sum that ``region`` makes from now on, on a version from now on, is in the model."""
+    """Wait until the model has a sum that ``region`` makes from now on, on a version made from now on."""
     version = seen = version_now(federation_running)
 
     def is_in() -> bool:
@@ -85,7 +85,7 @@ async def takes_part(federation_running: Running, region: str) -> None:
 
     try:
         async with asyncio.timeout(LIMIT_S):
-            while not await asyncio.to_thread(is_in):  # a sum comes into the model with a version
+            while not await asyncio.to_thread(is_in):  # each version brings new sums into the model
                 seen = int((await until(federation_running, reached(seen + 1)))["coordinator"]["version"])
     except TimeoutError:
         statuses = await federation_running.daemons.statuses()

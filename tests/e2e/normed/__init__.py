@@ -1,4 +1,4 @@
-"""A task in more than one file: ill or not, by one logit of a network with batch norm."""
+"""A task in several files: ill or not, from one logit of a network with batch norm."""
 
 from .task import Normed
 
