@@ -1,6 +1,6 @@
 """Federated training for hospitals over a NATS bus.
 
-``from fednats import Task`` is what a hospital's engineer begins with.
+A hospital's engineer starts with ``from fednats import Task``.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ __all__ = ["Examples", "Recommended", "Task", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the interface of a task, and with it torch, when it is asked for: a daemon does without."""
+    """Import the task interface, and with it torch, on first use: daemons need neither."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fednats.learning import task  # noqa: PLC0415

@@ -1,8 +1,8 @@
-"""TOML and environment in, frozen and validated settings out.
+"""Settings, frozen and validated, from TOML and the environment.
 
 Every field has a unit in its name and a default where one is sensible. An unknown key is an error that names it.
-A daemon's file may be overridden by environment variables: ``FEDNATS_BUS__URL`` sets ``[bus] url``. Relative paths, from
-either, begin in the folder of the file.
+Environment variables override a daemon's file: ``FEDNATS_BUS__URL`` sets ``[bus] url``. Relative paths, from either,
+start in the file's folder.
 """
 
 import json
@@ -31,14 +31,14 @@ from fednats.secret_file import check_closed
 ENVIRONMENT_PREFIX = "FEDNATS_"
 
 MIN_CHUNK_BYTES = 4096
-"""So the number of chunks of a payload is bounded by its bytes."""
+"""Smallest chunk, so that a payload's size bounds the number of its chunks."""
 
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-"""What becomes one token of a NATS subject; names that people choose are a `ChosenName`."""
+"""One token of a NATS subject; names that people choose are a `ChosenName`."""
 
 
 FOLDER = "folder"
-"""Key of the validation context: the folder that relative paths in a settings file begin in, which is the file's own."""
+"""Key in the validation context of the folder that relative paths start in: that of the settings file."""
 
 
 def _placed(path: Path, info: ValidationInfo) -> Path:
@@ -57,10 +57,10 @@ def _closed(path: Path, info: ValidationInfo) -> Path:
 
 
 File = Annotated[Path, AfterValidator(_placed)]
-"""A path; a relative one in a settings file begins where that file is."""
+"""A path; a relative one in a settings file starts in that file's folder."""
 
 SecretFile = Annotated[File, AfterValidator(_closed)]
-"""A file that is closed to others, see `check_closed`; settings from a file are refused while it is not."""
+"""A file closed to others (`check_closed`). Settings read from a file are refused while it is open to others."""
 
 
 class Settings(BaseModel):
@@ -72,7 +72,7 @@ class Settings(BaseModel):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-# --- what a run decides, announced by the coordinator to everybody -------------------------------------------------
+# --- settings of a run, announced by the coordinator to everybody --------------------------------------------------
 
 
 Delta = Annotated[float, Field(gt=0, lt=0.5)]
@@ -80,7 +80,7 @@ Delta = Annotated[float, Field(gt=0, lt=0.5)]
 
 
 class RecordPrivacySettings(Settings):
-    """DP-SGD at every site (Abadi et al. 2016, arXiv:1607.00133): what one patient's record can change is bounded."""
+    """DP-SGD at every site (Abadi et al. 2016, arXiv:1607.00133): bounds the influence of one patient's record."""
 
     noise_multiplier: float = Field(
         1.0, ge=0, le=1e4, description="noise of a step over max_grad_norm; 0 clips only and protects nobody"
@@ -105,12 +105,12 @@ class TrainingSettings(Settings):
 
     @property
     def cases_at_once(self) -> int:
-        """Cases of which the model's outputs are in memory at once: a batch, or the part of one that is."""
+        """Cases processed at once: the batch, or with differential privacy the part of it that is in memory."""
         return self.batch_size if self.dp is None else min(self.batch_size, self.dp.physical_batch_size)
 
 
 ASYNCHRONOUS_RATE = 0.3
-"""Where every sum makes a version, its delta is a few versions old: a whole step swings about the optimum, and may diverge."""
+"""In asynchronous runs deltas are a few versions old, so a full step oscillates about the optimum and may diverge."""
 
 ADAM_RATE = 0.005
 """Adam moves each weight by about its rate, however small the delta; docs/architecture.md has the measurements."""
@@ -129,7 +129,7 @@ class ServerSettings(Settings):
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
 
     def rate(self, *, synchronous: bool) -> float:
-        """Return the learning rate, or what the optimiser and the mode make of none.
+        """Return the learning rate, or the default for the optimiser and the mode.
 
         >>> ServerSettings().rate(synchronous=True), ServerSettings().rate(synchronous=False)
         (1.0, 0.3)
@@ -157,7 +157,7 @@ class StalenessSettings(Settings):
 
 
 class AggregationSettings(Settings):
-    """When a buffer is flushed and what an update weighs. Synchronous FedAvg is both goals at ``all``."""
+    """When a buffer is flushed and how updates are weighed. Synchronous FedAvg has both goals at ``all``."""
 
     goal: Annotated[int, Field(ge=1)] | Literal["all"] = Field(2, description="updates that fill a region's buffer")
     region_goal: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
@@ -183,7 +183,7 @@ class AggregationSettings(Settings):
 
 
 class SitePrivacySettings(Settings):
-    """The Skellam mechanism on a whole delta (Agarwal et al. 2021, arXiv:2110.04995): what one site can change is bounded."""
+    """The Skellam mechanism on a whole delta (Agarwal et al. 2021, arXiv:2110.04995): bounds one site's influence."""
 
     clip_norm: float = Field(1.0, gt=0, description="L2 norm to which a site's whole delta is clipped")
     noise_multiplier: float = Field(1.0, gt=0, le=1e4, description="noise that each site adds, over clip_norm")
@@ -224,7 +224,7 @@ class DeltaSettings(Settings):
 
 
 def check_robust(aggregation: AggregationSettings, delta: DeltaSettings) -> None:
-    """Refuse robust aggregation where it cannot be done, or would not do what its name says.
+    """Refuse robust aggregation where it is impossible or would not be robust.
 
     Raises:
         ValueError: with the setting and the remedy.
@@ -246,7 +246,7 @@ MIN_ROBUST_GOAL = 3
 
 
 class DefenceSettings(Settings):
-    """What the coordinator does about sums that are far from what sums usually are."""
+    """How the coordinator treats sums whose norm is far from the usual."""
 
     quarantine: bool = Field(
         default=True, description="refuse a sum whose norm is an outlier, and make the version without it"
@@ -258,11 +258,11 @@ class DefenceSettings(Settings):
 
 
 LOWER_IS_BETTER = frozenset({"brier", "distance", "ece", "error", "hausdorff", "loss", "mae", "mse", "nll", "rmse"})
-"""Words in the name of a metric of which less is better."""
+"""Words in a metric's name that mean less is better."""
 
 
 class StopSettings(Settings):
-    """When a run ends. The first rule that holds ends it."""
+    """When a run ends: at the first rule that holds."""
 
     max_versions: int = Field(40, ge=1)
     max_wall_s: float | None = Field(None, gt=0)
@@ -279,7 +279,7 @@ class StopSettings(Settings):
     stop_at_target: bool = False
 
     def better(self, metric: str, value: float, than: float) -> bool:
-        """Whether ``value`` of ``metric`` is better than another.
+        """Whether ``value`` of ``metric`` is better than ``than``.
 
         >>> StopSettings().better("auc", 0.9, 0.8), StopSettings().better("val_loss", 0.9, 0.8)
         (True, False)
@@ -287,11 +287,11 @@ class StopSettings(Settings):
         return value < than if self.less_is_better(metric) else value > than
 
     def reached(self, metric: str, value: float) -> bool:
-        """Whether ``value`` of ``metric`` is the target, or better."""
+        """Whether ``value`` of ``metric`` is at the target or better."""
         return self.target is not None and not self.better(metric, self.target, value)
 
     def less_is_better(self, metric: str) -> bool:
-        """Whether less of ``metric`` is better."""
+        """Whether a lower value of ``metric`` is better."""
         if self.lower_is_better is not None and self.target_metric in {None, metric}:
             return self.lower_is_better
         return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.lower()))
@@ -319,7 +319,7 @@ class RunSettings(Settings):
 
 
 class Extension(Settings):
-    """How far a run that is closed may go on: ``fednats run extend``."""
+    """How far a closed run is extended: ``fednats run extend``."""
 
     versions: int = Field(ge=1, le=10**9, description="beyond those that it has")
     wall_s: float | None = Field(None, gt=0, description="from then on; none: max_wall_s of the run, if it has one")
@@ -327,9 +327,9 @@ class Extension(Settings):
 
 
 RegisteredSamples = dict[ChosenName, Annotated[int, Field(ge=1)]]
-"""Training cases, by site; by region those of all its sites. One that is named counts for no more, whatever it claims."""
+"""Training cases per site; for a region, those of all its sites. An upper bound, whatever a node claims."""
 
-# --- what one daemon is told ----------------------------------------------------------------------------------------
+# --- settings of one daemon -----------------------------------------------------------------------------------------
 
 
 class BusSettings(Settings):
@@ -349,7 +349,7 @@ class WebSettings(Settings):
 
 
 class TaskSettings(Settings):
-    """Which task class, and what its constructor is given."""
+    """The task class and the arguments of its constructor."""
 
     path: Annotated[str, AfterValidator(_placed_task)] = Field(
         description="name of a shipped task, or path:ClassName of a file, folder or wheel"
@@ -358,7 +358,7 @@ class TaskSettings(Settings):
 
 
 class DaemonSettings(Settings):
-    """What every daemon is told."""
+    """Settings of every daemon."""
 
     run: ChosenName
     state_dir: File
@@ -427,10 +427,10 @@ class CoordinatorSettings(DaemonSettings):
 
 
 def load(path: Path, cls: type[SettingsT], environment: Mapping[str, str] | None = None) -> SettingsT:
-    """Read ``path`` (TOML), overlay the environment, validate.
+    """Read ``path`` (TOML), apply the environment, validate.
 
     Raises:
-        ConfigError: naming the file, the key and what is wrong with it.
+        ConfigError: names the file, the key and the problem.
     """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -445,9 +445,9 @@ def load(path: Path, cls: type[SettingsT], environment: Mapping[str, str] | None
 
 
 def parse(raw: Mapping[str, Any], cls: type[SettingsT], *, source: str, folder: Path | None = None) -> SettingsT:
-    """Validate ``raw`` as ``cls``; every problem is named with its key in one `ConfigError`.
+    """Validate ``raw`` as ``cls``. Raises one `ConfigError` that names every problem with its key.
 
-    Relative paths begin in ``folder``; without, they stay relative.
+    Relative paths start in ``folder``; without it they stay relative.
     """
     try:
         return cls.model_validate(raw, context=None if folder is None else {FOLDER: folder})
@@ -457,7 +457,7 @@ def parse(raw: Mapping[str, Any], cls: type[SettingsT], *, source: str, folder: 
 
 
 def parse_json(text: str, cls: type[SettingsT], source: str) -> SettingsT:
-    """Validate JSON ``text`` as ``cls``. Raises as `parse`."""
+    """Validate JSON ``text`` as ``cls``. Raises as `parse`, also for text that is no JSON."""
     try:
         raw = json.loads(text)
     except ValueError as error:

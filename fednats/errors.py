@@ -1,49 +1,58 @@
-"""The error tree: ours and theirs.
+"""The error tree: everything fednats raises on purpose.
 
-::
+Defined in this module, unless another module is named in brackets::
 
     FednatsError
-    |-- ConfigError            a setting, file or task the operator has to mend
-    |   `-- CopiedSiteError    another process sends as this site
-    |-- BusError               the bus cannot be reached or does not answer
-    |   |-- UnreachableError   a daemon that starts cannot connect
-    |   |-- BusFullError       a stream is at its limit; what was offered is not stored
-    |   `-- FencedError        a stream refuses a publisher whose lease another one has taken
-    |-- RestoreError           a daemon's state is from a backup and cannot be brought up to date
-    |-- RivalError             another daemon does this one's work: one of them ends
-    |-- LocalStorageError      this machine's disk does not take what must be on it
-    |   `-- DatabaseLockedError  another process holds one of its files
-    |-- RunFailedError         a run ended because it could not go on
-    |-- InterruptedRunError    Ctrl-C; everything was stopped
-    |-- ImpossibleModelError   the next version would hold a value that no model can have
-    |-- UnknownCommandError    a machine asks its daemon for something that the daemon cannot do
-    |-- OverflowRefusedError   a sum that would not fit its field, refused before it is made
-    |-- HospitalError          work on a hospital's own data failed
-    |   |-- TaskError          the code of a task failed, or does not fit
-    |   |   `-- DataError      a hospital's data is not what its task states
-    |   `-- LocalDataError     training produced something that must not be sent (not finite, wrong shape)
-    |-- BudgetSpentError       the next local pass would go beyond this hospital's privacy budget
-    |   `-- OldAccountError    the privacy account lacks charges of updates that were sent
-    `-- RefusedError           something that reached us from others and is refused, with its reason
-        `-- RefusedChunkError  one input of a sum
+    |-- ConfigError              a setting, file or task that the operator must correct
+    |   `-- CopiedSiteError      another process sends as this site
+    |-- BusError                 the bus cannot be reached, does not answer or denies a request
+    |   |-- UnreachableError     a starting daemon cannot connect
+    |   |-- BusFullError         a stream is at its limit; the message is not stored
+    |   |   `-- NoRoomError      the server cannot reserve a stream's size [transport.answer]
+    |   |-- FencedError          a stream refuses a publisher whose lease was taken over
+    |   |-- AwayError            the bus did not answer; try again [transport.answer]
+    |   |-- NobodyError          nothing listens on the subject [transport.answer]
+    |   `-- NoStreamError        the stream does not exist [transport.answer]
+    |-- RestoreError             a daemon's state comes from a backup and cannot be brought up to date
+    |-- RivalError               another daemon has the same role and name; one of them ends
+    |-- LocalStorageError        a local disk is full or broken
+    |   `-- DatabaseLockedError  another process holds one of the daemon's files
+    |-- RunFailedError           a run ended because it could not go on
+    |-- InterruptedRunError      Ctrl-C; everything was stopped
+    |-- ImpossibleModelError     the next version would have values that no model can have
+    |-- UnknownCommandError      a machine issues a command that its daemon does not know
+    |-- OverflowRefusedError     a sum would not fit its fields; refused before it is made
+    |-- HospitalError            work on a hospital's own data failed
+    |   |-- TaskError            a task's code failed, or does not fit
+    |   |   `-- DataError        a hospital's data does not match its task
+    |   `-- LocalDataError       training produced something that must not be sent (not finite, wrong shape)
+    |-- BudgetSpentError         the next local pass would exceed this hospital's privacy budget
+    |   `-- OldAccountError      the privacy account lacks charges for updates that were sent
+    |-- RefusedError             something received is refused, with the reason
+    |   |-- RefusedChunkError    one input of a sum is refused
+    |   `-- PartRefusedError     a contribution turned out bad while a sum was made [services.aggregator.adder]
+    |-- SumsRefusedError         sums turned out bad when they were decrypted [services.coordinator.service]
+    |-- VanishedError            the stream has lost a contribution [services.tier.inbox]
+    |-- WorkerDiedError          a worker process ended during a job [services.daemon.worker]
+    `-- DaemonDiedError          a daemon ended unexpectedly [testbed.processes]
 """
 
 from enum import StrEnum
 from typing import ClassVar
 
 CONFIG_EXIT = 78
-"""EX_CONFIG of sysexits.h: a supervisor that starts the process again gains nothing."""
+"""EX_CONFIG of sysexits.h: a supervisor gains nothing by starting the process again."""
 
 
 class FednatsError(Exception):
-    """Everything fednats raises on purpose."""
+    """Base of everything fednats raises on purpose."""
 
     exit_code: ClassVar[int] = 1
-    """Of a daemon that it ends."""
+    """Exit code of a daemon ended by this error."""
 
 
 class ConfigError(FednatsError):
-    """A setting, file or task that the operator has to mend; the text names it and the remedy."""
+    """A setting, file or task that the operator must correct; the text names it and the remedy."""
 
     exit_code = CONFIG_EXIT
 
@@ -57,19 +66,19 @@ class BusError(FednatsError):
 
 
 class UnreachableError(BusError):
-    """A daemon that starts cannot connect, or is refused; once it is connected it waits for the bus instead."""
+    """A starting daemon cannot connect or is refused. Once connected, a daemon waits for the bus instead."""
 
 
 class BusFullError(BusError):
-    """A stream is at its limit; the message offered was not stored and must be kept by the sender."""
+    """A stream is at its limit. The message was not stored, and the sender must keep it."""
 
 
 class FencedError(BusError):
-    """A stream has refused what was published under a lease that is not the newest there; nothing is stored."""
+    """A stream has refused a message published under a lease that is not the newest there. Nothing is stored."""
 
 
 class RestoreError(FednatsError):
-    """A daemon's state is older than what the bus has, and cannot be brought up to date; the text says why, and the remedy."""
+    """A daemon's state is older than the bus's and cannot be brought up to date; the text says why, and the remedy."""
 
 
 class RivalError(FednatsError):
@@ -77,15 +86,15 @@ class RivalError(FednatsError):
 
 
 class LocalStorageError(FednatsError):
-    """This machine's disk does not take what must be on it before work goes on; the text names the file and the remedy."""
+    """The local disk is full or broken, so work cannot go on; the text names the file and the remedy."""
 
 
 class DatabaseLockedError(LocalStorageError):
-    """Another process holds the lock of a file; nothing was written, and it can be tried again."""
+    """Another process holds the lock of a file. Nothing was written, and it can be tried again."""
 
 
 class RunFailedError(FednatsError):
-    """A run was ended by its coordinator because it could not go on; the text says why."""
+    """A coordinator ended its run because it could not go on; the text says why."""
 
 
 class InterruptedRunError(FednatsError):
@@ -93,11 +102,11 @@ class InterruptedRunError(FednatsError):
 
 
 class ImpossibleModelError(FednatsError):
-    """The next version would hold a value that no model can have; it was not made, and would not be another time."""
+    """The next version would have values that no model can have. It was not made, and trying again would not help."""
 
 
 class UnknownCommandError(FednatsError):
-    """A machine's command that its daemon cannot execute. Nothing is lost: what it follows from is in the journal."""
+    """A machine issued a command that its daemon does not know. Nothing is lost: its cause is in the journal."""
 
     exit_code = CONFIG_EXIT
 
@@ -116,23 +125,24 @@ class OverflowRefusedError(FednatsError):
 class HospitalError(FednatsError):
     """Work on a hospital's own data failed.
 
-    Text and traceback are for the hospital's own log and terminal: they may quote a record. Others see only ``public``.
+    Text and traceback may quote a record, so they go only to the hospital's own log and terminal. Others see
+    ``public``.
     """
 
     def __init__(self, text: str, *, public: str = "") -> None:
         super().__init__(text)
         self.public = public or type(self).__name__
-        """What failed in words that hold no data: an error's class and its place in the code."""
+        """The failure without data: an error's class and its place in the code."""
         self.traceback = ""
-        """Where the text came from, as Python prints it; empty if the text says all."""
+        """Traceback as Python prints it; empty if the text says all."""
 
 
 class TaskError(HospitalError):
-    """The code of a task failed, or what it returned does not fit."""
+    """A task's code failed, or its result does not fit."""
 
 
 class DataError(TaskError):
-    """A hospital's data is not what its task states; the text names file and place and the remedy, never a value."""
+    """A hospital's data does not match its task; the text names file, place and remedy, but never a value."""
 
 
 class LocalDataError(HospitalError):
@@ -140,11 +150,11 @@ class LocalDataError(HospitalError):
 
 
 class BudgetSpentError(FednatsError):
-    """The next local pass would go beyond this hospital's privacy budget; nothing was charged and nothing trained."""
+    """The next local pass would exceed this hospital's privacy budget; nothing was charged and nothing trained."""
 
 
 class OldAccountError(BudgetSpentError):
-    """The privacy account does not know what updates have cost that were sent; nothing was charged and nothing trained."""
+    """The privacy account lacks the cost of updates that were sent; nothing was charged and nothing trained."""
 
 
 class Reason(StrEnum):
@@ -175,7 +185,7 @@ class Reason(StrEnum):
 
 
 class RefusedError(FednatsError):
-    """Something received is refused: ``reason`` for counting, ``detail`` for people."""
+    """Something received is refused: ``reason`` is for counting, ``detail`` for people."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(f"{reason.value}: {detail}")
@@ -183,7 +193,7 @@ class RefusedError(FednatsError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type["RefusedError"], tuple[Reason, str]]:
-        """Cross a worker process boundary with both fields."""
+        """Keep both fields across a process boundary."""
         return (type(self), (self.reason, self.detail))
 
 
@@ -195,5 +205,5 @@ class RefusedChunkError(RefusedError):
         self.index = index
 
     def __reduce__(self) -> tuple[type["RefusedChunkError"], tuple[Reason, str, int]]:  # type: ignore[override]
-        """Cross a worker process boundary with all fields."""
+        """Keep all fields across a process boundary."""
         return (type(self), (self.reason, self.detail, self.index))

@@ -1,7 +1,7 @@
-"""What travels on the bus: frozen messages with strict types.
+"""The messages on the bus: frozen, with strict types.
 
 A payload (a model, an update, an aggregate) is a *head*, one of the messages below, and *chunks*. The chunks are
-published first; the head names them with a digest each, so whoever reads a head can read and check all of it.
+published first. The head names them with a digest each, so anyone who reads a head can fetch and check all chunks.
 """
 
 import math
@@ -16,33 +16,33 @@ DIGEST_BYTES = 16
 MAX_COUNT = 2**40
 MAX_MASS = 1e15
 MIN_MASS = 1e-9
-"""Of a sum: far below any that is made, and far above what arithmetic takes for nothing."""
+"""Smallest mass of a sum: far below any real one, far above rounding error."""
 
 MAX_CHUNKS = 2**16
-"""Chunks of one payload: 16 GiB of the usual ones."""
+"""Most chunks of one payload: 16 GiB at the usual chunk size."""
 
 MAX_FRAMES = 256
 FROZEN_DIGEST_BYTES = 8
 MAX_FROZEN_BYTES = 2**14 * FROZEN_DIGEST_BYTES
 MAX_RUNS = 100
-"""Runs in one answer: the newest."""
+"""Most runs in one answer: the newest."""
 
 MAX_DIMENSIONS = 16
 MAX_METRICS = 256
 MAX_FIGURES = 64
-"""Figures of a task's own that are summed."""
+"""Most figures that a task may have summed."""
 
 MAX_METRIC = 1e15
-"""Largest magnitude of a metric; sums of them stay finite."""
+"""Largest magnitude of a metric, so that sums stay finite."""
 
 MAX_VERDICTS = 32
-"""Verdicts in one receipt: the newest ones."""
+"""Most verdicts in one receipt: the newest."""
 
 MAX_DETAIL = 300
-"""Characters that a verdict says beyond its reason."""
+"""Most characters of a verdict's detail."""
 
 NO_RECORD = "0" * 64
-"""Head of a ledger that has no record yet."""
+"""Head of a ledger without records."""
 
 Digest = Annotated[bytes, Field(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 Name = Annotated[str, Field(max_length=512)]
@@ -51,7 +51,7 @@ Metric = Annotated[float, Field(ge=-MAX_METRIC, le=MAX_METRIC)]
 Metrics = Annotated[dict[Name, Metric], Field(max_length=MAX_METRICS)]
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-"""A number of things, or of a version; bounded, so that sums of them stay far from any limit."""
+"""A count or a version number, bounded so that sums cannot overflow."""
 
 FigureNames = Annotated[tuple[Name, ...], Field(max_length=MAX_FIGURES)]
 Arrangement = Annotated[int, Field(ge=0, le=2**16)] | None
@@ -59,7 +59,7 @@ Arrangement = Annotated[int, Field(ge=0, le=2**16)] | None
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Release = Annotated[str, Field(pattern=r"^[0-9A-Za-z.+_-]{1,64}$")]
 LedgerHead = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-"""Hash of the newest record of a ledger (`fednats.ledger.records`), hexadecimal SHA-256."""
+"""Hash of the newest record of a ledger (`fednats.ledger.records`): SHA-256, hexadecimal."""
 
 
 class Message(BaseModel):
@@ -71,7 +71,7 @@ class Message(BaseModel):
 
 
 class SignedMessage(Message):
-    """Base of what is signed; it names the release of its sender, so that a refusal can say which two do not agree."""
+    """Base of signed messages. Names the sender's release, so that a refusal can say which two releases disagree."""
 
     release: Release = __version__
 
@@ -96,7 +96,7 @@ class Grid(BaseModel):
 
 
 class Payload(BaseModel):
-    """Names and checks the chunks of one payload."""
+    """The id, size and digests of one payload's chunks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -114,10 +114,10 @@ class Chunk(Message):
 
 
 class Frame(BaseModel):
-    """One step of the way to a version: all its weights (a keyframe), or the difference from the version before.
+    """One step towards a version: all its weights (a keyframe), or the difference from the previous version.
 
-    The payload of a keyframe is float32 weights, little endian, in parameter order; that of a difference is int8
-    multiples of its steps, in the same order.
+    The payload of a keyframe is float32 weights, little endian, in parameter order. The payload of a difference is int8
+    multiples of the steps, in the same order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -128,15 +128,15 @@ class Frame(BaseModel):
 
     @property
     def is_keyframe(self) -> bool:
-        """Whether it needs no other version."""
+        """Whether this frame needs no other version."""
         return not self.steps
 
 
 class Opening(BaseModel):
-    """Where a run begins, or goes on after it was extended, in the one line of versions that all runs of a federation share.
+    """Where a run begins or is extended, in the one line of versions that all runs of a federation share.
 
-    An opening takes the next version number and begins with a keyframe, so no number, and nothing that was signed for one,
-    ever comes again.
+    An opening takes the next version number and begins with a keyframe. So no version number recurs, and no signed
+    message for one can be replayed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -155,7 +155,7 @@ class Opening(BaseModel):
 
 
 class ModelManifest(SignedMessage):
-    """One version of the global model, and the frames from which it can be made."""
+    """One version of the global model, and the frames it can be made from."""
 
     kind: ClassVar[str] = "model"
 
@@ -184,7 +184,7 @@ class ModelManifest(SignedMessage):
 
     @property
     def n_parameters(self) -> int:
-        """Values of the flat vector."""
+        """Number of values in the flat vector."""
         return sum(math.prod(spec.shape) for spec in self.parameters)
 
     @model_validator(mode="after")
@@ -198,7 +198,7 @@ class ModelManifest(SignedMessage):
 
 
 class Control(SignedMessage):
-    """Whether the run is open, and why not if it is not."""
+    """Whether the run is open; if it is closed, why."""
 
     kind: ClassVar[str] = "control"
 
@@ -210,10 +210,10 @@ class Control(SignedMessage):
 
 
 class Lease(SignedMessage):
-    """Which process acts for the coordinator or for a region: one at a time.
+    """Which process acts for the coordinator or a region: one at a time.
 
-    The newest in the stream counts. Its sequence number there is the fencing token: whatever else the process
-    publishes is stored only while that message is the newest of its subject.
+    The newest lease in the stream counts. Its sequence number is the fencing token: anything else the process publishes
+    is stored only while its lease is the newest.
     """
 
     kind: ClassVar[str] = "lease"
@@ -225,7 +225,7 @@ class Lease(SignedMessage):
 
 
 class Update(SignedMessage):
-    """One site's delta; payload: the weighted-summable encoding of the quantised delta."""
+    """One site's delta. Payload: the weighted-summable encoding of the quantised delta."""
 
     kind: ClassVar[str] = "update"
 
@@ -272,7 +272,7 @@ class Aggregate(SignedMessage):
 
     @model_validator(mode="after")
     def _adds_up(self) -> "Aggregate":
-        """Refuse figures that no sum has: every update has a weight, a case and a site, and some staleness or none."""
+        """Refuse figures that no sum can have: each update has a weight, a case and a site."""
         if not self.n_sites <= self.n_updates <= min(self.total_weight, self.n_samples):
             raise ValueError(
                 f"{self.n_updates} updates of {self.n_sites} sites and {self.n_samples} cases with total weight"
@@ -286,7 +286,7 @@ class Aggregate(SignedMessage):
 
 
 class ComposedPart(BaseModel):
-    """One contribution in a sum or a version; the payload of its head is named without the digests of its chunks."""
+    """One contribution in a sum or a version; its head names the payload without the digests of the chunks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -296,7 +296,7 @@ class ComposedPart(BaseModel):
 
 
 class Composition(Message):
-    """What a node has made a sum, or a model version, of: its note to itself, for when its state is from a backup."""
+    """A node's note to itself of the parts of a sum or a model version, read when its state comes from a backup."""
 
     kind: ClassVar[str] = "composition"
 
@@ -318,7 +318,7 @@ class Composition(Message):
 
 
 class OpeningNote(Message):
-    """With which settings a run was opened, or extended: the coordinator's note to itself, as a `Composition` is."""
+    """The coordinator's note to itself of a run's opening and settings, kept like a `Composition`."""
 
     kind: ClassVar[str] = "opening_note"
 
@@ -330,7 +330,7 @@ class OpeningNote(Message):
 
 
 class EvaluationBlocks(Message):
-    """Which sites have been in the same sums of evaluations so far: a region's note to itself, as a `Composition` is."""
+    """A region's note to itself of which sites have been in the same sums of evaluations, kept like a `Composition`."""
 
     kind: ClassVar[str] = "evaluation_blocks"
 
@@ -341,7 +341,7 @@ class EvaluationBlocks(Message):
 
 
 class Evaluation(SignedMessage):
-    """One site's counts of one version on its own test data; payload: the summable encoding of the counts."""
+    """One site's counts for one version on its own test data. Payload: the summable encoding of the counts."""
 
     kind: ClassVar[str] = "evaluation"
 
@@ -360,7 +360,7 @@ class Evaluation(SignedMessage):
 
 
 class EvaluationSum(SignedMessage):
-    """Sums of the counts of at least ``min_sites`` distinct sites; ``metrics`` are means weighted by ``n_samples``, the test cases."""
+    """Sums of at least ``min_sites`` sites' counts. ``metrics`` are means weighted by test cases (``n_samples``)."""
 
     kind: ClassVar[str] = "evaluation_sum"
 
@@ -383,7 +383,7 @@ Outcome = Literal["accepted", "refused", "left_over"]
 
 
 class Verdict(BaseModel):
-    """What became of one update at its region."""
+    """A region's decision on one update."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -396,9 +396,9 @@ class Verdict(BaseModel):
 
 
 class Receipt(SignedMessage):
-    """What a region tells one of its sites: the newest verdicts on its updates, the newest last.
+    """A region's newest verdicts on one site's updates, newest last.
 
-    Each receipt repeats the verdicts of those before, so a site that misses one loses nothing.
+    Each receipt repeats earlier verdicts, so a site that misses a receipt loses nothing.
     """
 
     kind: ClassVar[str] = "receipt"
@@ -410,7 +410,7 @@ class Receipt(SignedMessage):
 
 
 class Reject(Message):
-    """Something that a node refused, kept for people to look at; nothing reads it again."""
+    """Something that a node refused, kept for people to look at; no program reads it."""
 
     kind: ClassVar[str] = "reject"
 
@@ -425,7 +425,7 @@ class Reject(Message):
 
 
 class Holder(BaseModel):
-    """What a process with a lease answers to another that asks for it; the other one's question has the same form."""
+    """The answer of a process with a lease to another that asks for it; the question has the same form."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -437,7 +437,7 @@ class Holder(BaseModel):
 
 
 class Presence(BaseModel):
-    """What a service says of itself while it is there: JSON, so that people can read the bucket."""
+    """A service's report about itself while it runs: JSON, so that people can read the bucket."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -453,7 +453,7 @@ class Presence(BaseModel):
 
 
 class RunOrder(SignedMessage):
-    """What the holder of the coordinator's kit asks of the coordinator that runs."""
+    """An order to the running coordinator from the holder of the coordinator's kit."""
 
     kind: ClassVar[str] = "run_order"
 
@@ -465,7 +465,7 @@ class RunOrder(SignedMessage):
 
 
 class RunRow(BaseModel):
-    """One run, as people see it."""
+    """One run, as shown to people."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -483,7 +483,7 @@ class RunRow(BaseModel):
 
 
 class RunAnswer(SignedMessage):
-    """What the coordinator says to an order."""
+    """The coordinator's answer to an order."""
 
     kind: ClassVar[str] = "run_answer"
 

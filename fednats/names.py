@@ -1,4 +1,4 @@
-"""Names of runs, regions and hospitals: one token of a NATS subject, one folder, one name in a certificate."""
+"""Names of runs, regions and hospitals. Each is a token of NATS subjects, a folder and a name in certificates."""
 
 import re
 import unicodedata
@@ -18,7 +18,7 @@ _SPELT = str.maketrans(
 
 
 def suggested(name: str) -> str:
-    """Return a name that is allowed and reads like ``name``; empty if nothing of it can be kept.
+    """Return an allowed name that reads like ``name``; empty if no character can be kept.
 
     >>> suggested("müller klinik"), suggested("-north"), suggested("Hôpital St. Élie"), suggested("病院")
     ('mueller-klinik', 'north', 'Hopital-St-Elie', '')
@@ -32,7 +32,7 @@ def check_name(name: str) -> str:
     """Return ``name``.
 
     Raises:
-        ValueError: it cannot be a name; the text says what can, and suggests one.
+        ValueError: the name is not allowed; the text says what is allowed, and suggests one.
     """
     if _ALLOWED.fullmatch(name):
         return name
@@ -49,7 +49,7 @@ ChosenName = Annotated[str, AfterValidator(check_name)]
 
 
 def checked_node(user: str, node: str) -> str:
-    """Return ``node``, the second half of the name of a bus user. Raises ConfigError as `check_name`."""
+    """Return ``node``, the second half of a bus user's name. Raises ConfigError if it is not an allowed name."""
     try:
         return check_name(node)
     except ValueError as error:

@@ -1,11 +1,11 @@
-"""Who may publish and subscribe to what: one function per role.
+"""Who may publish and subscribe to which subjects: one function per role.
 
-NATS allows nothing that is not listed here. A request to JetStream is a publish to a subject ``$JS.API.<verb>.<stream>``,
-so what a user may do to a stream is listed the same way.
+NATS allows only what is listed here. A request to JetStream is a publish to ``$JS.API.<verb>.<stream>``, so rights on
+streams are listed in the same way.
 
-A server checks the subject that a user publishes on, not the reply subject that comes with it, and answers there with its
-own rights. So no user is in an account with streams of others: `fednats.provision.sharing` says what the accounts have
-of each other.
+A server checks the subject that a user publishes on, but not the reply subject, and answers there with its own rights.
+So no user shares an account with other people's streams. `fednats.provision.sharing` lists what the accounts export to
+each other.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fednats import subjects
 from fednats.subjects import HUB
 
 UPLINK_API = "JS.uplink"
-"""Prefix under which a region's private account asks the JetStream that it copies the models from."""
+"""Prefix under which a region's private account reaches the JetStream that it copies the models from."""
 
 _SERVICE = ("$SRV.>",)
 METADATA = (
@@ -29,14 +29,14 @@ METADATA = (
 )
 
 MADE = ("INFO", "CREATE", "UPDATE")
-"""What is asked of JetStream to make a stream."""
+"""JetStream requests needed to make a stream."""
 
 
 @dataclass(frozen=True)
 class Permissions:
     """Subjects a user may publish and subscribe to.
 
-    Nobody may answer wherever a request says: who may be answered is listed, too.
+    Nobody may answer on arbitrary reply subjects: those that a user may answer on are listed, too.
     """
 
     publish: tuple[str, ...]
@@ -45,7 +45,7 @@ class Permissions:
 
 @dataclass(frozen=True)
 class User:
-    """One nkey user; a ``leaf`` user is for leaf links only and cannot connect as a client."""
+    """One nkey user. A ``leaf`` user is for leaf links only and cannot connect as a client."""
 
     name: str
     public_key: str
@@ -57,7 +57,7 @@ class User:
 
 
 def user_name(role: str, node: str) -> str:
-    """Name of a bus user, which is also the name of its connection and part of its inbox."""
+    """Name of a bus user; also the name of its connection and part of its inbox."""
     return f"{role}.{node}"
 
 
@@ -67,27 +67,27 @@ def inbox(name: str) -> str:
 
 
 def deliver(region: str) -> str:
-    """Prefix of the subjects on which the models come to a region, into its uplink and its private account."""
+    """Prefix of the subjects that deliver the models to a region's uplink and private accounts."""
     return f"fed_deliver.{region}"
 
 
 def hand_down(region: str) -> str:
-    """Prefix of the subjects on which the models come into the stream that a region copies them from."""
+    """Prefix of the subjects that fill the stream from which a region copies the models."""
     return f"fed_down.{region}"
 
 
 def lift(region: str) -> str:
-    """Prefix of the subjects on which a region's aggregates come to the node above."""
+    """Prefix of the subjects that bring a region's aggregates to the node above."""
     return f"fed_lift.{region}"
 
 
 def above_api() -> str:
-    """Prefix under which the account that hands the models down asks the JetStream of its node."""
+    """Prefix under which the account that hands the models down reaches its node's JetStream."""
     return "JS.above"
 
 
 def below_api(region: str) -> str:
-    """Prefix under which a node asks the JetStream of a region below it."""
+    """Prefix under which a node reaches the JetStream of a region below it."""
     return f"JS.below.{region}"
 
 
@@ -97,7 +97,7 @@ def down_api(region: str) -> str:
 
 
 def api_of(node: str) -> str:
-    """Prefix of the JetStream of a node for who comes over a leaf link."""
+    """Prefix of a node's JetStream for requests over a leaf link."""
     return f"$JS.{node}.API"
 
 
@@ -105,7 +105,7 @@ def api_of(node: str) -> str:
 
 
 def site(run: str, region: str, name: str) -> Permissions:
-    """A site: sends its own updates, evaluations and presence; reads models, control, its own receipts, and what it sent last."""
+    """A site: sends its updates, evaluations and presence; reads models, control, its receipts, its newest update."""
     models, receipt = subjects.models_stream(run, region), subjects.receipt(run, region, name)
     updates, here = subjects.updates_stream(run, region, name), presence(run, "site", name)
     return Permissions(
@@ -134,7 +134,7 @@ def site(run: str, region: str, name: str) -> Permissions:
 def aggregator(run: str, region: str, sites: Sequence[str]) -> Permissions:
     """An aggregator in its region's private account: makes the streams, reads and purges updates, sends receipts.
 
-    ``sites`` are the present sites and the revoked ones, whose last updates may still be in use.
+    ``sites`` are the current sites and the revoked ones, whose last updates may still be in use.
     """
     models = subjects.models_stream(run, region)
     updates = [subjects.updates_stream(run, region, site) for site in sites]
@@ -163,9 +163,9 @@ def aggregator(run: str, region: str, sites: Sequence[str]) -> Permissions:
 
 
 def uplink(run: str, region: str, below: Sequence[str] = ()) -> Permissions:
-    """An aggregator in the uplink account (without leaves the hub's): sends aggregates, reads those from below.
+    """An aggregator in the uplink account (without leaves, the hub's): sends aggregates, reads those from below.
 
-    One that has regions ``below`` it, as `aggregator` has sites, keeps their presence there.
+    If there are regions ``below``, it keeps their presence there.
     """
     aggregates, models = subjects.aggregates_stream(run, region), subjects.models_stream(run, region)
     inboxes = [subjects.inbox_stream(run, region, child) for child in below]
@@ -201,7 +201,7 @@ def uplink(run: str, region: str, below: Sequence[str] = ()) -> Permissions:
 
 
 def coordinator(run: str, regions: Sequence[str]) -> Permissions:
-    """The coordinator, in the hub's account: sends models and control, reads aggregates of ``regions``, keeps rejects."""
+    """The coordinator, in the hub's account: sends models and control, reads regions' aggregates, keeps rejects."""
     models, inboxes = subjects.models_stream(run, HUB), [subjects.inbox_stream(run, HUB, region) for region in regions]
     return Permissions(
         publish=(
@@ -237,7 +237,7 @@ def coordinator(run: str, regions: Sequence[str]) -> Permissions:
 
 
 def observer(run: str, node: str) -> Permissions:
-    """An operator's read-only user: figures of streams and consumers, services, presence, state; of messages, rejects."""
+    """An operator's read-only user: stream and consumer figures, services, presence, state, refused messages."""
     rejects = subjects.rejects_stream(run, node)
     return Permissions(
         publish=(
@@ -254,11 +254,11 @@ def observer(run: str, node: str) -> Permissions:
 
 
 def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permissions:
-    """The leaf link of ``region`` to ``parent``. Publish is what comes up from the region, subscribe what goes down.
+    """The leaf link of ``region`` to ``parent``. Publish: traffic up from the region. Subscribe: traffic down to it.
 
-    ``below`` are the regions, at any depth, whose presence and replies come through this link too.
-    JetStream copies by itself: it asks for a consumer (``CONSUMER.CREATE``, answered on ``$JSC.R``, or on ``_R_`` into
-    another account), gets the messages below `deliver` or `lift`, and paces them on ``$JS.FC``.
+    ``below`` are the regions, at any depth, whose presence and replies also pass this link. JetStream copies by itself:
+    it creates a consumer (``CONSUMER.CREATE``, answered on ``$JSC.R``, or on ``_R_`` into another account), receives
+    the messages below `deliver` or `lift`, and controls their flow on ``$JS.FC``.
     """
     aggregates, models = subjects.aggregates_stream(run, region), subjects.models_for_stream(run, region)
     nodes = (region, *below)
@@ -294,18 +294,18 @@ def link(run: str, region: str, parent: str, below: Sequence[str] = ()) -> Permi
 
 
 def presence(run: str, role: str, node: str) -> str:
-    """Where a service says that it is there."""
+    """Subject on which a service renews its presence."""
     return f"$KV.{subjects.presence_bucket(run)}.{subjects.presence_key(role, node)}"
 
 
 def taken(run: str, region: str, inbox_above: str) -> tuple[str, ...]:
-    """The questions whether a region's newest sums have arrived above: for the heads, which it wrote itself."""
+    """Requests that show whether a region's newest sums have arrived above: for the heads that it wrote."""
     heads = (subjects.head(subjects.aggregate(run, region)), subjects.evaluation_sum(run, region))
     return tuple(f"DIRECT.GET.{inbox_above}.{head}" for head in heads)
 
 
 def answer_observer(node: str) -> str:
-    """Where the observer of ``node`` is answered."""
+    """Inbox in which the observer of ``node`` receives answers."""
     return f"{inbox(user_name('observer', node))}.>"
 
 
@@ -325,7 +325,7 @@ def _buckets(run: str) -> tuple[str, ...]:
 
 
 def _hand_down() -> tuple[str, ...]:
-    """Making the streams that hand the models down: the accounts say which ones there are."""
+    """Requests that make the streams handing the models down; the accounts limit which streams those are."""
     return tuple(f"{down_api('*')}.STREAM.{verb}.*" for verb in MADE)
 
 
@@ -357,7 +357,7 @@ def _consume(stream: str) -> tuple[str, ...]:
 
 
 def copied(api: str, stream: str) -> tuple[str, ...]:
-    """What another domain or account asks of the one that has the stream it copies."""
+    """Requests by another domain or account to the one whose stream it copies."""
     return (f"{api}.CONSUMER.CREATE.{stream}", f"{api}.CONSUMER.CREATE.{stream}.>")
 
 

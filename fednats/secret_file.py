@@ -1,6 +1,7 @@
-"""Whether a secret file is closed to others: its owner's alone, or one that root gave to the daemon.
+"""Checks that a secret file is closed to others: it belongs to its owner alone, or root gave it to the daemon.
 
-As OpenSSH and PostgreSQL (``ssl_key_file``) decide, and one case more for containers, whose secrets nobody can close.
+The rules are those of OpenSSH and PostgreSQL (``ssl_key_file``), plus one for containers, whose secrets have fixed
+modes.
 """
 
 import os
@@ -15,14 +16,14 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def check_closed(path: Path) -> None:
-    """Refuse a secret that others may read; one that is not there is for whoever reads it to name.
+    """Refuse a secret that others may read. A missing file passes; its reader reports it.
 
     Accepted are
 
-    - 0600 or less: nobody but the owner,
-    - 0640 or less, of root, for a daemon that is not root: root chose the group (Kubernetes with ``fsGroup``),
-    - of root, written by nobody else, on a read-only mount in memory: what Kubernetes and Docker give to a container as a
-      secret (0444, 0644). Who else is in that container is decided there.
+    - 0600 or less: only the owner may read,
+    - 0640 or less, owned by root, for a daemon that is not root: root chose the group (Kubernetes with ``fsGroup``),
+    - owned by root, writable by nobody else, on a read-only mount in memory: how Kubernetes and Docker hand secrets to
+      a container (0444, 0644). Who else runs in that container is decided there.
 
     Raises:
         ValueError: others may read it; the text has its mode, owner and the remedy.
@@ -47,14 +48,14 @@ def check_closed(path: Path) -> None:
 
 
 def _on_secret_mount(path: Path) -> bool:
-    """Whether ``path`` is on a mount of its own, read-only and in memory."""
+    """Whether ``path`` is on a read-only mount in memory."""
     real = path.resolve()
     try:
         lines = _MOUNTS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
     deepest, accepted = -1, False
-    for line in lines:  # proc_pid_mountinfo(5); of two mounts on one place the later one is on top
+    for line in lines:  # proc_pid_mountinfo(5); if two mounts share a place, the later one is on top
         mounted, _, source = line.partition(" - ")
         place = Path(mounted.split()[4].encode().decode("unicode_escape"))
         if (depth := len(place.parts)) >= deepest and real.is_relative_to(place):

@@ -1,11 +1,11 @@
-"""Every subject, stream, bucket and durable name, built here and nowhere else.
+"""Builds every subject, stream, bucket and durable name; nothing else does.
 
-Accounts: a region's *private* account carries updates and evaluations; the *uplink* account (joined to the hub by the
-leaf link) carries models downwards and aggregates upwards. A federation has one subject tree, ``fed.<run>.>``.
+A region's *private* account carries updates and evaluations. The *uplink* account, joined to the hub by the leaf link,
+carries models downwards and aggregates upwards. A federation has one subject tree, ``fed.<run>.>``.
 """
 
 HUB = "hub"
-"""The node at the root; regions are the other nodes."""
+"""The node at the root; all other nodes are regions."""
 
 
 # --- models, downwards ------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ def models_stream(run: str, node: str) -> str:
 
 
 def models_for_stream(run: str, region: str) -> str:
-    """Stream at the node above ``region`` that it copies the models from: one for each, which no other can touch."""
+    """Stream above ``region`` that it copies the models from. Each region has its own, which no other can touch."""
     return f"fed_{run}_models_for_{region}"
 
 
@@ -45,7 +45,7 @@ def evaluation(run: str, region: str, site: str) -> str:
 
 
 def updates_stream(run: str, region: str, site: str) -> str:
-    """Stream of one site's updates and evaluations, in its region's private account: what fills it is no other site's."""
+    """Stream of one site's updates and evaluations, in its region's private account: no site fills another's."""
     return f"fed_{run}_updates_{region}_{site}"
 
 
@@ -60,22 +60,22 @@ def evaluation_sum(run: str, region: str) -> str:
 
 
 def aggregates_stream(run: str, region: str) -> str:
-    """Stream of what a region sends up, in its uplink account."""
+    """Stream of everything a region sends up, in its uplink account."""
     return f"fed_{run}_aggregates_{region}"
 
 
 def inbox_stream(run: str, node: str, region: str) -> str:
-    """Stream at ``node`` that sources the aggregates stream of a ``region`` directly below it."""
+    """Stream at ``node`` that sources the aggregates stream of ``region``, directly below it."""
     return f"fed_{run}_inbox_{node}_{region}"
 
 
 def receipt(run: str, region: str, site: str) -> str:
-    """What became of one site's updates at its region; the last message counts."""
+    """A region's verdicts on one site's updates; the last message counts."""
     return f"fed.{run}.receipt.{region}.{site}"
 
 
 def receipts_stream(run: str, region: str) -> str:
-    """Stream of a region's receipts, in its private account: the newest for each site."""
+    """Stream of a region's receipts, in its private account; keeps the newest for each site."""
     return f"fed_{run}_receipts_{region}"
 
 
@@ -106,20 +106,20 @@ def chunk(prefix: str, payload_id: str, index: int) -> str:
 
 
 def composition(run: str, node: str, name: str) -> str:
-    """What ``node`` made something of: a version by its number, a sum by its id; for nobody but itself."""
+    """Note by ``node`` of the parts of a version (named by number) or a sum (by id); only the node reads it."""
     return f"fed.{run}.composition.{node}.{name}"
 
 
 def compositions_stream(run: str, node: str) -> str:
-    """Stream of what ``node`` notes for itself: a region's is in its private account."""
+    """Stream of the notes of ``node`` to itself; a region's is in its private account."""
     return f"fed_{run}_compositions_{node}"
 
 
-# --- one at a time ----------------------------------------------------------------------------------------------------
+# --- leases -----------------------------------------------------------------------------------------------------------
 
 
 def lease(prefix: str) -> str:
-    """Who may publish below ``prefix`` (`model` or `aggregate`): the newest message is the lease that counts."""
+    """Leases to publish below ``prefix`` (`model` or `aggregate`); the newest message counts."""
     return f"{prefix}.lease"
 
 
@@ -128,26 +128,26 @@ def holder(run: str, role: str, name: str) -> str:
     return f"fed.{run}.holder.{role}.{name}"
 
 
-# --- what was refused -------------------------------------------------------------------------------------------------
+# --- refused messages -------------------------------------------------------------------------------------------------
 
 
 def reject(run: str, node: str, sender: str, reason: str) -> str:
-    """What ``node`` refused of ``sender``: subjects that list who sent what bad things, without reading any."""
+    """Messages of ``sender`` refused by ``node``. The subjects alone show who sent bad messages, and of which kind."""
     return f"fed.{run}.reject.{node}.{sender}.{reason}"
 
 
 def rejects(run: str, node: str) -> str:
-    """Filter of all that ``node`` refused."""
+    """Filter of everything that ``node`` refused."""
     return f"fed.{run}.reject.{node}.>"
 
 
 def rejects_stream(run: str, node: str) -> str:
-    """Stream of what ``node`` refused: a region's is in its private account."""
+    """Stream of everything that ``node`` refused; a region's is in its private account."""
     return f"fed_{run}_rejects_{node}"
 
 
 def sender(subject: str) -> str:
-    """Return whom the bus lets publish on ``subject``.
+    """Return the node that the bus allows to publish on ``subject``.
 
     >>> sender("fed.r.update.north.a.head"), sender("fed.r.receipt.north.a"), sender("fed.r.control")
     ('a', 'north', 'hub')
@@ -162,35 +162,35 @@ def sender(subject: str) -> str:
 
 
 def run_order(run: str) -> str:
-    """Where the coordinator takes orders to start, extend and list runs: only its own bus user may publish there."""
+    """Orders to start, extend and list runs, taken by the coordinator. Only its own bus user may publish here."""
     return f"fed.{run}.order"
 
 
 def run_answer(run: str) -> str:
-    """What its answers are signed for."""
+    """Subject that the coordinator's answers to orders are signed for."""
     return f"fed.{run}.order.answer"
 
 
-# --- who is there -----------------------------------------------------------------------------------------------------
+# --- presence and state -----------------------------------------------------------------------------------------------
 
 
 def event(run: str, role: str, name: str) -> str:
-    """What a service says of itself, for people and tools that listen; nothing depends on it."""
+    """A service's reports, for people and tools that listen; nothing depends on them."""
     return f"fed.{run}.event.{role}.{name}"
 
 
 def status(run: str, role: str, name: str) -> str:
-    """Where a service answers what it is doing, as JSON: the endpoint of its NATS micro service."""
+    """Where a service reports its state as JSON: the endpoint of its NATS micro service."""
     return f"fed.{run}.status.{role}.{name}"
 
 
 def pulse(run: str, node: str) -> str:
-    """What a node says every few seconds; heard elsewhere, it tells that the link to it stands."""
+    """A node's sign of life every few seconds; hearing it elsewhere shows that the link to the node is up."""
     return f"fed.{run}.pulse.{node}"
 
 
 def presence_bucket(run: str) -> str:
-    """KV bucket whose keys expire when a service no longer renews them."""
+    """KV bucket whose keys expire when a service stops renewing them."""
     return f"fed_{run}_presence"
 
 

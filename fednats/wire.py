@@ -1,4 +1,4 @@
-"""Message to bytes and back: msgpack, zstd where it makes the message smaller, limits checked before any work.
+"""Messages to bytes and back: msgpack, compressed with zstd if that is smaller. Limits are checked before any work.
 
 Layout: magic ``FN``, schema version (u8), encoding (u8: 0 plain, 1 zstd), length of the plain body (u32, big endian),
 body. The body is the msgpack array ``[kind, fields]``.
@@ -19,19 +19,19 @@ from fednats.messages import DIGEST_BYTES, AnyMessage, Message, SignedMessage
 
 SCHEMA_VERSION = 1
 MAX_MESSAGE_BYTES = 8 * 2**20
-"""Largest plain body admitted; nats-server's own max_payload limits what is sent."""
+"""Largest plain body accepted, in bytes; nats-server's max_payload limits what is sent."""
 
 ROOM_BYTES = 1024
-"""More than the header, the kind, the lengths of a chunk's parts and the seal around it ever take."""
+"""Upper bound of the bytes around a chunk's content: header, kind, lengths of its parts, and seal."""
 
 MAX_ITEMS = 2**20
-"""Largest number of values in one body, all lists and maps together: what is unpacked stays below 128 MiB."""
+"""Most values in one body, over all lists and maps; keeps an unpacked body below 128 MiB."""
 
 MAX_LIST, MAX_MAP = 2**16, 2**10
-"""Largest number of values in one list, and of fields in one map."""
+"""Most values in one list, and fields in one map."""
 
 MAX_FIELD_TEXT = 200
-"""So much of a field's name is quoted when it is refused: names are others' words."""
+"""Most characters quoted of a refused field's name, which a stranger may have chosen."""
 
 MAX_RELEASE_TEXT = 64
 
@@ -57,7 +57,7 @@ def unpack(data: bytes, expected: type[MessageT]) -> MessageT:
     """Parse ``data`` as a message of type ``expected``.
 
     Raises:
-        RefusedError: malformed, oversized, of another schema version, of another kind, or with wrong fields.
+        RefusedError: malformed, too large, of another schema version or kind, or with wrong fields.
     """
     raw = unpack_values(_body(data))
     if not (isinstance(raw, tuple) and len(raw) == 2 and isinstance(raw[0], str) and isinstance(raw[1], dict)):  # noqa: PLR2004
@@ -75,7 +75,7 @@ def unpack(data: bytes, expected: type[MessageT]) -> MessageT:
 
 
 def _releases(fields: Mapping[str, object], expected: type[Message]) -> str:
-    """Return the releases of the sender and of this process, for a message that names its sender's."""
+    """Return the releases of sender and receiver as text, if messages of this kind name their sender's."""
     if not issubclass(expected, SignedMessage):
         return ""
     release = fields.get("release")
@@ -84,26 +84,26 @@ def _releases(fields: Mapping[str, object], expected: type[Message]) -> str:
 
 
 def digest(data: bytes) -> bytes:
-    """BLAKE2b-128 of ``data``, the form in `Payload.digests`."""
+    """Return BLAKE2b-128 of ``data``, as in `Payload.digests`."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def message_id(signed: bytes) -> str:
-    """Return the id of a signed message: the same when it is sent again, and nobody else can make it in advance.
+    """Return the id of a signed message. It is the same when sent again, and nobody else can produce it in advance.
 
-    A stream drops what comes under an id that it has seen, whoever sent that, on whichever of its subjects.
+    A stream drops any message with an id it has seen, from any sender and on any of its subjects.
     """
     return digest(signed).hex()
 
 
 def unpack_values(body: bytes) -> Any:
-    """Unpack msgpack that somebody else may have written; lists become tuples.
+    """Unpack msgpack from an untrusted source; lists become tuples.
 
-    The body is walked once without making anything: a list that is longer than what is there is found before room is
-    made for it.
+    The body is first walked without building values, so a list that claims more items than the body has is found before
+    memory for it is allocated.
 
     Raises:
-        RefusedError: ``malformed``, or ``oversized``: more values than any message has.
+        RefusedError: ``malformed``; or ``oversized``, with more values than any message has.
     """
     room = _Room()
     try:
@@ -126,7 +126,7 @@ def unpack_values(body: bytes) -> Any:
 
 
 class _Room:
-    """Counts what is unpacked."""
+    """Counts the values unpacked."""
 
     def __init__(self) -> None:
         self._left = MAX_ITEMS

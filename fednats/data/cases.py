@@ -1,4 +1,4 @@
-"""The cases of one hospital: a data set that knows whose each case is, and which values were missing."""
+"""The cases of one hospital: a data set that knows each case's patient, and which values were missing."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ TEST_SHARE = 0.2
 
 
 class Inputs(Protocol):
-    """Inputs by number: a tensor, or what loads each when it is asked for."""
+    """Inputs by number: a tensor, or an object that loads each input on demand."""
 
     def __len__(self) -> int: ...
 
@@ -23,7 +23,7 @@ class Inputs(Protocol):
 
 
 class Cases(Dataset[tuple[Tensor, ...]]):
-    """``self[i]`` is ``(input, target)``."""
+    """Cases of a hospital; ``self[i]`` is ``(input, target)``."""
 
     def __init__(
         self,
@@ -49,25 +49,25 @@ class Cases(Dataset[tuple[Tensor, ...]]):
 
     @property
     def patients(self) -> list[str] | None:
-        """Who each case is of, [n]; None where the data does not say. Never to be shown."""
+        """Patient of each case, [n]; None if the data does not say. Never to be shown."""
         return None if self._patients is None else [self._patients[index] for index in self._chosen]
 
     @property
     def n_missing(self) -> dict[str, int]:
-        """Number of missing values by column, where a column has any."""
+        """Number of missing values by column, for columns that have any."""
         counts = {name: int(missing[list(self._chosen)].sum()) for name, missing in self._missing.items()}
         return {name: count for name, count in counts.items() if count}
 
     def take(self, chosen: Sequence[int]) -> "Cases":
-        """Return some of the cases, by number."""
+        """Return the cases with these numbers."""
         mine = [self._chosen[index] for index in chosen]
         return Cases(self._inputs, self._targets, patients=self._patients, missing=self._missing, chosen=mine)
 
     def split(self, test_share: float = TEST_SHARE) -> tuple["Cases", "Cases"]:
-        """Return the cases to train on and those to test on, about ``test_share`` of the patients.
+        """Return training cases and test cases; about ``test_share`` of the patients are for testing.
 
-        A patient is in the same part in every run, and stays there when more are added: a hash of who it is decides.
-        Where the data does not say whose a case is, its place in the file does.
+        A hash of the patient decides, so a patient is in the same part in every run, even when more patients are added.
+        If the data does not name patients, a case's place in the file decides.
 
         Raises:
             DataError: one part is empty.
@@ -82,6 +82,6 @@ class Cases(Dataset[tuple[Tensor, ...]]):
 
 
 def _fraction(patient: str) -> float:
-    """A number from 0 to 1 that depends on ``patient`` alone."""
+    """Return a number from 0 to 1 that depends only on ``patient``."""
     digest = hashlib.blake2b(patient.encode(), digest_size=8, person=b"test split").digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -1,4 +1,4 @@
-"""One column of a CSV file: text cells with the lines they are on, read as numbers or codes."""
+"""One column of a CSV file: text cells with their lines, read as numbers or codes."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fednats.errors import DataError
 
 MISSING = ("", "?", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null")
-"""What stands for a missing value in every file; one that a column has as a code is that code."""
+"""Cells that mean a missing value in every file, unless a column has one of them as a code."""
 _SPACES = "[ \u00a0\u202f]"
 
 Mask = NDArray[np.bool_]
@@ -20,7 +20,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Column:
-    """Cells of text [n], indexed by the line in the file."""
+    """Text cells [n], indexed by their line in the file."""
 
     file: Path
     name: str
@@ -30,7 +30,7 @@ class Column:
     missing: tuple[str, ...]
 
     def is_missing(self, codes: Collection[str] = ()) -> Mask:
-        """Return which cells hold no value, bool[n]; never one of ``codes``."""
+        """Mark the cells without a value, bool[n]; a cell with one of ``codes`` always has a value."""
         markers = set(MISSING).union(self.missing).difference(codes)
         return self.cells.isin(markers).to_numpy(dtype=bool, copy=True)
 
@@ -38,7 +38,7 @@ class Column:
         """Read the cells as numbers float64[n], NaN where ``missing``.
 
         Raises:
-            DataError: a cell is no finite number, naming its line.
+            DataError: a cell is not a finite number; the text names its line.
         """
         d = re.escape(self.decimal)
         text = self.cells.mask(pd.Series(missing, self.cells.index), "0")
@@ -54,7 +54,7 @@ class Column:
         return values
 
     def whole_numbers(self) -> list[int | None]:
-        """Read the cells as whole numbers, None where one is missing; raises DataError."""
+        """Read the cells as whole numbers, None for a missing one; raises DataError."""
         missing = self.is_missing()
         values = self.numbers(missing)
         self.refuse(~missing & (values != np.round(values)), "no whole number")
@@ -66,7 +66,7 @@ class Column:
         Numbers are compared as numbers: 1, 1.0 and 01 are one code.
 
         Raises:
-            DataError: a cell is none of them, naming its line.
+            DataError: a cell is none of ``values``; the text names its line.
         """
         own: Sequence[float] | Sequence[str]
         if all(isinstance(value, int | float) for value in values):
@@ -81,7 +81,7 @@ class Column:
         return found
 
     def refuse(self, wrong: Mask, what: str) -> None:
-        """Raise DataError naming the first line where ``wrong``, bool[n], and how many more there are."""
+        """Raise DataError if any cell is ``wrong``, bool[n]; the text names the first line and the number of others."""
         if not wrong.any():
             return
         more = int(wrong.sum()) - 1

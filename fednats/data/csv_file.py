@@ -1,8 +1,8 @@
-"""A hospital's CSV file as columns of text, whatever program wrote it.
+"""Reads a hospital's CSV file as columns of text, whatever program wrote it.
 
-What the file itself shows is found out: its delimiter from the names in the header, UTF-16 and UTF-8 from the byte order
-mark. What it does not show is stated in a `Format`, or refused. Errors name file, line and column, never a cell: a cell
-is part of a record.
+Properties that the file shows are detected: the delimiter from the names in the header, UTF-8, UTF-16 and UTF-32 from
+the byte order mark. Others are stated in a `Format`, or the file is refused. Errors name file, line and column, never a
+cell: a cell is part of a record.
 """
 
 import codecs
@@ -26,19 +26,19 @@ from fednats.errors import ConfigError, DataError
 DELIMITERS = (",", ";", "\t", "|")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8", "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32", "utf-32"),  # begins as the one of UTF-16 does
+    (codecs.BOM_UTF32_LE, "utf-32", "utf-32"),  # before UTF-16, whose mark is the beginning of this one
     (codecs.BOM_UTF32_BE, "utf-32", "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16", "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16", "utf-16"),
 )
 _WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 _LOOKED_AT = 20
-"""Rows that show whether a delimiter is the right one."""
+"""Rows from which a delimiter is detected."""
 _ENCODINGS = "cp1252 (Windows, Western Europe), utf-16, gb18030 (Chinese: GBK), shift_jis, cp1251"
 
 
 class Format(Settings):
-    """How one hospital writes its CSV files; nothing here changes what a table means."""
+    """How one hospital writes its CSV files; it does not change the meaning of a table."""
 
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
         None, description="between cells; None: the one of , ; tab | that makes the expected columns"
@@ -52,7 +52,7 @@ class Format(Settings):
 
 @dataclass(frozen=True)
 class CsvFile:
-    """The columns asked for, by name; cells are stripped text."""
+    """The requested columns by name; cells are stripped text."""
 
     file: Path
     columns: Mapping[str, Column]
@@ -62,7 +62,7 @@ def format_of(stated: Format | Mapping[str, Any] | None) -> Format:
     """Return the format that a task's option states, such as ``{"decimal": ","}``.
 
     Raises:
-        ConfigError: an unknown key or value, by name.
+        ConfigError: an unknown key or a wrong value; the text names it.
     """
     return stated if isinstance(stated, Format) else parse(stated or {}, Format, source="format of the CSV file")
 
@@ -75,17 +75,18 @@ def read_csv(
     numbers: Sequence[str] = (),
     written: Format | Mapping[str, Any] | None = None,
 ) -> CsvFile:
-    """Read the columns ``required``, and those of ``optional`` that are there; others are ignored.
+    """Read the columns ``required``, and those of ``optional`` that exist; others are ignored.
 
-    Columns are found by name, in any order. Rows without any value are skipped, as spreadsheets leave them at the end.
-    ``numbers`` names the columns whose cells are numbers: they show which decimal sign the file has.
+    Columns are found by name, in any order. Rows without any value, which spreadsheets leave at the end, are skipped.
+    ``numbers`` names the columns of numbers, which show the file's decimal sign.
 
     Raises:
-        DataError: the file cannot be read so, naming line and column, and what to do.
+        ConfigError: no file is given.
+        DataError: the file does not fit; the text names line and column, and the remedy.
     """
     form = format_of(written)
     text, first_line = _text(file, form), 1
-    if text[:4].lower() == "sep=" and text[5:6] in "\r\n":  # Excel's way to say so
+    if text[:4].lower() == "sep=" and text[5:6] in "\r\n":  # Excel states the delimiter this way
         form = form.model_copy(update={"delimiter": form.delimiter or text[4]})
         text, first_line = text[5:].removeprefix("\r").removeprefix("\n"), 2
     delimiter = form.delimiter or _delimiter(file, text, required, form)
@@ -107,10 +108,10 @@ def read_csv(
 
 
 def first_rows(file: Path, written: Format) -> tuple[str, list[str]]:
-    """Return the delimiter and the header of a file whose columns nobody has named yet.
+    """Return the delimiter and the header of a file whose columns are not described yet.
 
     Raises:
-        DataError: not exactly one delimiter makes rows of one length of its first lines, and none is stated.
+        DataError: not exactly one delimiter, or not the stated one, splits the first lines into rows of equal length.
     """
     text = _text(file, written)
     if text[:4].lower() == "sep=" and text[5:6] in "\r\n":
@@ -119,7 +120,7 @@ def first_rows(file: Path, written: Format) -> tuple[str, list[str]]:
     for delimiter in [written.delimiter] if written.delimiter else DELIMITERS:
         try:
             rows = [row for _, row in islice(_rows(file, text, delimiter, 1), _LOOKED_AT)]
-        except DataError:  # quotes that do not fit this delimiter
+        except DataError:  # the quotes do not fit this delimiter
             continue
         if len(rows[0]) > 1 and len({len(row) for row in rows}) == 1:
             fitting[delimiter] = [name.strip() for name in rows[0]]
@@ -173,7 +174,7 @@ def _codec(file: Path, data: bytes, stated: str | None) -> str:
 
 
 def _delimiter(file: Path, text: str, required: Sequence[str], form: Format) -> str:
-    """The only delimiter that makes the expected columns; where none does, the one that makes most of them."""
+    """Return the delimiter that makes most required columns; with stated columns, the only one that makes as many."""
     first = {delimiter: _first_row(text, delimiter) for delimiter in DELIMITERS}
     if form.columns is not None:
         fitting = [delimiter for delimiter, row in first.items() if len(row) == len(form.columns)]
@@ -188,7 +189,7 @@ def _first_row(text: str, delimiter: str) -> list[str]:
     try:
         filled = (row for row in _reader(text, delimiter) if any(map(str.strip, row)))
         return [cell.strip() for cell in next(filled, [])]
-    except csv.Error:  # quotes that do not fit this delimiter
+    except csv.Error:  # the quotes do not fit this delimiter
         return []
 
 
@@ -197,7 +198,7 @@ def _reader(text: str, delimiter: str) -> Any:
 
 
 def _rows(file: Path, text: str, delimiter: str, first_line: int) -> Iterator[tuple[int, list[str]]]:
-    """Rows that hold a value, each with the line on which it begins; quoted cells may go over several lines."""
+    """Yield rows that hold a value, each with its first line; quoted cells may span several lines."""
     reader = _reader(text, delimiter)
     while True:
         line = reader.line_num + first_line
@@ -214,7 +215,7 @@ def _rows(file: Path, text: str, delimiter: str, first_line: int) -> Iterator[tu
 def _places(
     file: Path, names: Sequence[str], required: Sequence[str], optional: Sequence[str], *, headless: bool
 ) -> dict[str, int]:
-    """Where each column is."""
+    """Return the position of each column."""
     where = "the stated columns" if headless else "its header"
     if absent := [name for name in required if name not in names]:
         hint = ""

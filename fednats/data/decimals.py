@@ -1,4 +1,4 @@
-"""Which decimal sign a file has: ``1,5`` and ``1.234,5`` show a comma, ``1.5`` a point, ``1,234`` either."""
+"""Detects a file's decimal sign: ``1,5`` and ``1.234,5`` show a comma, ``1.5`` a point, ``1,234`` could be either."""
 
 import re
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ import pandas as pd
 from fednats.errors import DataError
 
 SIGNS = {".": ",", ",": "."}
-"""Each sign, and the other one."""
+"""Each sign, and its alternative."""
 AMBIGUOUS = r"[+-]?[1-9]\d{0,2}[.,]\d{3}"
 
 
 def decimal_sign(file: Path, columns: Mapping[str, "pd.Series[str]"], thousands: str | None, delimiter: str) -> str:
-    """Return ``.`` or ``,`` from cells of text in columns of numbers; ``thousands`` is the sign stated for those.
+    """Return ``.`` or ``,`` from the text cells of number columns; ``thousands`` is the stated thousands sign.
 
     Raises:
-        DataError: the cells show both, or could mean either.
+        DataError: the cells show both signs, or are ambiguous.
     """
     if thousands in SIGNS:
         return SIGNS[thousands]
@@ -39,7 +39,7 @@ def decimal_sign(file: Path, columns: Mapping[str, "pd.Series[str]"], thousands:
 
 
 def _pattern(sign: str) -> str:
-    """Numbers that can only be meant with ``sign`` before their decimals."""
+    """Return a pattern of numbers in which ``sign`` can only be the decimal sign."""
     d, t = re.escape(sign), re.escape(SIGNS[sign])
     grouped = rf"[+-]?\d{{1,3}}(?:(?:{t}\d{{3}}){{2,}}|(?:{t}\d{{3}})+{d}\d*)"
     return rf"(?!{AMBIGUOUS}$)(?:{grouped}|[+-]?(?:\d+{d}\d*|{d}\d+)(?:[eE][+-]?\d+)?)"

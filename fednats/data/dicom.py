@@ -1,8 +1,8 @@
-"""DICOM images: what a file says of itself is looked at before its pixels mean anything.
+"""DICOM images: the header is checked before pixels are given a meaning.
 
-Everything that could change what a number means is either handled or refused by file, attribute and remedy: several
-frames, inverted grey, colours, units, orientation, spacing, a compression whose decoder is not installed. Values of
-attributes that tell who a patient is are never in a message.
+Anything that could change the meaning of a number is handled, or refused with file, attribute and remedy: several
+frames, inverted grey, colours, units, orientation, spacing, a compression whose decoder is not installed. Messages
+never contain values of attributes that identify a patient.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,21 @@ _GROUPS = {
     "ImageOrientationPatient": "PlaneOrientationSequence",
     "FrameType": "CTImageFrameTypeSequence",
 }
-"""Where an enhanced multi-frame file has an attribute: in the group of the frame, or in the one that all frames share."""
+"""Group of each attribute in an enhanced multi-frame file: it is in the frame's group, or in the shared group."""
 AXIAL = 0.85
-"""Least cosine between a slice's rows and columns and the patient's left and back; a tilted gantry has less than 1."""
+"""Least cosine between a slice's rows and columns and the patient's left and back; a tilted gantry lowers it."""
 SPACING_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One image in a DICOM file, from its header; `pixels` reads the rest."""
+    """One image in a DICOM file, known from its header; its pixels are read on demand."""
 
     where: str
-    """File, and where it is named, for errors."""
+    """The file, and where it is named, for errors."""
     file: Path
     frame: int | None
-    """From 0; None: the only one."""
+    """From 0; None for the only frame."""
     header: pydicom.Dataset
 
     @classmethod
@@ -51,7 +51,7 @@ class Slice:
         """Read the header of ``file``; ``frame`` counts from 1, ``named`` says where the file is named.
 
         Raises:
-            DataError: no DICOM image of one grey channel, several frames and none chosen, or no decoder for it.
+            DataError: not a DICOM image of one grey channel, no choice among several frames, or no decoder for it.
         """
         where = f"{named}: {file}" if named else str(file)
         try:
@@ -67,14 +67,14 @@ class Slice:
         return found
 
     def text(self, name: str) -> str:
-        """Return an attribute as text; empty where it is absent or has no value."""
+        """Return an attribute as text; empty if it is absent or has no value."""
         return str(self._attribute(name) or "").strip()
 
     def numbers(self, name: str, length: int) -> tuple[float, ...] | None:
-        """Return an attribute's numbers; None where it is absent.
+        """Return an attribute's numbers; None if it is absent.
 
         Raises:
-            DataError: it is there and has no value, or not ``length`` numbers.
+            DataError: it is present but has no value, or not ``length`` numbers.
         """
         if not self._has(name):
             return None
@@ -94,13 +94,13 @@ class Slice:
         """Return a CT slice in Hounsfield units, float32[rows, columns].
 
         Raises:
-            DataError: it is no CT slice, or what makes units of its stored values is absent or ambiguous.
+            DataError: not a CT slice, or its scale to Hounsfield units is absent or ambiguous.
         """
         slope, intercept = self.rescale()
         return self._stored() * np.float32(slope) + np.float32(intercept)
 
     def rescale(self) -> tuple[float, float]:
-        """Slope and intercept to Hounsfield units; raises DataError as `hounsfield`, without reading pixels."""
+        """Return slope and intercept to Hounsfield units without reading pixels; raises DataError as `hounsfield`."""
         self.refuse_modality(("CT",))
         if self.text("PhotometricInterpretation") == "MONOCHROME1":
             raise DataError(
@@ -118,10 +118,10 @@ class Slice:
         return slope, intercept
 
     def grey(self) -> NDArray[np.float32]:
-        """Return a slice without units, such as an X-ray: float32[rows, columns], black is 0 and white 1.
+        """Return an image without units, such as an X-ray: float32[rows, columns], black is 0 and white 1.
 
         Raises:
-            DataError: its values have units, or its range is not known.
+            DataError: its values have units, or its range is unknown.
         """
         self.refuse_units()
         bits, signed = int(self.header.BitsStored), bool(self.header.PixelRepresentation)
@@ -130,7 +130,7 @@ class Slice:
         return 1 - values if self.text("PhotometricInterpretation") == "MONOCHROME1" else values
 
     def refuse_units(self) -> None:
-        """Refuse an image whose stored values mean something; raises DataError."""
+        """Refuse an image whose values have units, or whose range is unknown; raises DataError."""
         if self._has("ModalityLUTSequence") or (self.numbers("RescaleSlope", 1) or (1.0,)) != (1.0,):
             raise DataError(
                 f"{self.where}: its values have units (RescaleSlope or a modality LUT); only CT is read in units"
@@ -139,7 +139,7 @@ class Slice:
             raise DataError(f"{self.where}: BitsStored or PixelRepresentation is absent; its range is not known")
 
     def refuse_modality(self, expected: Sequence[str]) -> None:
-        """Refuse another modality, and the scout of a CT; raises DataError."""
+        """Refuse other modalities, and scout images (localizers); raises DataError."""
         modality = self.text("Modality") or "absent"
         if modality not in expected:
             raise DataError(f"{self.where}: Modality is {modality}; expected {' or '.join(expected)}")
@@ -147,7 +147,7 @@ class Slice:
             raise DataError(f"{self.where}: ImageType says LOCALIZER, a scout and no slice; leave it out")
 
     def spacing_mm(self) -> tuple[float, float]:
-        """Distance of rows, and of columns; raises DataError if the file does not say."""
+        """Return the distance of rows and the distance of columns; raises DataError if the file does not state them."""
         rows, columns = self._expected("PixelSpacing", 2, "without it the size of what is seen is not known")
         if min(rows, columns) <= 0:
             raise DataError(f"{self.where}: PixelSpacing is not above 0")
@@ -162,7 +162,7 @@ class Slice:
                 " rows to the patient's left and columns to the back"
             )
 
-    # --- what it is made of ------------------------------------------------------------------------------------------
+    # --- attributes and pixels ---------------------------------------------------------------------------------------
 
     def _expected(self, name: str, length: int, why: str) -> tuple[float, ...]:
         found = self.numbers(name, length)
@@ -171,7 +171,7 @@ class Slice:
         return found
 
     def _holders(self, name: str) -> list[Any]:
-        """Every place that may hold an attribute, the most special one first."""
+        """Return the datasets that may hold an attribute, the most specific first."""
         holders: list[Any] = []
         group = _GROUPS.get(name)
         per_frame = self.header.get("PerFrameFunctionalGroupsSequence") or []
@@ -236,7 +236,7 @@ class Slice:
 
 
 def _install(decoder: Any) -> str:
-    """Say what to install; pydicom says ``gdcm - requires gdcm>=3.0``, and gdcm's package is python-gdcm."""
+    """Say what to install; pydicom says ``gdcm - requires gdcm>=3.0``, but gdcm's package is python-gdcm."""
     ways = [
         line.partition(" - requires ")[2].replace("gdcm>=", "python-gdcm>=") for line in decoder.missing_dependencies
     ]
@@ -244,10 +244,10 @@ def _install(decoder: Any) -> str:
 
 
 def refuse_mixed(slices: Sequence[Slice], *, spacing: bool) -> None:
-    """Refuse slices of one study from several series and, with ``spacing``, slices of unlike spacing.
+    """Refuse several series in one study and, with ``spacing``, slices with different spacing.
 
     Raises:
-        DataError: naming two files that differ.
+        DataError: two slices differ, or one slice's rows and columns do; the text names the files.
     """
     series: dict[str, Slice] = {}
     for slice_ in slices:

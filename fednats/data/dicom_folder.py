@@ -2,7 +2,9 @@
 
 ::
 
-    SCANS = DicomFolder(Classes("label", {"benign": 0, "malignant": 1}), ("CT",), size=(64, 64), low=-1150, high=350, spacing_mm=1)
+    SCANS = DicomFolder(
+        Classes("label", {"benign": 0, "malignant": 1}), ("CT",), size=(64, 64), low=-1150, high=350, spacing_mm=1
+    )
     train, test = SCANS.read(Path("scans")).split()
 """
 
@@ -25,11 +27,12 @@ from fednats.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class DicomFolder:
-    """What the images of every hospital are turned into: float32[1, rows, columns], ``low`` is -1 and ``high`` is 1.
+    """Describes how every hospital's images become tensors: float32[1, rows, columns], ``low`` is -1 and ``high`` is 1.
 
-    CT slices are read in Hounsfield units; they must be axial, of one series for each study. Other modalities are grey, 0
-    (black) to 1 (white), MONOCHROME1 inverted. With ``spacing_mm`` images are resampled to it and cut or filled to
-    ``size`` around their middle; without, they are scaled to fit, and CT slices must all have one spacing.
+    CT slices are read in Hounsfield units; they must be axial, and of one series per study. Other modalities are grey,
+    0 (black) to 1 (white), with MONOCHROME1 inverted. With ``spacing_mm``, images are resampled to that spacing, then
+    cropped or padded around their middle to ``size``. Without it they are scaled to fit, and CT slices must all have
+    the same spacing.
     """
 
     label: Classes
@@ -49,13 +52,13 @@ class DicomFolder:
             raise ConfigError(f"DicomFolder: spacing_mm = {self.spacing_mm:g} is not above 0")
 
     def read(self, folder: Path | str, written: Format | Mapping[str, Any] | None = None) -> Cases:
-        """Look at the header of each image that ``labels.csv`` names; pixels are read when they are needed.
+        """Read the header of each image in ``labels.csv``; pixels are read when they are needed.
 
-        It has the columns ``file``, the label's and, where they are needed, ``frame`` (of several, from 1) and
-        ``patient`` (instead of PatientID); `Format` says how it is written.
+        The file has the columns ``file``, the label's and, if needed, ``frame`` (from 1, for files with several) and
+        ``patient`` (instead of PatientID); ``written`` is its `Format`.
 
         Raises:
-            DataError: naming the first file that does not fit, the attribute, and what to do.
+            DataError: an image does not fit; the text names the first such file, the attribute, and the remedy.
         """
         index = read_index(Path(folder), self.label, whole_numbers=["frame"], written=written)
         slices = open_slices(index)
@@ -90,16 +93,16 @@ class DicomFolder:
 
 
 def open_slices(index: Index) -> list[Slice]:
-    """Read the header of each image that an index names; a column ``frame`` counts from 1."""
+    """Read the header of each image in an index; its column ``frame`` counts from 1."""
     frames = index.whole_numbers("frame")
     return [Slice.open(*case) for case in zip(index.files, frames, index.lines, strict=True)]
 
 
 def patients_of(index: Index, slices: Sequence[Slice]) -> list[str]:
-    """Return who each case is of: what the index says, or else PatientID.
+    """Return the patient of each case: from the index if it has patients, else PatientID.
 
     Raises:
-        DataError: a file does not say.
+        DataError: an image has no PatientID.
     """
     if index.patients is not None:
         return list(index.patients)
@@ -113,7 +116,7 @@ def patients_of(index: Index, slices: Sequence[Slice]) -> list[str]:
 
 
 class _Loaded:
-    """Images by number, read when they are asked for."""
+    """Images by number, read on demand."""
 
     def __init__(self, folder: DicomFolder, slices: Sequence[Slice]) -> None:
         self._folder, self._slices = folder, slices

@@ -1,6 +1,6 @@
-"""A first schema for a CSV file that nobody has described yet: names from its header, kinds guessed from its cells.
+"""Guesses a first schema for an undescribed CSV file: names from its header, kinds from its cells.
 
-No cell is in what is guessed: a task's file goes to every hospital.
+The result contains no cell, because a task's file goes to every hospital.
 """
 
 import re
@@ -14,9 +14,9 @@ from fednats.data.csv_file import Format, first_rows, format_of, read_csv
 from fednats.errors import ConfigError, DataError
 
 MOST_VALUES = 20
-"""A column of text with more different values is no category."""
+"""Largest number of different texts in a category column."""
 FEW_NUMBERS = 5
-"""Whole numbers with no more different values may be codes."""
+"""Largest number of different whole numbers that may be codes."""
 _NUMBER = r"[+-]?(\d[\d.,' ]*|[.,]\d+)([eE][+-]?\d+)?"
 _PATIENT = re.compile(r"(^|[^a-z])(patient|pat|pid|mrn)([^a-z]|$)|patient_?id", re.IGNORECASE)
 
@@ -25,30 +25,30 @@ Kind = Literal["number", "category", "text", "empty"]
 
 @dataclass(frozen=True)
 class Guessed:
-    """What one column may be."""
+    """A guess about one column."""
 
     name: str
     kind: Kind
     n_different: int
-    """Number of different values, without missing ones."""
+    """Number of different values, missing ones not counted."""
     missing: bool
     """Whether values are missing."""
     codes: bool = False
-    """Whether its numbers may be codes: a few whole ones."""
+    """Whether its numbers may be codes: a few whole numbers."""
     counter: bool = False
-    """Whether each row has another whole number: it may count the rows."""
+    """Whether each row has a different whole number, so that it may number the rows."""
 
     @property
     def patient(self) -> bool:
-        """Whether its name says that it tells patients apart."""
+        """Whether its name suggests that it identifies patients."""
         return _PATIENT.search(self.name) is not None
 
 
 def guess_columns(file: Path, written: Format | Mapping[str, Any] | None = None) -> list[Guessed]:
-    """Guess what each column of a file with a header is.
+    """Guess the kind of each column of a file with a header.
 
     Raises:
-        DataError: it has no header, or cannot be read; as `read_csv`.
+        DataError: it has no header, repeats a name, or cannot be read; as `read_csv`.
     """
     form = format_of(written)
     delimiter, header = first_rows(file, form)
@@ -81,7 +81,7 @@ def _guess(column: Column) -> Guessed:
 
 
 def target_of(columns: Sequence[Guessed], label: str | None, file: Path) -> Guessed:
-    """Return the column named ``label``, or the last one; raises ConfigError if there is none of that name."""
+    """Return the column named ``label``, or the last one without a label; raises ConfigError if there is none."""
     found = [column for column in columns if label in (None, column.name)]
     if not found:
         raise ConfigError(f"--label {label}: {file} has no such column; it has {', '.join(c.name for c in columns)}")

@@ -5,7 +5,7 @@
     MOLES = Images(Classes("label", {"benign": 0, "malignant": 1}), size=(64, 64), channels=3)
     train, test = MOLES.read(Path("moles")).split()
 
-Which classes there are is stated, not taken from the folders: a hospital without a class would number the others anew.
+The task states the classes. If the folders were numbered, a hospital without a class would number the others anew.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,17 +26,17 @@ from fednats.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _GREY = {"L": 255, "I;16": 65535, "I;16B": 65535, "I;16L": 65535, "I": 65535}
-"""Modes with one channel, and the value that is white."""
+"""Modes with one channel, and their value for white."""
 _COLOUR = ("RGB", "P")
 
 
 @dataclass(frozen=True)
 class Images:
-    """What the images of every hospital are turned into: float32[channels, rows, columns], ``(value - mean) / scale``.
+    """Describes how hospitals' images become tensors: float32[channels, rows, columns], ``(value - mean) / scale``.
 
-    Values are 0 (black) to 1 before ``mean`` and ``scale``, 8 and 16 bits alike. An image of another size is refused, or
-    with ``resize`` shrunk or enlarged until it fits, in its proportions, with black beside it. Grey images become
-    colour ones where ``channels`` is 3; colour ones are refused where it is 1.
+    Before ``mean`` and ``scale``, values are 0 (black) to 1, for 8 and 16 bits alike. An image of another size is
+    refused, or with ``resize`` scaled to fit in its proportions and padded with black. With 3 ``channels``, grey images
+    become colour images; with 1, colour images are refused.
     """
 
     label: Classes
@@ -48,13 +48,13 @@ class Images:
     scale: float = 0.25
 
     def read(self, folder: Path | str, written: Format | Mapping[str, Any] | None = None) -> Cases:
-        """Find the images of one hospital, and look at the header of each; pixels are read when they are needed.
+        """Find the images of one hospital and check the header of each; pixels are read when they are needed.
 
-        With a ``labels.csv`` (columns ``file``, the label's and, if it is there, ``patient``; `Format` says how it is
-        written) that says what is what. Without, folders named as the label's values hold the images.
+        A ``labels.csv`` has the columns ``file``, the label's and optionally ``patient``; ``written`` is its `Format`.
+        Without one, the images are in folders named after the label's values.
 
         Raises:
-            DataError: naming the first file that is no such image, and what to do.
+            DataError: an image does not fit; the text names the first such file, and the remedy.
         """
         folder = Path(folder)
         if folder == Path() or (folder / INDEX).exists():
@@ -71,7 +71,7 @@ class Images:
         """Read one image, float32[channels, rows, columns].
 
         Raises:
-            DataError: it is no such image, or damaged.
+            DataError: the image does not fit, or is damaged.
         """
         self._check(file)
         try:
@@ -107,7 +107,7 @@ class Images:
         return list(classes), torch.tensor(list(classes.values()))
 
     def _check(self, file: Path) -> None:
-        """Refuse what is not such an image, from its header alone."""
+        """Refuse an image that does not fit, from its header alone."""
         try:
             with Image.open(file) as image:
                 mode, size, n_frames = image.mode, _upright(image), getattr(image, "n_frames", 1)
@@ -133,7 +133,7 @@ class Images:
 
 
 def fit(pixels: Tensor, size: tuple[int, int], beside: float) -> Tensor:
-    """Scale [c, rows, columns] until it fits ``size``, in its proportions; what is left is filled with ``beside``.
+    """Scale [c, rows, columns] to fit ``size`` in its proportions; pad with ``beside``.
 
     >>> fit(torch.ones(1, 2, 4), (2, 2), 0.0).tolist()
     [[[1.0, 1.0], [0.0, 0.0]]]
@@ -150,7 +150,7 @@ def fit(pixels: Tensor, size: tuple[int, int], beside: float) -> Tensor:
 
 
 def centred(pixels: Tensor, size: tuple[int, int], beside: float) -> Tensor:
-    """Cut or fill [c, rows, columns] to ``size`` around its middle.
+    """Crop or pad [c, rows, columns] to ``size`` around its middle; pad with ``beside``.
 
     >>> centred(torch.tensor([[[1.0, 2.0, 3.0]]]), (1, 1), 0.0).tolist()
     [[[2.0]]]
@@ -161,7 +161,7 @@ def centred(pixels: Tensor, size: tuple[int, int], beside: float) -> Tensor:
 
 
 class _Loaded:
-    """Images by number, read when they are asked for."""
+    """Images by number, read on demand."""
 
     def __init__(self, images: Images, files: Sequence[Path]) -> None:
         self._images, self._files = images, files
@@ -180,6 +180,6 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:
-    """Rows and columns as the camera meant them: values of the EXIF orientation from 5 on lie on their side."""
-    on_its_side = image.getexif().get(0x0112, 1) >= 5  # noqa: PLR2004 - as said
+    """Return rows and columns of the upright image; with an EXIF orientation of 5 or more it is stored on its side."""
+    on_its_side = image.getexif().get(0x0112, 1) >= 5  # noqa: PLR2004 - see above
     return (image.width, image.height) if on_its_side else (image.height, image.width)

@@ -1,4 +1,4 @@
-"""``labels.csv`` in a folder of images: a line for each case, with its file, its label and, where known, whose it is.
+"""``labels.csv`` in a folder of images: one line per case, with file, label and optionally patient.
 
 ::
 
@@ -33,10 +33,10 @@ class Index:
     lines: Sequence[str]
     """Where each case is named, for errors: ``labels.csv, line 3``."""
     columns: Mapping[str, Column]
-    """All columns that were asked for and are there."""
+    """All requested columns that exist."""
 
     def whole_numbers(self, name: str) -> list[int | None]:
-        """Read an optional column: None where it is empty or absent; raises DataError."""
+        """Read an optional column, with None for empty cells or if the column is absent; raises DataError."""
         column = self.columns.get(name)
         return [None] * len(self.files) if column is None else column.whole_numbers()
 
@@ -49,10 +49,11 @@ def read_index(
     whole_numbers: Sequence[str] = (),
     written: Format | Mapping[str, Any] | None = None,
 ) -> Index:
-    """Read ``labels.csv``: the columns ``file``, ``label`` (as ``label`` names it) and ``required``; the others may lack.
+    """Read ``labels.csv``: the columns ``file``, the label's and ``required``; other columns may be absent.
 
     Raises:
-        DataError: naming line and column, or a file that is not there.
+        ConfigError: no folder is given.
+        DataError: a cell does not fit, or a file does not exist; the text names the line.
     """
     if folder == Path():
         raise ConfigError("no folder is given; set the option of the task that names it")

@@ -1,4 +1,4 @@
-"""A table of patients as tensors, by a schema that a task states once for all hospitals.
+"""Patient tables as tensors, by a schema that a task states once for all hospitals.
 
 ::
 
@@ -13,7 +13,7 @@
     )
     train, test = PATIENTS.read(Path("patients.csv")).split()
 
-Nothing in the encoding comes from the data: a feature means the same at every hospital, and tells nothing of one.
+The encoding does not depend on the data, so a feature means the same everywhere and reveals nothing about a hospital.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,9 +38,9 @@ Features = NDArray[np.float64]
 class Number:
     """A measured value, as ``(value - mean) / scale``.
 
-    ``mean`` and ``scale`` are what is usual in the field, not a hospital's own: the same at every hospital. A missing
-    value is refused, unless ``impute`` says which one to put in its place, or ``indicator`` adds a second feature that
-    is 1 where the value is missing (its place is then taken by ``impute``, or else by ``mean``).
+    ``mean`` and ``scale`` are usual values in the field, the same at every hospital, not a hospital's own. A missing
+    value is refused, unless ``impute`` gives its replacement, or ``indicator`` adds a second feature that is 1 if the
+    value is missing (the value is then ``impute``, or else ``mean``).
     """
 
     name: str
@@ -51,7 +51,7 @@ class Number:
     impute: float | None = None
     indicator: bool = False
     missing: tuple[float, ...] = ()
-    """Numbers that stand for a missing value in this column, such as 0 or 999."""
+    """Numbers that mean a missing value in this column, such as 0 or 999."""
 
     def __post_init__(self) -> None:
         if not all(
@@ -63,7 +63,7 @@ class Number:
 
     @property
     def n_features(self) -> int:
-        """1, or 2 with an indicator."""
+        """Number of features: 1, or 2 with an indicator."""
         return 1 + self.indicator
 
     @property
@@ -88,10 +88,10 @@ class Number:
 
 @dataclass(frozen=True)
 class Category:
-    """One of a few stated values, one feature for each: 1 where it is that value, else 0.
+    """One of a few stated values, as one feature per value: 1 for the value in the cell, else 0.
 
     Values that are all numbers are compared as numbers (1 is 1.0), others as text. A missing value is refused, unless
-    ``impute`` says which of the values to put in its place, or ``indicator`` lets all features be 0.
+    ``impute`` gives its replacement among the values, or ``indicator`` lets all features be 0.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Category:
 
     @property
     def n_features(self) -> int:
-        """As many as there are values."""
+        """Number of features, one per value."""
         return len(self.values)
 
     @property
@@ -127,7 +127,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Classes:
-    """The column that says which class a case is of, and the class (0, 1, ...) that each of its values means."""
+    """The column with a case's class, and the class (0, 1, ...) for each of its values."""
 
     name: str
     values: Mapping[str, int] | Mapping[int, int]
@@ -160,10 +160,10 @@ class Classes:
 
 @dataclass(frozen=True)
 class Table:
-    """What each column means; the same at every hospital.
+    """The meaning of each column, the same at every hospital.
 
-    ``target`` is `Classes`, or a `Number` to predict. ``patient`` names a column that tells patients apart: all rows of
-    one are then in the same part of a split. Other columns are ignored.
+    ``target`` is `Classes`, or a `Number` to predict. ``patient`` names a column that identifies patients: all rows of
+    a patient are in the same part of a split. Other columns are ignored.
     """
 
     features: Sequence[Number | Category]
@@ -184,14 +184,14 @@ class Table:
 
     @property
     def n_outputs(self) -> int:
-        """Length of an output: a logit for each class, or 1 for a `Number`."""
+        """Length of an output: one logit per class, or 1 for a `Number`."""
         return self.target.n_classes if isinstance(self.target, Classes) else 1
 
     def read(self, file: Path | str, written: Format | Mapping[str, Any] | None = None) -> Cases:
-        """Read the cases of one hospital: inputs float32[n_features], targets int64 (a `Number`: float32).
+        """Read the cases of one hospital: inputs float32[n_features], targets int64 (float32 for a `Number`).
 
         Raises:
-            DataError: naming file, line and column of the first cell that does not fit, never what is in it.
+            DataError: a cell does not fit; the text names file, line and column of the first one, never its content.
         """
         columns = [*self.features, self.target]
         numbers = [column.name for column in columns if column.is_number]
@@ -215,10 +215,10 @@ class Table:
 
 
 def patients_of(column: Column) -> list[str]:
-    """Return who each case is of.
+    """Return the patient of each case.
 
     Raises:
-        DataError: a cell is empty: such cases would count as one patient.
+        DataError: a cell is empty; such cases would otherwise count as one patient.
     """
     column.refuse(column.is_missing(), "no patient; without one a case may be in training and test data")
     return list(column.cells)

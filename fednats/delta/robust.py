@@ -45,7 +45,7 @@ def bounded_sum(values: Integers, weights: Sequence[int], factors: Sequence[floa
 
 
 def bound_norms(norms: Sequence[float]) -> tuple[float, ...]:
-    """Return each update's factor: 1, or less if its norm exceeds the median norm, so that it becomes the median.
+    """Return each update's factor: 1, or, for a norm above the median norm, the one that reduces it to the median.
 
     >>> bound_norms([1.0, 2.0, 20.0])
     (1.0, 1.0, 0.1)

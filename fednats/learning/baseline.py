@@ -54,7 +54,7 @@ def train_alone(task: Task, settings: TrainingSettings, n_steps: int, seed: int)
     """Return the weights float32[n] after ``n_steps`` steps without a federation, from the initial weights of ``seed``.
 
     Model, optimiser and batch size are those of the federation; give the number of steps that a site takes in it. There
-    is no early stopping, so the test data chooses nothing. There is no noise, since nothing leaves the hospital.
+    is no early stopping, so the test data influences no choice. No noise is added, since nothing leaves the hospital.
     """
     alone = settings.model_copy(update={"local_steps": n_steps, "dp": None})
     return read_vector(trained(task, initial_vector(task, seed), alone, seed))

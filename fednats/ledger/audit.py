@@ -40,7 +40,7 @@ class Audit:
         return [f"record {record.sequence}: {record.detail}" for record in self.records if record.what == "restored"]
 
     def run_of(self, version: int | None) -> str:
-        """Return the run of ``version``, from the records of where runs begin; empty if none of them tells."""
+        """Return the run of ``version``, from the records of kind ``run``; empty if none covers it."""
         begun = {record.version: record.name for record in self.records if record.what == "run"}
         first = max((at for at in begun if at is not None and version is not None and at <= version), default=None)
         return "" if first is None else begun[first]

@@ -49,8 +49,8 @@ class Guard:
     def catch_up(self, manifest: ModelManifest, sample_rate: float, left: Left) -> None:
         """Charge for updates up to ``left`` that the account does not know of, because it is a copy from a backup.
 
-        Each is charged the most that one update can have cost in this run. The account shows that its newest charge is
-        also of this run. Among its charges and the current settings, the costliest count.
+        Each is charged the most that one update can have cost in this run, so the account's newest charge must be of
+        this run too. Of the run's charges and the current settings, the costliest count.
 
         Raises:
             OldAccountError: no bound on the cost can be given.
@@ -110,8 +110,8 @@ class Guard:
     ) -> "Sequence[Charge]":
         """Book update ``sequence``, encoded now on the grid of ``newest``; return the charges booked for it.
 
-        ``dp_sgd``: whether its pass was booked. ``booked``: charges of an earlier attempt that could not be stored.
-        They are not booked again, because nothing of that attempt was sent. Raises as `charge_pass`.
+        ``dp_sgd``: whether its pass was booked. ``booked``: charges for an earlier attempt to store this update. They
+        are not booked again, because nothing of that attempt was sent. Raises as `charge_pass`.
         """
         charges = self._of_update(newest.delta, layout, newest.grid, dp_sgd=dp_sgd) if self.concerns(newest) else []
         if charges and charges != booked:

@@ -1,7 +1,7 @@
 """A hospital's policy: ``policy.toml``, beside its settings, limits what its daemon may do.
 
-The site never exceeds it, whatever a run announces. It refuses a run that asks for more: it keeps following the bus,
-neither trains nor evaluates, and says why (see `Daemon.declined`).
+No run can override it. The site declines a run that asks for more: it keeps following the bus, neither trains nor
+evaluates, and says why (see `Daemon.declined`).
 """
 
 from datetime import datetime, time, timedelta

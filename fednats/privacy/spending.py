@@ -27,7 +27,7 @@ class LevelSpent:
 
 @dataclass(frozen=True)
 class Spending:
-    """What was spent of a site's account, and its budget."""
+    """Everything spent on a site's data, and its budget."""
 
     record: LevelSpent
     site: LevelSpent | None

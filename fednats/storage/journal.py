@@ -50,7 +50,8 @@ class Journal:
 
         Raises:
             DatabaseLockedError: another process holds the journal; none of ``events`` was written, so they may be
-            retried. LocalStorageError: the disk is full or broken; none of ``events`` was written.
+                retried.
+            LocalStorageError: the disk is full or broken; none of ``events`` was written.
         """
         rows = [(at_s, event.kind, msgpack.packb(event.model_dump(), use_bin_type=True)) for event in events]
         try:

@@ -65,9 +65,9 @@ class LocalModel:
         """Make the weights of ``manifest`` from the version held, along ``chain``, whose frames have been fetched.
 
         Raises:
-            LocalStorageError: the version held is damaged; it is removed. RefusedError: the frames are malformed or not
-            sealed with one of ``keys``, or the result does not have the announced
-                digest. Everything fetched is then removed, so that the next attempt starts from a keyframe.
+            LocalStorageError: the version held is damaged; it is removed.
+            RefusedError: the frames are malformed or not sealed with one of ``keys``, or the result does not have the
+                announced digest. Everything fetched is then removed, so that the next attempt starts from a keyframe.
         """
         held = self.held
         layout = Layout(manifest.parameters)
@@ -119,7 +119,7 @@ def read_or_drop(path: Path) -> TensorFile:
 
 
 def follow_frame(path: Path, frame: Frame, layout: Layout, made: TensorFile, keys: ModelKeys) -> None:
-    """Bring ``made`` to the version of ``frame``, whose chunks are at ``path``. For a difference it has the one before.
+    """Bring ``made`` to the version of ``frame``, whose chunks are at ``path``. A difference needs the one before.
 
     Raises:
         RefusedError: the frame is malformed, or not sealed with one of ``keys``.

@@ -1,4 +1,4 @@
-"""Write the first files of a task of one's own: the task, and a federation that runs it."""
+"""Writes the first files of a user's own task: the task, and a federation that runs it."""
 
 import inspect
 import json
@@ -19,7 +19,7 @@ from fednats.templates import csv_task, dicom_task, images_task
 from fednats.testbed.federation import FederationSettings
 
 SITES = {"a": "north", "b": "north", "c": "south", "d": "south"}
-"""The hospitals of the federation that is written, and their regions."""
+"""Sites of the federation that is written, and their regions."""
 KINDS = {"csv": csv_task, "images": images_task, "dicom": dicom_task}
 
 _FEDERATION = """\
@@ -44,11 +44,11 @@ target_metric = "auc"       # chooses the best version
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, and what is left to do."""
+    """Files that were written, and columns that still need work."""
 
     files: tuple[Path, ...]
     to_fill: tuple[str, ...]
-    """Columns whose values are still to be listed."""
+    """Columns whose values the user must still list."""
 
 
 def new_task(
@@ -60,13 +60,15 @@ def new_task(
     label: str | None = None,
     written: Mapping[str, Any] | None = None,
 ) -> Written:
-    """Write ``NAME.py`` and ``federation.toml`` into ``folder``; nothing that is there is overwritten.
+    """Write ``NAME.py`` and ``federation.toml`` into ``folder``; existing files are not overwritten.
 
-    With ``data``, a CSV file, the task has its columns; ``label`` names the one to predict, or else it is the last.
+    With ``data``, a CSV file, the task gets its columns; ``label`` names the column to predict, by default the last.
     ``written`` is that file's format.
 
     Raises:
-        ConfigError: the name fits no file, a file is there already, or ``data`` cannot be read.
+        ConfigError: the name does not fit a file, a file exists already or cannot be written, or ``data`` lacks columns
+            to learn from or ``label``.
+        DataError: ``data`` cannot be read.
     """
     if not name.isascii() or not name.isidentifier() or keyword.iskeyword(name):
         raise ConfigError(f"{name}: give the task a name of letters, digits and _, such as ward_7")
@@ -113,7 +115,7 @@ def federation_text(name: str, kind: str, folder: Path, data: Path | None, writt
 
 
 def schema(columns: Sequence[Guessed], target: Guessed) -> str:
-    """Return Python for a table with ``columns``; what only a person knows is left to be filled in, and said."""
+    """Return Python code for a table with ``columns``; blanks that only a person can fill in are marked."""
     patient = next((column for column in columns if column.patient and column is not target), None)
     lines = [_feature(column) for column in columns if column not in (target, patient)]
     if not any(line.lstrip().startswith(("Number", "Category")) for line in lines):

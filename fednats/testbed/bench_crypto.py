@@ -1,4 +1,4 @@
-"""What encryption costs: bytes on the wire and processor time per parameter, on one core."""
+"""Measure the cost of encryption: bytes on the wire and processor time per parameter, on one core."""
 
 import time
 from collections.abc import Callable
@@ -18,17 +18,20 @@ ResultT = TypeVar("ResultT")
 
 
 def run(n_parameters: int = 1_000_000, n_sites: int = 5) -> list[dict[str, str | int | float]]:
-    """Encode, sum and decode updates of ``n_sites``; one row for 8-bit and one for 4-bit values.
+    """Encode, sum and decode updates of ``n_sites``; return a row for 8-bit values and one for 4-bit values.
 
-    Times are processor microseconds per parameter: of one site's update for ``encrypt`` (error feedback, rounding,
-    packing, encryption and message included) and ``add`` (loading, weighing, adding and a share of writing the sum), of
-    one sum for ``decrypt``.
+    Times are processor microseconds per parameter. ``encrypt`` and ``add`` are for one site's update: the first
+    includes error feedback, rounding, packing, encryption and the message, the second loading, weighing, adding and a
+    share of writing the sum. ``decrypt`` is for one sum.
+
+    Raises:
+        RuntimeError: the decrypted mean is not the mean of the deltas.
     """
     return [_row(value_bits, n_parameters, n_sites) for value_bits in (8, 4)]
 
 
 def total_us_per_parameter(row: dict[str, str | int | float]) -> float:
-    """Processor microseconds per parameter and site, decryption shared between the sites."""
+    """Return processor microseconds per parameter and site, with decryption shared between the sites."""
     return (
         float(row["encrypt_us_per_parameter"])
         + float(row["add_us_per_parameter"])

@@ -16,7 +16,7 @@ _POLL_S = 0.2
 
 
 def federation(*, synchronous: bool, **changes: object) -> FederationSettings:
-    """Return the federation; ``changes`` replace its settings."""
+    """Return the settings of the federation; ``changes`` replace some of them."""
     made = demo_federation(
         "breast-cancer", n_sites=5, n_regions=2, seed=SEED, cipher="bfv", synchronous=synchronous, data=None
     )
@@ -26,7 +26,7 @@ def federation(*, synchronous: bool, **changes: object) -> FederationSettings:
 
 
 async def run(settings: FederationSettings, output: Path) -> tuple[Statuses, RunFigures]:
-    """Run a federation until it is closed, and stop it; return what its daemons said last, and what that comes to.
+    """Run a federation until the coordinator closes the run; return the last statuses of its daemons and the figures.
 
     Raises:
         FednatsError: a daemon died.

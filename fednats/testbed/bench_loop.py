@@ -1,4 +1,4 @@
-"""How late the daemons' event loops are while a federation trains and encrypts."""
+"""Measure how late the daemons' event loops run while a federation trains and encrypts."""
 
 import asyncio
 import tempfile
@@ -11,7 +11,7 @@ N_VERSIONS = 30
 
 
 def run(n_versions: int = N_VERSIONS) -> list[dict[str, str | float]]:
-    """Run a federation for ``n_versions``; return a row per daemon, of the lags in its whole life, start included."""
+    """Run a federation for ``n_versions``; return a row per daemon with its lags in ms, from its start on."""
     settings = bench_federation.federation(synchronous=False, stop=StopSettings(max_versions=n_versions))
     with tempfile.TemporaryDirectory(prefix="fednats-bench-") as folder:
         statuses, _ = asyncio.run(bench_federation.run(settings, Path(folder)))

@@ -1,4 +1,4 @@
-"""What waiting costs: synchronous and asynchronous training to the same target, over links that get worse."""
+"""Measure the cost of waiting: synchronous and asynchronous training to the same target, on good and bad links."""
 
 import asyncio
 import tempfile
@@ -12,12 +12,12 @@ from fednats.testbed.wan import WanSettings
 
 TARGET_METRIC = "auc"
 TARGET = 0.995
-"""Synchronous training needs a dozen rounds to it, whatever the links."""
+"""AUC that synchronous training reaches in about a dozen rounds, whatever the links."""
 
 MAX_VERSIONS = 1000
 MAX_WALL_S = 300.0
 STEP_S = 0.015
-"""Of a local step: a pass takes 1.5 s, next to nothing of it on this machine's processors."""
+"""Duration of a local step. A pass takes 1.5 s, nearly all of it asleep."""
 
 SLOW_SITE = "hospital-2"
 SLOW_FACTOR = 10.0
@@ -25,7 +25,7 @@ BAD_LINK = WanSettings(delay_ms=150, mbit=20)
 
 
 class Scenario(NamedTuple):
-    """What is bad in it."""
+    """One combination of links and sites; None means good links, or no slow site."""
 
     name: str
     wan: WanSettings | None
@@ -40,10 +40,10 @@ SCENARIOS = (
 
 
 def run(target: float = TARGET) -> list[dict[str, Any]]:
-    """Run every scenario in both modes until the federation's AUC is at ``target``; return a row for each.
+    """Run every scenario in both modes until the federation's AUC reaches ``target``; return a row for each.
 
-    Task, seed and local work are the same in all; only when a version is made differs between the modes. Times are from
-    the coordinator's start to the publication of the first version at the target.
+    Task, seed and local work are always the same; the modes differ only in when a version is made. Times run from the
+    coordinator's start to the publication of the first version at the target.
     """
     return [
         measure(scenario, synchronous=synchronous, target=target)

@@ -1,4 +1,4 @@
-"""The servers of a whole federation, from the kits that are handed out in the field."""
+"""The servers of a whole federation on this machine, from the same kits as in the field."""
 
 import asyncio
 import zlib
@@ -33,14 +33,14 @@ from fednats.testbed.wan import Wan, WanSettings
 LINK_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 ANY_WEB_PORT: Mapping[str, WebSettings] = {"web": WebSettings()}
-"""Instead of that of the kit: several federations may run on this machine."""
+"""Replaces the port in the kit, because several federations may run on this machine."""
 
 
 @dataclass
 class BusServers:
-    """The running servers of a federation, and the settings each participant connects with: those of its kit.
+    """The running servers of a federation, and the settings that each participant connects with.
 
-    Where a link is on the way, it is what they connect to.
+    Settings come from the kits. A participant with a link in front of its server connects to the link.
     """
 
     run: str
@@ -48,22 +48,22 @@ class BusServers:
     kits: Kits
     hub: NatsServer
     leaves: dict[str, NatsServer] = field(default_factory=dict)
-    """By region; empty without leaves."""
+    """Leaf server by region; empty without leaves."""
     links: dict[str, Wan] = field(default_factory=dict)
-    """By name: ``region-NAME`` is its leaf link; the others are a participant's connection, see `link_names`."""
+    """Link by name; see `link_names`."""
 
     @property
     def servers(self) -> tuple[NatsServer, ...]:
-        """All of them, the hub first."""
+        """All servers, the hub first."""
         return (self.hub, *self.leaves.values())
 
     def identity(self, role: str, node: str) -> Identity:
-        """Return who a participant is: for what signs in its name."""
+        """Return a participant's identity, to sign in its name."""
         name = permissions.user_name(role, node)
         return Identity(name, self.run, self.kits.seed_file(name), self.signers_file(role, node))
 
     def signers_file(self, role: str, node: str) -> Path:
-        """Return the public keys of all participants, as a participant's kit has them."""
+        """Return the path of ``signers.toml`` in a participant's kit."""
         return self.kits.seed_file(permissions.user_name(role, node)).with_name(SIGNERS_FILE)
 
     def coordinator_settings(self) -> CoordinatorSettings:
@@ -84,7 +84,7 @@ class BusServers:
         return settings.model_copy(update={"bus": self._linked(settings.bus, f"site-{site}"), **ANY_WEB_PORT})
 
     def coordinator(self) -> BusSettings:
-        """Return what the coordinator connects with."""
+        """Return the coordinator's connection."""
         return self.coordinator_settings().bus
 
     def uplink(self, region: str) -> BusSettings:
@@ -96,18 +96,22 @@ class BusServers:
         return self.aggregator_settings(region).bus
 
     def site(self, region: str, site: str) -> BusSettings:
-        """Return what a site of ``region`` connects with."""
+        """Return the connection of a site of ``region``.
+
+        Raises:
+            ConfigError: the site is in another region.
+        """
         settings = self.site_settings(site)
         if settings.region != region:
             raise ConfigError(f"site {site} is in {settings.region}, not in {region}")
         return settings.bus
 
     def observer(self, node: str) -> BusSettings:
-        """Return the read-only user of the hub's account (`HUB`) or of a region's private account."""
+        """Return the connection of the read-only observer of the hub (`HUB`) or of a region."""
         return self.user("observer", node)
 
     def user(self, role: str, node: str) -> BusSettings:
-        """Return what somebody with the seed of any user would connect with, at the server of its kit."""
+        """Return the connection of any bus user, to the server of its node, without a link in between."""
         server = self.hub if node == HUB else self.node(node)
         seed = self.kits.seed_file(permissions.user_name(role, node))
         return BusSettings(url=server.url, ca_file=self.kits.server(HUB) / CA_FILE, nkey_seed_file=seed)
@@ -129,7 +133,7 @@ async def bus_servers(
     leaves: bool = True,
     links: Mapping[str, WanSettings] | None = None,
 ) -> AsyncIterator[BusServers]:
-    """Start the servers of a federation that does not encrypt, with its kits below ``directory``; see `serving`."""
+    """Start the servers of an unencrypted federation, with its kits below ``directory``; see `serving`."""
     plan = {
         "run": RunSettings(name=run, delta=DeltaSettings(cipher="none")),
         "regions": tuple(regions),
@@ -144,13 +148,14 @@ async def bus_servers(
 async def serving(
     plan: Plan, folder: Path, links: Mapping[str, WanSettings] | None = None
 ) -> AsyncIterator[BusServers]:
-    """Provision ``plan`` on this machine, start the hub and (with leaves) one leaf per region.
+    """Provision ``plan`` on this machine; start the hub and, with leaves, one leaf per region.
 
-    ``folder`` gets the kits; servers run in theirs. ``links`` puts a `Wan` on the connections it names, see `link_names`.
+    ``folder`` gets the kits, and each server runs in its kit. ``links`` puts a `Wan` on the connections that it names;
+    see `link_names`.
 
     Raises:
-        ConfigError: no nats-server binary, or a link that is none.
-        BusError: a server does not come up; the text has the end of its log.
+        ConfigError: there is no nats-server binary, or ``links`` names an unknown link.
+        BusError: a server or a leaf link does not come up; the text has the end of the log, or its path.
     """
     links = links or {}
     names = link_names(plan.regions, leaves=plan.leaves)
@@ -185,10 +190,10 @@ def region_link(region: str) -> str:
 
 
 def link_names(regions: Sequence[RegionPlan], *, leaves: bool) -> dict[str, str]:
-    """Return the names of all connections a `Wan` can be on, each with the node that it goes to.
+    """Return the names of all connections that can have a `Wan`, each with the node that it leads to.
 
-    ``region-NAME`` is a leaf link. The others are a participant's: ``site-NAME``, ``aggregator-REGION`` (to its private
-    account), ``uplink-REGION``, ``coordinator``.
+    ``region-NAME`` is a leaf link. The others are connections of participants: ``site-NAME``, ``aggregator-REGION`` (to
+    its private account), ``uplink-REGION``, ``coordinator``.
     """
     names = {"coordinator": HUB}
     for region in regions:
@@ -204,9 +209,9 @@ def link_names(regions: Sequence[RegionPlan], *, leaves: bool) -> dict[str, str]
 
 
 async def _linked(servers: BusServers, region: RegionPlan) -> None:
-    """Wait until a region's leaf link stands and interest has crossed it both ways; not while it is cut.
+    """Wait until a region's leaf link is up and interest has crossed it both ways; do not wait if the link is cut.
 
-    JetStream tries a copy that is asked for earlier again after 40 s only.
+    If a copy is requested earlier, JetStream tries it again only after 40 s.
     """
     below, wan = servers.leaves[region.name], servers.links.get(region_link(region.name))
     above = servers.node(region.parent or HUB)
@@ -241,7 +246,7 @@ def _on_ports(plan: Plan, ports: Mapping[str, Ports]) -> Plan:
 
 
 def _through(plan: Plan, wans: Mapping[str, Wan]) -> Plan:
-    """Return the plan with leaf links that lead through the proxies on them."""
+    """Return the plan with its leaf links led through their proxies."""
 
     def upstream(region: RegionPlan) -> RegionPlan:
         wan = wans.get(region_link(region.name))

@@ -1,6 +1,6 @@
-"""What the federation is worth: each hospital alone, and all data pooled, with as many steps as a site took.
+"""Compare the federation with each hospital alone and with all data pooled, for as many steps as a site took.
 
-Only the federation's own figures are needed; what it is compared with may fail.
+A comparison may fail without failing the run; its row then says why.
 """
 
 import asyncio
@@ -28,23 +28,23 @@ Metrics = dict[str, float]
 Job = Callable[[], Metrics]
 
 LOG_FILE = "comparison.log"
-"""What failed, in full, below the output folder."""
+"""File below the output folder with the full errors of comparisons that failed."""
 
 
 @dataclass(frozen=True)
 class Worth:
-    """Metrics on everybody's test cases, or why there are none."""
+    """Metrics of one model on the test cases of all hospitals, or why there are none."""
 
     metrics: Metrics
     failed: str = ""
-    """In words without data."""
+    """The error, in words that quote no data; empty if there was none."""
     details: str = ""
-    """Text and traceback of what failed; they may quote a record."""
+    """Text and traceback of the error; they may quote a record."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The federation and what it is compared with, as far as it has been measured."""
+    """The federation, each hospital alone and all data pooled, as far as they are measured."""
 
     federated: Worth
     alone: Mapping[str, Worth] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def mean_alone(self) -> Metrics:
-        """Mean over the hospitals that did not fail of each metric that all of them have."""
+        """Mean of each metric over the hospitals that did not fail, if all of these have it."""
         measured = [worth.metrics for worth in self.alone.values() if not worth.failed]
         names = set.intersection(*map(set, measured)) if measured else set()
         return {name: float(np.mean([metrics[name] for metrics in measured])) for name in sorted(names)}
@@ -60,18 +60,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measures in processes of their own; what fails is written below ``output``."""
+    """Measures in separate processes; writes failures to `LOG_FILE` below ``output``."""
 
     federation: FederationSettings
     output: Path
 
     async def federated(self, weights: NDArray[np.float32]) -> Comparison:
-        """Evaluate ``weights`` float32[n]."""
+        """Evaluate ``weights``, float32[n], on the test cases of all hospitals."""
         (worth,) = await self._worths([_Federated(self.federation, weights)])
         return Comparison(worth)
 
     async def baselines(self, measured: Comparison, n_steps: int) -> Comparison:
-        """Add to what was ``measured`` each hospital alone and all data pooled, trained for ``n_steps`` local steps."""
+        """Add each hospital alone and all data pooled to ``measured``, each trained for ``n_steps`` local steps."""
         sites = tuple(self.federation.sites)
         alone = [_Alone(self.federation, (site,), n_steps) for site in sites]
         pooled, *worths = await self._worths([_Alone(self.federation, sites, n_steps), *alone])
@@ -101,7 +101,7 @@ class _Federated:
 
 @dataclass(frozen=True)
 class _Alone:
-    """Trains without a federation on the data of ``sites``."""
+    """Trains on the pooled data of ``sites``, without a federation."""
 
     federation: FederationSettings
     sites: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""A whole federation in one file: what ``fednats run`` reads and ``fednats demo`` makes up."""
+"""The settings of a whole federation: ``fednats run`` reads them from a file, ``fednats demo`` makes them up."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,15 +127,19 @@ class FederationSettings(Settings):
         return self
 
     def sites_of(self, region: str) -> tuple[str, ...]:
-        """Names of the sites that report to ``region``."""
+        """Return the names of the sites that report to ``region``."""
         return tuple(name for name, site in self.sites.items() if site.region == region)
 
     def children_of(self, region: str | None) -> tuple[str, ...]:
-        """Names of the regions directly below ``region``, or the hub."""
+        """Return the names of the regions directly below ``region``, or below the hub (None)."""
         return tuple(name for name, other in self.regions.items() if other.parent == region)
 
     def depth(self, region: str) -> int:
-        """Count the regions from ``region`` up to the hub, itself included."""
+        """Count the regions from ``region`` up to the hub, including ``region``.
+
+        Raises:
+            ValueError: a parent is unknown, or the parents form a circle.
+        """
         seen = [region]
         while (parent := self.regions[seen[-1]].parent) is not None:
             if parent in seen or parent not in self.regions:
@@ -145,11 +149,11 @@ class FederationSettings(Settings):
 
     @property
     def tiers(self) -> int:
-        """Levels of regions."""
+        """Number of levels of regions."""
         return max(self.depth(name) for name in self.regions)
 
     def run_settings(self) -> RunSettings:
-        """Return what the coordinator announces."""
+        """Return the settings of the run, which the coordinator announces."""
         return RunSettings(
             name=self.name,
             seed=self.seed,
@@ -163,7 +167,7 @@ class FederationSettings(Settings):
         )
 
     def plan(self) -> Plan:
-        """Return what kits are made from."""
+        """Return the plan that kits are made from."""
         return Plan(
             run=self.run_settings(),
             regions=tuple(
@@ -179,21 +183,21 @@ class FederationSettings(Settings):
         )
 
     def task_of(self, site: str | None) -> TaskSettings:
-        """Return the task with its options at ``site``; None is the coordinator, which has no data."""
+        """Return the task with its options at ``site``, or at the coordinator (None), which has no data."""
         own = {} if site is None else self.sites[site].options
         return TaskSettings(path=self.task, options={**self.options, **own})
 
     def links(self) -> dict[str, WanSettings]:
-        """Return the link of each region (with leaves) and of each site, by name; a good one where none is set."""
+        """Return the links of all regions (with leaves) and sites, by name; a good link where none is set."""
         regions = {f"region-{name}": region.wan or WanSettings() for name, region in self.regions.items()}
         sites = {f"site-{name}": site.wan or WanSettings() for name, site in self.sites.items()}
         return {**regions, **sites} if self.leaves else sites
 
     def with_wan(self, wan: WanSettings) -> "FederationSettings":
-        """Return a copy with ``wan`` on every leaf link that has no settings of its own.
+        """Return a copy with ``wan`` on every leaf link without settings of its own.
 
         Raises:
-            ConfigError: there are no leaf links.
+            ConfigError: the federation has no leaf links.
         """
         if not self.leaves:
             raise ConfigError("--wan is for leaf links, and leaves = false in this federation; give a site a wan table")
@@ -201,7 +205,7 @@ class FederationSettings(Settings):
         return self.model_copy(update={"regions": regions})
 
     def with_slow(self, factors: Mapping[str, float]) -> "FederationSettings":
-        """Return a copy in which local training at some sites takes so many times as long.
+        """Return a copy in which local training takes longer at some sites, by a factor for each.
 
         Raises:
             ConfigError: there is no such site, or a factor is below 1.
@@ -222,10 +226,10 @@ class FederationSettings(Settings):
 
 
 def load_federation(path: Path) -> FederationSettings:
-    """Read a federation file; a task's file or folder is looked for beside it.
+    """Read a federation file; the path of its task is relative to the file.
 
     Raises:
-        ConfigError: naming the file, the key and what is wrong with it.
+        ConfigError: the file, the task or the initial model is missing or wrong; the text names the file and the key.
     """
     federation = load(path, FederationSettings)
     if federation.initial_model is not None and not federation.initial_model.is_file():
@@ -247,12 +251,12 @@ def demo_federation(
     data: Path | None,
     dp: bool = False,
 ) -> FederationSettings:
-    """Make up a federation for a shipped task: its recommended settings, its hospitals spread over regions.
+    """Make up a federation for a shipped task, with its recommended settings and its hospitals spread over regions.
 
-    ``dp``: the settings that it recommends for DP-SGD.
+    ``dp`` takes the settings that the task recommends for DP-SGD.
 
     Raises:
-        ConfigError: the task is not a shipped one, or cannot be split like this.
+        ConfigError: the task is not shipped, recommends no settings for DP-SGD, or cannot be split like this.
     """
     task_class: type[Task] = load_task(task)
     recommended = task_class.recommended

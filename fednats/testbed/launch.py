@@ -1,4 +1,4 @@
-"""Run a whole federation on this machine: servers, daemons, progress, comparison, report."""
+"""Run a whole federation on this machine: servers, daemons, progress, comparison and report."""
 
 import asyncio
 import os
@@ -42,7 +42,7 @@ KITS = "kits"
 
 @dataclass
 class Running:
-    """A federation that runs."""
+    """A running federation."""
 
     servers: BusServers
     daemons: Daemons
@@ -50,12 +50,12 @@ class Running:
 
     @property
     def links(self) -> Mapping[str, Wan]:
-        """By name: ``region-NAME`` is its leaf link, ``site-NAME`` its connection, and what was asked for."""
+        """Links by name: ``region-NAME`` (leaf links), ``site-NAME``, and those that `running` was given."""
         return self.servers.links
 
     @property
     def wan_bytes(self) -> int:
-        """What has crossed the leaf links, both ways."""
+        """Bytes that have crossed the leaf links, both ways."""
         leaf_links = [self.links[name] for name in map(region_link, self.servers.leaves) if name in self.links]
         return sum(link.bytes_up + link.bytes_down for link in leaf_links)
 
@@ -64,9 +64,9 @@ class Running:
 async def running(
     federation: FederationSettings, output: Path, links: Mapping[str, WanSettings] | None = None
 ) -> AsyncIterator[Running]:
-    """Start everything; stop everything on the way out, whatever happened.
+    """Start servers and daemons; stop them all at the end, whatever happened.
 
-    ``links`` are beyond or instead of the federation's own; their names are `bus_servers.link_names`.
+    ``links`` add to the federation's own links, or replace them; `bus_servers.link_names` has their names.
     """
     wans = {**federation.links(), **(links or {})}
     async with (
@@ -78,11 +78,12 @@ async def running(
 
 
 async def run_federation(federation: FederationSettings, output: Path) -> Summary:
-    """Run to the end, compare, write summary, report and model below ``output``; return the summary.
+    """Run to the end, then compare and write summary, report and model below ``output``; return the summary.
 
     Raises:
-        RunFailedError: no site could train, or the run could not do what it was asked to.
-        FednatsError: something ended and starting it again is of no use, or the settings do not work.
+        RunFailedError: the coordinator ended the run because it could not go on; for example, no site could train.
+        InterruptedRunError: the run was interrupted by SIGINT or SIGTERM.
+        FednatsError: a process keeps ending, ``output`` holds a run already, or the settings do not work.
     """
     with private_files():
         return await _run_federation(federation, output)
@@ -90,7 +91,7 @@ async def run_federation(federation: FederationSettings, output: Path) -> Summar
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """Let nobody else read what this process and those that it starts write: models are learned from patients' data."""
+    """Make files of this process and its children private, because models are learned from patients' data."""
     before = os.umask(0o077)
     try:
         yield
@@ -106,7 +107,7 @@ async def _run_federation(federation: FederationSettings, output: Path) -> Summa
     async with running(federation, output) as federation_running:
         supervisor = Supervisor([*federation_running.servers.servers, *federation_running.daemons])
         statuses = await _watch(federation, federation_running, supervisor, timeline, started)
-        await federation_running.daemons.stop("site")  # what they still send is taken in by those that go on
+        await federation_running.daemons.stop("site")  # the others take in the sites' last messages
         await settled(output)
     weights = await asyncio.to_thread(_keep_model, federation, output)
     refuse_failed(statuses, output)
@@ -122,12 +123,12 @@ async def _run_federation(federation: FederationSettings, output: Path) -> Summa
 
     measure = Measure(federation, output)
     federated = await measure.federated(weights)
-    write(federated)  # whatever becomes of the rest
+    write(federated)  # kept if the baselines fail
     return write(await measure.baselines(federated, n_steps))
 
 
 def refuse_failed(statuses: Statuses, output: Path) -> None:
-    """Raise RunFailedError if the coordinator has ended the run because it could not go on."""
+    """Raise RunFailedError if the coordinator ended the run because it could not go on."""
     coordinator = statuses[COORDINATOR]
     if coordinator["failed"]:
         failing = [name for name, status in statuses.items() if status["role"] == "site" and status.get("failing")]
@@ -138,7 +139,7 @@ def refuse_failed(statuses: Statuses, output: Path) -> None:
 async def _watch(
     federation: FederationSettings, running_now: Running, supervisor: Supervisor, timeline: Timeline, started: float
 ) -> Statuses:
-    """Show progress until the coordinator has closed the run, and start again what ends; return the last statuses."""
+    """Show progress until the coordinator closes the run, and restart processes that end; return the last statuses."""
     interrupted = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -165,7 +166,7 @@ async def _watch(
 
 
 def _plan(federation: FederationSettings, output: Path) -> Plan:
-    """Return what the kits are made from; a privacy account that no policy names is in the folder of the run."""
+    """Return the plan for the kits; a policy that names no privacy account gets one in the folder of the run."""
     plan = federation.plan()
     policies = {
         name: policy.model_copy(update={"privacy_account": policy.privacy_account or output / f"privacy-{name}.sqlite"})
@@ -175,7 +176,7 @@ def _plan(federation: FederationSettings, output: Path) -> Plan:
 
 
 def _daemons(federation: FederationSettings, output: Path, servers: BusServers) -> list[DaemonProcess]:
-    """Return everybody's daemon with the settings of its kit; state is beside the kits, a task's code where it is."""
+    """Return all daemons with the settings of their kits, but with state beside the kits and task code in place."""
 
     def daemon(role: str, name: str, settings: DaemonSettings, **changes: object) -> DaemonProcess:
         return DaemonProcess(role, name, settings.model_copy(update={"state_dir": output / name, **changes}))
@@ -196,7 +197,7 @@ def _refuse_used(output: Path) -> None:
 
 
 def _refuse_unsuitable(federation: FederationSettings) -> None:
-    """Say now, and not at every site, what of the model cannot travel, or be trained with differential privacy."""
+    """Raise before the start if the model cannot be sent, or cannot be trained with differential privacy as asked."""
     task = federation.task_of(None)
     with task_code("making the model"):
         model = initial_model(make_task(task.path, task.options), federation.seed)
@@ -208,7 +209,7 @@ def _refuse_unsuitable(federation: FederationSettings) -> None:
 
 
 def _keep_model(federation: FederationSettings, output: Path) -> NDArray[np.float32]:
-    """Write the last version to ``model.safetensors``, whole; return what travels of it, float32[n]."""
+    """Write the whole model of the last version to ``model.safetensors``; return its trained weights, float32[n]."""
     folder = checkpoints_folder(output / COORDINATOR)
     newest = newest_checkpoint(folder)
     if newest is None:

@@ -1,4 +1,4 @@
-"""Links of a running federation, seen and cut from another terminal: over a unix socket below the run's folder."""
+"""Show and cut the links of a running federation from another terminal, over a unix socket in the run's folder."""
 
 import asyncio
 import tempfile
@@ -14,12 +14,12 @@ from fednats.errors import FednatsError
 from fednats.testbed.wan import Wan
 
 SOCKET_FILE = "links.sock"
-"""Below the run's folder, a symbolic link: the path of a socket itself may have 100 bytes only."""
+"""A symbolic link in the run's folder; it points to a short path, as the path of a socket is limited to 100 bytes."""
 
 
 @asynccontextmanager
 async def serving_links(links: Mapping[str, Wan], output: Path) -> AsyncIterator[None]:
-    """Answer `ask` about ``links`` while the context is open."""
+    """Answer requests of `ask` about ``links`` while the context is open."""
 
     async def show(_request: web.Request) -> web.Response:
         return web.json_response([_describe(wan) for wan in links.values()])
@@ -49,9 +49,9 @@ async def serving_links(links: Mapping[str, Wan], output: Path) -> AsyncIterator
 
 
 async def ask(output: Path, verb: str, name: str = "") -> list[dict[str, Any]]:
-    """Have a link of the federation that runs in ``output`` cut or restored (``verb``), or show all of them.
+    """Ask the federation that runs in ``output`` to ``cut`` or ``restore`` a link, or to ``show`` all; return links.
 
-    ``name`` is a link's, a region's or a site's.
+    ``name`` is the name of a link, a region or a site.
 
     Raises:
         FednatsError: no federation runs there, or it has no such link.
@@ -71,7 +71,7 @@ async def ask(output: Path, verb: str, name: str = "") -> list[dict[str, Any]]:
 
 @contextmanager
 def _socket(output: Path) -> Iterator[Path]:
-    """Give the path of a socket to be, and put its symbolic link below ``output``."""
+    """Yield a short path for the socket, with a symbolic link to it in ``output``."""
     entry = output / SOCKET_FILE
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fednats-", ignore_cleanup_errors=True) as folder:

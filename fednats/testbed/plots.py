@@ -1,4 +1,4 @@
-"""The plots of the report: each a small figure of its own, so that a page can put them side by side or one below the other."""
+"""The plots of the report, each a small figure, so that a page can place them side by side or one below the other."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
@@ -12,7 +12,7 @@ from fednats.testbed.summary import Summary, compared, figure, less_is_better
 from fednats.testbed.timeline import Seen
 
 INK = "#0a0b0c"
-"""Becomes the colour of the page's text, so that a plot follows dark mode."""
+"""Replaced by the page's text colour, so that a plot follows dark mode."""
 
 COLOURS = {"alone": "#9aa0a6", "mean": "#6b7280", "federation": "#2a86c8", "pooled": "#d98a1f"}
 LINES = ("#2a86c8", "#d98a1f", "#2f9e77", "#b8609b", "#6b7280", "#b8a32a")
@@ -40,16 +40,16 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 7.5,
 }
 WIDTH, HEIGHT = 4.2, 2.7
-"""Inches: a phone is as wide as one figure, a page as two."""
+"""In inches: a phone is as wide as one figure, a page as two."""
 
 MAX_NAMED_LINES = 12
 MAX_METRICS = 12
 NAME_CELLS = 24
-"""Longer names are cut in plots; the tables have them whole."""
+"""Longer names are cut in plots; tables have them in full."""
 
 
 def shown_metrics(summary: Summary) -> list[str]:
-    """Return the metrics of the history that have a plot of their own: the target first, no figures of single classes."""
+    """Return the metrics of the history that get their own plot: the target first, and none of single classes."""
     names = {name: None for entry in summary.history for name in entry["metrics"] if not _is_of_a_class(name)}
     return sorted(names, key=lambda name: name != summary.target_metric)[:MAX_METRICS]
 
@@ -61,7 +61,7 @@ def recalls(summary: Summary) -> list[str]:
 
 
 def compared_on(summary: Summary, metric: str) -> Figure:
-    """Plot one metric of the comparison: a point a row, on an axis that fits."""
+    """Plot one metric of the comparison, a point for each row."""
     rows = [row for row in compared(summary) if metric in row.metrics]
     plot = Figure(figsize=(WIDTH, 0.75 + 0.27 * len(rows)), layout="constrained")
     axes = plot.subplots()
@@ -98,7 +98,7 @@ def learned(summary: Summary, metrics: Sequence[str], title: str) -> Figure:
 
 
 def over_time(summary: Summary) -> Figure:
-    """Plot the target metric over the time at which its version was published."""
+    """Plot the target metric of each version over the version's time of publication."""
     plot, axes = _small(f"{summary.target_metric} over time")
     _history(axes, summary, summary.target_metric, "published_s", LINES[0], summary.target_metric)
     axes.set_xlabel("time of publication [s]")
@@ -109,7 +109,7 @@ def over_time(summary: Summary) -> Figure:
 
 
 def roc(summary: Summary) -> Figure:
-    """Plot the ROC curve of each class, one against the rest, of all test cases pooled."""
+    """Plot the ROC curve of each class against the rest, over all test cases pooled."""
     plot, axes = _small("ROC, all test cases pooled", height=3.6)
     for (name, points), colour in zip(summary.cases.roc.items(), cycle(LINES)):
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=f"class {name}")
@@ -122,7 +122,7 @@ def roc(summary: Summary) -> Figure:
 
 
 def by_site(summary: Summary, title: str, value: Callable[[Seen], float | None], unit: float = 1) -> Figure:
-    """Plot what each site had done by when."""
+    """Plot a value of each site over time, divided by ``unit``."""
     plot, axes = _small(title, height=3.2)
     styles = cycle([(colour, line) for line in ("-", "--", ":") for colour in LINES])
     for (name, seen), (colour, line) in zip(summary.timeline.items(), styles):  # noqa: B905 - as above
@@ -145,7 +145,7 @@ def by_site(summary: Summary, title: str, value: Callable[[Seen], float | None],
 
 
 def byte_unit(largest: int) -> tuple[str, int]:
-    """Return the unit for an axis of bytes.
+    """Return the name and size of the unit for an axis of up to ``largest`` bytes.
 
     >>> byte_unit(2_500_000)
     ('MB', 1000000)

@@ -1,4 +1,4 @@
-"""Daemons as processes on this machine, and what they say of themselves."""
+"""Run daemons as processes on this machine, and read their statuses."""
 
 import asyncio
 import json
@@ -26,14 +26,14 @@ _LOG_TAIL_LINES = 5
 
 
 class DaemonDiedError(FednatsError):
-    """A daemon ended that should not have; the text has the end of its log."""
+    """A daemon or server ended unexpectedly; the text has its error or the end of its log."""
 
 
 class DaemonProcess:
-    """One ``fednats ROLE --config FILE``; its settings, log and state are in one folder.
+    """One ``fednats ROLE --config FILE``, with its settings, log and state in one folder.
 
-    ``settings`` may be changed; they are written at each start. It is forked from a parent that has loaded what it needs
-    (`warm`), unless ``environment`` is set: then it is an interpreter of its own with these variables.
+    ``settings`` may be changed; each start writes them. The process is forked from a parent with all modules loaded
+    (`warm`). If ``environment`` is set, it is a new interpreter with these variables instead.
     """
 
     environment: Mapping[str, str] | None = None
@@ -47,7 +47,7 @@ class DaemonProcess:
 
     @property
     def log_file(self) -> Path:
-        """JSON lines, appended over restarts."""
+        """Log of JSON lines; restarts append to it."""
         return self.state_dir / LOG_FILE
 
     @property
@@ -58,7 +58,7 @@ class DaemonProcess:
         return self._process.pid
 
     async def start(self) -> None:
-        """Write the settings file and start the process, in a session of its own."""
+        """Write the settings file and start the process in a new session."""
         self.state_dir.parent.mkdir(parents=True, exist_ok=True)
         self.state_dir.mkdir(mode=0o700, exist_ok=True)
         (self.state_dir / PORT_FILE).unlink(missing_ok=True)
@@ -83,7 +83,7 @@ class DaemonProcess:
             )  # fmt: skip
 
     async def status(self, session: aiohttp.ClientSession) -> Mapping[str, Any] | None:
-        """Return what the daemon serves on /status, None while it does not."""
+        """Return what the daemon serves on /status; None if it does not answer."""
         try:
             port = int((self.state_dir / PORT_FILE).read_text(encoding="ascii"))
             async with session.get(f"http://127.0.0.1:{port}/status") as response:
@@ -94,17 +94,17 @@ class DaemonProcess:
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Name for people to read."""
         return f"{self.role} {self.name.removeprefix(f'{self.role}-')}"
 
     @property
     def ended_with(self) -> int | None:
-        """Exit code of a process that has ended by itself; None if it runs, or was killed on purpose."""
+        """Exit code of a process that has ended; None if it runs, was not started, or was killed by `kill`."""
         return None if self._process is None else self._process.returncode
 
     @property
     def ended(self) -> bool:
-        """Whether it was started and has ended."""
+        """Whether the process was started and has ended."""
         return self.ended_with is not None
 
     def check(self) -> None:
@@ -121,7 +121,7 @@ class DaemonProcess:
         return "\n".join(self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-n_lines:])
 
     def _stopping_errors(self) -> Iterator[str]:
-        """Yield what the daemon said in its last lines that it was stopped by."""
+        """Yield the errors that stopped the daemon, from the last lines of its log."""
         for line in self.log_tail(_LOG_TAIL_LINES).splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
@@ -129,16 +129,16 @@ class DaemonProcess:
                     yield str(entry["error"])
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal, if the process lives."""
+        """Send a signal if the process runs."""
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(number)
 
     async def wait(self) -> int:
-        """Wait until the daemon ends by itself; return the exit code."""
+        """Wait until the process ends; return the exit code (0 if it was not started)."""
         return 0 if self._process is None else await self._process.wait()
 
     async def stop(self) -> int:
-        """SIGTERM, wait, SIGKILL if it takes too long; return the exit code."""
+        """Send SIGTERM, and SIGKILL after 30 s; return the exit code."""
         self.send(signal.SIGTERM)
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -147,7 +147,7 @@ class DaemonProcess:
             return await self.kill()
 
     async def kill(self) -> int:
-        """SIGKILL and wait; who is killed on purpose is not missed by `check`."""
+        """Send SIGKILL and wait; return the exit code. `check` ignores a daemon killed this way."""
         self.send(signal.SIGKILL)
         code = await self.wait()
         self._process = None
@@ -182,11 +182,11 @@ class Daemons:
                 await self._session.close()
 
     async def stop(self, role: str) -> None:
-        """Stop those of one role before the others."""
+        """Stop the daemons of one role."""
         await asyncio.gather(*(daemon.stop() for daemon in self._daemons.values() if daemon.role == role))
 
     def check(self) -> None:
-        """Raise DaemonDiedError if one has ended."""
+        """Raise DaemonDiedError if any daemon has ended."""
         for daemon in self._daemons.values():
             daemon.check()
 

@@ -1,4 +1,4 @@
-"""A federation as it runs: a live display in a terminal, one line per evaluated version elsewhere."""
+"""Show a running federation: a live display in a terminal, otherwise one line per evaluated version."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -15,13 +15,13 @@ from fednats.config import StopSettings
 from fednats.testbed.summary import task_name
 
 Status = Mapping[str, Any]
-"""What a daemon serves on /status; one that starts says only its role, name and run."""
+"""What a daemon serves on /status; while it starts, that has no ``state``."""
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARKS_ASCII = "_.:-=+*#"
 SPARKLINE_CELLS = 32
 NAME_CELLS = 18
-"""Longer site names are cut, so that a row fits 80 columns."""
+"""Longer site names are cut, so that a row fits in 80 columns."""
 
 STATE_STYLES = {
     "starting": "yellow",
@@ -34,9 +34,9 @@ STATE_STYLES = {
 
 
 class Progress:
-    """Show how a run goes on, from the daemons' statuses.
+    """Shows the progress of a run, from the daemons' statuses.
 
-    ``daemons`` are the names of those to wait for; ``console`` is standard output unless given.
+    ``daemons`` names the daemons to wait for. ``console`` defaults to standard output.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Progress:
         self._daemons = daemons
         self._stop = stop
         self._target_metric = stop.target_metric or "metric"
-        """As the coordinator has chosen it, once it has."""
+        """The coordinator's choice, once known."""
         self._console = console or Console()
         self._evaluated: dict[int, Status] = {}
         self._restarts: dict[str, int] = {}
@@ -74,9 +74,9 @@ class Progress:
     def update(
         self, statuses: Mapping[str, Status], elapsed_s: float, restarts: Mapping[str, int] = MappingProxyType({})
     ) -> None:
-        """Show ``statuses`` (by daemon; one that has not answered yet may be missing) after ``elapsed_s`` seconds.
+        """Show ``statuses``, by name of the daemon, at ``elapsed_s`` seconds.
 
-        ``restarts`` says how often what ended was started again.
+        Daemons that do not answer may be missing. ``restarts`` counts the restarts of each process.
         """
         restarted = {name: count for name, count in restarts.items() if count > self._restarts.get(name, 0)}
         self._restarts = dict(restarts)
@@ -117,7 +117,7 @@ class Progress:
         return Group(title, facts, *self._regions(statuses, coordinator.get("version", -1)))
 
     def _starting(self, statuses: Mapping[str, Status]) -> dict[str, list[str]]:
-        """Return who is not there yet, by what they are doing."""
+        """Return the daemons that are still starting, grouped by what they are doing."""
         found: dict[str, list[str]] = {}
         for key in dict.fromkeys((*self._daemons, *statuses)):
             status = statuses.get(key)
@@ -191,7 +191,7 @@ class Progress:
 
 
 def sparkline(values: Sequence[float], low: float, high: float, levels: str = SPARKS) -> str:
-    """Draw ``values`` between ``low`` and ``high``; more than fit are thinned out, the last is always shown.
+    """Draw ``values`` between ``low`` and ``high``; thin them out if they do not fit, but always show the last.
 
     >>> sparkline([0.5, 0.6, 0.7, 0.8], 0.5, 0.8)
     '▁▃▆█'

@@ -1,4 +1,4 @@
-"""``report.html``: a run for a hospital's reader, one file that needs nothing from anywhere."""
+"""``report.html``: a report on a run for readers at a hospital, in one self-contained file."""
 
 from html import escape
 from pathlib import Path
@@ -12,7 +12,7 @@ from fednats.testbed.summary import Summary, bound, cells_of, compared, figure, 
 
 
 def write_report(summary: Summary, path: Path) -> None:
-    """Write ``summary`` as an HTML page with its plots inside; the same summary gives the same bytes."""
+    """Write ``summary`` as an HTML page with embedded plots; the same summary gives the same bytes."""
     with mpl.rc_context(plots.STYLE):
         body = "\n".join(
             (
@@ -123,7 +123,7 @@ def _what_of(summary: Summary, metric: str) -> str:
 
 
 def _how_scored(summary: Summary, metrics: list[str]) -> str:
-    """Say whose figures the plots show, and how the coordinator has them."""
+    """Explain whose figures the plots show, and how the coordinator gets them."""
     text = "Each hospital scores its own test cases with every version."
     encrypted = "" if summary.cipher == "none" else "encrypted "
     if not all(is_mean(summary, metric) for metric in metrics):

@@ -1,4 +1,4 @@
-"""What a federation came to: the figures of ``summary.json``, and the table that compares them."""
+"""The results of a federation: the figures of ``summary.json``, and the tables printed from them."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from fednats.testbed.federation import FederationSettings
 from fednats.testbed.timeline import Seen, Timeline
 
 Metrics = dict[str, float]
-"""Figures by name, as the task's ``metrics`` names them."""
+"""Metrics by name."""
 
 Statuses = Mapping[str, Mapping[str, Any]]
 """What each daemon serves on /status, by name: ``coordinator``, ``aggregator-REGION``, ``site-NAME``."""
@@ -27,17 +27,17 @@ class _Figures(BaseModel):
 
 
 class Staleness(_Figures):
-    """Versions that were published between an update's base version and its use, over all accepted updates."""
+    """Versions published between an update's base version and its use, over all accepted updates."""
 
     mean: float
     max: int
 
 
 class Spent(_Figures):
-    """Differential privacy at one level, over everything that was ever done with a hospital's data."""
+    """Differential privacy spent at one level, over all runs on a hospital's data."""
 
     epsilon: float | None
-    """None: no bound, a release had no noise."""
+    """None means no bound, because a release had no noise."""
     delta: float
     n_passes: int
 
@@ -48,39 +48,42 @@ class SiteFigures(_Figures):
     region: str
     updates: int
     sent_bytes: int
-    """Bytes of its updates and evaluations."""
+    """Size of its updates and evaluations."""
     received_bytes: int
-    """Bytes of the models it took."""
+    """Size of the models it received."""
     train_s: float
     idle_share: float
-    """Share of the run in which it did not train."""
+    """Share of the run in which it did not train, 0 to 1."""
     record: Spent | None = None
-    """Of each of its records; None in a run without differential privacy."""
+    """Privacy spent of each record; None in a run without differential privacy."""
     site: Spent | None = None
-    """Of the whole hospital; None in a run without noise on whole deltas."""
+    """Privacy spent of the whole hospital; None in a run without noise on whole deltas."""
     budget_spent: bool = False
     """Whether it stopped training because its budget allowed no further pass."""
 
 
 class PooledCases(_Figures):
-    """How the test cases of all hospitals pooled were scored by the version evaluated last."""
+    """Scores of the version evaluated last, on the test cases of all hospitals pooled."""
 
     version: int = -1
     confusion: list[list[int]] = []
-    """[classes][classes]: cases of the row's class that were taken for the column's; empty if no classes are scored, or many."""
+    """Cases of the row's class that were classified as the column's, [classes][classes].
+
+    Empty if the task scores no classes, or too many.
+    """
     roc: dict[str, list[tuple[float, float]]] = {}
-    """False and true positive rate, by class."""
+    """Points of false and true positive rate, by class."""
 
 
 class RunFigures(_Figures):
-    """What is known of a run from what its daemons say at the end.
+    """The figures of a run, from its daemons' last statuses.
 
-    ``history`` is as the coordinator reads it: figures of the test cases of all hospitals pooled, but for those that it lists as
-    ``means`` over the hospitals, weighted by cases.
+    ``history`` is the coordinator's. Its metrics are over the test cases of all hospitals pooled, except those listed
+    under ``means``, which are means over hospitals weighted by cases.
     """
 
     name: str = ""
-    """Of the run."""
+    """Name of the run."""
     task: str
     seed: int
     sites: list[str]
@@ -98,40 +101,40 @@ class RunFigures(_Figures):
     uplink_bytes: int
     downlink_bytes: int
     wan_bytes: int
-    """What crossed the regions' leaf links, both ways, from the start of the first process; 0 without leaf links."""
+    """Bytes across the regions' leaf links, both ways, since the start of the first process; 0 without leaf links."""
     uplink_bytes_per_parameter: float
-    """Per update."""
+    """Mean over all updates, evaluations included."""
     staleness: Staleness
     target_metric: str
     lower_is_better: bool | None = None
-    """Of the target metric; None: as its name says."""
+    """Direction of the target metric; None means that its name decides."""
     target: float | None
     time_to_target_s: float | None
-    """Coordinator's clock when the first version that met the target was published; none: not reached."""
+    """Time on the coordinator's clock when the first version at the target was published; None if not reached."""
     history: list[dict[str, Any]]
-    """Per evaluated version: version, published_s, evaluated_s, n_sites, n_samples, metrics, means."""
+    """For each evaluated version: version, published_s, evaluated_s, n_sites, n_samples, metrics, means."""
     cases: PooledCases = PooledCases()
     timeline: dict[str, list[Seen]] = {}
-    """What each site had done by when."""
+    """Progress of each site over time."""
     site_figures: dict[str, SiteFigures]
     restarts: dict[str, int] = {}
-    """How often a daemon or a server ended and was started again, by what it is called."""
+    """Restarts of daemons and servers, by label."""
 
 
 class Summary(RunFigures):
-    """What ``fednats demo`` and ``fednats run`` write as ``summary.json``.
+    """The content of ``summary.json``, which ``fednats demo`` and ``fednats run`` write.
 
-    ``federated``, ``local`` and ``pooled`` are measured on everybody's test cases.
+    ``federated``, ``local`` and ``pooled`` are measured on the test cases of all hospitals.
     """
 
     wall_s: float
-    """From the start of the first process to the end of the comparison."""
+    """Time from the start of the first process to the end of the comparison."""
     federated: Metrics
     local: dict[str, float | dict[str, Metrics]]
-    """Mean of each metric over the hospitals alone, and under ``per_site`` each hospital's."""
+    """Mean of each metric over the hospitals alone, and under ``per_site`` the metrics of each hospital alone."""
     pooled: Metrics
     failed: dict[str, str] = {}
-    """Why a row of the comparison has no figures, by its label."""
+    """Why a row of the comparison has no figures, by the row's label."""
 
     @field_validator("local")
     @classmethod
@@ -149,25 +152,25 @@ class Summary(RunFigures):
 
     @property
     def mean_alone(self) -> Metrics:
-        """Mean over the hospitals alone of each metric."""
+        """Mean of each metric over the hospitals alone."""
         return {name: value for name, value in self.local.items() if not isinstance(value, dict)}
 
     @property
     def metric_names(self) -> list[str]:
-        """All metrics of the comparison, the target metric first."""
+        """Names of all metrics in the comparison, the target metric first."""
         seen = {name: None for row in compared(self) for name in row.metrics}
         return sorted(seen, key=lambda name: name != self.target_metric)
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the summary as JSON."""
         path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def with_newest(statuses: Statuses, newest: Statuses) -> Statuses:
-    """Return ``statuses`` with the ``newest``.
+    """Return ``statuses`` updated with the ``newest``.
 
-    Of its history the coordinator shows only the newest part, so the rest stays; what a daemon said before it was started
-    again stays until it says more than that it starts.
+    Keeps older entries of the coordinator's history, of which a status has only the newest part. Keeps a restarted
+    daemon's last status until its new one has a ``state``.
     """
     said = {name: status for name, status in newest.items() if "state" in status or name not in statuses}
     merged = {**statuses, **said}
@@ -188,9 +191,10 @@ def run_figures(
     timeline: Timeline | None = None,
     restarts: Mapping[str, int] = MappingProxyType({}),
 ) -> RunFigures:
-    """Put together what all daemons said last (``statuses``) and before (``timeline``), and what crossed the leaf links.
+    """Return the figures of a run.
 
-    ``restarts`` says what was started again, and how often.
+    They come from the daemons' last ``statuses``, their ``timeline``, the bytes across the leaf links (``wan_bytes``)
+    and the count of ``restarts`` by process.
     """
     coordinator = statuses["coordinator"]
     sites = {name: statuses[f"site-{name}"] for name in federation.sites}
@@ -259,7 +263,7 @@ def _privacy(status: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def summarise(figures: RunFigures, measured: Comparison, wall_s: float) -> Summary:
-    """Add what the model is worth."""
+    """Add the comparison to the figures of a run."""
     return Summary(
         **dict(figures),
         wall_s=round(wall_s, 2),
@@ -283,22 +287,22 @@ POOLED = "all data pooled"
 
 
 def alone(site: str) -> str:
-    """Return the label of the row of a hospital alone."""
+    """Return the label of the row for a hospital alone."""
     return f"{site} alone"
 
 
 class Row(NamedTuple):
-    """One way of training, and what it came to on everybody's test cases."""
+    """One way of training, and its metrics on the test cases of all hospitals."""
 
     kind: Literal["alone", "mean", "federation", "pooled"]
     label: str
     metrics: Mapping[str, float]
     failed: str = ""
-    """Why there are none."""
+    """Why there are no metrics; empty if there are."""
 
 
 def compared(summary: Summary) -> list[Row]:
-    """Return each hospital alone, their mean, the federation, and all data pooled."""
+    """Return the rows of the comparison: each hospital alone, their mean, the federation, and all data pooled."""
     rows = [
         *(Row("alone", alone(site), metrics) for site, metrics in summary.alone.items()),
         Row("mean", "mean hospital alone", summary.mean_alone),
@@ -309,14 +313,14 @@ def compared(summary: Summary) -> list[Row]:
 
 
 def cells_of(summary: Summary, row: Row) -> list[str]:
-    """Write a row of the comparison: its label, then for each metric its figure and the federation's gain."""
+    """Return the cells of a row: its label, then for each metric the value and the federation's gain."""
     label = f"{row.label}, failed: {row.failed}" if row.failed else row.label
     names = summary.metric_names
     return [label, *(cell for name in names for cell in (figure(row.metrics, name), gain(summary, row, name)))]
 
 
 def gain(summary: Summary, row: Row, metric: str) -> str:
-    """Write the federation's difference to the mean hospital alone; nothing for any other row."""
+    """Return the federation's difference to the mean hospital alone; empty for any other row."""
     alone = summary.mean_alone
     if row.kind != "federation" or metric not in row.metrics or metric not in alone:
         return ""
@@ -324,18 +328,18 @@ def gain(summary: Summary, row: Row, metric: str) -> str:
 
 
 def less_is_better(summary: RunFigures, metric: str) -> bool:
-    """Whether less of ``metric`` is better, as the run had it."""
+    """Whether less of ``metric`` is better, by the settings of the run."""
     stop = StopSettings(target_metric=summary.target_metric or None, lower_is_better=summary.lower_is_better)
     return stop.less_is_better(metric)
 
 
 def is_mean(summary: RunFigures, metric: str) -> bool:
-    """Whether the history has a mean over hospitals of ``metric``, not the figure of all test cases pooled."""
+    """Whether ``metric`` in the history is a mean over hospitals, rather than over all test cases pooled."""
     return any(metric in entry.get("means", ()) for entry in summary.history)
 
 
 def task_name(task: str) -> str:
-    """Return what people call a task: its class, or the name of a shipped one.
+    """Return a task's short name: its class, or the name of a shipped task.
 
     >>> task_name("/home/me/own.py:Sepsis"), task_name("heart")
     ('Sepsis', 'heart')
@@ -344,17 +348,17 @@ def task_name(task: str) -> str:
 
 
 def figure(metrics: Mapping[str, float], name: str) -> str:
-    """Write a metric with three decimals, or a dash where it could not be computed."""
+    """Return a metric with three decimals, or a dash if it could not be computed."""
     return f"{metrics[name]:.3f}" if name in metrics else "-"
 
 
 def bound(found: Spent | None) -> str:
-    """Write an epsilon with two decimals; a dash where there is none."""
+    """Return an epsilon with two decimals, ``no bound``, or a dash if there is none."""
     return "-" if found is None else "no bound" if found.epsilon is None else f"{found.epsilon:.2f}"
 
 
 def spent(summary: Summary) -> Table | None:
-    """Show what each hospital spent of the privacy of its records, and of itself; None in a run without such noise."""
+    """Return a table of the epsilon that each hospital has spent; None in a run without differential privacy."""
     rows = [(name, site, site.record) for name, site in summary.site_figures.items() if site.record is not None]
     if not rows:
         return None
@@ -373,7 +377,7 @@ def spent(summary: Summary) -> Table | None:
 
 
 def comparison(summary: Summary) -> Table:
-    """Compare the federation with each hospital alone and with all data in one place."""
+    """Return the table that compares the federation with each hospital alone and with all data pooled."""
     table = Table(
         title=Text(f"{task_name(summary.task)}: what the federation is worth"),
         caption="On everybody's test cases: those of all hospitals together.",

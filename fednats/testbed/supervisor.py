@@ -1,4 +1,4 @@
-"""Start again what ends under ``fednats run``, as a supervisor such as systemd does in the field."""
+"""Restart processes that end under ``fednats run``, as a supervisor such as systemd does in the field."""
 
 import asyncio
 from collections import Counter
@@ -11,13 +11,13 @@ from fednats.errors import CONFIG_EXIT, BusError
 from fednats.testbed.processes import DaemonDiedError
 
 FIRST_PAUSE_S = 1.0
-"""Before the first restart; it doubles with each death in a row."""
+"""Pause before the first restart; it doubles with each further death in a row."""
 
 MAX_DEATHS = 5
-"""Deaths in a row after which nothing is started again."""
+"""Most deaths in a row; one more ends the run."""
 
 SOUND_S = 60.0
-"""What has lived so long has died of something new: the count of deaths begins anew."""
+"""When a process has lived longer than this, its count of deaths starts again."""
 
 _LOG_TAIL_LINES = 5
 
@@ -27,15 +27,15 @@ class Watched(Protocol):
 
     @property
     def label(self) -> str:
-        """What people call it, and the summary."""
+        """Name for people to read, also in the summary."""
 
     @property
     def log_file(self) -> Path:
-        """Where it says why it ended."""
+        """Log that says why it ended."""
 
     @property
     def ended_with(self) -> int | None:
-        """Exit code of a process that has ended by itself, a signal's number below zero; else None."""
+        """Exit code of a process that has ended by itself, negative for a signal; else None."""
 
     async def start(self) -> None:
         """Start it again."""
@@ -46,24 +46,24 @@ class _Life:
     started_s: float
     deaths: int = 0
     due_s: float | None = None
-    """When it is to be started again; None while it lives."""
+    """Time of the next start; None while the process runs."""
 
 
 class Supervisor:
-    """Watches over all processes of a federation; `mend` is to be called again and again."""
+    """Restarts the processes of a federation; call `mend` regularly."""
 
     def __init__(self, watched: Iterable[Watched]) -> None:
         now_s = asyncio.get_running_loop().time()
         self._watched = list(watched)
         self._lives = {item.label: _Life(now_s) for item in self._watched}
         self.restarts: Counter[str] = Counter()
-        """How often each was started again."""
+        """Number of restarts, by label."""
 
     async def mend(self) -> None:
-        """Start again what has ended and is due.
+        """Restart the processes that have ended and are due.
 
         Raises:
-            DaemonDiedError: starting something again is of no use, by its exit code or after `MAX_DEATHS` deaths in a row.
+            DaemonDiedError: a process ended because of its settings, or more than `MAX_DEATHS` times in a row.
         """
         for item in self._watched:
             life = self._lives[item.label]

@@ -1,6 +1,6 @@
-"""What each site had done by when, as whoever watches all daemons of a federation sees it.
+"""The progress of each site over time, for a run whose daemons are all on one machine.
 
-Regions know who contributes, the coordinator does not: this is for a run whose daemons are all on one machine.
+In the field nobody sees this: regions know who contributes, but the coordinator does not.
 """
 
 from collections.abc import Mapping
@@ -9,39 +9,39 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 MAX_POINTS = 200
-"""Of one site; of more, every other one is dropped."""
+"""Most points of one site; when there are more, every other one is dropped."""
 
 
 class Seen(BaseModel):
-    """A site at one moment."""
+    """The state of a site at one moment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     at_s: float
-    """Since the start of the first process."""
+    """Time since the start of the first process."""
     updates: int
-    """Sent so far."""
+    """Updates sent so far."""
     staleness: int | None
-    """Versions between the newest one and that which it last trained on; None before the first."""
+    """How many versions the newest is ahead of the one it last trained on; None before the first."""
     sent_bytes: int
     received_bytes: int
 
 
 class Timeline:
-    """Collects `Seen` by site."""
+    """Collects the states of all sites."""
 
     def __init__(self) -> None:
         self._seen: dict[str, list[Seen]] = {}
 
     def note(self, statuses: Mapping[str, Mapping[str, Any]], at_s: float) -> None:
-        """Take in what all daemons say now."""
+        """Record the present ``statuses`` of all daemons."""
         newest = statuses.get("coordinator", {}).get("version", -1)
         for status in statuses.values():
             if status.get("role") == "site" and "state" in status:
                 self._add(status["name"], _seen(status, newest, at_s))
 
     def shown(self) -> dict[str, list[Seen]]:
-        """Return what was seen of each site, in the order of time."""
+        """Return the states of each site, in order of time."""
         return {name: list(seen) for name, seen in sorted(self._seen.items())}
 
     def _add(self, name: str, seen: Seen) -> None:

@@ -1,4 +1,4 @@
-"""The nodes of a federation in virtual time: the daemons' machines, with an event queue for a bus."""
+"""The nodes of a federation in virtual time: the daemons' state machines over an event queue in place of a bus."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -39,18 +39,18 @@ Send = Callable[[Event], None]
 
 
 class Learner(Protocol):
-    """What a site learns with."""
+    """Trains at one site."""
 
     @property
     def n_samples(self) -> int:
-        """Size of its training data."""
+        """Number of training cases."""
 
     def learn(self, weights: Weights, seed: int) -> Weights:
         """Return the delta of one local pass, float32[n_parameters]."""
 
 
 class SiteNode:
-    """Trains on the newest version it has, at most once on each, as a site's daemon does."""
+    """A site, which trains on the newest version it has, at most once on each, like a site's daemon."""
 
     def __init__(self, world: World, name: str, region: str, learner: Learner, train_s: float, send: Send) -> None:
         self._world = world
@@ -109,13 +109,13 @@ class SiteNode:
 
 
 class RegionNode:
-    """A region's machine, and what its aggregator does for it."""
+    """A region: its state machine, and the work that its aggregator does for that."""
 
     def __init__(
         self, world: World, name: str, sites: frozenset[str], registered: Mapping[str, int], send: Send
     ) -> None:
         self.combined: list[Combination] = []
-        """All sums it sent."""
+        """All sums that the region sent."""
         self._world = world
         self._name = name
         self._send = send
@@ -129,7 +129,7 @@ class RegionNode:
         self.feed(self._world.announcement(version, capacity=self._world.settings.delta.max_total_weight))
 
     def feed(self, event: Event) -> None:
-        """Handle ``event`` and what follows from it."""
+        """Handle ``event`` and execute the commands that follow."""
         for command in self._machine.handle(event):
             self._execute(command)
 
@@ -146,7 +146,7 @@ class RegionNode:
                 pass
 
     def _reach_deadline(self, timer: int) -> None:
-        if timer == self._n_timers:  # one runs at a time
+        if timer == self._n_timers:  # a new timer replaces the old one
             self.feed(DeadlineReached())
 
     def _combine(self, combination: Combination) -> None:
@@ -182,13 +182,13 @@ class RegionNode:
 
 
 class CoordinatorNode:
-    """The coordinator's machine, and what its daemon does for it."""
+    """The coordinator: its state machine, and the work that its daemon does for that."""
 
     def __init__(
         self, world: World, regions: Sequence[str], weights: Weights, spread: Callable[[PublishedVersion], None]
     ) -> None:
         self.combined: list[Combination] = []
-        """What each version after the first was made of."""
+        """The combination behind each version after the first."""
         self.norms: dict[str, float] = {}
         """L2 norm of every sum, by id."""
         self._world = world
@@ -209,7 +209,7 @@ class CoordinatorNode:
         self._publish(self.versions[0])
 
     def feed(self, event: Event) -> None:
-        """Handle ``event`` and what follows from it."""
+        """Handle ``event`` and execute the commands that follow."""
         for command in self._machine.handle(event):
             match command:
                 case Combine(combination):
@@ -260,7 +260,7 @@ class CoordinatorNode:
     def _adapt(self, known: tuple[Grid, ...], heads: Sequence[Aggregate], mean: Weights) -> tuple[Grid, ...]:
         current = known[-1]
         if any(head.grid_id != current.grid_id for head in heads):
-            return known  # what was clipped on an older grid says nothing of this one
+            return known  # clipping on an older grid says nothing about this one
         n_values = self._world.layout.n_parameters * sum(head.n_updates for head in heads)
         n_saturated = sum(head.saturated for head in heads)
         adapted = grids.adapt(current, self._world.layout, mean, n_saturated, n_values, self._decoder.qmax)

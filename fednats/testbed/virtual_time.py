@@ -1,8 +1,8 @@
-"""A federation in virtual time: the machines, sums and optimiser of the daemons over a queue of events, no processes.
+"""A federation in virtual time: the daemons' state machines, sums and optimiser over an event queue, in one process.
 
-What takes a site a day takes no time here, and the same seed gives the same run to the last bit: for questions about the
-algorithm (what becomes of a hospital ten times slower than the others?), not about the bus. Deltas are quantised and
-added as in a run with ``cipher = "none"``; evaluations are left to who asks.
+A day of training takes no longer here than its arithmetic, and the same seed gives the same run to the last bit. Use it
+for questions about the algorithm (how does a hospital ten times slower than the others fare?), not about the bus.
+Deltas are quantised and added as in a run with ``cipher = "none"``. It makes no evaluations; the caller does.
 """
 
 from collections import Counter
@@ -20,21 +20,24 @@ from fednats.testbed.virtual_world import PublishedVersion, Weights, World
 
 @dataclass(frozen=True)
 class VirtualSite:
-    """One site: where it reports, what it learns with, and how long things take it."""
+    """One site: its region, its learner and its delays."""
 
     region: str
     learner: Learner
     train_s: float
     delay_s: float = 0.0
-    """One way between the site and its region."""
+    """Delay between the site and its region, one way."""
     registered: int | None = None
-    """Training cases that it was registered with."""
+    """Registered number of training cases; None if not registered."""
 
 
 class VirtualFederation:
-    """Sites, their regions and a coordinator; the regions report to it over links of ``delay_s`` one way.
+    """Sites, their regions and a coordinator, with links of ``delay_s`` one way between regions and coordinator.
 
     ``parameters`` and ``weights``, float32[n_parameters], are the model at version 0.
+
+    Raises:
+        ValueError: the settings have a cipher other than ``none``.
     """
 
     def __init__(
@@ -75,28 +78,28 @@ class VirtualFederation:
         }
 
     def run(self, until_s: float) -> Weights:
-        """Learn until ``until_s``, or until a stop rule holds; return the newest weights."""
+        """Train until ``until_s``, or until a stop rule holds; return the newest weights, float32[n_parameters]."""
         self._coordinator.start()
         self._world.clock.run(until_s)
         return self.versions[-1].weights
 
     @property
     def versions(self) -> Sequence[PublishedVersion]:
-        """All versions that were published."""
+        """All published versions."""
         return self._coordinator.versions
 
     @property
     def refused(self) -> Sequence[Refuse]:
-        """Everything that was refused."""
+        """All refusals."""
         return self._world.refused
 
     @property
     def norms(self) -> Mapping[str, float]:
-        """L2 norm of every sum that came to the coordinator, by id."""
+        """L2 norm of every sum that reached the coordinator, by id."""
         return self._coordinator.norms
 
     def counted(self) -> Counter[str]:
-        """Return how often each update is in the model."""
+        """Return how often the model contains each update."""
         sums = {made.combination_id: made for region in self._regions.values() for made in region.combined}
         applied = (
             sums[part.head.aggregate_id]

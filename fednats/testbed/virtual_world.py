@@ -1,4 +1,4 @@
-"""What the nodes of a federation in virtual time share: the clock, the payloads under way, the announcements."""
+"""The shared parts of a federation in virtual time: the clock, payloads under way, announcements."""
 
 import heapq
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class PublishedVersion:
 
 
 class Clock:
-    """Calls what is due, in order of time and then of asking."""
+    """Calls functions when they are due, in order of time and then of request."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -40,14 +40,14 @@ class Clock:
         heapq.heappush(self._due, (self.now_s + delay_s, next(self._asked), call))
 
     def run(self, until_s: float) -> None:
-        """Go on until ``until_s``, or until nothing is due."""
+        """Run until ``until_s``, or until nothing is due."""
         while self._due and self._due[0][0] <= until_s:
             self.now_s, _, call = heapq.heappop(self._due)
             call()
 
 
 class World:
-    """What all nodes share."""
+    """The state that all nodes share."""
 
     def __init__(self, settings: RunSettings, layout: Layout) -> None:
         self.clock = Clock()
@@ -59,18 +59,18 @@ class World:
         self.refused: list[Refuse] = []
 
     def keep(self, identity: str, chunks: list[bytes]) -> Payload:
-        """Keep the chunks of a contribution until they are added to others."""
+        """Keep the chunks of a contribution until they are summed; return its payload."""
         self.payloads[identity] = chunks
         n_bytes = sum(len(chunk) for chunk in chunks)
         return Payload(payload_id=identity, n_bytes=n_bytes, digests=(bytes(DIGEST_BYTES),) * len(chunks))
 
     def refuse(self, refusal: Refuse) -> None:
-        """Drop a contribution."""
+        """Record a refusal and drop the contribution's chunks."""
         self.refused.append(refusal)
         self.payloads.pop(refusal.contribution_id, None)
 
     def announcement(self, version: PublishedVersion, capacity: int | None) -> VersionAnnounced:
-        """Return what a collector is told of ``version``."""
+        """Return the event that announces ``version`` to a collector."""
         add = summer(self.settings.delta, None)
         return VersionAnnounced(
             version=version.number,

@@ -17,7 +17,7 @@ from fednats.testbed.wan_direction import Direction, Hold
 from fednats.testbed.wan_end import End
 
 RECEIVE_BUFFER_BYTES = 64 * 1024
-"""What the kernel takes from a sender ahead of a capped link; more would be a second, hidden queue."""
+"""The kernel's buffer in front of a link with a bandwidth cap; a larger one would be a second, hidden queue."""
 
 _MEGABIT_BYTES = 1e6 / 8
 
@@ -25,7 +25,7 @@ log = structlog.get_logger()
 
 
 class WanSettings(Settings):
-    """How bad a link is; the defaults are a perfect one. Cuts by schedule count from the start of the link."""
+    """Properties of a link; the defaults make a perfect one. Scheduled cuts count from the start of the link."""
 
     delay_ms: float = Field(0.0, ge=0, description="one way")
     jitter_ms: float = Field(0.0, ge=0, description="up to so much on top of the delay; bytes stay in order")
@@ -50,7 +50,7 @@ def parse_wan(text: str) -> WanSettings:
     150.0
 
     Raises:
-        ConfigError: naming the key, and those there are.
+        ConfigError: a key is unknown or its value is wrong; the text names the key.
     """
     raw: dict[str, str] = {}
     for part in text.split(","):
@@ -63,10 +63,10 @@ def parse_wan(text: str) -> WanSettings:
 
 
 class Wan:
-    """One link, listening on a port of 127.0.0.1 and going to ``host:port``; an async context manager.
+    """One link, which listens on a port of 127.0.0.1 and leads to ``host:port``; an async context manager.
 
-    All connections share it. Each direction sends at ``mbit``; what is sent arrives ``delay_ms`` (and jitter) later. A
-    full queue holds senders back. The same ``seed`` draws the same jitter.
+    All connections share it. Each direction sends at ``mbit``, and bytes arrive ``delay_ms`` (and jitter) later. A full
+    queue holds senders back. The same ``seed`` gives the same jitter.
     """
 
     def __init__(self, settings: WanSettings, host: str, port: int, *, name: str = "wan", seed: int = 0) -> None:
@@ -86,7 +86,7 @@ class Wan:
 
     @property
     def url(self) -> str:
-        """Where to connect instead of the target."""
+        """URL to connect to in place of the target."""
         return f"tls://127.0.0.1:{self.port}"
 
     @property
@@ -121,10 +121,10 @@ class Wan:
             direction.cut()
         for end in self._ends:
             end.reset()
-        await asyncio.sleep(0)  # the loop closes what was reset
+        await asyncio.sleep(0)  # lets the loop close the reset connections
 
     def cut(self) -> None:
-        """Let all packets vanish, both ways; who connects now is accepted and gets nothing."""
+        """Lose all packets, both ways; new connections are accepted but get nothing."""
         if self.is_cut:
             return
         self.is_cut = True
@@ -135,7 +135,7 @@ class Wan:
         log.info("wan_cut", link=self.name)
 
     def restore(self) -> None:
-        """Mend the link; connections from before or from within the cut are reset."""
+        """Restore the link; reset connections from before or during the cut."""
         if not self.is_cut:
             return
         self.is_cut = False
@@ -154,7 +154,7 @@ class Wan:
             self._start(self._connect(end), "connect")
 
     async def _connect(self, near: End) -> None:
-        """Open the far side of a connection, as long after the near one as the link's delay."""
+        """Open the far side of a connection, one delay after the near side."""
         await asyncio.sleep(self._delay_s)
         if near.closing:
             return

@@ -1,4 +1,4 @@
-"""One direction of a link: bytes queue for the transmitter, leave at its rate, and arrive a delay later, in order."""
+"""One direction of a link: bytes queue for the transmitter, leave at its rate, and arrive later, in order."""
 
 import asyncio
 import math
@@ -9,10 +9,10 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 QUEUE_S = 0.25
-"""What queues before the transmitter, in time, as at a router; then senders are held back."""
+"""Length of the transmitter's queue, in time, as at a router; senders are held back while it is full."""
 
 MAX_UNDER_WAY_BYTES = 256 * 1024 * 1024
-"""What one direction holds at most, queued and flying: the only bound of a link with a delay and no cap."""
+"""Most bytes that one direction holds, queued and in flight; the only bound of a link with delay but no rate."""
 
 _READ_S = 0.01
 _MIN_READ_BYTES = 1500
@@ -29,13 +29,13 @@ class Hold(Enum):
 
 
 class ByteSource(Protocol):
-    """What gives bytes to a link, and can be held back."""
+    """A sender that can be held back."""
 
     def hold(self, why: Hold) -> None:
-        """Give nothing until released."""
+        """Send nothing until released."""
 
     def release(self, why: Hold) -> None:
-        """Go on, if nothing else holds."""
+        """Go on, unless another reason holds."""
 
 
 class _UnderWay(NamedTuple):
@@ -45,14 +45,14 @@ class _UnderWay(NamedTuple):
 
 
 class Direction:
-    """Carries bytes at ``rate`` (bytes per second, may be infinite), to arrive ``delay_s`` and up to ``jitter_s`` later.
+    """Carries bytes at ``rate``, in bytes per second (may be infinite); they arrive ``delay_s`` plus jitter later.
 
-    Times are the running loop's.
+    Jitter is between 0 and ``jitter_s``. Times are the running loop's.
     """
 
     def __init__(self, rate: float, delay_s: float, jitter_s: float, seed: int) -> None:
         self.read_bytes = int(min(max(rate * _READ_S, _MIN_READ_BYTES), _MAX_READ_BYTES))
-        """How much to give at once: the grain of the delay, and of fairness between connections."""
+        """Most bytes to send at once; they set the grain of the delay, and of fairness between connections."""
         self.crossed_bytes = 0
         self._rate = rate
         self._delay_s = delay_s
@@ -62,14 +62,14 @@ class Direction:
         self._is_cut = False
         self._under_way: deque[_UnderWay] = deque()
         self._under_way_bytes = 0
-        self._idle_at = 0.0  # when the transmitter has sent all that it was given
+        self._idle_at = 0.0  # when the transmitter's queue is empty
         self._last_arrival = 0.0
         self._held: dict[ByteSource, None] = {}
         self._arrival: asyncio.TimerHandle | None = None
         self._room: asyncio.TimerHandle | None = None
 
     def carry(self, sender: ByteSource, n_bytes: int, arrive: Callable[[], None]) -> None:
-        """Call ``arrive`` when ``n_bytes`` given now have crossed; never, if the link is cut by then."""
+        """Call ``arrive`` when ``n_bytes`` sent now have crossed; never, if the link is cut before that."""
         if self._is_cut:
             return
         if self._instant:
@@ -90,7 +90,7 @@ class Direction:
             self._make_room()
 
     def cut(self) -> None:
-        """Lose what is under way, and all that is given from now on."""
+        """Lose all bytes under way, and all that are sent from now on."""
         self._is_cut = True
         self._under_way.clear()
         self._under_way_bytes = 0
@@ -121,7 +121,7 @@ class Direction:
         self._make_room()
 
     def _make_room(self) -> None:
-        """Let senders go on when half of the queue is free; look again when it will be."""
+        """Release senders when half of the queue is free, or set a timer for that moment."""
         if not self._held or self._room is not None:
             return
         loop = asyncio.get_running_loop()

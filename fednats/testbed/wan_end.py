@@ -14,9 +14,9 @@ _LINGER_0 = struct.pack("ii", 1, 0)
 
 
 class End(asyncio.BufferedProtocol):
-    """What comes in here goes over ``out`` to the ``peer``, the end on the other side.
+    """One side of a connection; sends incoming bytes over ``out`` to its ``peer``, the end on the other side.
 
-    ``opened`` and ``closed`` are told of this end's life.
+    Calls ``opened`` and ``closed`` when the connection opens and closes.
     """
 
     def __init__(self, out: Direction, opened: Callable[["End"], None], closed: Callable[["End"], None]) -> None:
@@ -31,7 +31,7 @@ class End(asyncio.BufferedProtocol):
 
     @property
     def closing(self) -> bool:
-        """Whether nothing can be written here any more."""
+        """Whether this end can no longer be written to."""
         return self._transport is None or self._transport.is_closing()
 
     def hold(self, why: Hold) -> None:
@@ -41,76 +41,76 @@ class End(asyncio.BufferedProtocol):
             self._transport.pause_reading()
 
     def release(self, why: Hold) -> None:
-        """Read again, if nothing else holds."""
+        """Read again, unless another reason holds."""
         self._holds.discard(why)
         if not self._holds and self._transport is not None:
             self._transport.resume_reading()
 
     def reset(self) -> None:
-        """End the connection now; the other side sees a reset."""
+        """Abort the connection; the program connected to this end sees a reset."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_0)
             self._transport.abort()
 
-    # --- what the event loop calls ------------------------------------------------------------------------------------
+    # --- called by the event loop -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Open."""
+        """Keep the transport and report the open connection."""
         self._transport = cast(asyncio.Transport, transport)
         self._opened(self)
 
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the link has its own grain
-        """Say where to read to."""
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the link has its own size
+        """Return the buffer to read into."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Send what was read."""
+        """Send the bytes that were read."""
         if self.peer is not None:
             self._out.carry(self, nbytes, partial(self.peer.write, bytes(self._buffer[:nbytes])))
 
     def eof_received(self) -> bool:
-        """Send the end of the stream on; this side can still be written to."""
+        """Pass on the end of the stream; this side can still be written to."""
         self._received_eof = True
         if self.peer is not None:
             self._out.carry(self, 0, self.peer.write_eof)
         return not self._sent_eof
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Close the other side as this one was, when the link has carried it there."""
+        """Close or reset the other side, as happened to this one, once that has crossed the link."""
         self._closed(self)
         if self.peer is not None:
             self._out.carry(self, 0, self.peer.reset if exc is not None else self.peer.close)
 
     def pause_writing(self) -> None:
-        """Hold the other side back while this one's reader is slow."""
+        """Hold back the other side while this side's reader is slow."""
         if self.peer is not None:
             self.peer.hold(Hold.SLOW)
 
     def resume_writing(self) -> None:
-        """Let the other side go on."""
+        """Release the other side."""
         if self.peer is not None:
             self.peer.release(Hold.SLOW)
 
-    # --- what the link calls when something arrives -------------------------------------------------------------------
+    # --- called by the link on arrival --------------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Hand over what has arrived."""
+        """Write bytes that have arrived."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     def write_eof(self) -> None:
-        """Hand the end of the stream over; both ends said so: close."""
+        """Write the end of the stream; close if both sides have ended theirs."""
         self._sent_eof = True
         if self._transport is not None and not self._transport.is_closing():
             try:
                 self._transport.write_eof()
-            except OSError:  # reset, and the loop has not told us yet
+            except OSError:  # reset, but the loop has not reported it yet
                 self.reset()
                 return
             if self._received_eof:
                 self._transport.close()
 
     def close(self) -> None:
-        """Close when everything is written."""
+        """Close once everything is written."""
         if self._transport is not None:
             self._transport.close()

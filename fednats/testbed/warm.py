@@ -1,7 +1,7 @@
-"""Daemons forked from one parent that has loaded what they need, so that a testbed is up in seconds.
+"""Fork daemons from one parent that has loaded their modules, so that a testbed is up in seconds.
 
-In the field each daemon is an interpreter of its own, and loads for about three seconds with its worker. Here a fork
-runs the same command line in a session of its own, and forks its worker from itself as it was at its start.
+In the field each daemon is an interpreter of its own, which loads for about three seconds with its worker. Here a fork
+runs the same command line in its own session, and forks its worker from its own state at the start.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ _PARENT.set_forkserver_preload(
         *(f"fednats.services.{role}" for role in ("site", "aggregator", "coordinator")),
         *(f"fednats.services.{role}_worker" for role in ("site", "aggregator", "coordinator")),
         "fednats.learning.tasks.breast_cancer",
-        "torch._dynamo",  # loaded by the first optimiser that is made
+        "torch._dynamo",  # the first optimiser loads it
     ]
 )
 
 
 class ForkedProcess:
-    """A process that `fork` started. It offers what `asyncio.subprocess.Process` does."""
+    """A process that `fork` started; it has the methods of `asyncio.subprocess.Process` that the testbed uses."""
 
     def __init__(self, process: BaseProcess) -> None:
         self._process = process
@@ -53,12 +53,12 @@ class ForkedProcess:
         return self._ended.result() if self._ended.done() else None
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal, if it runs."""
+        """Send a signal if the process runs."""
         if not self._ended.done():
             os.kill(self.pid, number)
 
     async def wait(self) -> int:
-        """Wait until it ends and return the exit code."""
+        """Wait until the process ends; return the exit code."""
         return await asyncio.shield(self._ended)
 
     def _reap(self) -> None:
@@ -68,9 +68,9 @@ class ForkedProcess:
 
 
 async def fork(arguments: list[str], log: Path, environment: Mapping[str, str]) -> ForkedProcess:
-    """Run ``fednats ARGUMENTS`` in a fork; what it prints is appended to ``log``, an absolute path."""
+    """Run ``fednats ARGUMENTS`` in a fork; append its output to ``log``, an absolute path."""
     process = _PARENT.Process(target=_main, args=(arguments, log, dict(environment)))
-    await asyncio.to_thread(process.start)  # the first one waits until the parent has loaded everything
+    await asyncio.to_thread(process.start)  # the first start waits until the parent has loaded everything
     return ForkedProcess(process)
 
 
@@ -89,7 +89,7 @@ def _main(arguments: list[str], log: Path, environment: Mapping[str, str]) -> No
 
 
 def _fork_workers_from_here() -> None:
-    """Fork the process that the workers of this one will be forked from, while there is but one thread."""
+    """Fork the process that this daemon's workers will be forked from, while there is only one thread."""
     address = multiprocessing.connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
     alive, mine = os.pipe()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -105,7 +105,7 @@ def _fork_workers_from_here() -> None:
             finally:
                 os._exit(0)
     os.close(alive)
-    server: Any = forkserver._forkserver  # noqa: SLF001 - it offers no way to adopt a server that runs
+    server: Any = forkserver._forkserver  # noqa: SLF001 - it has no way to adopt a running server
     server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, mine, pid  # noqa: SLF001
     worker.START_METHOD = "forkserver"
 

@@ -1,4 +1,4 @@
-"""One node's journal as a book: what became of every contribution that the node took in, and of every sum it made."""
+"""One node's journal as a book: the fate of every contribution that the node took in, and of every sum it made."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from fednats.verify.run_folder import shown
 
 
 class Fate(Enum):
-    """What became of a contribution at the node that took it in."""
+    """The state of a contribution at the node that took it in."""
 
     WAITING = "waiting"
     """In the buffer, or in a sum that is being made."""
@@ -47,55 +47,55 @@ class Taken:
 
     head: Update | Aggregate
     at_s: float
-    """When it was first journalled."""
+    """When it was first journalled, in seconds since the epoch; if it is known from a note only, when that was read."""
     fate: Fate = Fate.WAITING
     reason: Reason | None = None
     sums: list[str] = field(default_factory=list)
-    """The sums it is in: one, if all is well."""
+    """The sums that contain it: one, if all is well."""
     is_noted: bool = False
-    """As of `MadeSum`."""
+    """Known from a note, as in `MadeSum`."""
 
 
 def became(taken: Taken) -> str:
-    """Return what became of a contribution, in words."""
+    """Return the fate of a contribution in words."""
     return f"refused: {taken.reason}" if taken.fate is Fate.REFUSED else taken.fate.value
 
 
 @dataclass
 class MadeSum:
-    """One sum that a node set out to make; at the hub, one version."""
+    """One sum that a node began to make; at the hub, one version."""
 
     combination: Combination | None
     """None for a version of which nothing is known."""
     capacity: int | None
     is_done: bool = False
     is_noted: bool = False
-    """It was made before a backup was restored: what is known of it is the node's note, not its journal."""
+    """Whether it is known from the node's note, not from its journal: it was made before a backup was restored."""
 
 
 class Book:
-    """A journal replayed through the machine that wrote it; ``problems`` are what the machine cannot have done."""
+    """A journal replayed through the machine that wrote it; ``problems`` lists what that machine cannot have done."""
 
     def __init__(self, node: str, file: Path) -> None:
         self.node = node
         self.taken: dict[str, Taken] = {}
-        """By id, in the order of arrival."""
+        """By id, in order of arrival."""
         self.made: dict[str, MadeSum] = {}
-        """By id, in the order of making; without those that failed."""
+        """By id, in order of making, without failed ones."""
         self.failed: set[str] = set()
         self.problems: list[str] = []
         self.unknown: list[int] = []
-        """At the hub: versions that were made before a backup was restored, and of which nothing is known."""
+        """At the hub: versions made before a backup was restored of which nothing is known."""
         self.restored_s = 0.0
-        """When a backup was last restored; 0 if none was."""
+        """When a backup was last restored, in seconds since the epoch; 0 if never."""
         self._restored_to = -1
         self.n_openings = 0
-        """At the hub: runs that were opened, or extended; each begins with a version that no sum made."""
+        """At the hub: how often a run was opened or extended; each time begins with a version that no sum made."""
         self.end_s = 0.0
         self._name = shown(file)
         entries, problem = read_readable(file)
         self.is_whole = problem is None
-        """Whether all of the journal could be read; if not, what became of later contributions is not known."""
+        """Whether the whole journal could be read; if not, the fates of later contributions are unknown."""
         if problem is not None:
             self.problems.append(f"unreadable: {problem}")
         heads = [entry.event.head for entry in entries if isinstance(entry.event, ContributionArrived)]
@@ -108,7 +108,7 @@ class Book:
 
     @property
     def roster(self) -> Roster:
-        """Who reports here, as last configured."""
+        """The sites and regions that report here, as last configured."""
         return self._collector.roster
 
     @property
@@ -118,36 +118,36 @@ class Book:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the node knows that the run is closed: whatever it takes in from then on is left over."""
+        """Whether the node knows that the run is closed; whatever it takes in afterwards is left over."""
         return self._collector.state is CollectorState.CLOSED
 
     @property
     def in_flight(self) -> Combination | None:
-        """The sum that was being made when the journal ends."""
+        """The sum in progress at the end of the journal."""
         return self._machine.in_flight
 
     @property
     def n_versions(self) -> int:
-        """At the hub: versions that were made, those that runs began with included."""
+        """At the hub: number of versions made, including the first versions of openings."""
         return self.n_done + self.n_openings
 
     @property
     def runs(self) -> list[RunRecord]:
-        """At the hub: the runs, the newest last."""
+        """At the hub: the runs, newest last."""
         return self._machine.runs if isinstance(self._machine, Coordinator) else []
 
     @property
     def is_opening(self) -> bool:
-        """At the hub: whether a run was opened, and its first version is not journalled yet."""
+        """At the hub: whether a run was opened and its first version is not journalled yet."""
         return isinstance(self._machine, Coordinator) and not self._machine.has_begun
 
     @property
     def n_done(self) -> int:
-        """Sums that were made."""
+        """Number of sums made."""
         return sum(made.is_done for made in self.made.values())
 
     def finish(self, identity: str, quarantined: Collection[str] = ()) -> None:
-        """Count a sum as made: it was seen elsewhere, and the node was stopped before it could write that down."""
+        """Count a sum as made, also one seen elsewhere that the node was stopped before journalling."""
         made = self.made[identity]
         made.is_done = True
         for part in made.combination.parts if made.combination else ():
@@ -168,7 +168,7 @@ class Book:
             self.end_s = max(self.end_s, entry.at_s)
             try:
                 self._post(entry)
-            except (AssertionError, KeyError):  # what the machine raises when it is told what cannot be
+            except (AssertionError, KeyError):  # raised by the machine for an impossible event
                 self.problems.append(
                     f"{self._name}: event {entry.sequence} ({entry.event.kind}) does not follow from those before it"
                 )
@@ -190,14 +190,14 @@ class Book:
             del self.made[in_flight.combination_id]
             self.failed.add(in_flight.combination_id)
             for identity in event.vanished:
-                del self.taken[identity]  # as if it had not come; it comes again
+                del self.taken[identity]  # as if it had not come: it is delivered again
         for command in commands:
             self._take(command)
         if self.node == HUB:
             self._check_versions(entry, before)
 
     def _restore(self, entry: JournalEntry, event: Restored) -> None:
-        """Take in what was made since the backup; the rest of what waited was given up, and comes again if it is not settled."""
+        """Add what was made since the backup; drop other waiting contributions, which are redelivered if unsettled."""
         self.restored_s = entry.at_s
         self._restored_to = event.version
         self.unknown += event.unknown
@@ -246,7 +246,7 @@ class Book:
         return -1 if self._collector.current is None else self._collector.current.version
 
     def _check_quarantine(self, sequence: int, event: Combined, in_flight: Combination) -> None:
-        """What was left out is what the rule leaves out, by the norms of the sums before."""
+        """Check that the rule leaves out what was left out, given the norms of earlier sums."""
         if isinstance(self._machine, Coordinator):
             by_rule = self._machine.outliers(in_flight, event.norms)
             if by_rule.keys() != event.quarantined.keys():
@@ -255,7 +255,7 @@ class Book:
                 )
 
     def _check_versions(self, entry: JournalEntry, before: int) -> None:
-        """At the hub, a version follows the one before, and each sum of sums makes one."""
+        """At the hub: check that versions follow one another, and that each combination makes one."""
         event = entry.event
         if (
             isinstance(event, VersionAnnounced)

@@ -1,4 +1,4 @@
-"""The ledgers of a run's participants, held against what they sent: a chain alone does not show that its end is missing."""
+"""Compares the participants' egress ledgers with what they sent: a chain alone cannot show that its end is missing."""
 
 import hashlib
 from collections.abc import Container, Sequence
@@ -14,11 +14,10 @@ from fednats.verify.sent import SentUpdate
 def check_site(
     state: Path, site: str, outbox: Sequence[SentUpdate], arrived: Container[str]
 ) -> tuple[list[str], list[str]]:
-    """Return what is wrong with the egress ledger of ``site``, kept in ``state``: its chain, updates without a record.
+    """Return findings on the egress ledger of ``site`` in ``state``: a broken chain, and updates without a record.
 
-    And, as notes, what it says of records that a backup did not have.
-
-    ``arrived`` are ids that the site's region took in. Call it when the outbox has been read: records are written first.
+    The second list has notes on records that a backup lacked. ``arrived`` has the ids that the site's region took in.
+    Call this after reading the outbox, because records are written before updates are sent.
     """
     known = [item for item in outbox if not item.is_given_up]
     left = [item.head for item in known if item.head and (item.is_sent or item.update_id in arrived)]
@@ -34,7 +33,7 @@ def check_site(
 
 
 def check_nodes(folder: RunFolder) -> list[str]:
-    """Return what is wrong with the chains of the aggregators' and the coordinator's ledgers."""
+    """Return findings on the chains of the aggregators' and the coordinator's ledgers."""
     ledgers = [state / LEDGER_FILE for state in folder.all]
     return [f"egress: {shown(path)}: {text}" for path in ledgers if path.exists() for text in audit(path).findings]
 

@@ -1,25 +1,28 @@
 """The exact ledger of a run: every accepted update is in exactly one sum, and every sum in exactly one version.
 
-`verify` replays the journals of the coordinator and of all aggregators, reads the outboxes of the sites and joins them.
-The words, for an update on its way to its region and for a sum on its way to the node above:
+`verify` replays the journals of the coordinator and of all aggregators, reads the sites' outboxes and joins them. It
+uses these words, for an update on its way to its region and for a sum on its way to the node above:
 
-- *sent*: a site has the bus's word that the update is stored; a region has journalled that its sum is published.
-- *under way*: sent and not taken in yet. Only the newest may be: what is handed to a daemon that is killed, or over a
-  connection that breaks, is delivered again within seconds, and may be overtaken meanwhile.
-- *undelivered*: under way to a node that knows that the run is closed, and still so after `OVERTAKEN_S` (see `settled`).
-- *lost*: sent, never taken in, and overtaken: the journal of the receiver goes on for `OVERTAKEN_S` after it took in a
-  later one of the same sender.
-- *taken in*: journalled by the receiver, and from then on one of: *waiting*, *in a sum* (at the hub: in a version),
-  *refused* for a reason, *left over* when the run closed.
-- *accepted*: an update that is in a sum which its region made. *Applied*: an update whose sum, through all tiers, is in
-  a version.
+- *sent*: the bus has acknowledged a site's update as stored; a region has journalled that its sum is published.
+- *under way*: sent and not taken in yet. Only the newest may be. A message handed to a daemon that is killed, or sent
+  over a connection that breaks, is redelivered within seconds, and may be overtaken meanwhile.
+- *undelivered*: under way to a node that knows that the run is closed, and still so after `OVERTAKEN_S` (see
+  `settled`).
+- *lost*: sent, never taken in, and overtaken: the receiver's journal continues for more than `OVERTAKEN_S` after it
+  took in a later message of the same sender.
+- *taken in*: journalled by the receiver. From then on it is *waiting*, *in a sum* (at the hub: in a version), *refused*
+  for a reason, or *left over* when the run closed.
+- *accepted*: an update in a sum that its region made. *Applied*: an update whose sum, through all tiers, is in a
+  version.
 
-A finding means that the books do not agree or that honest work was lost, and makes the exit code 1. Refusals by rule
-do not: too stale, wrong grid, wrong key and the like are decided from a head alone. A quarantine is by rule, too, and is
-reported as a note: honest updates may be in it, but the rule is one that everybody can compute again, and is. Nor does garbage: whatever no
-outbox knows was not made by a site's daemon, and is reported as a note, even if it was good enough to be summed. But an
-update that its site made and the bus took whole, and that is refused as damaged, is a finding; so is a sum that the
-node above refused for anything but its age (too stale, or of an earlier run) or its norm, for honest updates are in it.
+A finding means that the books disagree or that honest work was lost, and makes the exit code 1. These are not findings:
+
+- Refusals by a rule on heads: too stale, wrong grid, wrong key and the like.
+- Quarantines. They are notes: honest updates may be affected, but anybody can recompute the rule, and `verify` does.
+- Garbage. An update that no outbox knows was not made by a site's daemon; it is a note, even if it was summed.
+
+These are findings: an update that its site made and the bus stored whole, refused as damaged; and a sum refused by the
+node above for anything but its age (too stale, or of an earlier run) or its norm, because it contains honest updates.
 """
 
 import asyncio
@@ -44,10 +47,10 @@ from fednats.verify.run_folder import JOURNAL, RunFolder
 from fednats.verify.sent import SentUpdate, read_gaps, read_outbox
 
 OVERTAKEN_S = 30.0
-"""An unacknowledged delivery comes again after 8 s; so long after a later one came, an earlier one is not under way."""
+"""An unacknowledged message is redelivered after 8 s. This long after a later one arrived, an earlier one is lost."""
 
 TOO_LATE = {Reason.TOO_STALE, Reason.EARLIER_RUN}
-"""Reasons that an honest sum is refused for: its model is no longer the one that is trained."""
+"""Reasons for which an honest sum is refused: the model has moved on."""
 
 _POLL_S = 0.5
 
@@ -59,22 +62,22 @@ SENT = "sent"
 
 @dataclass
 class Books:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     updates: Counter[str] = field(default_factory=Counter)
-    """Number of updates by what became of them at their region."""
+    """Number of updates by their fate at their region."""
     sums: Counter[str] = field(default_factory=Counter)
-    """Number of sums by what became of them at the node above their region."""
+    """Number of sums by their fate at the node above their region."""
     accepted: Counter[str] = field(default_factory=Counter)
-    """Number of accepted updates by what became of the sums they are in; `APPLIED` is where all should be in the end."""
+    """Number of accepted updates by the fate of their sums; in the end all should be `APPLIED`."""
     n_weighed: int = 0
-    """Heads of sums that were compared with what the region's journal says is in them."""
+    """Number of heads of sums compared with the region's journal."""
     runs: list[str] = field(default_factory=list)
-    """Which versions are of which run, a line for each."""
+    """The versions of each run, one line per run."""
     findings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     undelivered: list[str] = field(default_factory=list)
-    """What is under way to nodes that know that the run is closed: a finding if it stays so, see `settled`."""
+    """Messages under way to nodes that know that the run is closed; `settled` makes them findings if they stay so."""
 
     @property
     def n_under_way(self) -> int:
@@ -91,12 +94,12 @@ class Books:
 
 
 def verify(directory: Path) -> Books:
-    """Verify the run in ``directory``, an output folder or that of the kits, while it runs or afterwards.
+    """Verify the run in ``directory``, an output folder or the folder of the kits, while it runs or afterwards.
 
-    Receivers are read before senders: what has been received has been written down by its sender.
+    Receivers are read before senders: whatever a receiver has, its sender has already written down.
 
     Raises:
-        ConfigError: it holds no run.
+        ConfigError: the folder holds no run.
     """
     folder = RunFolder(directory)
     ledger = Books()
@@ -104,10 +107,10 @@ def verify(directory: Path) -> Books:
     books = {HUB: Book(HUB, folder.coordinator / JOURNAL)}
     after = newest_checkpoint(checkpoints_folder(folder.coordinator))
     parents: dict[str, str] = {}
-    for node in (nodes := [HUB]):  # grows while it is walked: from the hub downwards
+    for node in (nodes := [HUB]):  # grows during the loop, from the hub downwards
         below = books[node].roster.regions if node in books else frozenset()
         if node == HUB and not books[HUB].is_whole:
-            below |= set(folder.regions)  # those that the hub's journal does not get to name
+            below |= set(folder.regions)  # those that the readable part of the hub's journal may not name
         for region in sorted(below - parents.keys()):
             parents[region] = node
             nodes.append(region)
@@ -138,10 +141,10 @@ def verify(directory: Path) -> Books:
 
 
 async def settled(directory: Path) -> Books:
-    """Verify a run, once the nodes that know that it is closed have taken in what was sent to them.
+    """Verify a run after nodes that know that it is closed have had time to take in everything sent to them.
 
-    They do so within seconds, as long as they live and the bus has it. What is undelivered after `OVERTAKEN_S` is a
-    finding: a node, a server or a link is down, or it was lost with a store. Raises as `verify`.
+    That takes seconds while the nodes run and the bus has the messages. Anything undelivered after `OVERTAKEN_S` is a
+    finding: a node, a server or a link is down, or the message was lost with a store. Raises as `verify`.
     """
     until_s = time.monotonic() + OVERTAKEN_S
     while True:
@@ -185,13 +188,13 @@ class _Audit:
     # --- the hub ------------------------------------------------------------------------------------------------------
 
     def _check_checkpoint(self, before: Checkpoint | None, after: Checkpoint | None) -> None:
-        """Check the newest checkpoint, as it was before and after its journal was read."""
+        """Check the newest checkpoint, as read before and after the hub's journal."""
         hub = self._books[HUB]
         if not hub.is_whole:
             return
         made = [identity for identity, version in hub.made.items() if version.is_done]
-        newest = hub.n_versions - 1  # by the journal
-        pending = hub.is_opening  # killed between opening a run and writing down its first version
+        newest = hub.n_versions - 1  # according to the journal
+        pending = hub.is_opening  # killed between opening a run and journalling its first version
         if after is None or after.version < newest - pending:
             self._find(
                 f"checkpoint: the journal has {newest} versions, the newest on disk is {after and after.version}"
@@ -201,7 +204,7 @@ class _Audit:
         version, made_by = before.version, before.made_by
         in_flight = hub.in_flight.combination_id if hub.in_flight is not None else None
         if version == newest + 1 and made_by == in_flight:
-            hub.finish(made_by, before.quarantined)  # killed between applying and writing that down
+            hub.finish(made_by, before.quarantined)  # killed between applying the version and journalling it
         elif version > newest or made_by not in made:
             self._find(f"checkpoint: version {version} was made by {made_by}, which the journal does not say")
 
@@ -212,7 +215,7 @@ class _Audit:
         arrived = {identity: taken for identity, taken in above.taken.items() if taken.head.region == region}
         for identity, taken in arrived.items():
             if identity in book.made:
-                if not book.made[identity].is_done:  # killed between publishing and writing that down
+                if not book.made[identity].is_done:  # killed between publishing the sum and journalling it
                     book.finish(identity)
                 self._compare(book, identity, taken.head)
             elif taken.fate is not Fate.REFUSED and book.is_whole:
@@ -230,7 +233,7 @@ class _Audit:
         self._tally(self._ledger.sums, arrived.values())
 
     def _compare(self, book: Book, identity: str, received: Update | Aggregate) -> None:
-        """Work out again what the head of a sum must say."""
+        """Recompute the head of a sum and compare it."""
         made = book.made[identity]
         if made.capacity is None or made.combination is None or not isinstance(received, Aggregate):
             self._find(f"weights: {identity} of {book.node} is no sum of a region")
@@ -240,7 +243,7 @@ class _Audit:
         self._ledger.n_weighed += 1
         different = [
             f"{name} is {getattr(received, name)}, the region's journal gives {getattr(expected, name)}"
-            for name in type(received).model_fields.keys() - {"release"}  # that of this process is another thing
+            for name in type(received).model_fields.keys() - {"release"}  # which here is this process's
             if getattr(received, name) != getattr(expected, name)
         ]
         if different:
@@ -267,13 +270,13 @@ class _Audit:
         sent = [item.update_id for item in outbox if item.head and (item.is_sent or item.update_id in arrived)]
         self._note_sent(self._ledger.updates, sent, book, f"update {{}} of {site}")
 
-    # --- both ---------------------------------------------------------------------------------------------------------
+    # --- sums and updates ---------------------------------------------------------------------------------------------
 
     def _note_sent(self, counts: Counter[str], sent: list[str], receiver: Book, what: str) -> None:
-        """Count what was sent, and what of it did not come; ``what`` is a format for an id."""
+        """Count the sent messages and those that did not arrive; ``what`` is a format for an id."""
         missing, lost = _missing(sent, receiver)
         if not receiver.is_whole:
-            lost = set()  # it may have come later than the journal can be read
+            lost = set()  # it may have arrived after the readable part of the journal
         self._lost |= lost
         for identity in lost:
             why = ", or was settled there before a backup was restored" if receiver.restored_s else ""
@@ -316,7 +319,7 @@ class _Audit:
 
 
 def _restorations(book: Book) -> tuple[list[str], list[str]]:
-    """Return findings and notes: what is known of what a node made before a backup was restored."""
+    """Return findings and notes on what a node made before a backup was restored."""
     if not book.restored_s:
         return [], []
     n_noted = sum(made.is_noted for made in book.made.values()) - len(book.unknown)
@@ -328,7 +331,7 @@ def _restorations(book: Book) -> tuple[list[str], list[str]]:
 
 
 def _line(run: RunRecord) -> str:
-    """Return which versions are of ``run``, and what became of it."""
+    """Return the versions of ``run`` and its state as one line."""
     became = f"closed: {run.reason}" if run.state is RunState.CLOSED else run.state.name.lower()
     went_on = run.opening.opened_at > run.opening.first_version
     extended = f", extended at version {run.opening.opened_at}" if went_on else ""
@@ -336,7 +339,7 @@ def _line(run: RunRecord) -> str:
 
 
 def _missing(sent: list[str], receiver: Book) -> tuple[set[str], set[str]]:
-    """Return which of ``sent`` (in this order) did not arrive, and which of those are lost."""
+    """Return the ids of ``sent`` (in sending order) that did not arrive, and those of them that are lost."""
     missing, lost = set(), set()
     later_s = float("inf")
     for identity in reversed(sent):
@@ -351,7 +354,7 @@ def _missing(sent: list[str], receiver: Book) -> tuple[set[str], set[str]]:
 
 
 def _wrong_weights(coordinator: Path) -> list[str]:
-    """Say so if the newest version's weights are not those that were announced, by their digest."""
+    """Return a finding if the digest of the newest version's weights is not the announced one."""
     folder = checkpoints_folder(coordinator)
     newest = newest_checkpoint(folder)
     if newest is None:

@@ -1,4 +1,4 @@
-"""A site's outbox held against what its region took in of it."""
+"""Compares a site's outbox with what its region took in."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,13 +10,13 @@ from fednats.verify.books import Fate, Taken, became
 from fednats.verify.sent import SentUpdate
 
 DAMAGED = {Reason.CHECKSUM, Reason.CIPHERTEXT}
-"""Reasons that an honest update is never refused for."""
+"""Reasons for which an honest update is never refused."""
 
 
 def check_outbox(
     region: str, site: str, outbox: Sequence[SentUpdate], gaps: Sequence[range], arrived: dict[str, Taken]
 ) -> tuple[list[str], list[str]]:
-    """Return findings and notes on the outbox of ``site``; ``gaps`` are the numbers that it lacks since a backup."""
+    """Return findings and notes on the outbox of ``site``; ``gaps`` are the numbers it lacks because of a backup."""
     findings = [*_unread(site, outbox), *_numbers(site, outbox, gaps)]
     notes = []
     lacking = _not_in_backup(outbox, gaps, arrived) if gaps else set()
@@ -55,7 +55,7 @@ def _numbers(site: str, outbox: Sequence[SentUpdate], gaps: Sequence[range]) -> 
 
 
 def _not_in_backup(outbox: Sequence[SentUpdate], gaps: Sequence[range], arrived: dict[str, Taken]) -> set[str]:
-    """Return which of what ``arrived`` was sent between a backup and the moment that it was put back."""
+    """Return the ids among ``arrived`` that were sent after the backup and before it was restored."""
     given_up = {item.update_id for item in outbox if item.is_given_up}
     return {
         identity
@@ -65,7 +65,7 @@ def _not_in_backup(outbox: Sequence[SentUpdate], gaps: Sequence[range], arrived:
 
 
 def _differs(item: SentUpdate, taken: Taken) -> str | None:
-    """Return what is wrong with an update that its region took in; a format for its name."""
+    """Return the problem with an update that its region took in, as a format for its name; None if there is none."""
     head = item.head
     if head is not None and head != taken.head and not (taken.is_noted and _as_noted(head) == taken.head):
         return "altered: {} is not what its outbox has"

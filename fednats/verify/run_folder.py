@@ -1,20 +1,20 @@
-"""Where the state of a run's participants lies: in the output folder of ``fednats run``, or in kits as they stand in the field."""
+"""Finds the state of a run's participants: in the output folder of ``fednats run``, or in kits as used in the field."""
 
 from pathlib import Path
 
 from fednats.errors import ConfigError
 
 STATE = "state"
-"""Folder of a kit that its daemon keeps its state in."""
+"""Folder of a kit in which its daemon keeps its state."""
 
 JOURNAL = "journal.sqlite"
 
 
 class RunFolder:
-    """One folder with a run's participants below it: ``coordinator``, regions, sites."""
+    """A folder with a run's participants below it: ``coordinator``, regions, sites."""
 
     def __init__(self, root: Path) -> None:
-        """Take ``root``. Raises ConfigError: the coordinator has left no journal there."""
+        """Take ``root``. Raises ConfigError if it has no journal of a coordinator."""
         self.root = root
         if not (self.coordinator / JOURNAL).exists():
             raise ConfigError(
@@ -24,20 +24,20 @@ class RunFolder:
 
     @property
     def coordinator(self) -> Path:
-        """State of the coordinator."""
+        """State folder of the coordinator."""
         return self._state("coordinator")
 
     def region(self, region: str) -> Path:
-        """Return the state of a region's aggregator."""
+        """Return the state folder of a region's aggregator."""
         return self._state(f"aggregator-{region}", f"region-{region}")
 
     def site(self, site: str) -> Path:
-        """Return the state of a site."""
+        """Return the state folder of a site."""
         return self._state(f"site-{site}")
 
     @property
     def regions(self) -> list[str]:
-        """Regions whose aggregators have a journal here."""
+        """Regions whose aggregator has a journal here."""
         names = {
             folder.name.partition("-")[2] for folder in (*self.root.glob("aggregator-*/"), *self.root.glob("region-*/"))
         }
@@ -45,16 +45,16 @@ class RunFolder:
 
     @property
     def all(self) -> list[Path]:
-        """State of everybody who has one here."""
+        """State folders of all participants here."""
         return sorted({folder / STATE if (folder / STATE).is_dir() else folder for folder in self.root.glob("*/")})
 
     def _state(self, *names: str) -> Path:
-        """Return the first that is there of the state in a kit and the folder itself."""
+        """Return the first existing state folder, inside a kit or directly; a plain path if none exists."""
         places = [self.root / name / inner for name in names for inner in (STATE, "")]
         return next((place for place in places if place.is_dir()), places[1])
 
 
 def shown(file: Path) -> str:
-    """Return what a finding calls a file: by its participant's folder."""
+    """Return the name of a file in findings: its participant's folder and the file name."""
     folder = file.parent.parent if file.parent.name == STATE else file.parent
     return f"{folder.name}/{file.name}"

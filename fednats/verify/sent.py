@@ -1,4 +1,4 @@
-"""What a site's outbox says it has sent."""
+"""Reads what a site has sent from its outbox."""
 
 import sqlite3
 from dataclasses import dataclass
@@ -19,20 +19,20 @@ class SentUpdate:
     head: Update | None
     """None if this release cannot read it."""
     is_sent: bool
-    """The bus has acknowledged all of it."""
+    """Whether the bus has acknowledged all of it."""
     is_dropped: bool
-    """A full outbox gave it up unsent; its changes went back into the site's residual."""
+    """Whether a full outbox dropped it unsent; its content went back into the site's residual."""
     is_given_up: bool = False
-    """It waited in an outbox that was put back from a backup, and may have been sent since the backup."""
+    """Whether it waited in an outbox restored from a backup; it may have been sent since the backup."""
     problem: str = ""
     """Why it cannot be read."""
 
 
 def read_outbox(file: Path) -> list[SentUpdate] | None:
-    """Return the updates in the outbox of a site that may be running, in order; None if it has none.
+    """Return the updates in a site's outbox, in order; None if there is no outbox. The site may be running.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the outbox cannot be read.
     """
     if not file.exists():
         return None
@@ -49,7 +49,7 @@ def read_outbox(file: Path) -> list[SentUpdate] | None:
 
 
 def read_gaps(file: Path) -> list[range]:
-    """Return the numbers that an outbox lacks because it was put back from a backup. Raises as `read_outbox`."""
+    """Return the update numbers that a restored outbox skipped. Raises as `read_outbox`."""
     connection = open_read_only(file)
     try:
         rows = connection.execute("SELECT own, first FROM restored ORDER BY first").fetchall()

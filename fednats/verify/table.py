@@ -1,4 +1,4 @@
-"""A ledger as a table for people."""
+"""The ledger as a table for people."""
 
 from rich.table import Table
 
@@ -9,7 +9,7 @@ _FIRST = (SENT, UNDER_WAY, LOST, Fate.WAITING.value, Fate.SUMMED.value, Fate.LEF
 
 
 def table(ledger: Books) -> Table:
-    """Return what became of updates at their regions, and of the regions' sums at the node above."""
+    """Return a table of the fates of updates at their regions and of sums at the node above."""
     drawn = Table(title="ledger")
     drawn.add_column("")
     drawn.add_column("updates", justify="right")

@@ -1,4 +1,4 @@
-"""Send again what has been sent: the bus may deliver everything more than once."""
+"""Send messages again, since the bus may deliver any message more than once."""
 
 import asyncio
 import signal
@@ -15,11 +15,13 @@ from fednats.transport.bus import Bus
 from fednats.verify.sent import read_outbox
 
 NEWEST = 20
-"""Updates of a site, and sums of a region, that are sent again; of all else the newest."""
+"""How many updates of a site, or sums of a region, are sent again; of all other messages, only the newest."""
 
 
 async def send_site_again(running: Running, site: str, mark: str) -> int:
-    """Publish the heads of ``site`` once more, in its name; return how many. ``mark`` makes their message ids new.
+    """Publish the newest heads of ``site`` once more, in its name; return how many.
+
+    ``mark`` makes their message ids new.
 
     Raises:
         BusError: its region's server cannot be reached.
@@ -44,7 +46,10 @@ async def send_site_again(running: Running, site: str, mark: str) -> int:
 
 
 async def send_region_again(running: Running, region: str, mark: str) -> int:
-    """Publish the heads of ``region`` that the node above has taken in once more, in its name; see `send_site_again`."""
+    """Publish once more the newest heads of ``region`` that the node above has taken in; see `send_site_again`.
+
+    The count returned includes the sums before the newest `NEWEST`, which are not sent.
+    """
     servers = running.servers
     parent = servers.plan[region].parent
     journal = running.output / (COORDINATOR if parent is None else f"aggregator-{parent}") / "journal.sqlite"
@@ -62,9 +67,9 @@ async def send_region_again(running: Running, region: str, mark: str) -> int:
 
 
 async def send_coordinator_again(running: Running, mark: str) -> int:
-    """Publish the newest manifest, and that the run is closed if it is, once more; see `send_site_again`.
+    """Publish the newest manifest and the newest control message once more; see `send_site_again`.
 
-    The coordinator stands still meanwhile: it would not publish a version again behind the next one either.
+    Stops the coordinator meanwhile, since it would never publish a version again after the next one.
     """
     run = running.servers.run
     stream = subjects.models_stream(run, HUB)

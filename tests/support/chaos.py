@@ -1,4 +1,4 @@
-"""Faults at random over a federation that runs: what is killed, wiped, cut, filled and sent twice, when and for how long, by a seed."""
+"""Random faults in a running federation, drawn from a seed: kills, wiped stores, cut links, full disks, repeats."""
 
 import asyncio
 import random
@@ -18,7 +18,7 @@ SHORTEST_S, LONGEST_S = 1.0, 15.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 4.0
 FLAP_S = 2.0
 SETTLE_S = 2 * FLAP_S
-"""From the end of one fault to the next at the same target; flapping may take so much longer."""
+"""Pause between two faults at the same target; flapping may last this much longer than planned."""
 
 _WATCH_S = 0.25
 
@@ -26,31 +26,31 @@ log = structlog.get_logger()
 
 
 class Kind(StrEnum):
-    """What is done to a target."""
+    """A kind of fault."""
 
     KILL = "kill"
-    """A daemon: SIGKILL; started again after a while."""
+    """Kill a daemon (SIGKILL); restart it after a while."""
     KILL_SERVER = "kill-server"
-    """The nats-server of a node: SIGKILL; started again, with its store, after a while."""
+    """Kill a node's nats-server (SIGKILL); restart it with its store after a while."""
     WIPE_SERVER = "wipe-server"
-    """The hub's nats-server: SIGKILL; started again, without its store, after a while."""
+    """Kill the hub's nats-server (SIGKILL); restart it without its store after a while."""
     CUT = "cut"
-    """A link: all packets vanish; restored after a while."""
+    """Cut a link, so that all packets are lost; restore it after a while."""
     FLAP = "flap"
-    """A link: cut and restored every 2 s."""
+    """Cut a link for 2 s and restore it for 2 s, repeatedly."""
     FILL_DISK = "fill-disk"
-    """A site: its disk takes nothing more, for a while."""
+    """Fill a site's disk for a while."""
     SET_CLOCK = "set-clock"
-    """A site: SIGKILL; started again with a clock that is a day ahead, and after a while with the right one."""
+    """Kill a site (SIGKILL); restart it with a clock a day ahead, and after a while with the right clock."""
     REPEAT_SITE = "repeat-site"
-    """What a site has sent of late, updates and its newest evaluation, comes again, with other message ids."""
+    """Send a site's newest updates and evaluation again, under new message ids."""
     REPEAT_REGION = "repeat-region"
-    """The newest sums of a region, of updates and of evaluations, come again, with other message ids."""
+    """Send a region's newest sums, of updates and of evaluations, again, under new message ids."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault; ``at_s`` counts from the first moment."""
+    """One fault; ``at_s`` counts from the start of the chaos."""
 
     at_s: float
     kind: Kind
@@ -58,21 +58,21 @@ class Fault:
     for_s: float
 
     def __str__(self) -> str:
-        """Return a line of a list of faults."""
+        """Return one line for a list of faults."""
         return f"{self.at_s:6.1f} s  {self.kind} {self.target} for {self.for_s:.1f} s"
 
 
 def plan(targets: Mapping[Kind, list[str]], seed: int, duration_s: float) -> Iterator[Fault]:
-    """Draw faults that begin and end within ``duration_s``: several at a time, but one at a target.
+    """Draw faults that begin and end within ``duration_s``: several at a time, but one per target.
 
-    Each kind has its turn before one comes again.
+    No kind comes again before each has had its turn.
 
     >>> for fault in plan({Kind.CUT: ["region-north"], Kind.KILL: ["coordinator"]}, seed=1, duration_s=12):
     ...     print(fault)
        1.0 s  kill coordinator for 7.9 s
        3.0 s  cut region-north for 9.0 s
     """
-    drawn = random.Random(seed)  # no secrets
+    drawn = random.Random(seed)  # not for secrets
     free_at_s: dict[tuple[bool, str], float] = {}
     kinds: list[Kind] = []
     at_s = 0.0
@@ -90,29 +90,29 @@ def plan(targets: Mapping[Kind, list[str]], seed: int, duration_s: float) -> Ite
 
 
 def could_not_connect(last_line: str) -> bool:
-    """Whether a daemon ended because it was started while the bus was away, by the last line of its log."""
+    """Whether the last line of a daemon's log says that it ended because it could not reach the bus."""
     return f'"kind": "{UnreachableError.__name__}"' in last_line
 
 
 class Chaos:
-    """The faults of one seed over one running federation.
+    """Puts one running federation through the faults of one seed.
 
-    A daemon that is started while it cannot reach the bus ends by itself, and is started again, as a service manager
-    would do. One that ends for any other reason, or after it was connected, ends all with `DaemonDiedError`.
+    A daemon that starts while it cannot reach the bus ends by itself, and is restarted, as a service manager would do.
+    A daemon that ends for any other reason, or after it was connected, ends everything with `DaemonDiedError`.
     """
 
     def __init__(self, running: Running, seed: int) -> None:
         self.begun: list[Fault] = []
-        """What has been done so far: to be shown when something goes wrong."""
+        """Faults begun so far, to show when something goes wrong."""
         self._running = running
         self._seed = seed
         self._servers = {server.name: server for server in (running.servers.hub, *running.servers.leaves.values())}
         self._starting = asyncio.Lock()
-        """Nothing is started twice."""
+        """Guards starts, so that nothing is started twice."""
         self._down: set[str] = set()
 
     async def run(self, duration_s: float) -> None:
-        """Do what is planned; returns when all is restored and every daemon is ready."""
+        """Carry out the planned faults; return when all is restored and every daemon is ready."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         async with asyncio.TaskGroup() as all_of_it:
@@ -177,11 +177,11 @@ class Chaos:
             self._down.discard(fault.target)
 
     async def _fill_disk(self, fault: Fault) -> None:
-        """Fill the disk of a site that has started: one that starts on a full disk ends, and cannot even say so."""
+        """Fill a site's disk once the site has started; starting on a full disk, it would end unable to log why."""
         daemon = self._running.daemons[fault.target]
         with suppress(TimeoutError):
             async with asyncio.timeout(fault.for_s):
-                while not await self._has_started(fault.target):  # noqa: ASYNC110 - it tells no one
+                while not await self._has_started(fault.target):  # noqa: ASYNC110 - there is no event to wait for
                     await asyncio.sleep(_WATCH_S)
                 fill_disk(daemon.pid)
                 await asyncio.Event().wait()
@@ -215,7 +215,7 @@ class Chaos:
             log.info("not_repeated", target=fault.target, error=str(error))
 
     async def _manage(self) -> None:
-        """Start again what could not connect, for ever."""
+        """Restart daemons that could not connect, without end."""
         while True:
             await asyncio.sleep(_WATCH_S)
             async with self._starting:

@@ -1,4 +1,4 @@
-"""Everybody of a federation connected to its servers, with the streams made as the services make them."""
+"""Connect every user of a federation to its servers, with the streams that the services make."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ async def connected_bus(
     leaves: bool = True,
     links: Mapping[str, WanSettings] | None = None,
 ) -> AsyncIterator[ConnectedBus]:
-    """Start the servers, connect everybody, make all streams and buckets."""
+    """Start the servers, connect all users, and make all streams and buckets."""
     async with AsyncExitStack() as stack:
         servers = await stack.enter_async_context(bus_servers(directory, run, plan, leaves=leaves, links=links))
 
@@ -67,7 +67,7 @@ async def connected_bus(
 
 
 async def until(probe: Callable[[], Awaitable[T]], patience_s: float = PATIENCE_S) -> T:
-    """Return the first true result of ``probe``; TimeoutError after ``patience_s``."""
+    """Return the first true result of ``probe``; raise TimeoutError after ``patience_s``."""
     async with asyncio.timeout(patience_s):
         while not (result := await probe()):  # noqa: ASYNC110 -- a server has no event to wait for
             await asyncio.sleep(0.02)

@@ -31,7 +31,7 @@ LABEL = Classes("label", {0: 0, 1: 1})
 class CTNodule(Task):
     """Tell a nodule (1) from a mimic (0) on patches float32[1, 32, 32].
 
-    Give one source of data, or none where only the model is needed:
+    Give one source of data, or none if only the model is needed:
 
     * ``synthetic="screening"``: synthetic patches as that hospital of `ct_patches.HOSPITALS` sees them. They show no
       real patient.

@@ -65,7 +65,7 @@ def _draw_kinds(frequencies: Mapping[str, float], n: int, rng: np.random.Generat
     return rng.choice(np.array(list(frequencies)), size=n, p=weights / weights.sum())
 
 
-# --- what is in the lung ---------------------------------------------------------------------------------------------
+# --- the lung --------------------------------------------------------------------------------------------------------
 
 
 def _canvas(n: int, rng: np.random.Generator, shift: float = 2.0) -> Canvas:
@@ -173,7 +173,7 @@ def _juxtapleural(image: Array, canvas: Canvas, rng: np.random.Generator, _: Sca
 def _vessel(image: Array, canvas: Canvas, rng: np.random.Generator, scanner: Scanner) -> None:
     n = len(image)
     x, y = canvas
-    x = np.where(rng.random((n, 1, 1)) < 0.4, np.abs(x), x)  # noqa: PLR2004 - in the plane; the others leave it: a blob with a tail
+    x = np.where(rng.random((n, 1, 1)) < 0.4, np.abs(x), x)  # noqa: PLR2004 - in the plane, else a blob with a tail
     width, reach = _one(n, rng, 1.6, 3.2), _one(n, rng, 9, 18)
     bent = np.abs(y + _one(n, rng, -0.03, 0.03) * x**2)
     tail = np.maximum(bent - width * (1 - 0.7 * x / reach), x - reach)

@@ -15,8 +15,8 @@ SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 5.0
 class Above:
     """The node above a region, which copies the region's stream of sums in order.
 
-    What the link cannot take at once waits in the region: updates gather for a larger sum, evaluations give way to those
-    of a newer version.
+    What the link cannot take at once waits in the region: updates gather for a larger sum, evaluations give way to
+    those of a newer version.
     """
 
     def __init__(self, uplink: Bus, run: str, region: str, node: str, stopping: asyncio.Event, log: Any) -> None:

@@ -82,7 +82,7 @@ class SentEvaluations:
             await feed(_nothing_of(newest) if fit is None else await self._send(newest, fit))
 
     async def _send(self, command: SumEvaluations, fit: Fit) -> EvaluationsSummed:
-        """Send the sum of one version, only once: a second one, of other sites, would reveal the difference above."""
+        """Send one sum per version: a second one, of other sites, would reveal the difference to the node above."""
         published = await self._published.newest(self._published.evaluations, EvaluationSum)
         if published is not None and published.version == command.version:  # killed before journalling that
             n_sites, n_samples = published.n_sites, published.n_samples
@@ -100,7 +100,7 @@ class SentEvaluations:
             await self._compositions.write_blocks(self._machine.evaluations.blocks)
             await self._published.publish(self._published.evaluations, head, lambda: chunks)
             if published is not None and published.payload.payload_id != head.payload.payload_id:
-                await self._published.drop(published.payload.payload_id)  # the node above has it
+                await self._published.drop(published.payload.payload_id)  # the node above has copied it
         return EvaluationsSummed(version=command.version, n_sites=sites_of(parts), n_samples=cases_of(parts))
 
     async def _sum(self, command: SumEvaluations, fit: Fit) -> tuple[list[EvaluationPart], tuple[bytes, ...]]:

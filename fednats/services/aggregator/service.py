@@ -243,7 +243,7 @@ class AggregatorService:
         await self._attendance.watch(self._region, "site", tuple(self._machine.roster.sites))
 
     async def _follow_settings(self, config: Path) -> None:
-        """Take over changes to the sites in the settings file. They are journalled, so a replay decides alike."""
+        """Apply changes to the sites in the settings file. They are journalled, so a replay decides the same."""
         async for now in changed_settings(self._log, config, self._settings):
             before, sites, registered = self._machine.roster.sites, now.sites, now.n_samples
             await self._tier.feed(Configured(sites=sites, regions=self._settings.regions, n_samples=registered))
@@ -288,7 +288,7 @@ class AggregatorService:
                 await self._tier.refuse(f"{stream}.{record.sequence}", record.subject, record.data, error)
 
     async def _hear(self, control: Control) -> None:
-        """Take in that the run is closed. An open run shows in its first version."""
+        """Take in a message that the run is open or closed. An opening needs no action: its manifests show it."""
         opening, current = control.opening, self._machine.current
         if current is not None and opening.opened_at < current.opening.opened_at:
             raise RefusedError(

@@ -30,8 +30,8 @@ class AggregatorWorker:
         ``announced`` is the id of the key that sites encrypt for.
 
         Raises:
-            RefusedError: ``policy``: the run is not encrypted, but this region has a key; ``wrong_key``: the key does not
-                fit ``delta``.
+            RefusedError: ``policy``: the run is not encrypted, but this region has a key; ``wrong_key``: the key does
+                not fit ``delta``.
         """
         public_key = held(self._keys, announced)
         if public_key is not None and delta.cipher == "none":
@@ -72,8 +72,8 @@ class AggregatorWorker:
     ) -> bytes:
         """Add the chunk at ``position`` of several contributions, each times its integer weight.
 
-        All must be encrypted for the same key, but of any epoch: adding uses only the key's parameters, which do not
-        change. ``carried`` is the total weight already in each contribution: 1 for an update. A combination always gets
+        All must be encrypted for the same key, of either epoch: adding uses only the key's parameters, which all epochs
+        share. ``carried`` is the total weight already in each contribution: 1 for an update. A combination always gets
         the same dither, so a sum that is made again after a crash is the same to the bit.
         """
         add = summer(fit.delta, held(self._keys, fit.key_id))

@@ -24,7 +24,7 @@ KEYFRAME_AFTER = 2.0
 """A keyframe is due when the differences since the last one exceed this many times its bytes."""
 
 LONGEST_CHAIN = 16
-"""Number of differences after which a keyframe is due, whatever their size. Twice as many are kept for slow sites."""
+"""Differences after which a keyframe is due, whatever their size; twice that number are kept for sites that lag."""
 
 FRAMES_SHARE = 0.5
 """Share of the largest message for the frames in a manifest; the rest is for parameters, grid and settings."""

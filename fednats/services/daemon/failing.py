@@ -12,7 +12,7 @@ RETRY_S = 30.0
 """First pause after a failed job, unless a newer version arrives sooner."""
 
 LONGEST_RETRY_S = 600.0
-"""Longest pause between retries of training that keeps failing: each costs a pass, but the cause may be fixed by then."""
+"""Longest pause between retries of training that keeps failing. Each costs a pass, but the cause may be gone."""
 
 LOOK_S = 1.0
 

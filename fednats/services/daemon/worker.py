@@ -61,7 +61,7 @@ class Worker(Generic[JobsT]):
         processes = list((self._pool._processes or {}).values())  # noqa: SLF001 - the pool offers no terminate before 3.14
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
-            process.kill()  # it leaves SIGTERM to its daemon
+            process.kill()  # the worker ignores SIGTERM
         for process in processes:
             await asyncio.to_thread(process.join)
 
@@ -128,6 +128,6 @@ def _end_with_parent() -> None:
 
 
 def _run(method: str, args: tuple[object, ...]) -> Any:
-    if not _made:  # made by the first job, so that its errors reach the caller
+    if not _made:  # the first job makes the object, so that errors reach the caller
         _made.append(_make[0]())
     return getattr(_made[0], method)(*args)

@@ -63,7 +63,7 @@ async def brought_up(
 
 
 async def gap_in(ledger: Path, outbox: Outbox, found: RestoredOutbox | None) -> LedgerEntry | None:
-    """Return the entry that records what ``ledger`` lacks after a restore from a backup; None if no entry is needed."""
+    """Return the entry that says what ``ledger`` lacks since a backup; None if it lacks nothing, or says so already."""
     newest = await asyncio.to_thread(outbox.newest_ledger_head)
     missing = await asyncio.to_thread(missing_heads, ledger, newest)
     if found is None and not missing:
@@ -105,7 +105,7 @@ async def _refuse_rival(bus: Bus, settings: SiteSettings, own: int, known: int, 
         await asyncio.sleep(_POLL_S)
         now = await presence()
         if now is None:
-            return  # it has expired
+            return  # the presence has expired
         if now.sequence != before.sequence:
             raise CopiedSiteError(
                 f"another process sends as {settings.site} now: the region knows its number {known}, the newest here is"

@@ -49,7 +49,7 @@ class Sender:
         self.evaluations: asyncio.Queue[tuple[Evaluation, tuple[bytes, ...]]] = asyncio.Queue()
         """Heads with their chunks. One that cannot be sent is dropped: the next version brings another."""
         self.figures: dict[str, Any] = {"updates": 0, "outbox": {}, "sent_bytes": 0}
-        """For ``/status``."""
+        """Shown in ``/status``."""
 
     async def begin(self) -> None:
         """Record that the daemon has started, and queue updates that wait from before. Raises LocalStorageError."""
@@ -81,7 +81,7 @@ class Sender:
 
     async def record_rest(self) -> None:
         """Record what was sent besides updates and evaluations since the last such record."""
-        if not self._sending.locked():  # an update waiting for the bus would hold this up
+        if not self._sending.locked():  # otherwise this would wait for an update that waits for the bus
             await self._record_rest()
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class Sender:
         head = self._identity.sign(subjects.head(self._prefix), update)
         if first:
             await self._bus.wait_connected()
-            # a bus that has lost its store keeps the chunk offered below: it must not vouch for the chunks before it
+            # a bus that has lost its store keeps the chunk offered below: that must not vouch for the chunks before it
             await asyncio.to_thread(self._outbox.note_sent_chunks, update.update_id, 0)
             async with self._recorder.sending(self._bus, await self._entry(update, first - 1)):
                 if await self._has(update.update_id, first - 1):

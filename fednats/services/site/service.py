@@ -230,7 +230,7 @@ class SiteService:
         self._start(self._machine.handle(protocol.ModelSeen(manifest.version)))
 
     def _hear(self, control: Control) -> None:
-        """Take in that the run is closed. An open run shows in its first version."""
+        """Take in a message that the run is open or closed. An opening needs no action: its manifests show it."""
         opening = control.opening
         if opening.opened_at < max(self._opened_at, self._closed_at):
             raise RefusedError(

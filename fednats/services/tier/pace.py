@@ -41,7 +41,7 @@ class Pace:
         self._earn(version)
         if self._left < 1:
             return False
-        self._left -= 1 + n_bytes // MESSAGE_BYTES  # the next ones wait until a large one is paid for
+        self._left -= 1 + n_bytes // MESSAGE_BYTES  # may go below zero: the next ones wait
         return True
 
     @property

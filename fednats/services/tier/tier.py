@@ -72,9 +72,9 @@ class Handled:
 
     event: Event
     at_s: float
-    """Since the epoch."""
+    """Seconds since the epoch."""
     elapsed_s: float
-    """Since the first event."""
+    """Seconds since the first event."""
     commands: list[Command]
     combination: Combination | None
     """The combination that the event completes, without quarantined parts; None for other events."""
