@@ -192,4 +192,5 @@ async def announced(now: Running) -> ModelManifest:
     async with Bus.connect(settings, user_name("site", "a")) as bus:
         stream = subjects.models_stream(now.servers.run, "north")
         record = await answered(lambda: bus.last(stream, subjects.head(subjects.model(now.servers.run))))
+    assert record is not None
     return wire.unpack(unsigned(record.data), ModelManifest)
