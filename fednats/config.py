@@ -31,7 +31,7 @@ from fednats.secret_file import check_closed
 ENVIRONMENT_PREFIX = "FEDNATS_"
 
 MIN_CHUNK_BYTES = 4096
-"""Bounds the number of a payload's chunks by its size."""
+"""Smallest chunk, so that a payload's size bounds the number of its chunks."""
 
 Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 """One token of a NATS subject; names that people choose are a `ChosenName`."""

@@ -106,7 +106,7 @@ class ImpossibleModelError(FednatsError):
 
 
 class UnknownCommandError(FednatsError):
-    """A machine issued a command that its daemon does not know. Nothing is lost: its events are journalled."""
+    """A machine issued a command that its daemon does not know. Nothing is lost: its cause is in the journal."""
 
     exit_code = CONFIG_EXIT
 

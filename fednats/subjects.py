@@ -45,7 +45,7 @@ def evaluation(run: str, region: str, site: str) -> str:
 
 
 def updates_stream(run: str, region: str, site: str) -> str:
-    """Stream of one site's updates and evaluations, in its region's private account. It limits no other site."""
+    """Stream of one site's updates and evaluations, in its region's private account: no site fills another's."""
     return f"fed_{run}_updates_{region}_{site}"
 
 
@@ -115,7 +115,7 @@ def compositions_stream(run: str, node: str) -> str:
     return f"fed_{run}_compositions_{node}"
 
 
-# --- one at a time ----------------------------------------------------------------------------------------------------
+# --- leases -----------------------------------------------------------------------------------------------------------
 
 
 def lease(prefix: str) -> str:
@@ -128,7 +128,7 @@ def holder(run: str, role: str, name: str) -> str:
     return f"fed.{run}.holder.{role}.{name}"
 
 
-# --- what was refused -------------------------------------------------------------------------------------------------
+# --- refused messages -------------------------------------------------------------------------------------------------
 
 
 def reject(run: str, node: str, sender: str, reason: str) -> str:
@@ -171,7 +171,7 @@ def run_answer(run: str) -> str:
     return f"fed.{run}.order.answer"
 
 
-# --- who is there -----------------------------------------------------------------------------------------------------
+# --- presence and state -----------------------------------------------------------------------------------------------
 
 
 def event(run: str, role: str, name: str) -> str:

@@ -100,7 +100,7 @@ class Terms:
     roster: Roster
     """Who may contribute; the goal ``all`` waits for everybody here."""
     present: frozenset[str]
-    """Which of them are there. A goal of *n* contributions is lowered to this number."""
+    """The sources that are present. A goal of *n* contributions is lowered to their number."""
     capacity: int | None
     """Largest total weight of one flush (what the fields of an encrypted sum hold); None for no bound."""
 
@@ -225,7 +225,7 @@ class Buffer:
         return len(self._terms.present - without) if without else len(self._terms.present)
 
     def _reached(self, group: Group, content: list[Contribution], without: AbstractSet[str]) -> bool:
-        """Whether ``content`` reaches the goal. Those who ask for more sites than ``group`` has do not hold it up."""
+        """Whether ``content`` reaches the goal. Sources asking for more sites than ``group`` has are not awaited."""
         if self._terms.goal == "all":
             return self._terms.roster.sources <= group.sources
         waiting = without | (group.sources - {contribution.source for contribution in content})

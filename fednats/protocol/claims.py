@@ -104,7 +104,7 @@ class Claims:
     def limits(self, claims: Sequence[Claim] = ()) -> dict[str, float]:
         """Return the bound on each source that is known or in ``claims``; infinity where there are no others.
 
-        What an unregistered source was believed beside others stays believed, so a neighbour with small claims takes
+        Once compared with others, an unregistered source keeps its usual mass: a neighbour with small claims takes
         nothing from it.
         """
         usual = self._usual(claims)

@@ -94,12 +94,12 @@ class Collector:
 
     @property
     def present(self) -> frozenset[str]:
-        """The sources that are there; the whole roster until the machine is told."""
+        """The sources that are present; the whole roster before the first `PresenceChanged`."""
         return self._roster.sources if self._present is None else self._roster.sources & self._present
 
     @property
     def short_of_sites(self) -> bool:
-        """Whether too few sites are there to make any sum."""
+        """Whether too few sites are present to make any sum."""
         return self._short
 
     def known(self, event: Event) -> list[Command] | None:
@@ -313,14 +313,14 @@ class Collector:
     def _ignore(self, _event: Event) -> list[Command]:
         return []
 
-    # --- parts of them ------------------------------------------------------------------------------------------------
+    # --- helpers of the transitions -----------------------------------------------------------------------------------
 
     def _is_new(self, event: VersionAnnounced, before: VersionAnnounced | None) -> bool:
         """Whether ``event`` begins or extends a run. The node may not have heard that the run before was closed."""
         return before is None or event.opening.opened_at > before.opening.opened_at
 
     def _begin(self, event: VersionAnnounced, before: VersionAnnounced | None) -> list[Command]:
-        """Go on with an extended run, or start another one without anything learned in the one before."""
+        """Continue an extended run, or start another one without anything learned in the one before."""
         commands: list[Command] = [] if before is None else self._give_up(event.opening.opened_at - 1)
         if self._buffer is None or before is None or event.opening.first_version != before.opening.first_version:
             self._buffer, self._flush = Buffer(self._terms(event)), None
@@ -351,7 +351,7 @@ class Collector:
         return max(self._closed.version, -1 if self.current is None else self.current.version)
 
     def _expect(self) -> list[Command]:
-        """Go on with the sources that are there; report once when they become too few."""
+        """Continue with the sources that are present; report once when they become too few."""
         commands = self.evaluations.expect(self._roster, self.present, self.current)
         if self.current is None:
             return commands

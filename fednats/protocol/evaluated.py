@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 COVERAGE_VERSIONS = 10
-"""The best version, or the first to reach the target, must cover the most hospitals among this many evaluations."""
+"""The best version, or the first to reach the target, covers the most hospitals of the last evaluations: this many."""
 
 ALIKE = 0.1
 """How far a number of test cases may be from the usual one, as a fraction of it."""

@@ -54,7 +54,7 @@ class EvaluationTally:
         self._registered: dict[str, int] = {}
 
     def expect(self, sources: AbstractSet[str], present: AbstractSet[str]) -> None:
-        """Continue with other sources, of which those in ``present`` are there."""
+        """Continue with other sources; ``present`` are those present now."""
         self._sources = frozenset(sources)
         self._present = frozenset(present)
 

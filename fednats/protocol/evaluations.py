@@ -39,7 +39,7 @@ class Evaluations:
         return tuple(self._summing.values())
 
     def expect(self, roster: Roster, present: frozenset[str], current: VersionAnnounced | None) -> list[Command]:
-        """Continue with another ``roster``, of which the sources in ``present`` are there."""
+        """Continue with another ``roster``; ``present`` are the sources present now."""
         self._roster = roster
         self._tally.expect(roster.sources, present)
         return [] if current is None else self._give_out(self._tally.complete(current.settings.min_sites))

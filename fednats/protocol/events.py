@@ -93,12 +93,12 @@ class EvaluationArrived(Event):
 
 
 class PresenceChanged(Event):
-    """The set of sources that are there has changed. Before the first of these events, the whole roster counts."""
+    """The set of present sources has changed. Before the first of these events the whole roster counts as present."""
 
     kind: ClassVar[str] = "presence_changed"
 
     present: tuple[str, ...]
-    """All sources that are there now."""
+    """All sources present now."""
 
 
 class DeadlineReached(Event):
@@ -297,7 +297,7 @@ class ReportWaiting:
 
     n_contributions: int
     n_present: int
-    """Sources that are there."""
+    """Sources present now."""
     min_sites: int
 
 

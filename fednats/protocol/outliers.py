@@ -74,7 +74,7 @@ class NormLimit:
     n: int
     """Number of norms it was derived from."""
     of: str
-    """Whose norms: the name of a region, or ``all regions``."""
+    """Source of the norms: the name of a region, or ``all regions``."""
 
 
 class NormHistory:

@@ -65,14 +65,14 @@ class _Record:
     since: int
     """Flush that the source was last in or first appeared at, moved forward by the flushes it was away for."""
     away: int | None = None
-    """Flush after which the source went away; None if it is there."""
+    """Flush after which the source went away; None while it is present."""
     flushes: float = 0.0
     contributions: float = 0.0
     freshness: float = 0.0
     mass: float = 0.0
 
     def back(self, flush: int) -> "_Record":
-        """Return the record of a source that is there again at ``flush``; the time away does not count."""
+        """Return the record of a source that is present again at ``flush``; the time away does not count."""
         return self if self.away is None else replace(self, since=self.since + flush - self.away, away=None)
 
     def then(self, flush: int, offers: Sequence[Offer]) -> "_Record":

@@ -131,8 +131,8 @@ class SiteState(Enum):
 class Site:
     """Choose the next job. A site trains once on the newest version, and again only while the bus is away.
 
-    ``last_trained`` is the version of the newest update in the site's outbox, -1 for none. A restart needs nothing
-    else.
+    ``last_trained`` is the newest version that was trained on (`Outbox.last_trained`), -1 for none. A restart needs
+    nothing else.
     """
 
     def __init__(self, last_trained: int = -1) -> None:

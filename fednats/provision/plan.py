@@ -137,7 +137,7 @@ class Plan(Settings):
         known = {site: self.n_samples[site] for site in sites if site in self.n_samples}
         for child in self.children_of(node):
             below = [site for region in (child, *self.below(child)) for site in self.region(region).sites]
-            if set(below) <= self.n_samples.keys():
+            if below and set(below) <= self.n_samples.keys():
                 known[child] = sum(self.n_samples[site] for site in below)
         return known
 

@@ -119,7 +119,7 @@ def read_or_drop(path: Path) -> TensorFile:
 
 
 def follow_frame(path: Path, frame: Frame, layout: Layout, made: TensorFile, keys: ModelKeys) -> None:
-    """Bring ``made`` to the version of ``frame``, whose chunks are at ``path``. For a difference it has the one before.
+    """Bring ``made`` to the version of ``frame``, whose chunks are at ``path``. A difference needs the one before.
 
     Raises:
         RefusedError: the frame is malformed, or not sealed with one of ``keys``.

@@ -114,7 +114,7 @@ class Outbox:
         self._refuse_deleted()
         self._database.rows("PRAGMA secure_delete = OFF")  # otherwise removing a chunk needs as much room as it frees
 
-    # --- after a backup was put back ----------------------------------------------------------------------------------
+    # --- after a backup was restored ----------------------------------------------------------------------------------
 
     def go_above(self, found: RestoredOutbox) -> None:
         """Continue numbering at ``found.first``, and give up waiting updates: they may have been sent since the backup.
@@ -133,7 +133,10 @@ class Outbox:
         return RestoredOutbox(*rows[0]) if rows else None
 
     def note_cost_nothing(self, first_version: int) -> None:
-        """Note that updates since the backup cost nothing if they are of the run that begins with ``first_version``."""
+        """Note that the run from ``first_version`` on adds no noise.
+
+        If the newest update in the restored outbox is of that run, the updates since the backup cost nothing.
+        """
         with self._database.transaction() as connection:
             connection.execute(
                 "UPDATE restored SET cost_nothing = 1 WHERE (SELECT MAX(base_version) FROM outgoing WHERE sequence <= own) >= ?",
@@ -264,7 +267,7 @@ class Outbox:
         return -1 if newest is None else int(newest)
 
     def release(self) -> None:
-        """Give up the update in the making: the one that it would have replaced is sent after all."""
+        """Give up the update in the making, so that the one it would have replaced is sent after all."""
         with self._database.transaction() as connection:
             connection.execute("UPDATE outgoing SET claimed = 0 WHERE claimed = 1")
 
@@ -348,7 +351,7 @@ class Outbox:
         """Close the file."""
         self._database.close()
 
-    # --- inside -------------------------------------------------------------------------------------------------------
+    # --- internals ----------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _sweep(connection: sqlite3.Connection, newest: int) -> None:

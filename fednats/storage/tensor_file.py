@@ -19,7 +19,7 @@ from fednats.messages import DIGEST_BYTES, MAX_COUNT, MAX_DIMENSIONS
 
 _VALUE_BYTES = 4
 _LENGTH = struct.Struct("<Q")
-_MAX_HEADER_BYTES = 8 * 2**20  # a manifest names the same tensors in as many bytes at most
+_MAX_HEADER_BYTES = 8 * 2**20  # the size limit of a manifest, which names the same tensors
 
 
 class TensorFile:

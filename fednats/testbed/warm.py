@@ -81,6 +81,7 @@ def _main(arguments: list[str], log: Path, environment: Mapping[str, str]) -> No
         os.dup2(output.fileno(), sys.stderr.fileno())
     os.environ.clear()
     os.environ.update(environment)
+    os.umask(0o077)  # as the daemon sets it before it starts its worker
     _fork_workers_from_here()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.argv = ["fednats", *arguments]

@@ -96,7 +96,7 @@ class Books:
 def verify(directory: Path) -> Books:
     """Verify the run in ``directory``, an output folder or the folder of the kits, while it runs or afterwards.
 
-    Receivers are read before senders, because senders journal a message before the receiver gets it.
+    Receivers are read before senders: whatever a receiver has, its sender has already written down.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -270,7 +270,7 @@ class _Audit:
         sent = [item.update_id for item in outbox if item.head and (item.is_sent or item.update_id in arrived)]
         self._note_sent(self._ledger.updates, sent, book, f"update {{}} of {site}")
 
-    # --- both ---------------------------------------------------------------------------------------------------------
+    # --- sums and updates ---------------------------------------------------------------------------------------------
 
     def _note_sent(self, counts: Counter[str], sent: list[str], receiver: Book, what: str) -> None:
         """Count the sent messages and those that did not arrive; ``what`` is a format for an id."""

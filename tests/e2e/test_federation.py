@@ -99,12 +99,12 @@ async def test_aggregators_stand_under_aggregators(make_federation: MakeFederati
         regions={"europe": {}, "north": {"parent": "europe"}, "south": {"parent": "europe"}},
         aggregation={"goal": "all"},
         delta={"tiers": 2},
-        stop={"max_versions": 3},
+        stop={"max_versions": 12},
     )
     async with running(federation, tmp_path / "out") as federation_running:
         statuses = await until(federation_running, closed)
         ledger = await balanced(tmp_path / "out")
-    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] == 4 * 3
+    assert ledger.accepted[APPLIED] == statuses["coordinator"]["n_updates"] == 4 * 12
     assert statuses["coordinator"]["refusals"] == {}
     history = statuses["coordinator"]["history"]
     assert history[-1]["metrics"]["auc"] > history[0]["metrics"]["auc"]

@@ -72,7 +72,8 @@ async def test_a_hospital_and_a_region_that_lie_about_numbers_stop_nobody(
                 await lies_about_mass(now, claim, notices)
                 await lies_about_test_cases(now, liar)
                 after = scales(now)[len(before) + 10 :]
-                assert statistics.median(after) > statistics.median(before) / 4, "the model's steps keep their length"
+                # A bounded claim may cost two thirds, and so may a smaller sum; a claim of 20 times that is believed costs 95 %.
+                assert statistics.median(after) > statistics.median(before) / 10, "the model's steps keep their length"
                 statuses = await end_after(now, 1)
                 lying.cancel()
         findings = (await settled(now.output)).findings

@@ -26,6 +26,7 @@ from fednats.verify.joined import APPLIED
 from tests.e2e.conftest import NORMED, MakeFederation
 from tests.e2e.ledgers import balanced
 from tests.e2e.until import Statuses, closed, end_after, reached, until, version_now
+from tests.support.connected_bus import until as answered
 
 LIMIT_S = 60
 
@@ -190,6 +191,6 @@ async def announced(now: Running) -> ModelManifest:
     settings = now.servers.site("north", "a")
     async with Bus.connect(settings, user_name("site", "a")) as bus:
         stream = subjects.models_stream(now.servers.run, "north")
-        record = await bus.last(stream, subjects.head(subjects.model(now.servers.run)))
+        record = await answered(lambda: bus.last(stream, subjects.head(subjects.model(now.servers.run))))
     assert record is not None
     return wire.unpack(unsigned(record.data), ModelManifest)

@@ -150,6 +150,27 @@ async def test_a_consumer_goes_on_after_its_server_was_killed_and_repeats_nothin
     assert (await private._connection.api(f"CONSUMER.CREATE.{UPDATES}.{DURABLE}", same_consumer()))["num_pending"] == 0
 
 
+async def test_the_newest_message_of_each_subject_stays_when_what_is_settled_is_dropped(
+    bus: ConnectedBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sender looks for its newest head there, although what was settled last is an evaluation."""
+    monkeypatch.setattr(consumer, "DROPPED_AT_ONCE", 1)
+    private, evaluation = bus.aggregators["north"], subjects.evaluation(RUN, "north", "a")
+    await send(bus, "u1", "u2")
+    await bus.sites["a"].publish(evaluation, b"e1", message_id="e1")
+    for n_new in (3, 0):
+        async with aclosing(private.consume(UPDATES, DURABLE, [HEAD, evaluation])) as deliveries:
+            for delivery in await take(deliveries, n_new):
+                await delivery.ack()
+            made = private._consumers[UPDATES]
+            await made._ensure()
+    for subject, data in ((HEAD, b"u2"), (evaluation, b"e1")):
+        newest = await private.last(UPDATES, subject)
+        assert newest is not None
+        assert newest.data == data
+    assert await stored(private, UPDATES) == 2
+
+
 def same_consumer() -> dict[str, object]:
     config = {"durable_name": DURABLE, "ack_policy": "explicit", "filter_subjects": HEADS, "max_ack_pending": 10_000}
     return {
