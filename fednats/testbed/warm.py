@@ -25,8 +25,8 @@ _PARENT = multiprocessing.get_context("forkserver")
 _PARENT.set_forkserver_preload(
     [
         "fednats.cli",
-        *(f"fednats.services.{role}" for role in ("site", "aggregator", "coordinator")),
-        *(f"fednats.services.{role}_worker" for role in ("site", "aggregator", "coordinator")),
+        *(f"fednats.services.{role}.service" for role in ("site", "aggregator", "coordinator")),
+        *(f"fednats.services.{role}.worker" for role in ("site", "aggregator", "coordinator")),
         "fednats.learning.tasks.breast_cancer",
         "torch._dynamo",  # the first optimiser loads it
     ]
