@@ -1,4 +1,4 @@
-"""What a service relies on: streams as specified, acknowledged and pipelined sending, deliveries that come again."""
+"""What services rely on: streams as specified, acknowledged and pipelined sending, repeated deliveries."""
 
 import asyncio
 import dataclasses
@@ -108,7 +108,7 @@ async def test_what_is_sent_twice_is_stored_once(bus: ConnectedBus) -> None:
 
 
 async def test_chunks_stored_twice_after_a_long_outage_read_as_one_and_are_purged_together(bus: ConnectedBus) -> None:
-    """A message id is remembered for an hour; what is sent again later is stored again."""
+    """The server remembers a message id for an hour; a chunk sent again later is stored again."""
     updates, private = streams.in_region(RUN, "north", ["a"], leaves=False)[1], bus.aggregators["north"]
     forgetful = dataclasses.replace(updates, limits=dataclasses.replace(updates.limits, duplicate_window_s=1))
     await private.ensure_stream(forgetful)
