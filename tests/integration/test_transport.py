@@ -153,7 +153,7 @@ async def test_a_consumer_goes_on_after_its_server_was_killed_and_repeats_nothin
 async def test_the_newest_message_of_each_subject_stays_when_what_is_settled_is_dropped(
     bus: ConnectedBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sender looks for its newest head there, although what was settled last is an evaluation."""
+    """A sender looks for its newest head there, even if the last message settled is an evaluation."""
     monkeypatch.setattr(consumer, "DROPPED_AT_ONCE", 1)
     private, evaluation = bus.aggregators["north"], subjects.evaluation(RUN, "north", "a")
     await send(bus, "u1", "u2")

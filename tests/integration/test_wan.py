@@ -88,7 +88,7 @@ async def send(wan: Wan, n_bytes: int) -> None:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    while not holds():  # noqa: ASYNC110 -- what is inside a link has no event to wait for
+    while not holds():  # noqa: ASYNC110 -- a link has no event to wait for
         await asyncio.sleep(0.002)
 
 
