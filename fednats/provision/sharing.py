@@ -54,7 +54,7 @@ class Grant:
         return cls(owner, user, "stream", subject)
 
 
-# --- what is shared ---------------------------------------------------------------------------------------------------
+# --- shares -----------------------------------------------------------------------------------------------------------
 
 
 def copying(owner: str, user: str, stream: str, api: str, deliver: str, api_there: str = "$JS.API") -> list[Grant]:
@@ -148,7 +148,7 @@ def down_to(child: str) -> str:
     return f"DOWN_{child}"
 
 
-# --- as text ----------------------------------------------------------------------------------------------------------
+# --- server configuration ---------------------------------------------------------------------------------------------
 
 
 def render(accounts: Iterable[BusAccount], shares: Iterable[Grant] = (), *, region: str = "") -> str:

@@ -115,7 +115,7 @@ class Consumer:
         """By subject, the number of its newest message that was delivered here."""
 
     async def run(self) -> AsyncGenerator[Delivery, None]:
-        """Yield deliveries for ever."""
+        """Yield deliveries without end."""
         subscription = await self.connection.subscribe(f"{self._inbox}.*", self._on_message)
         self.connection.wakers.add(self._restart)
         in_work = asyncio.create_task(self._keep_in_work(), name=f"in_work {self._durable}")

@@ -1,7 +1,8 @@
-"""Every user tries every subject and every request to JetStream that is not its own, as an attacker would.
+"""Every user tries every subject and every JetStream request that is not its own, as an attacker would.
 
-The federation's subjects, streams and requests are enumerated; what the matrix in bus/README.md (`fednats.permissions`)
-does not give to a user is sent and listened to with plain nats-py and its key, and has to be denied by the server.
+The tests enumerate the federation's subjects, streams and requests. With plain nats-py and a user's key, they publish
+and subscribe to all that the matrix in bus/README.md (`fednats.permissions`) does not allow the user. The server must
+deny each.
 """
 
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -101,7 +102,7 @@ NEVER: dict[str, tuple[str, ...]] = {
         "$JS.ACK.>",
     ),
 }
-"""Written by hand: what no user of a role may publish, whatever the matrix says."""
+"""Subjects that no user of a role may publish, whatever the matrix says; written by hand."""
 
 NEVER_ANYBODY = (
     "$JS.API.STREAM.DELETE.>",
@@ -132,7 +133,7 @@ def streams() -> list[str]:
 
 
 def own_subjects() -> list[str]:
-    """Every subject of the run that carries something, one of each kind for each participant."""
+    """Return the subjects of the run, one of each kind for each participant."""
     prefixes = [subjects.model(RUN), *(subjects.aggregate(RUN, node) for node in NODES)]
     prefixes += [subjects.update(RUN, region, site) for site, region in SITES.items()]
     found = [subject for p in prefixes for subject in (subjects.head(p), subjects.chunk(p, "id", 0))]
@@ -153,7 +154,7 @@ def own_subjects() -> list[str]:
 
 
 def published() -> list[str]:
-    """Every subject and every request to every JetStream."""
+    """Return all subjects, and all requests to every JetStream."""
     apis = ["$JS.API", permissions.UPLINK_API, *(f"$JS.{node}.API" for node in NODES)]
     found = own_subjects()
     for api, stream in product(apis, streams()):
@@ -173,7 +174,7 @@ def published() -> list[str]:
 
 
 def heard() -> list[str]:
-    """Every subject, and the wide nets that one would cast."""
+    """Return all subjects, and the wildcards that an attacker would try."""
     nets = [">", "*", "*.>", "fed.>", "fed.*.>", f"fed.{RUN}.>", f"fed.{RUN}.*.>", f"fed.{RUN}.update.>", "$JS.>"]
     nets += [
         "$JS.API.>",
@@ -194,7 +195,7 @@ def heard() -> list[str]:
 
 
 def covers(pattern: str, subject: str) -> bool:
-    """Whether everything that ``subject`` (possibly with wildcards) stands for is in ``pattern``."""
+    """Return whether ``pattern`` matches everything that ``subject``, possibly with wildcards, matches."""
     wanted = subject.split(".")
     for position, part in enumerate(pattern.split(".")):
         if part == ">":
@@ -211,7 +212,7 @@ def outside(allowed: Iterable[str], universe: Sequence[str]) -> set[str]:
 
 @dataclass
 class Denials:
-    """What the server says it denies, in its own words: ``... violation for publish to "subject"``."""
+    """The server's denials, in its own words: ``... violation for publish to "subject"``."""
 
     words: list[str] = field(default_factory=list)
 
@@ -225,7 +226,7 @@ class Denials:
 
 @dataclass(frozen=True)
 class Member:
-    """A bus user, with the server and the seed it connects with."""
+    """A bus user, with its server and its seed."""
 
     user: User
     settings: BusSettings
@@ -233,7 +234,7 @@ class Member:
 
 
 def members(bus: ConnectedBus) -> list[Member]:
-    """Everybody in the shipped accounts who may connect as a client."""
+    """Return all users in the kits' accounts who may connect as a client."""
     kits = bus.servers.kits
     plan, registry = provisioned(kits), Registry.read(kits.authority / "registry.toml", RUN)
     assert registry is not None
@@ -263,7 +264,7 @@ async def attacker(member: Member) -> AsyncIterator[tuple[Client, Denials]]:
 
 
 async def settled(client: Client) -> None:
-    """Return when the server has answered all that was sent; nats-py's first ping overtakes what it has not yet sent."""
+    """Return when the server has answered all messages; nats-py's first ping overtakes messages not yet sent."""
     await client.flush(timeout=30)
     await client.flush(timeout=30)
 
@@ -296,7 +297,7 @@ async def test_everything_that_is_not_a_users_own_is_denied(bus: ConnectedBus) -
             publish = {subject for subject in publish if not subject.startswith(own_api)}
             assert publish - denials.of("publish", publish) == set(), member.user.name
             assert subscribe - denials.of("subscription", subscribe) == set(), member.user.name
-        # The server's own domain is another name for its $JS.API, and in an account with streams denied under that name.
+        # The server's own domain is another name for its $JS.API; an account with streams gets denials under that name.
         asked = {subject for subject in publish if subject.startswith("$JS.API.")}
         async with attacker(member) as (client, denials):
             other = {own_api + subject.removeprefix("$JS.API."): subject for subject in asked}
@@ -308,7 +309,7 @@ async def test_everything_that_is_not_a_users_own_is_denied(bus: ConnectedBus) -
 
 
 async def test_a_users_own_is_not_denied(bus: ConnectedBus) -> None:
-    """The positive control: with the same key and the same words it is not the connection that is denied."""
+    """Positive control: with the same key and the same kind of request, the connection itself is not denied."""
     for member in members(bus):
         allowed = member.user.permissions
         own = set(heard()) - outside(allowed.subscribe, heard())
@@ -324,7 +325,7 @@ async def test_a_users_own_is_not_denied(bus: ConnectedBus) -> None:
 
 
 async def test_the_matrix_gives_nobody_what_must_never_be(bus: ConnectedBus) -> None:
-    """The matrix against a list by hand; the one before tests that the servers hold to the matrix."""
+    """Compare the matrix with a list written by hand; the tests above show that the servers enforce the matrix."""
     universe = published()
     for member in members(bus):
         role, _, node = member.user.name.partition(".")

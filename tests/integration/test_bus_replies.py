@@ -1,8 +1,8 @@
-"""Nobody has the server write into streams that are not his: by a reply subject, a consumer's target, a trace.
+"""No user can make the server write into others' streams, by a reply subject, a consumer's target or a trace.
 
-A server answers, delivers and traces with its own rights, wherever it is told to. Every user except the streams' owners
-sends, with plain nats-py, all that it may send, and names every stored subject and every request that empties or deletes a
-stream as the place to answer. Then every stored message must still be the newest of its subject.
+A server answers, delivers and traces with its own rights, to any subject it is given. With plain nats-py, every user
+except the streams' owners sends everything that it may send. As the place to answer, it names every stored subject and
+every request that empties or deletes a stream. Every stored message must then still be the newest of its subject.
 """
 
 import asyncio
@@ -34,12 +34,12 @@ PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
 PRESENCE, STATE = subjects.presence_bucket(RUN), subjects.state_bucket(RUN)
 MODEL = subjects.model(RUN)
 OWN_HEAD = b'{"keep": 0}'
-"""What an attacker's own message says: read as a request, to keep nothing."""
+"""Content of an attacker's own message; read as a purge request, it would keep nothing."""
 
 
 @dataclass
 class Stored:
-    """One message: where it is, and who may read it there."""
+    """One stored message: its place, and a bus that may read it there."""
 
     reader: Bus
     stream: str
@@ -47,7 +47,7 @@ class Stored:
     before: tuple[int, bytes] | None = None
 
     async def now(self) -> tuple[int, bytes] | None:
-        """The newest message; None if there is none, or no stream."""
+        """Return the newest message; None if there is no message or no stream."""
         try:
             record = await self.reader.last(self.stream, self.subject)
         except BusError:
@@ -71,12 +71,12 @@ class Seeded:
         self.stored.append(Stored(reader, stream, subject))
 
     async def note(self) -> None:
-        """Note what is newest now."""
+        """Note the newest message of each subject."""
         for kept in self.stored:
             kept.before = await kept.now()
 
     async def changed(self, own: Iterable[str]) -> list[str]:
-        """What is not as it was noted, but for the subjects ``own``."""
+        """Return the messages that differ from those noted, except on the subjects ``own``."""
         others = [kept for kept in self.stored if kept.subject not in own]
         assert others
         return [f"{kept.stream}: {kept.subject}: {now}" for kept in others if (now := await kept.now()) != kept.before]
@@ -133,9 +133,9 @@ async def seed_region(made: Seeded, region: RegionPlan) -> None:
 
 
 def targets(made: Seeded, own_streams: Container[str]) -> list[str]:
-    """Where answers are to go: every stored subject, and requests that would take what is stored away.
+    """Return the subjects to send answers to: every stored subject, and the requests that purge or delete a stream.
 
-    ``own_streams``: of the attacker's account. It may empty them, and does not, so that the tests stay independent.
+    ``own_streams`` are those of the attacker's account. It may purge them, but does not, to keep tests independent.
     """
     wanted = {kept.subject for kept in made.stored}
     for stream, verb in ((s, v) for s in {kept.stream for kept in made.stored} for v in ("PURGE", "DELETE")):
@@ -145,7 +145,7 @@ def targets(made: Seeded, own_streams: Container[str]) -> list[str]:
 
 
 def questions(made: Seeded, allowed: Iterable[str]) -> list[str]:
-    """What a user who may publish ``allowed`` can send to be answered; reading gets what is there."""
+    """Return the requests that a user may send who may publish ``allowed``; reads name a message that exists."""
     known: dict[str, str] = {}
     for kept in made.stored:
         known.setdefault(kept.stream, kept.subject)
@@ -154,11 +154,11 @@ def questions(made: Seeded, allowed: Iterable[str]) -> list[str]:
         stream = next((part for part in pattern.split(".") if part in known), "")
         subject = pattern.replace(f"{stream}.>", f"{stream}.{known[stream]}") if stream else pattern
         found.append(".".join({"*": "x", ">": "head"}.get(part, part) for part in subject.split(".")))
-    return [subject for subject in found if ".STREAM.PURGE." not in subject]  # its own streams, it may
+    return [subject for subject in found if ".STREAM.PURGE." not in subject]  # it may purge its own streams
 
 
 async def ask_everything(client: Client, asked: Sequence[str], where: Sequence[str]) -> None:
-    """Publish each of ``asked`` with each of ``where`` as the place to answer, to deliver, to trace."""
+    """Publish each of ``asked`` with each of ``where`` as the subject for answers, deliveries and traces."""
     for subject in asked:
         stream = subject.split("CONSUMER.CREATE.")[-1].split(".")[0]
         for target in where:
@@ -187,12 +187,12 @@ async def attack(
     await ask_everything(client, questions(made, allowed), targets(made, own_streams))
     with suppress(nats.errors.Error):
         await client.flush(timeout=10)
-    await asyncio.sleep(0.5)  # what the server does with the last of it
+    await asyncio.sleep(0.5)  # time for the server to handle the last requests
     return await made.changed(set(own))
 
 
 def attackers(made: Seeded) -> dict[str, tuple[Permissions, list[str]]]:
-    """Every kind of user, and what of the stored is its own to write."""
+    """Return every kind of user, with the stored subjects that it may write."""
     region = {
         kept.subject for kept in made.stored if ".north" in kept.stream + kept.subject or kept.stream.endswith("_north")
     }
@@ -221,13 +221,13 @@ async def test_no_answer_lands_in_somebody_elses_stream(seeded: Seeded, who: str
         {kept.stream for kept in seeded.stored if kept.subject in own} if role in {"uplink", "aggregator"} else set()
     )
     if role == "uplink":
-        streams.add(subjects.models_stream(RUN, node))  # what it copies from above, and its aggregator from there
+        streams.add(subjects.models_stream(RUN, node))  # copied from above, and by its aggregator from there
     async with prober(settings, who) as thief:
         assert await attack(seeded, thief.client, allowed.publish, own, streams) == []
 
 
 async def test_nor_does_what_comes_over_a_leaf_link(seeded: Seeded, tmp_path: Path) -> None:
-    """Whoever runs a region's server may send anything over its link, and the hub's permissions of the link are all there is."""
+    """The operator of a region's server may send anything over its link; only the hub's permissions hold there."""
     if not seeded.leaves:
         pytest.skip("there is no link")
     name, models = permissions.user_name("uplink", "south"), subjects.models_for_stream(RUN, "south")
@@ -242,7 +242,7 @@ async def test_nor_does_what_comes_over_a_leaf_link(seeded: Seeded, tmp_path: Pa
 
         await until(linked)
         assert await attack(seeded, thief.client, allowed.publish, own) == []
-    # Its own copy of the models it may have ruined. The others' are whole.
+    # It may have ruined its own copy of the models, but not those of others.
     await seeded.bus.coordinator.publish(subjects.control(RUN), b"next", "next")
 
     async def arrived() -> bool:

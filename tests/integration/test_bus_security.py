@@ -1,4 +1,4 @@
-"""Single updates stay in their region, whatever a user above it asks; a site is confined to its own subjects."""
+"""Single updates stay in their region, whatever a user above it requests; a site is confined to its own subjects."""
 
 import asyncio
 import contextlib
@@ -38,15 +38,15 @@ UPDATE = subjects.head(subjects.update(RUN, "north", "a"))
 UPDATES = subjects.updates_stream(RUN, "north", "a")
 AGGREGATES = subjects.aggregates_stream(RUN, "north")
 ANSWER_S = 0.3
-"""Within this a permitted request is answered here; a refused one is refused in far less."""
+"""Permitted requests are answered within this time here, and refused ones far sooner."""
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 with_leaves = pytest.mark.parametrize("bus", [True], indirect=True, ids=["leaves"], scope="module")
-"""For what is only so with leaves: without, the hub's operator has the aggregates anyway."""
+"""For tests that need leaves; without them, the hub's operator has the aggregates anyway."""
 
 
 def asked_of(api: str, stream: str, *, reads: bool = True) -> list[tuple[str, object]]:
-    """Every way there is to read a message or to change a stream through a JetStream API."""
+    """Return all requests that read a message or change a stream through a JetStream API."""
     consumer = {"ack_policy": "none", "deliver_policy": "all", "deliver_subject": "stolen.here"}
     pull = {"ack_policy": "none", "deliver_policy": "all", "durable_name": "thief"}
     reading: list[tuple[str, object]] = [
@@ -77,14 +77,14 @@ def asked_of(api: str, stream: str, *, reads: bool = True) -> list[tuple[str, ob
 
 
 def plan_of(region: RegionPlan, **changes: Any) -> Plan:
-    """A federation of one region, which does not encrypt."""
+    """Return the plan of an unencrypted federation of one region."""
     run = {"name": RUN, "delta": {"cipher": "none"}}
     raw = {"run": run, "regions": (region,), "task": {"path": "breast-cancer"}, **changes}
     return parse(raw, Plan, source="test")
 
 
 class Prober:
-    """A plain NATS client: what somebody with stolen credentials has."""
+    """A plain NATS client, as a thief of credentials would use."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -100,7 +100,7 @@ class Prober:
         await self.client.flush()
 
     async def ask(self, subject: str, body: object) -> dict[str, object] | bytes | None:
-        """Return JetStream's answer, the message that came, or None if there was no answer."""
+        """Return JetStream's answer, the message received, or None if there was no answer."""
         data = b"" if body is None else json.dumps(body).encode()
         try:
             message = await self.client.request(subject, data, timeout=ANSWER_S)
@@ -114,19 +114,19 @@ class Prober:
         return message.data
 
     async def harmless(self, subject: str, body: object) -> bool:
-        """Whether the request had no answer, or the answer that there is no such stream."""
+        """Return whether the request got no answer, an empty one, or the answer that something was not found."""
         answer = await self.ask(subject, body)
         return answer is None or (isinstance(answer, dict) and "not found" in str(answer.get("error"))) or answer == b""
 
     def seen(self) -> bool:
-        """Whether an update, or as much as a word about the stream of updates, ever reached it."""
+        """Return whether it received an update, or an answer that names the stream of updates."""
         return any(SECRET in data for data in self.heard + self.answers) or UPDATES.encode() in b"".join(self.answers)
 
 
 @contextlib.asynccontextmanager
 async def prober(settings: BusSettings, name: str) -> AsyncIterator[Prober]:
     async def ignore(_error: Exception) -> None:
-        """The server says what is denied; the tests look at what arrived."""
+        """Ignore the server's denials; the tests check what arrived."""
 
     inbox = permissions.inbox(name)
     async with plain_client(settings, inbox_prefix=inbox, error_cb=ignore, allow_reconnect=False) as client:
@@ -144,7 +144,7 @@ async def bus(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 async def send_another(bus: ConnectedBus, message_id: str) -> None:
-    """An update during the probe; returns when the region has it, which is the positive control of listening."""
+    """Publish an update during the probe, and assert that the region has it: the positive control of listening."""
     await bus.sites["a"].publish(UPDATE, SECRET, message_id=message_id)
     record = await bus.aggregators["north"].last(UPDATES, UPDATE)
     assert record is not None
@@ -189,7 +189,7 @@ async def test_another_sites_key_reads_no_update(bus: ConnectedBus) -> None:
 
 
 async def test_a_site_cannot_take_others_for_absent(bus: ConnectedBus) -> None:
-    """By the header that empties a stream; the bucket is one that an older release made."""
+    """A site tries the header that empties a stream, on a bucket that an older release made."""
     region, bucket, own = bus.aggregators["north"], streams.presence(RUN), subjects.presence_key("site", "b")
     stream = f"KV_{bucket.name}"
     config = (await region._connection.api(f"STREAM.INFO.{stream}"))["config"]
@@ -236,7 +236,7 @@ async def test_the_positive_control_can_purge_its_own_aggregates(bus: ConnectedB
 
 @with_leaves
 async def test_a_consumer_made_at_the_hub_cannot_be_turned_against_a_region(bus: ConnectedBus) -> None:
-    """A push consumer delivers where its maker says, with the server's rights: here to a region's JetStream."""
+    """A push consumer delivers to the subject its maker chose, with the server's rights: here a region's JetStream."""
     inbox = subjects.inbox_stream(RUN, HUB, "north")
     async with prober(bus.servers.coordinator(), permissions.user_name("coordinator", HUB)) as thief:
         for subject, _ in asked_of("$JS.north.API", AGGREGATES, reads=False):
@@ -271,7 +271,7 @@ def seed_in(link_conf: Path) -> str:
 async def test_a_rogue_leaf_with_the_links_key_reaches_no_other_regions_streams(
     bus: ConnectedBus, tmp_path: Path
 ) -> None:
-    """Somebody with the kit of south runs a server of his own, with a user who may do everything there."""
+    """An attacker with the kit of south runs his own server, with a user who may do everything there."""
     models = subjects.models_for_stream(RUN, "south")
     name = permissions.user_name("uplink", "south")
     async with rogue_leaf(bus, "south", tmp_path) as settings, prober(settings, name) as thief:
@@ -301,7 +301,7 @@ async def test_a_rogue_leaf_with_the_links_key_reaches_no_other_regions_streams(
 
 
 async def test_a_hub_that_allows_everything_still_cannot_change_a_region(tmp_path: Path) -> None:
-    """The hub's operator has dropped all limits; the region's own configuration holds."""
+    """The hub's operator has removed all limits; the region's own configuration still holds."""
     kits, ports = Kits(tmp_path), {node: Ports(3) for node in (HUB, "north")}
     at = {node: dict(zip(("port", "leaf_port", "monitor_port"), ports[node].numbers, strict=True)) for node in ports}
     plan = plan_of(RegionPlan("north", ("a", "b"), bus=LeafAddress(**at["north"])), bus=at[HUB])
@@ -334,7 +334,7 @@ async def test_a_hub_that_allows_everything_still_cannot_change_a_region(tmp_pat
         kept = await owner.last(AGGREGATES, head)
         assert kept is not None
 
-        # A push consumer delivers with the server's own rights: make it deliver to the region's JetStream.
+        # A push consumer delivers with the server's own rights, here to the region's JetStream.
         create = f"$JS.north.API.CONSUMER.CREATE.{AGGREGATES}"
         for api in ("$JS.API", "$JS.north.API"):
             target = {

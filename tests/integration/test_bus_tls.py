@@ -1,4 +1,4 @@
-"""Who is not who they say they are gets no word out of the bus, and is told none."""
+"""Clients and servers that cannot prove who they are get no message from the bus, and are sent none."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ from tests.support.connected_bus import until
 RUN = "run"
 PLAN = (RegionPlan("north", ("a", "b")), RegionPlan("south", ("c",)))
 QUIET_S = 0.5
-"""A server that says nothing for so long is waiting for a handshake."""
+"""A server that is silent for this long is waiting for a handshake."""
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -62,12 +62,12 @@ async def test_a_key_is_good_at_its_own_server_only(servers: BusServers) -> None
             async with Bus.connect(south.model_copy(update={"url": url}), "site.c"):
                 pass
     async with Bus.connect(south, "site.c") as own:
-        await asyncio.sleep(0)  # its tasks begin
+        await asyncio.sleep(0)  # lets its tasks begin
         assert own.connected
 
 
 async def test_without_tls_a_server_says_nothing(servers: BusServers) -> None:
-    """Not even its greeting, in which NATS tells version, name and the nonce to sign."""
+    """It does not even send its greeting, which has its version, its name and the nonce to sign."""
     for url in (servers.hub.url, servers.hub.leaf_url, servers.leaves["north"].url, servers.leaves["north"].leaf_url):
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
         with pytest.raises(TimeoutError):
@@ -80,7 +80,7 @@ async def test_without_tls_a_server_says_nothing(servers: BusServers) -> None:
 
 
 async def test_a_client_is_not_talked_out_of_tls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who stands between answers in the clear, in the words of a server that wants no TLS; nothing is signed for them."""
+    """A man in the middle answers in the clear, like a server without TLS; the client signs nothing for it."""
     monkeypatch.setattr(connection, "CONNECT_TIMEOUT_S", 2.0)
     received = b""
 
@@ -111,7 +111,7 @@ async def test_a_server_of_another_authority_is_refused(servers: BusServers, tmp
 
 
 async def test_a_server_under_another_name_is_refused(servers: BusServers) -> None:
-    """A region's server cannot pass for the hub: certificates are for names."""
+    """A region's server cannot pass for the hub, because certificates are for names."""
     settings = servers.site("north", "a")
     elsewhere = settings.model_copy(update={"url": settings.url.replace("127.0.0.1", "127.0.0.2")})
     forward = await asyncio.start_server(forwarding(port_of(settings.url)), "127.0.0.2", port_of(settings.url))

@@ -1,4 +1,4 @@
-"""Models go down and aggregates go up: over leaf links, without leaves, over three tiers, and after a link was away."""
+"""Models go down and aggregates go up: over leaf links, without leaves, over three tiers, and after an outage."""
 
 import asyncio
 from contextlib import aclosing
@@ -35,7 +35,7 @@ async def publish_model(bus: Bus, version: int) -> None:
 
 
 async def assert_model_arrives(bus: Bus, region: str, version: int) -> None:
-    """What a site does: follow the heads of its region's copy until the version is there, then read its payload."""
+    """Do as a site does: follow the heads of its region's copy until ``version`` arrives, then read its payload."""
     stream = subjects.models_stream(RUN, region)
     async with asyncio.timeout(30), aclosing(bus.follow(stream, [HEAD])) as heads:
         async for head in heads:
@@ -51,7 +51,7 @@ async def publish_aggregate(bus: Bus, region: str, number: int) -> None:
 
 
 async def assert_aggregates_arrive(bus: Bus, node: str, expected: set[str]) -> None:
-    """Assert that these, of one or more regions, come to ``node``, each from the stream of its region."""
+    """Assert that the ``expected`` aggregates, of any regions, reach ``node``, each from its region's stream."""
     for region in {name.partition("-")[0] for name in expected}:
         of_region = {name for name in expected if name.startswith(f"{region}-")}
         await assert_aggregates_of(region, bus, node, of_region)
@@ -65,7 +65,7 @@ async def assert_aggregates_of(region: str, bus: Bus, node: str, expected: set[s
     async with asyncio.timeout(30), aclosing(deliveries):
         async for delivery in deliveries:
             name = delivery.data.decode()
-            if name not in expected:  # a killed server forgot that it was acked, as a service would know
+            if name not in expected:  # a killed server forgot the ack; a service would know
                 await delivery.ack()
                 continue
             prefix = delivery.subject.removesuffix(".head")
@@ -163,14 +163,14 @@ async def test_the_leaf_link_shows_in_the_monitoring_and_interest_crosses_it(tmp
         await bus.uplinks["north"].serve("aggregator", "1.0.0", "", {}, status, lambda: {"buffered": 3})
 
         async def answered() -> bool:
-            # The first requests may come before the interest of the endpoint has crossed the link.
+            # The first requests may arrive before the endpoint's interest has crossed the link.
             return b'"buffered": 3' in await bus.observer.ask(status)
 
         await until(answered)
 
 
 async def test_a_region_that_joins_late_has_all_its_aggregates_copied(tmp_path: Path) -> None:
-    """JetStream would start from the time of the newest message that others have sent meanwhile."""
+    """By itself, JetStream would start at the time of the newest message from other regions."""
     plan = (RegionPlan("north"), RegionPlan("south"))
     async with (
         bus_servers(tmp_path, RUN, plan, leaves=False) as servers,

@@ -1,4 +1,4 @@
-"""A server that comes back without its store: streams are made anew, everybody who was listening goes on."""
+"""A server comes back without its store: streams are created again, and all listeners go on."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -30,7 +30,7 @@ PRESENCE_KEY = subjects.presence_key("aggregator", "north")
 
 
 async def say(bus: Bus, subject: str, name: str) -> None:
-    """Publish as a service does: again while nobody takes it, because the stream is not made anew yet."""
+    """Publish as a service does, again and again until the stream exists again."""
 
     async def said() -> bool:
         try:
@@ -49,7 +49,7 @@ async def heard(records: AsyncIterator[StoredMessage], name: str) -> None:
 
 
 async def consumed(bus: Bus, stream: str, subject: str, expected: set[str]) -> list[str]:
-    """Settle what comes until all that is expected came; return it in order."""
+    """Settle deliveries until all that are expected have come; return them in order."""
     arrived: list[str] = []
     async with asyncio.timeout(30), aclosing(bus.consume(stream, subjects.durable("x", stream), [subject])) as found:
         async for delivery in found:
@@ -142,7 +142,7 @@ async def test_a_region_that_lost_its_store_gets_the_models_again_and_goes_on(
             await heard(models, "m2")
             await say(bus.sites["a"], UPDATE, "u2")
             assert (await anext(updates)).data == b"u2"
-            await held.ack()  # of a message that is no more: it settles no other
+            await held.ack()  # its message is gone; it settles no other
         assert await consumed(private, UPDATES, UPDATE, {"u2"}) == ["u2"]
         await say(bus.uplinks["north"], AGGREGATE, "a2")
         assert await consumed(bus.coordinator, INBOX, AGGREGATE, {"a2"}) == ["a2"]

@@ -1,4 +1,4 @@
-"""One site floods its region with what it may send: the region's daemon, a process, goes on with the honest ones."""
+"""One site floods its region with all that it may send: the region's daemon goes on with the honest sites."""
 
 import asyncio
 import json
@@ -71,13 +71,13 @@ def manifest(version: int) -> ModelManifest:
 
 @dataclass
 class Region:
-    """A region's daemon, and those who send to it."""
+    """A region's daemon, and the sites that send to it."""
 
     bus: ConnectedBus
     daemons: Daemons
 
     async def status(self) -> dict[str, Any]:
-        """Return what it says on /status, which has to answer within 2 s, whatever happens."""
+        """Return its /status, which must answer within 2 s, whatever happens."""
         said = await self.daemons.statuses()
         assert "aggregator-north" in said, "/status does not answer"
         return dict(said["aggregator-north"])
@@ -109,7 +109,7 @@ class Region:
         await self.bus.sites[site].publish(head_of(site), data, name)
 
     async def accepted(self, site: str, number: int) -> None:
-        """Wait until the receipt of ``site`` says that its update is in a sum."""
+        """Wait until the receipt of ``site`` says that its update ``number`` is in a sum."""
 
         async def is_in() -> bool:
             stream, subject = subjects.receipts_stream(RUN, "north"), subjects.receipt(RUN, "north", site)
@@ -124,12 +124,12 @@ class Region:
         await until(is_in)
 
     async def events(self) -> list[Event]:
-        """Return what the daemon has journalled."""
+        """Return the events in the daemon's journal."""
         file = self.daemons["aggregator-north"].state_dir / "journal.sqlite"
         return [entry.event for entry in await asyncio.to_thread(read_journal, file)]
 
     async def journalled(self, site: str) -> int:
-        """Count what the daemon has journalled of a site."""
+        """Count the messages of a site that the daemon has journalled."""
         events = await self.events()
         of_site = [
             event
@@ -144,7 +144,7 @@ class Region:
         return len(of_site)
 
     async def rejected(self, sender: str, reason: str) -> int:
-        """Count what is kept of a sender's rejects of a kind."""
+        """Count the stored rejects of one sender for one reason."""
         stream = subjects.rejects_stream(RUN, "north")
         async with plain(self.bus, "observer", "north") as observer:
             question = json.dumps({"subjects_filter": subjects.reject(RUN, "north", sender, reason)}).encode()
@@ -152,7 +152,7 @@ class Region:
         return sum((json.loads(info.data)["state"].get("subjects") or {}).values())
 
     async def pending(self, site: str) -> int:
-        """Count what of a site's is not handed out yet, as the region's operator sees it."""
+        """Count a site's messages that are not delivered yet, as the region's operator sees them."""
         stream = subjects.updates_stream(RUN, "north", site)
         async with plain(self.bus, "observer", "north") as observer:
             subject = f"$JS.API.CONSUMER.INFO.{stream}.{subjects.durable('north', stream)}"
@@ -166,7 +166,7 @@ def head_of(site: str) -> str:
 
 @asynccontextmanager
 async def plain(bus: ConnectedBus, role: str, node: str) -> AsyncIterator[Client]:
-    """Connect with plain nats-py and somebody's key."""
+    """Connect with plain nats-py and the key of any user."""
     settings = bus.servers.user(role, node) if role == "observer" else bus.servers.site("north", node)
     async with plain_client(settings, inbox_prefix=inbox(f"{role}.{node}")) as client:
         yield client
@@ -190,7 +190,7 @@ async def region(tmp_path: Path) -> AsyncIterator[Region]:
 
 
 async def test_honest_sites_go_on_while_one_floods_with_valid_heads(region: Region) -> None:
-    """3,000 of them, whose last chunk is missing: each would spoil a sum when most of it is made."""
+    """The 3,000 heads lack their last chunk, so each would spoil a sum when most of it is made."""
     prefix = subjects.update(RUN, "north", LIAR)
     async with plain(region.bus, "site", LIAR) as liar:
         for number in range(1, N_FLOOD + 1):
@@ -206,7 +206,7 @@ async def test_honest_sites_go_on_while_one_floods_with_valid_heads(region: Regi
     await until(is_taken_in)
     for number in range(1, 7):
         await asyncio.gather(*(region.send(site, number) for site in HONEST))
-        if number > 1:  # the newest may have come when only the liar was there
+        if number > 1:  # the newest may have arrived when only the liar's updates were there
             await asyncio.gather(*(region.accepted(site, number - 1) for site in HONEST))
         await region.status()
     status = await region.status()
@@ -218,7 +218,7 @@ async def test_honest_sites_go_on_while_one_floods_with_valid_heads(region: Regi
 
 
 async def test_heads_that_name_one_payload_are_refused_but_for_its_own(region: Region) -> None:
-    """A payload that is sent once would be read and added once for each of them."""
+    """Otherwise a payload sent once would be read and added once for each head."""
     await asyncio.gather(region.send("a", 1), region.send(LIAR, 1))
     for number in range(2, 20):
         await region.bus.sites[LIAR].publish(head_of(LIAR), region.update(LIAR, number, f"{LIAR}-1"), f"again-{number}")
@@ -232,7 +232,7 @@ async def test_heads_that_name_one_payload_are_refused_but_for_its_own(region: R
 
 
 async def test_garbage_of_one_site_drives_out_nobodys_evidence_and_is_taken_in_at_its_pace(region: Region) -> None:
-    """Evidence of a forgery in the name of an honest site is there before, and stays."""
+    """The evidence of an earlier forgery in an honest site's name stays."""
     forged = region.update(LIAR, 1, "x")
     await region.bus.sites["b"].publish(head_of("b"), forged, "forged")
     await until(lambda: region.rejected("b", "signature"))
@@ -256,7 +256,7 @@ async def test_garbage_of_one_site_drives_out_nobodys_evidence_and_is_taken_in_a
 
 
 async def test_chunks_that_no_head_names_fill_their_senders_quota_alone(region: Region) -> None:
-    """The quota is made small, as 8 GiB would take their time."""
+    """The quota is small here, as 8 GiB would take too long."""
     stream = streams.updates(RUN, "north", LIAR)
     small = replace(stream, limits=replace(stream.limits, max_bytes=10 * len(CHUNKS[0])))
     await region.bus.aggregators["north"].ensure_stream(small)

@@ -1,4 +1,4 @@
-"""Contributions over a real server: read by subject, settled however often they came, refused once and for all."""
+"""Contributions over a real server: read by subject, settled however often they are delivered, refused for good."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -67,7 +67,7 @@ async def send(bus: ConnectedBus, head: Update, *, chunks: tuple[bytes, ...] = C
 
 
 async def is_sent(bus: ConnectedBus, head: Update) -> bool:
-    """Send, as far as the stream is there."""
+    """Send a contribution; return whether the stream was there."""
     try:
         await send(bus, head)
     except BusError:
@@ -82,12 +82,12 @@ async def announce(bus: ConnectedBus, message: Message | bytes, message_id: str)
 
 
 async def take(inbox: Inbox, count: int = 1) -> list[Arrived]:
-    """Open the next deliveries; those that are not settled stay so."""
+    """Open the next ``count`` deliveries, and leave them unsettled."""
     return [inbox.open(delivery) for delivery in await deliver(inbox, count)]
 
 
 async def deliver(inbox: Inbox, count: int) -> list[Delivery]:
-    """Have a consumer hand out so many deliveries; it goes on until the test ends, as a daemon's does."""
+    """Return ``count`` deliveries of a consumer, which goes on until the test ends, like a daemon's."""
     consuming = inbox.bus.consume(STREAM, DURABLE, HEADS)
     _kept.append(consuming)
     async with asyncio.timeout(30):
@@ -115,7 +115,7 @@ async def figures(bus: ConnectedBus) -> dict[str, Any]:
 
 
 async def kept(bus: ConnectedBus, sender: str, reason: Reason) -> Reject:
-    """Read the newest reject of a kind as the region's operator does."""
+    """Read the newest reject of one sender for one reason, as the region's operator does."""
     async with Bus.connect(bus.servers.observer("north"), "observer.north") as observer:
         record = await observer.last(REJECTS, subjects.reject(RUN, "north", sender, reason.value))
     assert record is not None
@@ -123,7 +123,7 @@ async def kept(bus: ConnectedBus, sender: str, reason: Reason) -> Reject:
 
 
 async def test_chunks_are_read_without_a_delivery(bus: ConnectedBus, inbox: Inbox) -> None:
-    """After a restart it matters not when, or whether, the contribution is delivered again."""
+    """After a restart, it does not matter when, or whether, a contribution is delivered again."""
     head = head_of("u1")
     await send(bus, head)
     assert await read(inbox, head) == list(CHUNKS)
@@ -160,7 +160,7 @@ async def test_what_a_lost_store_had_is_not_refused(bus: ConnectedBus, inbox: In
     assert isinstance(arrived, ContributionArrived)
     await bus.servers.hub.kill()
     await bus.servers.hub.wipe()
-    await bus.servers.hub.start()  # the streams are made again by whoever is connected
+    await bus.servers.hub.start()  # the connected services create the streams again
     with pytest.raises(VanishedError, match="u1"):
         await read(inbox, head)
     await until(lambda: is_sent(bus, head_of("u2")))
@@ -180,7 +180,7 @@ async def test_every_delivery_of_a_contribution_is_settled(bus: ConnectedBus, in
     await inbox.settle("u1")
     assert (await figures(bus))["num_ack_pending"] == 0
     assert await bus.aggregators["north"].last(STREAM, subjects.chunk(PREFIX, "u1", 0)) is None
-    await inbox.settle("u1")  # and there is nothing left to settle
+    await inbox.settle("u1")  # nothing is left to settle
     await inbox.settle("never heard of")
 
 

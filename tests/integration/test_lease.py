@@ -1,4 +1,4 @@
-"""One daemon at a time: leases over a real server, between processes that all have the name and the key of one."""
+"""One daemon at a time: leases over a real server, between processes with the same name and key."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,13 +31,13 @@ pytestmark = pytest.mark.usefixtures("impatient")
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A newcomer gives up waiting soon, and a holder looks often: with the same order of the times."""
+    """Shorten the times of leases, in the same order, so that a newcomer soon takes over and a holder looks often."""
     for name, seconds in {"PATIENCE_S": 1.0, "FRESH_S": 0.6, "LOOK_S": 0.1, "ANSWER_S": 0.5}.items():
         monkeypatch.setattr(lease, name, seconds)
 
 
 class Process:
-    """One that may act for the coordinator, with a state folder of its own."""
+    """A process with the coordinator's name and key, and its own state folder."""
 
     def __init__(self, bus: Bus, servers: BusServers, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -63,7 +63,7 @@ Start = Callable[[str], Awaitable[Process]]
 
 @asynccontextmanager
 async def hub(folder: Path) -> AsyncIterator[tuple[BusServers, Start]]:
-    """Return the servers, and what starts a process on the state folder of a name; all end together."""
+    """Yield the servers, and a function that starts a process on the state folder of a name; all end together."""
     async with bus_servers(folder, RUN, (RegionPlan("north", ("a", "b")),), leaves=False) as servers:
         ending: list[asyncio.Task[None]] = []
 
@@ -121,7 +121,7 @@ async def test_who_was_silent_is_replaced_and_can_store_nothing_more(
         monkeypatch.setattr(silent.lease, "_answer", lambda _question: None)
         await silent.take()
         copy = await (await start("copy")).take()
-        with pytest.raises(FencedError):  # the server's word, whatever the process thinks
+        with pytest.raises(FencedError):  # the server refuses, whatever the process thinks
             await silent.bus.publish(HEAD, b"late", "late", fence=silent.lease._fence)
         with pytest.raises(RivalError, match="another coordinator has taken over: host"):
             await silent.publish("late")
@@ -147,7 +147,7 @@ async def test_nothing_is_settled_on_a_lease_that_was_not_looked_at_of_late(
 
 
 async def until_replaced(first: Process, copy: Process) -> None:
-    """Let ``copy`` take over as if it had asked in vain."""
+    """Let ``copy`` take over as if the holder had not answered."""
     seen = await first.lease._newest()
     copy.lease._place = first.lease._place
     assert await copy.lease._write(seen, 2)

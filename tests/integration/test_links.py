@@ -1,4 +1,4 @@
-"""Links of real servers: slow, cut, restored, by hand and from another process."""
+"""Links of real servers are slow, cut and restored, directly and from another process."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -37,7 +37,7 @@ async def assert_arrives(bus: ConnectedBus, version: int) -> None:
 
 
 async def test_a_region_stays_on_its_link_over_cuts_and_catches_up(tmp_path: Path) -> None:
-    """The server above tells its own address, which a leaf must not use: it would go around the link."""
+    """A leaf must not use the address that the server above tells it, which would bypass the link."""
     async with connected_bus(tmp_path, RUN, PLAN, links={"region-north": WanSettings()}) as bus:
         link = bus.servers.links["region-north"]
         await publish(bus, 1)
@@ -65,7 +65,7 @@ async def test_a_leaf_link_s_delay_is_on_the_way(tmp_path: Path) -> None:
 
 
 async def assert_cut_is_felt(link: Wan, client: Bus, role: str, name: str, domain: str | None = None) -> None:
-    """A request over a cut link has no answer until the link is restored; then the connection is made anew."""
+    """Assert that a request over a cut link has no answer until the link is restored and the client reconnects."""
 
     async def put() -> bool:
         try:

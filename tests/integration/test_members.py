@@ -1,4 +1,4 @@
-"""Who joins and who is revoked while everything runs: kits made anew, a server that reloads, nothing started again."""
+"""Sites join and are revoked during a run: new kits and a reloaded server, without a restart of any daemon."""
 
 import asyncio
 import subprocess
@@ -37,7 +37,7 @@ DAY_S = 86400
 
 
 async def provision_again(servers: BusServers, sites: tuple[str, ...], **changes: tuple[str, ...]) -> None:
-    """Do as an operator does: provision, hand out, reload the region's server."""
+    """Do as an operator does: provision, hand out the kits, reload the region's server."""
     plan = provisioned(servers.kits)
     regions = tuple(replace(region, sites=sites) for region in plan.regions)
     await asyncio.to_thread(
@@ -47,7 +47,7 @@ async def provision_again(servers: BusServers, sites: tuple[str, ...], **changes
         **changes,  # type: ignore[arg-type]
     )
     command = [nats_server.binary(), "--signal", "reload=server.pid"]
-    for _ in range(2):  # as bus/README.md says
+    for _ in range(2):  # twice, as in bus/README.md
         before = reloads(servers)
         await asyncio.to_thread(subprocess.run, command, cwd=servers.kits.server(REGION), check=True)
         await until(lambda before=before: reloaded(servers, before))  # type: ignore[misc]
@@ -63,7 +63,7 @@ async def reloaded(servers: BusServers, before: int) -> bool:
 
 @asynccontextmanager
 async def aggregating(servers: BusServers, state_dir: Path) -> AsyncIterator[Daemon]:
-    """Run the aggregator's daemon on the settings file of its kit, as the command line does."""
+    """Run the aggregator's daemon with the settings file in its kit, as the command line does."""
     config = servers.kits.region(REGION) / "aggregator.toml"
     settings = load(config, AggregatorSettings, {"FEDNATS_STATE_DIR": str(state_dir), "FEDNATS_WEB__PORT": "0"})
     await asyncio.to_thread(state_dir.mkdir)
@@ -102,7 +102,7 @@ async def test_a_hospital_joins_without_a_restart_and_one_that_is_revoked_is_tol
             await until(is_there)
 
             async def is_heard() -> bool:
-                """Whether its stream was made, and what is in it is taken in: no signature, so it is refused."""
+                """Return whether its stream exists and is read: an unsigned message in it is refused."""
                 with suppress(BusError):
                     await site.publish(subjects.head(subjects.update(RUN, REGION, "c")), b"unsigned", "m")
                 return b'fednats_refused_total{reason="signature"} 1.0' in daemon.metrics.text()
@@ -125,7 +125,7 @@ async def test_a_hospital_joins_without_a_restart_and_one_that_is_revoked_is_tol
 
             await until(asks_seldom)
             await until(lambda: of_sites("a", "b"))
-            await provision_again(servers, ("a", "b", "c"), add_sites=("c",))  # under a new key: of the old one
+            await provision_again(servers, ("a", "b", "c"), add_sites=("c",))  # the old key stays refused
             assert site.refusal is not None
         await until(lambda: of_sites("a", "b", "c"))
     journal = Journal(tmp_path / "state" / "journal.sqlite")

@@ -1,6 +1,6 @@
-"""Every monitoring command in the documents, with the key that the document says, against real servers and services.
+"""Run every monitoring command in the documents, with the key named there, against real servers and services.
 
-What is sent is what the `nats` CLI sends; where that is on the PATH, it is run as well.
+The tests send what the `nats` CLI sends. If the CLI is on the PATH, they run it as well.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @dataclass
 class Watched:
-    """A federation that runs, and an observer of each node, connected as the CLI connects."""
+    """A running federation, and an observer of each node, connected as the CLI connects."""
 
     servers: BusServers
     coordinator: Daemon
@@ -121,7 +121,7 @@ async def watched(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Wat
             await asyncio.gather(*living)
 
 
-# --- what the CLI sends -----------------------------------------------------------------------------------------------
+# --- requests of the CLI ----------------------------------------------------------------------------------------------
 
 Sends = Callable[[Watched, str, tuple[str, ...]], Awaitable[None]]
 
@@ -275,7 +275,7 @@ async def test_every_documented_command_of_the_cli_is_answered_with_the_observer
 
 
 def run_cli(watched: Watched, command: str, node: str, home: Path) -> None:
-    """Run the real command in the kit, where there is one."""
+    """Run the real command in the kit, if the CLI is installed."""
     if CLI is not None:
         kit, environment = watched.servers.kits.server(node), {"HOME": str(home), "XDG_CONFIG_HOME": str(home)}
         subprocess.run([CLI, *shlex.split(command)[1:]], cwd=kit, env=environment, timeout=30, check=True)
@@ -288,7 +288,7 @@ async def test_every_documented_address_answers_and_signals_reach_the_server_of_
     paths = {re.sub(r".*http://127\.0\.0\.1:\d+", "", line) for line in text if line.startswith("curl")}
     assert paths == {"/leafz", "/healthz", "/readyz"}
     async with aiohttp.ClientSession() as session:
-        for path in sorted(paths - {"/readyz"}):  # of the services: tests/integration/test_web.py
+        for path in sorted(paths - {"/readyz"}):  # the services': tests/integration/test_web.py
             for server in (watched.servers.hub, watched.servers.leaves[REGION]):
                 async with session.get(server.monitor_url + path) as response:
                     assert response.status == 200
@@ -351,7 +351,7 @@ async def test_who_is_missing_is_named_on_the_spot_and_not_above(watched: Watche
 
 
 async def test_an_observer_makes_no_consumer_not_even_to_list_a_bucket(watched: Watched) -> None:
-    """One that may could have messages put under any subject of the account: ``deliver_subject`` is not checked."""
+    """Otherwise it could deliver messages to any subject of the account, since ``deliver_subject`` is not checked."""
     bucket = subjects.presence_bucket(RUN)
     body = {"stream_name": f"KV_{bucket}", "config": {"deliver_subject": f"fed.{RUN}.control", "ack_policy": "none"}}
     with pytest.raises(nats.errors.TimeoutError):

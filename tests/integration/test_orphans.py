@@ -1,4 +1,4 @@
-"""Chunks without a head fill a site's stream, on a real bus: they are dropped, and its next update is taken."""
+"""Chunks without a head fill a site's stream: they are dropped, and the site's next update is stored."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ LOG = structlog.get_logger()
 async def test_a_site_whose_stream_is_full_of_what_it_has_left_sends_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quota is made small and the hour short, as is the time for which the server remembers message ids."""
+    """The quota is small here, and both the hour and the duplicate window are short."""
     monkeypatch.setattr(orphans, "ORPHANED_AFTER_S", 1.5)
     monkeypatch.setattr(intake, "WEIGHED_EVERY_S", 0.1)
     spec = streams.updates(RUN, "north", "a")
@@ -58,7 +58,7 @@ async def test_a_site_whose_stream_is_full_of_what_it_has_left_sends_again(
                 return (await region.usage(spec.name)).share < 0.1
 
             await until(has_room)
-            daemon.sources["site"] = {"present": [], "waiting": [], "absent": ["a"]}  # of a short hour one is enough
+            daemon.sources["site"] = {"present": [], "waiting": [], "absent": ["a"]}  # one short hour is enough
             assert not await site.has_chunk(PREFIX, "left", 7, CHUNKS[7]), "whoever goes on sends all of it again"
             await site.publish_payload(PREFIX, "next", CHUNKS)
             await site.publish(subjects.head(PREFIX), b"next", "head")

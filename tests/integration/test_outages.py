@@ -1,4 +1,4 @@
-"""Links that are cut, that vanish without a word, and that come and go: noticed soon, and gone on with in seconds."""
+"""Links are cut, vanish silently, or come and go: services notice soon, and go on within seconds."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ async def arrives(bus: Bus, stream: str, prefix: str, payload_id: str, within_s:
 
 
 async def both_ways(bus: ConnectedBus, payload_id: str, within_s: float) -> None:
-    """A model published now arrives at the site, and an aggregate at the hub, within so long."""
+    """Assert that a model published now reaches the site, and an aggregate the hub, within ``within_s``."""
     await sent(bus.coordinator, MODEL, payload_id)
     await sent(bus.uplinks["north"], AGGREGATE, payload_id)
     async with asyncio.TaskGroup() as group:
@@ -113,7 +113,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_connection_that_vanished_without_a_word_is_noticed_while_sending_and_gone_on_with(
     tmp_path: Path,
 ) -> None:
-    """What is unsent when the link dies would hold back an orderly close for a quarter of an hour."""
+    """Data that is unsent when the link dies would delay an orderly close by a quarter of an hour."""
     chunks = [os.urandom(2**18) for _ in range(40)]
     wan = WanSettings(delay_ms=20, mbit=40)
     async with connected_bus(tmp_path, RUN, PLAN, leaves=False, links={"site-a": wan}) as bus:
@@ -142,7 +142,7 @@ async def test_a_connection_that_vanished_without_a_word_is_noticed_while_sendin
 
 
 async def test_a_dead_link_with_a_full_buffer_is_left_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nats-py loses a cancellation while it waits for room in its buffer, and a close waits until the link has taken it."""
+    """nats-py loses a cancellation while it waits for room in its buffer, and its close waits for a dead link."""
     monkeypatch.setattr(connection, "CLOSE_TIMEOUT_S", 1.0)
     async with connected_bus(tmp_path, RUN, PLAN, leaves=False, links={"site-a": WanSettings()}) as bus:
         link, settings = bus.servers.links["site-a"], bus.servers.site("north", "a")

@@ -1,4 +1,4 @@
-"""An outbox on a disk of its own that is too small for an update."""
+"""An outbox on its own disk, which is too small for an update."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.small_disk import small_disk
 
 DISK_BYTES = 8 * 2**20
 N_VALUES = 40_000
-"""Of a chunk; with their residual it takes 400 kB."""
+"""Values in a chunk; with its residual, the chunk takes 400 kB."""
 
 
 @pytest.fixture

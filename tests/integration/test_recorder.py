@@ -1,4 +1,4 @@
-"""What leaves over a real connection and what is on record agree to the byte."""
+"""The bytes that leave over a real connection and those on record are exactly the same."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -61,7 +61,7 @@ async def test_all_bytes_are_on_record(bus: ConnectedBus, recorder: Recorder, tm
     async with recorder.sending(site, ENTRY):
         assert records(tmp_path)[-1].digest == ENTRY.digest, "it is on record before it leaves"
         await site.publish_payload(PREFIX, "u1", CHUNKS)
-        await presence(bus)  # what is sent meanwhile by others is not taken for it
+        await presence(bus)  # other messages meanwhile are not counted as part of it
         await site.publish(HEAD, bus.servers.identity("site", "a").sign(HEAD, UPDATE), "u1")
     await presence(bus)
     await recorder.sum_up(site)
@@ -81,7 +81,7 @@ async def send_half(recorder: Recorder, site: Bus) -> None:
 
 
 async def test_an_attempt_that_failed_hides_nothing(bus: ConnectedBus, recorder: Recorder, tmp_path: Path) -> None:
-    """More is on record than has left; what leaves afterwards is on record nevertheless."""
+    """More is on record than has left, yet later messages are still recorded."""
     site = bus.sites["a"]
     for _ in range(2):
         with pytest.raises(InterruptedError):

@@ -1,4 +1,4 @@
-"""Servers that take less than the run needs: what they take is compared with it, named, and costs nobody a link."""
+"""Servers with smaller limits than the run needs: the limit is noticed and named, and no link breaks."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ RUN = "run"
 CHUNK_BYTES = 256 * 1024
 SMALL_BYTES, USUAL_BYTES = 65536, 1048576
 N_PULSES = 14
-"""That a link carries, four a second, after what would have broken it: it would break again every 2.5 s."""
+"""Pulses, four a second, that must cross the link after a message too large for it; else it breaks every 2.5 s."""
 
 
 def replace_in(config: Path, old: str, new: str) -> None:
@@ -46,7 +46,7 @@ async def restarted_with(server: NatsServer, config: Path, old: str, new: str) -
 
 @asynccontextmanager
 async def aggregating(servers: BusServers, state_dir: Path) -> AsyncIterator[Daemon]:
-    """Run the real daemon of the region, in this process."""
+    """Run the region's real daemon in this process."""
     settings = servers.aggregator_settings("north").model_copy(update={"state_dir": state_dir})
     await asyncio.to_thread(state_dir.mkdir)
     daemon = Daemon("aggregator", "north", RUN, structlog.get_logger())

@@ -1,4 +1,4 @@
-"""Forged, altered and replayed messages over a real server, by whoever has a bus user's key or runs the bus."""
+"""Forged, altered and replayed messages over a real server, by a bus user or by the operator of the bus."""
 
 import asyncio
 import os
@@ -58,13 +58,13 @@ async def bus(tmp_path: Path) -> AsyncIterator[ConnectedBus]:
 
 @dataclass
 class Receiver:
-    """A region or the hub, taking contributions in as its daemon does."""
+    """A region or the hub, which takes in contributions as its daemon does."""
 
     tier: Tier
     machine: Collector
 
     async def refused(self, reason: str, count: int) -> None:
-        """Wait until so many were refused for that reason, and assert that nothing was for another."""
+        """Wait until ``count`` were refused for ``reason``, and assert that none was for another."""
 
         async def all_there() -> bool:
             return self.tier.refusals.get(reason, 0) >= count
@@ -73,7 +73,7 @@ class Receiver:
         assert self.tier.refusals == {reason: count}
 
     async def buffered(self, count: int) -> None:
-        """Wait until so many contributions count."""
+        """Wait until the buffer has ``count`` contributions."""
 
         async def all_there() -> bool:
             return self.machine.n_buffered >= count
@@ -84,7 +84,7 @@ class Receiver:
 
 @asynccontextmanager
 async def receiving(bus: ConnectedBus, directory: Path, node: str) -> AsyncIterator[Receiver]:
-    """Take in what comes to ``node`` with the services' own inbox, journal, machine and rejects."""
+    """Take in the contributions to ``node`` with the services' own inbox, journal, state machine and rejects."""
     role, name = ("coordinator", HUB) if node == HUB else ("aggregator", node)
     daemon = Daemon(role, name, RUN, LOG)
     identity = bus.servers.identity(role, name)
@@ -122,7 +122,7 @@ async def receiving(bus: ConnectedBus, directory: Path, node: str) -> AsyncItera
 
 
 async def kept(bus: ConnectedBus, node: str, sender: str, data: bytes, reason: str = "signature") -> Reject:
-    """Wait until ``data`` is the newest reject of a kind, as the node's operator sees it; return that."""
+    """Wait until ``data`` is the newest reject of one sender and reason, as the operator sees it; return the reject."""
     stream, subject = subjects.rejects_stream(RUN, node), subjects.reject(RUN, node, sender, reason)
     async with Bus.connect(bus.servers.observer(node), f"observer.{node}") as observer:
 
@@ -145,7 +145,7 @@ def altered(data: bytes, position: int) -> bytes:
 
 
 async def test_nobody_speaks_for_a_site(bus: ConnectedBus, tmp_path: Path) -> None:
-    """Site b with its own user; and whoever runs the bus, and can put anything anywhere, here by the user of a."""
+    """Site b tries it with its own user; so does the operator of the bus, here with the user of a."""
     honest = signed(bus, "site", "a", OF_A, update("a"))
     stranger = Signer(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode())
     scored = evaluation("a", auc=1.0)
@@ -202,7 +202,7 @@ async def test_a_replayed_update_counts_once(bus: ConnectedBus, tmp_path: Path) 
         await region.refused("replayed", 1)
         await region.buffered(2)
         assert "number 1 is that of update a-1" in (await kept(bus, "north", "a", other, "replayed")).detail
-    async with receiving(bus, tmp_path, "north") as region:  # after a restart: its journal knows the numbers
+    async with receiving(bus, tmp_path, "north") as region:  # after a restart, its journal knows the numbers
         await bus.sites["a"].publish(OF_A, other, "a number twice, again")
         await region.refused("replayed", 1)
         await region.buffered(2)

@@ -1,4 +1,4 @@
-"""A site's service with its worker process, on a real bus: what it takes, what it does of it, what it puts on record."""
+"""A site's service with its worker process, on a real bus: what it accepts, what it does, what it records."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -60,7 +60,7 @@ TASK = f"{Path(__file__).parents[1] / 'e2e' / 'normed'}:Normed"
 
 
 def manifest(version: int) -> ModelManifest:
-    """Return a manifest that fits the task's model, with frames that are nowhere."""
+    """Return a manifest that fits the task's model, with frames that are not stored anywhere."""
     model = initial_model(make_task(TASK, {}), seed=0)
     layout = Layout(parameters_of(model))
     delta = DeltaSettings(cipher="none")
@@ -103,7 +103,7 @@ async def a_site(bus: ConnectedBus, directory: Path) -> AsyncIterator[Daemon]:
     running = asyncio.create_task(site(daemon, settings))
     try:
         async with asyncio.timeout(60):
-            while not daemon.ready:  # noqa: ASYNC110 - it says so by a flag
+            while not daemon.ready:  # noqa: ASYNC110 - it only sets a flag
                 await asyncio.sleep(0.05)
         yield daemon
     finally:
@@ -120,7 +120,7 @@ async def refused(daemon: Daemon, reason: str, count: int) -> None:
 
 
 async def test_a_site_takes_models_and_control_of_the_coordinator_only(bus: ConnectedBus, tmp_path: Path) -> None:
-    """Whoever runs a region's or the hub's server can put anything into the stream, here by the coordinator's user."""
+    """A server's operator can put anything into the stream, here with the coordinator's user."""
     async with a_site(bus, tmp_path) as daemon:
         count = 0
         for role, node in (("aggregator", "north"), ("site", "b"), ("site", "a")):
@@ -153,7 +153,7 @@ async def test_a_site_takes_models_and_control_of_the_coordinator_only(bus: Conn
         assert daemon.metrics.registry.get_sample_value("fednats_model_version") == 3.0
     ledger = audit(tmp_path / "state" / EGRESS_FILE, [read_roster(bus.servers.signers_file("site", "a"))])
     assert ledger.findings == []
-    # it was told of a model and stopped
+    # it learned of a model, but was stopped before it could train
     assert [record.what for record in ledger.records] == ["started", "run", "other"]
     assert ledger.n_bytes["other"] == daemon.buses[0].sent[1] > 0
     assert daemon.metrics.registry.get_sample_value("fednats_ledger_records") == 3.0
@@ -184,7 +184,7 @@ async def test_the_end_of_a_run_is_heard_while_a_manifest_waits_for_the_pass_and
         assert not ended.is_set()
         ended.set()
 
-        async def is_evaluated() -> bool:  # as far as it goes: its frames are nowhere
+        async def is_evaluated() -> bool:  # as far as possible without its frames
             failed = daemon.metrics.registry.get_sample_value("fednats_failures_total", {"kind": "evaluate"})
             return failed == 1.0
 
@@ -195,7 +195,7 @@ async def test_the_end_of_a_run_is_heard_while_a_manifest_waits_for_the_pass_and
 async def test_an_update_of_before_a_restart_is_on_record_with_the_epsilon_that_was_spent_on_it(
     bus: ConnectedBus, tmp_path: Path
 ) -> None:
-    """It is sent before the site has seen any model, and knows whether the run adds noise."""
+    """The site sends it before it has seen any model, or knows whether the run adds noise."""
     chunk = b"two values"
     payload = Payload(payload_id="a-1", n_bytes=len(chunk), digests=(wire.digest(chunk),))
     (tmp_path / "state").mkdir()

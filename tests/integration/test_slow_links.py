@@ -1,4 +1,4 @@
-"""Payloads over long and slow links: the link is used, nothing is sent twice, and the memory is the window's."""
+"""Payloads over long and slow links fill the link, are sent once, and take no more memory than the window."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ CHUNK_BYTES = 2**18
 
 SHORT = pytest.param(20, 8)
 LONG = pytest.param(100, 40, marks=pytest.mark.long)
-"""Mbit/s of a link with a delay of 150 ms one way, and MB to send over it."""
+"""Rate in Mbit/s of a link with a delay of 150 ms one way, and MB to send over it."""
 
 
 def random_chunks(megabytes: float) -> list[bytes]:
@@ -38,14 +38,14 @@ def share_used(chunks: list[bytes], mbit: float, seconds: float) -> float:
 
 @asynccontextmanager
 async def slow_clients(directory: Path, wan: WanSettings) -> AsyncIterator[tuple[ConnectedBus, Wan, Wan]]:
-    """A site that sends and an aggregator that reads, each on a link of its own to the same server."""
+    """Yield a bus with a site and an aggregator that each have their own link to the same server, and the links."""
     links = {"site-a": wan, "aggregator-north": wan}
     async with connected_bus(directory, RUN, PLAN, leaves=False, links=links) as bus:
         yield bus, bus.servers.links["site-a"], bus.servers.links["aggregator-north"]
 
 
 async def read_back(bus: Bus, stream: str, prefix: str, payload_id: str, chunks: list[bytes]) -> None:
-    """Read a payload and hold it to what was sent."""
+    """Read a payload and assert that it is the one sent."""
     expected = iter(chunks)
     async with aclosing(bus.read_payload(stream, prefix, payload_id, list(map(digest, chunks)))) as read:
         async for chunk in read:
@@ -84,7 +84,7 @@ async def test_most_of_a_long_link_is_used_both_ways(tmp_path: Path, mbit: float
 
 
 async def test_on_a_slow_link_nothing_is_sent_twice_and_other_words_get_through(tmp_path: Path) -> None:
-    """At 1 Mbit/s the last of these chunks is answered after 7 s; a fixed timeout of 5 s would send it again."""
+    """At 1 Mbit/s, the last of these chunks is answered after 7 s; a fixed timeout of 5 s would send it again."""
     chunks, model, models = random_chunks(0.8), subjects.model(RUN), subjects.models_stream(RUN, "north")
     async with slow_clients(tmp_path, WanSettings(delay_ms=150, mbit=1)) as (bus, uplink, downlink):
         site, reader = bus.sites["a"], bus.aggregators["north"]

@@ -1,4 +1,4 @@
-"""What a service relies on: streams as specified, acknowledged and pipelined sending, deliveries that come again."""
+"""What services rely on: streams as specified, acknowledged and pipelined sending, repeated deliveries."""
 
 import asyncio
 import dataclasses
@@ -108,7 +108,7 @@ async def test_what_is_sent_twice_is_stored_once(bus: ConnectedBus) -> None:
 
 
 async def test_chunks_stored_twice_after_a_long_outage_read_as_one_and_are_purged_together(bus: ConnectedBus) -> None:
-    """A message id is remembered for an hour; what is sent again later is stored again."""
+    """The server remembers a message id for an hour; a chunk sent again later is stored again."""
     updates, private = streams.in_region(RUN, "north", ["a"], leaves=False)[1], bus.aggregators["north"]
     forgetful = dataclasses.replace(updates, limits=dataclasses.replace(updates.limits, duplicate_window_s=1))
     await private.ensure_stream(forgetful)
@@ -153,7 +153,7 @@ async def test_a_consumer_goes_on_after_its_server_was_killed_and_repeats_nothin
 async def test_the_newest_message_of_each_subject_stays_when_what_is_settled_is_dropped(
     bus: ConnectedBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A sender looks for its newest head there, although what was settled last is an evaluation."""
+    """A sender looks for its newest head there, even if the last message settled is an evaluation."""
     monkeypatch.setattr(consumer, "DROPPED_AT_ONCE", 1)
     private, evaluation = bus.aggregators["north"], subjects.evaluation(RUN, "north", "a")
     await send(bus, "u1", "u2")

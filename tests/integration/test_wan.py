@@ -32,7 +32,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 @asynccontextmanager
 async def link(text: str = "", handler: Handler = echo) -> AsyncIterator[Wan]:
-    """A link to a server of its own."""
+    """Yield a link to its own server, which runs ``handler``."""
     server = await asyncio.start_server(handler, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     async with server, Wan(parse_wan(text) if text else WanSettings(), "127.0.0.1", port, name="test") as wan:
@@ -56,7 +56,7 @@ async def ask(connection: Connected, data: bytes) -> bytes:
 
 
 async def gone(connection: Connected) -> bool:
-    """Whether the connection ends in a reset."""
+    """Return whether the connection ends in a reset."""
     try:
         return await connection[0].read(1) == b"never" and False
     except ConnectionResetError:
@@ -64,7 +64,10 @@ async def gone(connection: Connected) -> bool:
 
 
 async def silent(connection: Connected, data: bytes = b"hello") -> bool:
-    """Whether nothing comes back; the time is long against a link without delay, and cannot fail a slow machine."""
+    """Return whether no answer comes within 0.3 s, which is long for a link without delay.
+
+    A slow machine cannot make a test fail that expects silence.
+    """
     reader, writer = connection
     writer.write(data)
     try:
@@ -76,7 +79,7 @@ async def silent(connection: Connected, data: bytes = b"hello") -> bool:
 
 
 async def send(wan: Wan, n_bytes: int) -> None:
-    """Send and close; returns when the server has closed too."""
+    """Send and close; return when the server has closed too."""
     async with connected(wan) as (reader, writer):
         writer.write(bytes(n_bytes))
         await writer.drain()
@@ -85,7 +88,7 @@ async def send(wan: Wan, n_bytes: int) -> None:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    while not holds():  # noqa: ASYNC110 -- what is inside a link has no event to wait for
+    while not holds():  # noqa: ASYNC110 -- a link has no event to wait for
         await asyncio.sleep(0.002)
 
 
@@ -153,14 +156,14 @@ async def test_the_cap_is_shared_by_all_connections_of_a_direction(n_connections
     assert sink.n_bytes == n_bytes
     grain = rate * 0.01
     assert sink.last_s - sink.first_s >= 0.95 * (n_bytes - grain * n_connections) / rate
-    assert sink.last_s - sink.first_s <= 3 * n_bytes / rate  # a machine under load may stand still for a while
+    assert sink.last_s - sink.first_s <= 3 * n_bytes / rate  # a loaded machine may pause for a while
 
 
 async def test_each_direction_has_a_cap_of_its_own() -> None:
     n_bytes, rate = 1_000_000, 16e6 / 8
     taken_s: list[float] = []
     async with link("mbit=16") as wan, connected(wan) as connection:
-        while not taken_s or (min(taken_s) > 1.8 * n_bytes / rate and len(taken_s) < 5):  # a busy machine may stumble
+        while not taken_s or (min(taken_s) > 1.8 * n_bytes / rate and len(taken_s) < 5):  # a busy machine may pause
             started = time.monotonic()
             await ask(connection, bytes(n_bytes))
             taken_s.append(time.monotonic() - started)
@@ -203,7 +206,7 @@ async def test_a_slow_reader_holds_the_sender_back_and_memory_stays_bounded() ->
         writer.write(bytes(n_bytes))
         writer.write_eof()
         crossed = -1
-        while crossed != wan.bytes_up:  # until it stands still
+        while crossed != wan.bytes_up:  # until nothing more crosses
             crossed = wan.bytes_up
             await asyncio.sleep(0.3)
         assert 0 < crossed < n_bytes / 2
@@ -310,11 +313,11 @@ async def test_a_target_that_resets_just_before_the_end_of_a_stream_arrives_stal
         async with asyncio.timeout(LIMIT_S), Wan(parse_wan("delay_ms=100"), "127.0.0.1", port) as wan:
             async with connected(wan) as (_, ending):
                 first, _ = await loop.sock_accept(target)
-                first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing is a reset
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
                 ending.write_eof()
                 await until(lambda: bool(wan._up._under_way))
                 loop.call_at(wan._up._under_way[0].arrives - 0.001, first.close)
-                time.sleep(0.15)  # noqa: ASYNC251 -- both are due now, and the loop does one right after the other
+                time.sleep(0.15)  # noqa: ASYNC251 -- both are due now, so the loop runs one right after the other
             async with connected(wan) as (_, writer):
                 other, _ = await loop.sock_accept(target)
                 with other:

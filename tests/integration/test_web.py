@@ -1,4 +1,4 @@
-"""What a daemon serves over HTTP."""
+"""The HTTP server of a daemon."""
 
 import asyncio
 import time
@@ -49,7 +49,7 @@ async def test_a_loop_that_stood_still_shows_in_every_waking_it_missed() -> None
     lag, observed = LoopLag(), list[float]()
     watching = asyncio.create_task(lag.watch(observed.append))
     await asyncio.sleep(3 * INTERVAL_S)
-    time.sleep(10 * INTERVAL_S)  # noqa: ASYNC251 - to stand still is the point
+    time.sleep(10 * INTERVAL_S)  # noqa: ASYNC251 - the loop must be blocked here
     await asyncio.sleep(2 * INTERVAL_S)
     watching.cancel()
     long = [seconds for seconds in observed if seconds >= 4 * INTERVAL_S]

@@ -76,7 +76,7 @@ async def test_a_worker_stands_back_for_its_daemon() -> None:
 
 
 async def test_a_worker_leaves_signals_to_its_daemon() -> None:
-    """A supervisor's SIGTERM and Ctrl-C reach the whole process group, the worker as it starts included."""
+    """A supervisor's SIGTERM and Ctrl-C reach the whole process group, even a worker that is starting."""
     before = {number: signal.signal(number, lambda *_: None) for number in OF_THE_DAEMON}  # this process is the daemon
     try:
         async with Worker(make_jobs, 5) as worker:
@@ -138,7 +138,7 @@ async def test_what_must_be_known_is_asked_again_after_a_death(tmp_path: Path) -
 
 @asynccontextmanager
 async def dying(worker: Worker[Jobs]) -> AsyncIterator[None]:
-    """Have the worker die again and again of what another task asks of it."""
+    """Have another task's jobs kill the worker again and again."""
 
     async def die() -> None:
         while True:
@@ -146,7 +146,7 @@ async def dying(worker: Worker[Jobs]) -> AsyncIterator[None]:
                 await worker.call("die")
 
     task = asyncio.create_task(die())
-    await asyncio.sleep(0)  # it asks first
+    await asyncio.sleep(0)  # lets the other task ask first
     try:
         yield
     finally:
@@ -154,7 +154,7 @@ async def dying(worker: Worker[Jobs]) -> AsyncIterator[None]:
 
 
 async def summed(worker: Worker[Any], **sent: bytes) -> bytes:
-    """Have a region sum the updates that these sites sent."""
+    """Return a region's sum of the updates ``sent``, by site."""
 
     async def read(head: Update | Aggregate) -> AsyncGenerator[bytes, None]:
         assert isinstance(head, Update)
@@ -217,7 +217,7 @@ async def test_a_worker_ends_with_a_killed_daemon(tmp_path: object) -> None:
     output, _ = await process.communicate()
     pid = int(output)
     async with asyncio.timeout(10):
-        while _alive(pid):  # noqa: ASYNC110 - nothing tells of another process's end
+        while _alive(pid):  # noqa: ASYNC110 - another process's end has no event
             await asyncio.sleep(0.05)
 
 
