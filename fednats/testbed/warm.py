@@ -21,16 +21,17 @@ from typing import Any
 
 from fednats.services.daemon import worker
 
-_PARENT = multiprocessing.get_context("forkserver")
-_PARENT.set_forkserver_preload(
-    [
-        "fednats.cli",
-        *(f"fednats.services.{role}.service" for role in ("site", "aggregator", "coordinator")),
-        *(f"fednats.services.{role}.worker" for role in ("site", "aggregator", "coordinator")),
-        "fednats.learning.tasks.breast_cancer",
-        "torch._dynamo",  # the first optimiser loads it
-    ]
+_ROLES = ("site", "aggregator", "coordinator")
+PRELOADED = (
+    "fednats.cli",
+    *(f"fednats.services.{role}.service" for role in _ROLES),
+    *(f"fednats.services.{role}.worker" for role in _ROLES),
+    "fednats.learning.tasks.breast_cancer",
+    "torch._dynamo",  # the first optimiser loads it
 )
+
+_PARENT = multiprocessing.get_context("forkserver")
+_PARENT.set_forkserver_preload(list(PRELOADED))
 
 
 class ForkedProcess:
