@@ -35,20 +35,23 @@ async def test_neither_deltas_nor_models_are_readable_on_the_bus_in_its_stores_o
     """Without the cipher, the same search finds the delta, which shows that the search works."""
     federation = make_federation({"north": ["a", "b"]}, delta={"cipher": cipher}, stop=ENDLESS)
     output = tmp_path / "out"
-    async with running(federation, output, {"site-a": WanSettings()}) as now, tapped(now.servers) as tap:
-        await until(now, reached(1))
-        link = now.links["site-a"]
-        for switch in (
-            link.cut,
-            link.restore,
-            link.cut,
-        ):  # resets connections, so the site notices at once, and trains on
-            switch()
-        # a site forgets sent updates, so read one that waits
-        update_id, delta = await found(now, lambda: unsent(now, "a"))
-        link.restore()
-        await end_after(now, 2)
-        await balanced(output)
+    async with running(federation, output, {"site-a": WanSettings()}) as now:
+        await until(
+            now, reached(1)
+        )  # a daemon that connects while its server reads the tap's account is refused and ends
+        async with tapped(now.servers) as tap:
+            link = now.links["site-a"]
+            for switch in (
+                link.cut,
+                link.restore,
+                link.cut,
+            ):  # resets connections, so the site notices at once, and trains on
+                switch()
+            # a site forgets sent updates, so read one that waits
+            update_id, delta = await found(now, lambda: unsent(now, "a"))
+            link.restore()
+            await end_after(now, 2)
+            await balanced(output)
     assert any(update_id in subject for subject in tap.subjects), "it was sent, and heard"
     stored = [file.read_bytes() for file in (output / "kits").glob("**/store/**/*") if file.is_file()]
     logs = [file.read_bytes() for file in output.glob("**/*.log")]
