@@ -5,6 +5,7 @@ runs the same command line in its own session, and forks its worker from its own
 """
 
 import asyncio
+import atexit
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -109,6 +110,13 @@ def _fork_workers_from_here() -> None:
     server: Any = forkserver._forkserver  # noqa: SLF001 - it has no way to adopt a running server
     server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, mine, pid  # noqa: SLF001
     worker.START_METHOD = "forkserver"
+
+
+@atexit.register
+def _kill_forks() -> None:
+    """Kill what still runs when this process ends; multiprocessing would wait for it."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _end_with_parent() -> None:
