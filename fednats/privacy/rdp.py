@@ -83,8 +83,6 @@ def epsilon(cost: Rdp, delta: float) -> float:
     if not np.isfinite(cost).any():
         return math.inf
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # it warns if the best order is the first or the last; the bound holds all the same
+        warnings.simplefilter("ignore")  # about a best order at either end, where the bound still holds
         found, _ = get_privacy_spent(orders=list(ORDERS), rdp=cost, delta=delta)
     return max(0.0, float(found))

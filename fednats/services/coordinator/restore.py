@@ -155,8 +155,8 @@ class Restoration:
                 return None  # signed with a key replaced since; the next manifest will have a higher version
             said = "cannot be read" if claimed is None else f"says that it is version {claimed}"
             raise RestoreError(
-                f"the newest manifest on the bus {said}, the state here is at version {own_version}, and it is not to be"
-                f" taken up: {error}; give the coordinator the key and the release that it was published with, or {REMEDY}"
+                f"the newest manifest on the bus {said}, the state here is at version {own_version}, and this"
+                f" coordinator cannot go on from it: {error}; give the coordinator the key and the release that it was published with, or {REMEDY}"
             ) from error
 
     async def _fetch(self, frame: Frame, n_parameters: int) -> bool:
